@@ -1,0 +1,50 @@
+"""How every option group of cert-ray is declared: frozen, validated, without unknown fields.
+
+In: keyword arguments or a YAML mapping. Out: a `Config` that can be written whole into a manifest.
+Each stage declares its own subclass beside what it configures. "Off" is `None`, never a sentinel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import pydantic
+import xxhash
+
+from cert_ray.errors import ConfigError
+
+
+class Config(pydantic.BaseModel):
+    """Frozen options with validated values; unknown names are refused."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], where: str) -> Self:
+        """Validate `options` read from `where` (a file or a verb, for the message).
+
+        Raises:
+            ConfigError: naming each field that cannot be used, the value received and what is allowed.
+        """
+        try:
+            return cls.model_validate(dict(options))
+        except pydantic.ValidationError as error:
+            raise ConfigError(_explain(error, cls, where)) from error
+
+    def digest(self) -> str:
+        """128-bit xxh3 of the canonical JSON of every option: equal options, equal digest."""
+        return str(xxhash.xxh3_128_hexdigest(self.model_dump_json().encode()))
+
+
+def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        name = ".".join(str(part) for part in problem["loc"]) or cls.__name__
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{name}: unknown option; known are {', '.join(sorted(cls.model_fields))}")
+        elif problem["type"] == "missing":
+            lines.append(f"{name}: required, but not given")
+        else:
+            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r})")
+    return f"{where}: " + "; ".join(lines)

@@ -1,0 +1,130 @@
+"""Every error that cert-ray raises on purpose. Each survives pickling, since Ray sends errors between processes.
+
+    CertRayError
+    |-- ConfigError             an option or recipe that cannot be used (also a ValueError)
+    |-- InputError              an input that is missing, unreadable, or not what its name says
+    |   |-- MissingColumnsError     a Parquet or JSONL input without the columns it needs
+    |   `-- BenchmarkFormatError    a benchmark line without a required field
+    |-- SketchError             a source that Python 3 cannot parse was to be sketched (also a ValueError)
+    |-- SchemaVersionError      a folder written by another schema version or another stage
+    |-- NotFinishedError        a folder whose stage never wrote its manifest
+    |-- ShardCorruptError       a shard that disagrees with its manifest
+    |-- ConservationError       rows read != rows kept + rows dropped
+    |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
+    |-- CheckpointError         a checkpoint that is damaged, or belongs to another run
+    |-- TrainingDivergedError   a loss that is not finite
+    |-- SandboxError            generated code could not be run at all: never the fault of that code
+    `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
+
+Expected bad data is not an error: it is a `schemas.Dropped`, and it is counted.
+"""
+
+from __future__ import annotations
+
+
+class CertRayError(Exception):
+    """Root of the errors that cert-ray raises on purpose; `str()` says what happened and what to change."""
+
+
+class ConfigError(CertRayError, ValueError):
+    """An option or recipe that cannot be used: names the option, the value, and what is allowed."""
+
+
+class InputError(CertRayError):
+    """An input that is missing, unreadable, or not what its name says."""
+
+    def __init__(self, uri: str, problem: str, cure: str) -> None:
+        super().__init__(uri, problem, cure)  # pickle replays these arguments
+        self.uri, self.problem, self.cure = uri, problem, cure
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.problem}. {self.cure}"
+
+
+class MissingColumnsError(InputError):
+    """A Parquet or JSONL input without the columns it needs."""
+
+
+class BenchmarkFormatError(InputError):
+    """A benchmark file with a line that cannot be used; `uri` carries the line number."""
+
+
+class SketchError(CertRayError, ValueError):
+    """A source that the running interpreter cannot parse was to be sketched."""
+
+
+class SchemaVersionError(CertRayError):
+    """A folder was written by another stage or by another version of its schema."""
+
+    def __init__(self, uri: str, expected: str, actual: str, cure: str) -> None:
+        super().__init__(uri, expected, actual, cure)
+        self.uri, self.expected, self.actual, self.cure = uri, expected, actual, cure
+
+    def __str__(self) -> str:
+        return f"{self.uri}: expected {self.expected}, found {self.actual}. {self.cure}"
+
+
+class NotFinishedError(CertRayError):
+    """A folder without `manifest.json`: its stage has not run, or did not finish."""
+
+    def __init__(self, uri: str, verb: str) -> None:
+        super().__init__(uri, verb)
+        self.uri, self.verb = uri, verb
+
+    def __str__(self) -> str:
+        return f"{self.uri} has no manifest.json: run `cert-ray {self.verb}` (again) to finish it."
+
+
+class ShardCorruptError(CertRayError):
+    """A shard disagrees with its manifest."""
+
+    def __init__(self, uri: str, expected: str, actual: str, verb: str) -> None:
+        super().__init__(uri, expected, actual, verb)
+        self.uri, self.expected, self.actual, self.verb = uri, expected, actual, verb
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uri}: the manifest says {self.expected}, found {self.actual}. "
+            f"Delete that file and run `cert-ray {self.verb}` again: only what is missing is rebuilt."
+        )
+
+
+class ConservationError(CertRayError):
+    """Rows were lost or made up: rows read != rows kept + rows dropped."""
+
+    def __init__(self, stage: str, read: int, kept: int, dropped: int) -> None:
+        super().__init__(stage, read, kept, dropped)
+        self.stage, self.read, self.kept, self.dropped = stage, read, kept, dropped
+
+    def __str__(self) -> str:
+        return (
+            f"stage {self.stage}: read {self.read} != kept {self.kept} + dropped {self.dropped}. "
+            "This is a fault of cert-ray, not of the input: please report it with the manifest's config."
+        )
+
+
+class TokenizerMismatchError(CertRayError):
+    """A tokenizer that does not belong to the model or to the packed tokens."""
+
+
+class CheckpointError(CertRayError):
+    """A checkpoint that is damaged, incomplete, or belongs to another run."""
+
+
+class TrainingDivergedError(CertRayError):
+    """The loss stopped being finite."""
+
+
+class SandboxError(CertRayError):
+    """Generated code could not be run at all. Never the fault of that code, so never a wrong answer."""
+
+
+class RequestError(CertRayError):
+    """An HTTP request that is refused, in the fields of OpenAI's error object."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(status, message, param, code)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def __str__(self) -> str:
+        return self.message

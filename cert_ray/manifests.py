@@ -1,0 +1,148 @@
+"""What a finished stage wrote. `manifest.json` is written last: a stage is finished when it is there.
+
+In: the resolved config, the digest of the inputs, one `ShardReport` per work unit. Out: a `Manifest` that checks
+itself: rows read = rows kept + rows dropped by reason, per shard and in total. No clock and no host name stand in it,
+so the same input and config give the same bytes; timings go to the log and the metrics.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pydantic
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.errors import ConservationError, NotFinishedError, SchemaVersionError, ShardCorruptError
+from cert_ray.schemas import SCHEMA_VERSION
+
+MANIFEST_NAME = "manifest.json"
+
+
+class WrittenFile(Config):
+    """One file of a shard: name relative to the stage's folder, rows, bytes and xxh3-128."""
+
+    name: str
+    rows: int
+    size_bytes: int
+    checksum: str
+
+
+class ShardReport(Config):
+    """What one work unit did. `unit_digest` names the input and config that it was made from."""
+
+    shard: str
+    unit_digest: str
+    files: tuple[WrittenFile, ...]
+    rows_read: int
+    rows_kept: int
+    dropped: dict[str, int] = pydantic.Field(default_factory=dict)
+    counts: dict[str, int] = pydantic.Field(default_factory=dict)  # further sums worth adding up over shards, such as bytes or tokens
+
+    def check(self, stage: str) -> None:
+        """Raise `ConservationError` unless read = kept + dropped."""
+        dropped = sum(self.dropped.values())
+        if self.rows_read != self.rows_kept + dropped:
+            raise ConservationError(f"{stage}/{self.shard}", self.rows_read, self.rows_kept, dropped)
+
+
+class Manifest(Config):
+    """A finished stage: which, from what, by which options, into which files, and what was dropped on the way."""
+
+    stage: str
+    schema_version: int = SCHEMA_VERSION
+    config: dict[str, Any]
+    inputs_digest: str
+    python_version: str = pydantic.Field(default_factory=platform.python_version)
+    shards: tuple[ShardReport, ...]
+    rows_read: int
+    rows_kept: int
+    dropped: dict[str, int]
+    counts: dict[str, int]
+    notes: dict[str, Any] = pydantic.Field(default_factory=dict)  # what a stage wants to tell beyond counts, e.g. measured entropy
+
+    @property
+    def files(self) -> list[WrittenFile]:
+        """Every file of every shard, in shard order."""
+        return [file for shard in self.shards for file in shard.files]
+
+
+def summarize(
+    stage: str,
+    config: Config,
+    inputs_digest: str,
+    shards: Iterable[ShardReport],
+    notes: dict[str, Any] | None = None,
+) -> Manifest:
+    """Add up `shards`, in the order of their names, into a manifest.
+
+    Raises:
+        ConservationError: when a shard, and so the total, does not add up.
+    """
+    ordered = sorted(shards, key=lambda shard: shard.shard)
+    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for shard in ordered:
+        shard.check(stage)
+        dropped.update(shard.dropped)
+        counts.update(shard.counts)
+    return Manifest(
+        stage=stage,
+        config=config.model_dump(mode="json"),
+        inputs_digest=inputs_digest,
+        shards=tuple(ordered),
+        rows_read=sum(shard.rows_read for shard in ordered),
+        rows_kept=sum(shard.rows_kept for shard in ordered),
+        dropped=dict(sorted(dropped.items())),
+        counts=dict(sorted(counts.items())),
+        notes=notes or {},
+    )
+
+
+def write_manifest(folder: str, manifest: Manifest) -> None:
+    """Write `manifest` into `folder`: from now on the stage counts as finished."""
+    storage.write_text(storage.join(folder, MANIFEST_NAME), manifest.model_dump_json(indent=1) + "\n")
+
+
+def is_finished(folder: str) -> bool:
+    """Whether `folder` has a manifest."""
+    return storage.exists(storage.join(folder, MANIFEST_NAME))
+
+
+def read_manifest(folder: str, stage: str, verb: str) -> Manifest:
+    """The manifest of `folder`, which `stage` wrote; `verb` is what a user runs to make it.
+
+    Raises:
+        NotFinishedError: when there is none.
+        SchemaVersionError: when another stage or another version of the schema wrote it.
+    """
+    url = storage.join(folder, MANIFEST_NAME)
+    if not storage.exists(url):
+        raise NotFinishedError(folder, verb)
+    cure = f"Make it again with this version's `cert-ray {verb}`, into an empty folder."
+    try:
+        loaded = pydantic.TypeAdapter(dict[str, Any]).validate_json(storage.read_bytes(url))
+    except pydantic.ValidationError as error:
+        raise SchemaVersionError(url, "a JSON manifest", "something else", cure) from error
+    for field, expected in (("schema_version", SCHEMA_VERSION), ("stage", stage)):
+        if loaded.get(field) != expected:
+            raise SchemaVersionError(url, f"{field} {expected}", f"{field} {loaded.get(field)}", cure)
+    return Manifest.from_mapping(loaded, url)
+
+
+def check_file(folder: str, file: WrittenFile, verb: str) -> None:
+    """Compare `file` as it is on disk with what its report says.
+
+    Raises:
+        ShardCorruptError: when it is missing, or its size or checksum differs.
+    """
+    url = storage.join(folder, file.name)
+    if not storage.exists(url):
+        raise ShardCorruptError(url, f"{file.size_bytes} bytes", "no file", verb)
+    found = storage.checksum(url)
+    if (found.size_bytes, found.checksum) != (file.size_bytes, file.checksum):
+        expected = f"{file.size_bytes} bytes, xxh3 {file.checksum}"
+        raise ShardCorruptError(url, expected, f"{found.size_bytes} bytes, xxh3 {found.checksum}", verb)

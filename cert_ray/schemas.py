@@ -1,0 +1,122 @@
+"""The Arrow schemas, in pipeline order, and the names of drops: reading this is reading the pipeline.
+
+    inputs --clean--> DOCUMENTS (+ DROPS) --dedup--> BANDS, SIGNATURES, SURVIVORS --annotate--> ANNOTATED
+    ANNOTATED --pack--> PIECES (+ token shards)
+
+`SCHEMA_VERSION` goes into every manifest; a folder of another version is refused by name.
+All offsets into text are in UTF-8 bytes, half open, so that any tool in any language can slice with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+
+class DropReason(StrEnum):
+    """Why a document left the pipeline. The values are the names in manifests, cards and metrics."""
+
+    # Sources: the input could not be read as text.
+    UNREADABLE = "unreadable"
+    TOO_LARGE = "too_large"
+    BINARY = "binary"
+    UNDECODABLE = "undecodable"
+    UNSAFE_MEMBER_PATH = "unsafe_member_path"
+    DAMAGED_ARCHIVE = "damaged_archive"
+    BAD_RECORD = "bad_record"
+    # Cleaning: the text is not worth training on.
+    EMPTY = "empty"
+    PATH_EXCLUDED = "path_excluded"
+    GENERATED = "generated"
+    LINES_TOO_LONG = "lines_too_long"
+    TOO_FEW_LINES = "too_few_lines"
+    TOO_LITTLE_CODE = "too_little_code"
+    MOSTLY_DATA = "mostly_data"
+    MOSTLY_NOT_ASCII = "mostly_not_ascii"
+    # Parsing: the running interpreter refuses it.
+    NOT_PYTHON_3 = "not_python_3"
+    TOO_DEEPLY_NESTED = "too_deeply_nested"
+    # Dedup.
+    EXACT_DUPLICATE = "exact_duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    # Sketching.
+    UNSKETCHABLE = "unsketchable"
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The outcome of expected bad data: dropped for a named reason, and counted. `detail` is for people."""
+
+    reason: DropReason
+    detail: str = ""
+
+
+class StatementKind(StrEnum):
+    """How a top-level statement takes part in the generator's text (PAPER.md: imports and `__name__` stand alone)."""
+
+    IMPORT = "import"
+    MAIN = "main"  # mentions __name__
+    CODE = "code"
+
+
+# A run of top-level statements: [start, end) in the UTF-8 bytes of `content`.
+STATEMENT = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("kind", pa.string())])
+
+DOCUMENTS = pa.schema(
+    [
+        ("doc_id", pa.string()),  # "<shard>-<row>", numbered by the input list, so independent of workers
+        ("path", pa.string()),
+        ("source", pa.string()),  # the input it was read from: a folder, an archive, a table
+        ("repository", pa.string()),  # null when the input does not say
+        ("stars", pa.int64()),  # null when the input does not say
+        ("licence", pa.string()),  # null when the input does not say
+        ("content", pa.string()),
+        ("size_bytes", pa.int32()),
+        ("content_hash", pa.binary(16)),  # xxh3-128 of the normalised content
+        ("libraries", pa.list_(pa.string())),  # top-level packages imported, sorted
+        ("ut_score", pa.float64()),
+        ("func_score", pa.float64()),
+        ("statements", pa.list_(STATEMENT)),
+    ]
+)
+
+DROPS = pa.schema([("path", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+# One row per surviving file. A placeholder is [start, end) in the UTF-8 bytes of `sketch`, and its kind.
+PLACEHOLDER = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("kind", pa.string())])
+# Aligned blocks of code and sketch. `with_sketch` is false for imports and `__name__` blocks, which stand alone.
+SEGMENT = pa.struct(
+    [
+        ("code_start", pa.int32()),
+        ("code_end", pa.int32()),
+        ("sketch_start", pa.int32()),
+        ("sketch_end", pa.int32()),
+        ("with_sketch", pa.bool_()),
+    ]
+)
+
+ANNOTATED = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("repository", pa.string()),
+        ("stars", pa.int64()),
+        ("licence", pa.string()),
+        ("content", pa.string()),
+        ("size_bytes", pa.int32()),
+        ("content_hash", pa.string()),  # hex
+        ("libraries", pa.list_(pa.string())),
+        ("ut_score", pa.float64()),
+        ("func_score", pa.float64()),
+        ("weight", pa.float64()),  # sampling weight, PAPER.md "Resampling"
+        ("cluster_size", pa.int32()),  # documents that this one stands for, itself included
+        ("sketch", pa.string()),
+        ("placeholders", pa.list_(PLACEHOLDER)),
+        ("segments", pa.list_(SEGMENT)),
+    ]
+)

@@ -1,0 +1,48 @@
+"""Shared by every test: the one Ray of the suite, and the data that stands outside the project."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Before torch, numpy or Ray's workers start: two cores, several processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Benchmarks and cases that are not part of the project; CI has them, a user does not."""
+    if not SHARED.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{SHARED} is missing, and CI=true")
+        pytest.skip(f"needs the benchmark data beside the checkout, at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray for the whole suite: four logical CPUs, whatever the machine has."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="cr") as folder:  # short: Ray puts sockets below it
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=512 << 20,
+            _temp_dir=folder,
+            log_to_driver=False,
+            configure_logging=False,
+        )
+        yield
+        ray.shutdown()

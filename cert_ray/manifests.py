@@ -40,7 +40,7 @@ class ShardReport(Config):
     rows_read: int
     rows_kept: int
     dropped: dict[str, int] = pydantic.Field(default_factory=dict)
-    counts: dict[str, int] = pydantic.Field(default_factory=dict)  # further sums worth adding up over shards, such as bytes or tokens
+    counts: dict[str, int] = pydantic.Field(default_factory=dict)  # further sums over shards: bytes, tokens
 
     def check(self, stage: str) -> None:
         """Raise `ConservationError` unless read = kept + dropped."""
@@ -62,7 +62,7 @@ class Manifest(Config):
     rows_kept: int
     dropped: dict[str, int]
     counts: dict[str, int]
-    notes: dict[str, Any] = pydantic.Field(default_factory=dict)  # what a stage wants to tell beyond counts, e.g. measured entropy
+    notes: dict[str, Any] = pydantic.Field(default_factory=dict)  # beyond counts: measured entropy, losses
 
     @property
     def files(self) -> list[WrittenFile]:

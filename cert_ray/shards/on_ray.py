@@ -1,0 +1,78 @@
+"""Work units on Ray Data: one row in is one unit, one row out is its report.
+
+Rows carry only a unit's description and its report; the documents themselves go from storage to storage inside the
+task, so memory is bounded by the unit and a lost task is simply run again. No formula and no threshold stands here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from cert_ray.manifests import ShardReport
+from cert_ray.shards import units as units_module
+from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.telemetry.progress import Progress
+
+logger = logging.getLogger(__name__)
+
+
+def run_units(
+    units: Sequence[WorkUnit],
+    work: Work,
+    *,
+    folder: str,
+    config_digest: str,
+    stage: str,
+    verb: str,
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+) -> list[ShardReport]:
+    """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
+
+    Args:
+        work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
+        workers: at most so many tasks at a time; None is as many as the cluster has CPUs (it may grow).
+        memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
+
+    Raises:
+        CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
+    """
+
+    def run_batch(batch: pa.Table) -> pa.Table:
+        reports = []
+        for row in batch.to_pylist():
+            unit = WorkUnit.model_validate_json(row["unit"])
+            done = units_module.finished_report(unit, folder, config_digest, verb)
+            report = done or units_module.perform(unit, work, folder, config_digest, stage)
+            reports.append({"report": report.model_dump_json(), "reused": done is not None})
+        return pa.Table.from_pylist(reports)
+
+    if not units:
+        return []
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # `Progress` counts units, rows and drops instead
+    dataset = ray.data.from_items(
+        [{"unit": unit.model_dump_json()} for unit in units], override_num_blocks=len(units)
+    ).map_batches(
+        run_batch,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        memory=memory_bytes,
+        compute=ray.data.TaskPoolStrategy(size=workers) if workers else None,
+    )
+    reports: dict[str, ShardReport] = {}
+    reused = 0
+    with Progress(stage, total=len(units), unit="shards") as progress:
+        for row in dataset.iter_rows():
+            report = ShardReport.model_validate_json(row["report"])
+            reports[report.shard] = report
+            reused += bool(row["reused"])
+            progress.advance(1, rows=report.rows_read, kept=report.rows_kept)
+    logger.info("%s: %d shards, %d of them reused", stage, len(reports), reused)
+    return [reports[unit.name] for unit in units]

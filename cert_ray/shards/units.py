@@ -1,0 +1,97 @@
+"""Work units and what has become of them: pure bookkeeping, no execution.
+
+In: `WorkUnit`s, named and numbered by the input list. Out: which of them are finished already. A finished unit has a
+`reports/<name>.json` whose digest equals the unit's and whose files carry the checksums it states; anything else is
+done again. Units never depend on the worker, the clock or the order of completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pydantic
+import xxhash
+
+from cert_ray import manifests, storage
+from cert_ray.config import Config
+from cert_ray.errors import ShardCorruptError
+from cert_ray.manifests import ShardReport, WrittenFile
+
+REPORTS_FOLDER = "reports"
+
+
+class WorkUnit(Config):
+    """A slice of a stage's input. `name` is `shard-00007`; `payload` is JSON and says which part of the input it is."""
+
+    name: str
+    payload: dict[str, Any]
+    rows: int = 0
+
+    def unit_digest(self, config_digest: str) -> str:
+        """xxh3-128 of the unit and of the stage's config: a report with another one belongs to another run."""
+        return str(xxhash.xxh3_128_hexdigest(f"{config_digest}\n{self.model_dump_json()}".encode()))
+
+
+Work = Callable[[WorkUnit], ShardReport]
+
+
+def shard_name(index: int) -> str:
+    """The name of the unit at `index` of the input list."""
+    return f"shard-{index:05d}"
+
+
+def inputs_digest(units: Iterable[WorkUnit]) -> str:
+    """xxh3-128 over all units, in order: equal inputs, equal digest."""
+    digest = xxhash.xxh3_128()
+    for unit in units:
+        digest.update(unit.model_dump_json().encode())
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def written_file(folder: str, name: str, rows: int, written: storage.Written) -> WrittenFile:
+    """The report's entry for `folder`/`name`."""
+    assert not name.startswith(folder), "names are relative to the stage's folder"
+    return WrittenFile(name=name, rows=rows, size_bytes=written.size_bytes, checksum=written.checksum)
+
+
+def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str) -> ShardReport:
+    """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished."""
+    report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
+    report.check(stage)
+    storage.write_text(_report_url(folder, unit.name), report.model_dump_json() + "\n")
+    return report
+
+
+def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
+    """The report of `unit` if it was finished from the same input and config and its files are whole, else None."""
+    url = _report_url(folder, unit.name)
+    if not storage.exists(url):
+        return None
+    try:
+        report = ShardReport.model_validate_json(storage.read_bytes(url))
+    except pydantic.ValidationError:
+        return None
+    if report.unit_digest != unit.unit_digest(config_digest):
+        return None
+    try:
+        for file in report.files:
+            manifests.check_file(folder, file, verb)
+    except ShardCorruptError:
+        return None
+    return report
+
+
+def run_in_process(
+    units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+) -> list[ShardReport]:
+    """Every unit's report, one after the other in this process: what the run on Ray must equal."""
+    return [
+        finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage)
+        for unit in units
+    ]
+
+
+def _report_url(folder: str, name: str) -> str:
+    return storage.join(folder, REPORTS_FOLDER, f"{name}.json")

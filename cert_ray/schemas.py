@@ -45,6 +45,8 @@ class DropReason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"
     # Sketching.
     UNSKETCHABLE = "unsketchable"
+    # Packing: the view is of files that use certain libraries.
+    OTHER_LIBRARY = "other_library"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,5 +120,17 @@ ANNOTATED = pa.schema(
         ("sketch", pa.string()),
         ("placeholders", pa.list_(PLACEHOLDER)),
         ("segments", pa.list_(SEGMENT)),
+    ]
+)
+
+# One row per piece of a packed document, beside the shard's tokens. A document's pieces lie next to each other.
+PIECES = pa.schema(
+    [
+        ("document", pa.int32()),  # its row among the kept documents of the shard
+        ("start", pa.int64()),  # of its first token in the shard's token file
+        ("tokens", pa.int32()),
+        ("weight", pa.float64()),  # of the document
+        ("held_out", pa.bool_()),  # of the document
+        ("atomic", pa.bool_()),  # a sketch and its code: never cut at a row's border
     ]
 )

@@ -1,0 +1,188 @@
+"""Token shards: how a packed view lies on disk, and random access to its documents.
+
+In: the tokens and pieces of one dataset shard. Out: `<name>.bin` (little endian, uint16 or uint32),
+`<name>.pieces.parquet` (schemas.PIECES: where each piece of each document lies, its weight, whether it may be cut) and
+`<name>.unigrams.parquet` (how often each token stands in held-out documents). `PackedTokens` opens a finished pack,
+local by memory map, remote through a copy on the local disk, and checks every file against the manifest. It does not
+plan rows: `packing` does.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from cert_ray import manifests, schemas, storage
+from cert_ray.manifests import Manifest, WrittenFile
+
+STAGE = "tokens"
+VERB = "pack"
+UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
+_TOKENS_SUFFIX = ".bin"
+_PIECES_SUFFIX = ".pieces.parquet"
+_UNIGRAMS_SUFFIX = ".unigrams.parquet"
+
+IntArray = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """The dtype of a shard's tokens: two bytes where they suffice, else four; little endian everywhere."""
+    return np.dtype("<u2") if vocab_size < 1 << 16 else np.dtype("<u4")
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """One entry per document, in the order of shards and of rows within them: its ordinal is its index here."""
+
+    weight: npt.NDArray[np.float64]  # sampling weight
+    tokens: IntArray  # tokens of the document, the closing <|endoftext|> included
+    held_out: BoolArray  # never trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """One entry per piece; a document's pieces lie next to each other, and so do their tokens.
+
+    Addresses are in one address space over all shards: shard after shard, as if their files were one.
+    """
+
+    first: IntArray  # documents + 1 entries: pieces first[d] to first[d + 1] belong to document d
+    start: IntArray  # address of the piece's first token
+    tokens: IntArray
+    atomic: BoolArray  # must not be cut at a row's border
+
+
+def write_shard(
+    folder: str, name: str, tokens: npt.NDArray[np.unsignedinteger], pieces: pa.Table, unigrams: pa.Table
+) -> tuple[WrittenFile, ...]:
+    """Write the files of one shard into `folder`; the same arguments give the same bytes."""
+    written = storage.write_bytes(storage.join(folder, name + _TOKENS_SUFFIX), tokens.tobytes())
+    files = [WrittenFile(name=name + _TOKENS_SUFFIX, rows=len(tokens), **_measures(written))]
+    for suffix, table in ((_PIECES_SUFFIX, pieces), (_UNIGRAMS_SUFFIX, unigrams)):
+        written = storage.write_parquet(table, storage.join(folder, name + suffix))
+        files.append(WrittenFile(name=name + suffix, rows=table.num_rows, **_measures(written)))
+    return tuple(files)
+
+
+def _measures(written: storage.Written) -> dict[str, int | str]:
+    return {"size_bytes": written.size_bytes, "checksum": written.checksum}
+
+
+def held_out_unigrams(folder: str, files: list[WrittenFile], vocab_size: int) -> IntArray:
+    """How often each token stands in the held-out documents of `files`, added up over the shards."""
+    counts = np.zeros(vocab_size, np.int64)
+    for file in files:
+        if file.name.endswith(_UNIGRAMS_SUFFIX):
+            table = storage.read_parquet(storage.join(folder, file.name))
+            counts[table["token"].to_numpy()] += table["count"].to_numpy()
+    return counts
+
+
+class PackedTokens:
+    """A finished pack: its documents, and their tokens by address. Open it once per process; do not pickle it."""
+
+    def __init__(self, manifest: Manifest, folder: Path) -> None:
+        """`folder` is on a local disk and holds the files that `manifest` lists. Callers use `open`."""
+        self.manifest = manifest
+        self.vocab_size: int = manifest.notes["vocab_size"]
+        self.context_tokens: int = manifest.config["context_tokens"]
+        self.tokenizer_digest: str = manifest.notes["tokenizer_digest"]
+        self.pad_id: int = manifest.notes["pad_id"]
+        self.end_id: int = manifest.notes["end_id"]
+        dtype = token_dtype(self.vocab_size)
+        self._shards = [
+            _map(folder / file.name, dtype) for file in manifest.files if file.name.endswith(_TOKENS_SUFFIX)
+        ]
+        self._shard_ends = np.cumsum([0, *map(len, self._shards)])[1:]
+        tables = [
+            storage.read_parquet(str(folder / file.name))
+            for file in manifest.files
+            if file.name.endswith(_PIECES_SUFFIX)
+        ]
+        self.documents, self.pieces = _columns(tables)
+
+    @classmethod
+    def open(cls, url: str, verify: bool = True) -> PackedTokens:
+        """Open the pack at `url`, checking sizes and checksums (one read of every file) unless `verify` is false.
+
+        Raises:
+            NotFinishedError, SchemaVersionError: when `url` is no finished pack of this version.
+            ShardCorruptError: when a file is missing or disagrees with the manifest.
+        """
+        manifest = manifests.read_manifest(url, STAGE, VERB)
+        folder = storage.local_path(url) if storage.is_local(url) else _local_copy(url, manifest)
+        if verify:
+            for file in manifest.files:
+                manifests.check_file(str(folder), file, VERB)
+        return cls(manifest, folder)
+
+    def __len__(self) -> int:
+        """How many documents there are."""
+        return len(self.documents.tokens)
+
+    def read(self, start: int, count: int) -> npt.NDArray[np.unsignedinteger]:
+        """The `count` tokens from address `start` on, a view of the memory map; they lie in one shard."""
+        shard = int(np.searchsorted(self._shard_ends, start, side="right"))
+        offset = start - (int(self._shard_ends[shard - 1]) if shard else 0)
+        return self._shards[shard][offset : offset + count]
+
+    def tokens(self, document: int) -> npt.NDArray[np.unsignedinteger]:
+        """The tokens of the document with that ordinal, a view of the memory map."""
+        first = self.pieces.first[document]
+        return self.read(int(self.pieces.start[first]), int(self.documents.tokens[document]))
+
+
+def _map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> npt.NDArray[np.unsignedinteger]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, mode="r")
+
+
+def _columns(tables: list[pa.Table]) -> tuple[Documents, Pieces]:
+    """Join the shards' pieces: ordinals and addresses go on from one shard to the next."""
+    table = pa.concat_tables([schemas.PIECES.empty_table(), *tables])
+    tokens = table["tokens"].to_numpy().astype(np.int64)
+    new_document = np.concatenate([_starts_document(shard) for shard in tables] or [np.zeros(0, bool)])
+    first = np.flatnonzero(new_document)
+    ends = np.cumsum(tokens)
+    bounds = np.append(first, len(tokens))
+    totals = np.concatenate([[0], ends])
+    documents = Documents(
+        weight=table["weight"].to_numpy()[first],
+        tokens=totals[bounds[1:]] - totals[bounds[:-1]],
+        held_out=table["held_out"].to_numpy(zero_copy_only=False)[first],
+    )
+    atomic = table["atomic"].to_numpy(zero_copy_only=False)
+    return documents, Pieces(first=bounds, start=ends - tokens, tokens=tokens, atomic=atomic)
+
+
+def _starts_document(shard: pa.Table) -> BoolArray:
+    ordinals = shard["document"].to_numpy()
+    starts: BoolArray = np.diff(ordinals, prepend=-1) != 0
+    return starts
+
+
+def _local_copy(url: str, manifest: Manifest) -> Path:
+    """Copy the pack at `url` to this machine's temporary folder, once per pack; it appears under its name whole."""
+    key = xxhash.xxh3_128_hexdigest(f"{url}\n{manifest.model_dump_json()}".encode())
+    target = Path(tempfile.gettempdir()) / "cert-ray-tokens" / key
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        arriving = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{key}."))
+        try:
+            storage.copy_folder_to_local(url, arriving)
+            arriving.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another worker of this machine was first
+                raise
+        finally:
+            shutil.rmtree(arriving, ignore_errors=True)
+    return target

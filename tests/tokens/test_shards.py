@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from cert_ray.errors import NotFinishedError, SchemaVersionError, ShardCorruptError
+from cert_ray.tokens.shards import PackedTokens, token_dtype
+from tests.tokens.packs import write_pack
+
+SHARDS = [
+    [[([10, 11], False)], [([12], True), ([13, 14], False)]],
+    [],
+    [[([15], False)], [([16, 17, 18], True)]],
+]
+
+
+def test_documents_are_numbered_across_shards_and_read_by_ordinal(tmp_path: Path) -> None:
+    packed = PackedTokens.open(write_pack(tmp_path, SHARDS))
+    assert len(packed) == 4
+    assert [packed.tokens(document).tolist() for document in range(4)] == [[10, 11], [12, 13, 14], [15], [16, 17, 18]]
+    assert packed.documents.tokens.tolist() == [2, 3, 1, 3]
+    assert packed.documents.weight.tolist() == [1.0, 2.0, 1.0, 2.0]
+    assert packed.documents.held_out.tolist() == [False, True, False, True]
+    assert packed.pieces.first.tolist() == [0, 1, 3, 4, 5]
+    assert packed.pieces.atomic.tolist() == [False, True, False, False, True]
+
+
+def test_a_pack_without_documents_opens(tmp_path: Path) -> None:
+    assert len(PackedTokens.open(write_pack(tmp_path, [[]]))) == 0
+
+
+@pytest.mark.parametrize("vocab_size", [500, 65_535, 65_536, 100_000])
+def test_tokens_survive_at_every_vocabulary_size(tmp_path: Path, vocab_size: int) -> None:
+    top = vocab_size - 1
+    packed = PackedTokens.open(write_pack(tmp_path, [[[([0, top], False)]]], vocab_size=vocab_size))
+    assert packed.tokens(0).tolist() == [0, top]
+    assert token_dtype(vocab_size).itemsize == (2 if vocab_size < 65_536 else 4)
+
+
+def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    url = write_pack(tmp_path, SHARDS)
+    shard = tmp_path / "shard-00000.bin"
+    shard.write_bytes(b"\xff" + shard.read_bytes()[1:])
+    with pytest.raises(ShardCorruptError, match=r"shard-00000\.bin.*cert-ray pack"):
+        PackedTokens.open(url)
+
+
+def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
+    url = write_pack(tmp_path, SHARDS)
+    (tmp_path / "shard-00002.pieces.parquet").unlink()
+    with pytest.raises(ShardCorruptError, match="no file"):
+        PackedTokens.open(url)
+
+
+def test_an_unfinished_or_foreign_folder_is_refused(tmp_path: Path) -> None:
+    url = write_pack(tmp_path, SHARDS)
+    manifest = tmp_path / "manifest.json"
+    loaded = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(loaded | {"stage": "dataset"}))
+    with pytest.raises(SchemaVersionError, match="stage tokens"):
+        PackedTokens.open(url)
+    manifest.unlink()
+    with pytest.raises(NotFinishedError, match="cert-ray pack"):
+        PackedTokens.open(url)
+
+
+def test_a_remote_pack_is_copied_once_and_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pack(tmp_path / "local", SHARDS)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    remote = fsspec.filesystem("memory")
+    remote.put(str(tmp_path / "local") + "/", "/packs/numpy/", recursive=True)
+    for _ in range(2):
+        packed = PackedTokens.open("memory://packs/numpy")
+        assert packed.tokens(3).tolist() == [16, 17, 18]
+    assert len(list((tmp_path / "cache" / "cert-ray-tokens").iterdir())) == 1
+    remote.rm("/packs", recursive=True)
+
+
+def test_addresses_of_documents_do_not_overlap(tmp_path: Path) -> None:
+    packed = PackedTokens.open(write_pack(tmp_path, SHARDS))
+    ends = packed.pieces.start + packed.pieces.tokens
+    assert np.array_equal(packed.pieces.start[1:], ends[:-1])

@@ -1,0 +1,1 @@
+"""Exact and near duplicates at corpus scale, without a shuffle: one survivor per cluster, whatever the order."""

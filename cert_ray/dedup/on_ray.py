@@ -14,7 +14,7 @@ import ray
 
 from cert_ray import manifests
 from cert_ray.dedup import survivors
-from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.dedup.minhash import I64, MinHashConfig
 from cert_ray.manifests import Manifest
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit
@@ -47,14 +47,15 @@ def deduplicate(
 
 def _near_edges(
     folder: str, shards: Sequence[str], skip: survivors.Bits, config: MinHashConfig, workers: int | None
-) -> list[survivors.I64]:
+) -> list[I64]:
     """Every band's edges, in band order, at most `workers` tasks at a time."""
     task = ray.remote(survivors.band_edges)
     skip_ref = ray.put(skip)
     pending: list[ray.ObjectRef] = []
-    edges = []
+    edges: list[I64] = []
     for band in range(config.bands):
         if workers and len(pending) - len(edges) >= workers:
             edges.append(ray.get(pending[len(edges)]))
         pending.append(task.options(num_cpus=1).remote(folder, shards, band, skip_ref, config))
-    return edges + ray.get(pending[len(edges) :])
+    edges.extend(ray.get(pending[len(edges) :]))
+    return edges

@@ -1,0 +1,1 @@
+"""The annotated dataset: survivors with their weights, sketches and segments, and the card that describes them."""

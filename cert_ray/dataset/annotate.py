@@ -1,0 +1,117 @@
+"""From documents and clusters to the annotated dataset's rows: weights, sketches, aligned segments.
+
+In: one documents shard and its clusters shard. Out: `schemas.ANNOTATED` rows, in document order, and `schemas.DROPS`
+for the rest. Offsets leave here as UTF-8 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cert_ray.python_source import Statement, byte_offsets
+from cert_ray.quality.weights import WeightConfig, sampling_weights
+from cert_ray.schemas import ANNOTATED, DROPS, Dropped, StatementKind
+from cert_ray.sketching.anonymize import Sketched, SketchKind, sketch_source
+from cert_ray.sketching.segments import align_segments
+
+
+def annotate(
+    documents: pa.Table, clusters: pa.Table, weights: WeightConfig, kind: SketchKind
+) -> tuple[pa.Table, pa.Table]:
+    """The survivors of `documents` as ANNOTATED, and the others as DROPS."""
+    keep = clusters.column("keep").combine_chunks()
+    duplicates = documents.filter(pc.invert(keep)).select(["path", "source"])
+    duplicate_reasons = clusters.filter(pc.invert(keep))
+    survivors = documents.filter(keep)
+    sketched = [sketch_source(content, kind) for content in survivors.column("content").to_pylist()]
+    fine = pa.array([not isinstance(result, Dropped) for result in sketched], pa.bool_())
+    rejected = survivors.filter(pc.invert(fine)).select(["path", "source"])
+    reasons = [result for result in sketched if isinstance(result, Dropped)]
+    survivors = survivors.filter(fine)
+    cluster_size = clusters.column("cluster_size").filter(keep).filter(fine)
+    rows = _columns(survivors, [result for result in sketched if isinstance(result, Sketched)])
+    annotated = survivors.set_column(
+        survivors.schema.get_field_index("content_hash"),
+        "content_hash",
+        pa.array([digest.hex() for digest in survivors.column("content_hash").to_pylist()], pa.string()),
+    )
+    annotated = annotated.append_column("weight", pa.array(_weights(survivors, weights)))
+    annotated = annotated.append_column("cluster_size", cluster_size)
+    for name, values in rows.items():
+        annotated = annotated.append_column(name, pa.array(values, ANNOTATED.field(name).type))
+    drops = pa.concat_tables(
+        [
+            duplicates.append_column("reason", duplicate_reasons.column("reason")).append_column(
+                "detail", pc.cast(duplicate_reasons.column("survivor"), pa.string())
+            ),
+            rejected.append_column("reason", pa.array([str(r.reason) for r in reasons], pa.string())).append_column(
+                "detail", pa.array([r.detail for r in reasons], pa.string())
+            ),
+        ]
+    )
+    return annotated.select(ANNOTATED.names).cast(ANNOTATED), drops.select(DROPS.names).cast(DROPS)
+
+
+def _weights(survivors: pa.Table, config: WeightConfig) -> np.ndarray[Any, np.dtype[np.float64]]:
+    stars = survivors.column("stars").fill_null(0).to_numpy()
+    return sampling_weights(
+        stars, survivors.column("ut_score").to_numpy(), survivors.column("func_score").to_numpy(), config
+    )
+
+
+def _columns(survivors: pa.Table, sketches: list[Sketched]) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {"sketch": [], "placeholders": [], "segments": []}
+    contents = survivors.column("content").to_pylist()
+    statements = survivors.column("statements").to_pylist()
+    for content, stored, sketched in zip(contents, statements, sketches, strict=True):
+        columns["sketch"].append(sketched.text)
+        columns["placeholders"].append(_placeholder_rows(sketched))
+        columns["segments"].append(list(_segment_rows(content, stored, sketched)))
+    return columns
+
+
+def _placeholder_rows(sketched: Sketched) -> list[dict[str, Any]]:
+    flat = [offset for p in sketched.placeholders for offset in (p.start, p.end)]
+    flat = byte_offsets(sketched.text, flat)
+    return [
+        {"start": start, "end": end, "kind": p.kind}
+        for p, start, end in zip(sketched.placeholders, flat[::2], flat[1::2], strict=True)
+    ]
+
+
+def _segment_rows(content: str, stored: list[dict[str, Any]], sketched: Sketched) -> Iterator[dict[str, Any]]:
+    """Segments in bytes; `stored` are the document's blocks, in bytes."""
+    borders = code_points(content, [offset for row in stored for offset in (row["start"], row["end"])])
+    blocks = [
+        Statement(start, end, StatementKind(row["kind"]))
+        for row, start, end in zip(stored, borders[::2], borders[1::2], strict=True)
+    ]
+    segments = align_segments(content, sketched, blocks)
+    code = byte_offsets(content, [offset for s in segments for offset in (s.code_start, s.code_end)])
+    sketch = byte_offsets(sketched.text, [offset for s in segments for offset in (s.sketch_start, s.sketch_end)])
+    for index, segment in enumerate(segments):
+        yield {
+            "code_start": code[2 * index],
+            "code_end": code[2 * index + 1],
+            "sketch_start": sketch[2 * index],
+            "sketch_end": sketch[2 * index + 1],
+            "with_sketch": segment.with_sketch,
+        }
+
+
+def code_points(text: str, offsets: list[int]) -> list[int]:
+    """Sorted UTF-8 byte offsets of `text` as code point offsets; the inverse of `python_source.byte_offsets`."""
+    if text.isascii():
+        return offsets
+    encoded = text.encode()
+    result, last_byte, last_point = [], 0, 0
+    for offset in offsets:
+        last_point += len(encoded[last_byte:offset].decode())
+        last_byte = offset
+        result.append(last_point)
+    return result

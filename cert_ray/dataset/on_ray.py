@@ -1,0 +1,137 @@
+"""Preprocessing on Ray, whole: inputs -> documents -> clusters -> annotated dataset -> card.
+
+    <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
+    <output>/dedup       keys, signatures and clusters
+    <output>/dataset     the annotated dataset, `drops/`, `manifest.json` and `card/`
+
+The dataset's manifest counts from the raw files on: read = kept + dropped by every reason of every stage.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+
+import pydantic
+
+from cert_ray import manifests, storage
+from cert_ray.config import Config
+from cert_ray.corpus.cleaning import CleaningConfig
+from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
+from cert_ray.corpus.on_ray import DocumentsConfig, clean
+from cert_ray.corpus.sources import SourceConfig
+from cert_ray.dataset.annotate import annotate
+from cert_ray.dataset.card import write_card
+from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.dedup.on_ray import deduplicate
+from cert_ray.errors import InputError
+from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.quality.weights import WeightConfig
+from cert_ray.shards.on_ray import run_units
+from cert_ray.shards.units import WorkUnit, written_file
+from cert_ray.sketching.anonymize import SketchKind
+
+logger = logging.getLogger(__name__)
+
+STAGE = "dataset"
+
+
+class PreprocessConfig(Config):
+    """Everything that decides the dataset's bytes, and nothing else (workers do not)."""
+
+    sources: SourceConfig
+    cleaning: CleaningConfig = CleaningConfig()
+    minhash: MinHashConfig = MinHashConfig()
+    weights: WeightConfig = WeightConfig()
+    sketch_kind: SketchKind = SketchKind.CONSTANTS
+
+
+class AnnotateConfig(Config):
+    """The part of the options that the last stage depends on."""
+
+    weights: WeightConfig
+    sketch_kind: SketchKind
+
+
+class AnnotateUnit(Config):
+    """Payload of one unit: what the shard counted so far, and the digests of what it is made from."""
+
+    documents_digest: str
+    clusters_checksum: str
+    rows_read: int
+    dropped: dict[str, int] = pydantic.Field(default_factory=dict)
+
+
+def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> ShardReport:
+    """Annotate one shard; its counts start at the raw files."""
+    payload = AnnotateUnit.from_mapping(unit.payload, unit.name)
+    folder = storage.join(output, STAGE)
+    name = f"{unit.name}.parquet"
+    documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
+    clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
+    rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
+    files = [
+        written_file(folder, path, len(table), storage.write_parquet(table, storage.join(folder, path)))
+        for path, table in ((name, rows), (f"drops/{name}", drops))
+    ]
+    dropped = Counter(payload.dropped) + Counter(drops.column("reason").to_pylist())
+    return ShardReport(
+        shard=unit.name,
+        unit_digest="",
+        files=tuple(files),
+        rows_read=payload.rows_read,
+        rows_kept=len(rows),
+        dropped=dict(sorted(dropped.items())),
+        counts={
+            "content_bytes": sum(rows.column("size_bytes").to_pylist()),
+            "placeholders": sum(map(len, rows.column("placeholders").to_pylist())),
+        },
+    )
+
+
+def preprocess(config: PreprocessConfig, output: str, workers: int | None = None) -> Manifest:
+    """Make the annotated dataset `output`/dataset; whatever is finished and whole is reused.
+
+    Raises:
+        InputError: when not one file survived, with the reasons counted.
+    """
+    output = storage.absolute(output)
+    documents = clean(
+        DocumentsConfig(sources=config.sources, cleaning=config.cleaning),
+        storage.join(output, DOCUMENTS_STAGE),
+        workers,
+    )
+    clusters = deduplicate(
+        storage.join(output, DOCUMENTS_STAGE), documents, storage.join(output, "dedup"), config.minhash, workers
+    )
+    options = AnnotateConfig(weights=config.weights, sketch_kind=config.sketch_kind)
+    units = [
+        WorkUnit(
+            name=before.shard,
+            payload=AnnotateUnit(
+                documents_digest=before.unit_digest,
+                clusters_checksum=after.files[0].checksum,
+                rows_read=before.rows_read,
+                dropped=before.dropped,
+            ).model_dump(mode="json"),
+        )
+        for before, after in zip(documents.shards, clusters.shards, strict=True)
+    ]
+    folder = storage.join(output, STAGE)
+    work = functools.partial(write_annotated, output=output, config=options)
+    reports = run_units(
+        units, work, folder=folder, config_digest=options.digest(), stage=STAGE, verb="preprocess", workers=workers
+    )
+    manifest = manifests.summarize(STAGE, config, clusters.inputs_digest, reports)
+    if manifest.rows_kept == 0:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.dropped.items()) or "no file matched"
+        raise InputError(
+            ", ".join(config.sources.inputs),
+            f"none of {manifest.rows_read} files is left ({reasons})",
+            "Give other inputs, or loosen `cleaning` in the recipe.",
+        )
+    write_card(folder, manifest)
+    manifests.write_manifest(folder, manifest)
+    logger.info("dataset: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
+    return manifest

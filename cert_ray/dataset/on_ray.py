@@ -17,41 +17,20 @@ import pydantic
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.corpus.cleaning import CleaningConfig
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
 from cert_ray.corpus.on_ray import DocumentsConfig, clean
-from cert_ray.corpus.sources import SourceConfig
 from cert_ray.dataset.annotate import annotate
 from cert_ray.dataset.card import write_card
-from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
 from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
-from cert_ray.quality.weights import WeightConfig
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit, written_file
-from cert_ray.sketching.anonymize import SketchKind
 
 logger = logging.getLogger(__name__)
 
 STAGE = "dataset"
-
-
-class PreprocessConfig(Config):
-    """Everything that decides the dataset's bytes, and nothing else (workers do not)."""
-
-    sources: SourceConfig
-    cleaning: CleaningConfig = CleaningConfig()
-    minhash: MinHashConfig = MinHashConfig()
-    weights: WeightConfig = WeightConfig()
-    sketch_kind: SketchKind = SketchKind.CONSTANTS
-
-
-class AnnotateConfig(Config):
-    """The part of the options that the last stage depends on."""
-
-    weights: WeightConfig
-    sketch_kind: SketchKind
 
 
 class AnnotateUnit(Config):

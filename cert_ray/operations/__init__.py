@@ -1,0 +1,1 @@
+"""Verbs that cross stages: recipes, the pipeline they describe, the demo, the doctor."""

@@ -1,0 +1,127 @@
+"""One YAML file describes a run: what to read, which library, which models to train from what, and where it all goes.
+
+In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing is started in here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import pydantic
+import yaml
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.dataset.options import PreprocessConfig
+from cert_ray.errors import ConfigError, InputError
+from cert_ray.tokens.views import View
+from cert_ray.tokens.vocabulary import TokenizerConfig
+from cert_ray.training.config import TrainConfig
+
+# TrainConfig's fields that the recipe works out by itself.
+_WORKED_OUT = ("base", "tokenizer", "tokens", "output")
+
+
+class ModelRecipe(Config):
+    """One model: what it starts from, which view of the dataset it reads, and how it is trained."""
+
+    start: str  # a preset, the name of another model of this recipe, or the folder or hub id of a causal LM
+    view: View
+    train: dict[str, Any]  # options of TrainConfig; base, tokenizer, tokens and output are worked out
+
+
+class Recipe(Config):
+    """A whole run. `run` is the folder or URL below which everything is written."""
+
+    run: str
+    libraries: tuple[str, ...] = pydantic.Field(
+        min_length=1
+    )  # the sketcher, generator and XL read files that import one
+    preprocess: PreprocessConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
+    held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
+    models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
+    workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
+
+    @pydantic.model_validator(mode="after")
+    def _check_models(self) -> Self:
+        for name, model in self.models.items():
+            given = sorted(set(_WORKED_OUT) & set(model.train))
+            if given:
+                raise ValueError(
+                    f"models.{name}.train: {', '.join(given)} are worked out; use `start` and `view` instead"
+                )
+            self.train_config(name)
+        return self
+
+    def train_config(self, name: str) -> TrainConfig:
+        """The options of the training run that makes model `name`.
+
+        Raises:
+            ConfigError: when the recipe has no such model, or its options cannot be used.
+        """
+        if name not in self.models:
+            raise ConfigError(f"models: no {name!r} in this recipe; it has {', '.join(self.models) or 'none'}")
+        model = self.models[name]
+        folders = RunFolders(self.run)
+        from_recipe = model.start in self.models
+        options = {
+            "base": folders.model(model.start) if from_recipe else model.start,
+            "tokenizer": None if self.base_brings_tokenizer(name) else folders.tokenizer,
+            "tokens": folders.tokens(model.view),
+            "output": folders.model(name),
+            **model.train,
+        }
+        return TrainConfig.from_mapping(options, f"models.{name}.train")
+
+    def base_brings_tokenizer(self, name: str) -> bool:
+        """Whether model `name` goes on from a folder or hub id outside this recipe, whose tokenizer it keeps."""
+        from cert_ray.training.presets import PRESETS
+
+        start = self.models[name].start
+        if start in self.models:
+            return self.base_brings_tokenizer(start)
+        return start not in PRESETS
+
+    def view_libraries(self, view: View) -> tuple[str, ...] | None:
+        """Which files `view` reads: the base's are all (None), the others import one of `libraries`."""
+        return None if view == View.BASE else self.libraries
+
+
+class RunFolders:
+    """Where the parts of a run lie below its folder."""
+
+    def __init__(self, run: str) -> None:
+        self.run = storage.absolute(run)
+        self.dataset = storage.join(self.run, "dataset")
+        self.tokenizer = storage.join(self.run, "tokenizer")
+        self.evaluation = storage.join(self.run, "evaluation")
+
+    def tokens(self, view: View) -> str:
+        """The packed tokens of `view`."""
+        return storage.join(self.run, "tokens", view.value)
+
+    def model(self, name: str) -> str:
+        """The exported model `name`."""
+        return storage.join(self.run, "models", name)
+
+
+def load_recipe(url: str) -> Recipe:
+    """Read and check the recipe at `url`.
+
+    Raises:
+        InputError: when there is no such file, or it is not YAML.
+        ConfigError: naming every option that cannot be used.
+    """
+    if not storage.exists(url) or storage.is_folder(url):
+        raise InputError(url, "no such recipe", "Give the path of a YAML file; jobs/ has examples.")
+    try:
+        loaded = yaml.safe_load(storage.read_text(url))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(url, f"not YAML: {error}", "Mend the line it names.") from error
+    if not isinstance(loaded, dict):
+        raise InputError(
+            url, "not a YAML mapping", "A recipe has the keys run, libraries, preprocess; jobs/ has examples."
+        )
+    return Recipe.from_mapping(loaded, url)

@@ -1,0 +1,36 @@
+"""The doctor names what is wrong and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cert_ray.operations.doctor import Level, examine
+
+
+def test_every_finding_that_is_not_ok_says_what_to_do() -> None:
+    findings = examine()
+    assert {finding.name for finding in findings} >= {
+        "python",
+        "ray",
+        "memory",
+        "disk",
+        "ray authentication",
+        "sandbox",
+    }
+    assert all(finding.advice for finding in findings if finding.level != Level.OK)
+
+
+def test_missing_token_and_missing_sandbox_are_warned_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    found = {finding.name: finding for finding in examine()}
+    assert found["sandbox"].level == Level.WARN
+    assert "bubblewrap" in found["sandbox"].advice
+    assert found["ray authentication"].level == Level.WARN
+    (tmp_path / "none").write_text("t")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert {finding.name: finding for finding in examine()}["ray authentication"].level == Level.OK

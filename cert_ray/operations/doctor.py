@@ -125,7 +125,7 @@ def _ray_authentication() -> Finding:
         )  # fmt: skip
     return Finding(
         "ray authentication", Level.WARN, "no token",
-        "Before `ray start --head`: `ray get-auth-token --generate` and `export RAY_AUTH_MODE=token`. Without, it runs open.",
+        "It would run open: first `ray get-auth-token --generate` and `export RAY_AUTH_MODE=token`.",
     )  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from cert_ray.dataset.on_ray import preprocess
 from cert_ray.errors import ConfigError
 from cert_ray.manifests import Manifest
 from cert_ray.operations.recipe import Recipe, RunFolders
+from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.on_ray import pack_dataset
-from cert_ray.tokens.views import PackConfig, View
 from cert_ray.tokens.vocabulary import train_on_dataset
 from cert_ray.training.on_ray import TrainResult, train
 
@@ -29,7 +29,8 @@ def run_tokenizer(recipe: Recipe) -> Manifest:
     """Annotated dataset to tokenizer."""
     folders = RunFolders(recipe.run)
     manifests.read_manifest(folders.dataset, "dataset", "preprocess")
-    return train_on_dataset(folders.dataset, folders.tokenizer, recipe.tokenizer)
+    config = recipe.tokenizer.model_copy(update={"context_tokens": recipe.context_tokens})
+    return train_on_dataset(folders.dataset, folders.tokenizer, config, recipe.seed)
 
 
 def run_pack(recipe: Recipe, view: View) -> Manifest:
@@ -44,6 +45,7 @@ def run_pack(recipe: Recipe, view: View) -> Manifest:
         context_tokens=recipe.context_tokens,
         libraries=recipe.view_libraries(view),
         held_out_fraction=recipe.held_out_fraction,
+        seed=recipe.seed,
     )
     return pack_dataset(folders.dataset, _tokenizer_of(recipe, view), folders.tokens(view), config, recipe.workers)
 

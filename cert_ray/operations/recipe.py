@@ -14,7 +14,7 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import ConfigError, InputError
-from cert_ray.tokens.views import View
+from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import TrainConfig
 
@@ -42,6 +42,7 @@ class Recipe(Config):
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
+    seed: int = pydantic.Field(default=0, ge=0)  # of the tokenizer's sample and of the held-out files
     workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
 
     @pydantic.model_validator(mode="after")
@@ -108,11 +109,15 @@ class RunFolders:
 
 
 def load_recipe(url: str) -> Recipe:
-    """Read and check the recipe at `url`.
+    """Read and check the recipe at `url`; errors as `load_mapping` and `recipe_from`."""
+    return recipe_from(load_mapping(url), url)
+
+
+def load_mapping(url: str) -> dict[str, Any]:
+    """The YAML mapping at `url`, not checked yet.
 
     Raises:
-        InputError: when there is no such file, or it is not YAML.
-        ConfigError: naming every option that cannot be used.
+        InputError: when there is no such file, or it is not a YAML mapping.
     """
     if not storage.exists(url) or storage.is_folder(url):
         raise InputError(url, "no such recipe", "Give the path of a YAML file; jobs/ has examples.")
@@ -124,4 +129,27 @@ def load_recipe(url: str) -> Recipe:
         raise InputError(
             url, "not a YAML mapping", "A recipe has the keys run, libraries, preprocess; jobs/ has examples."
         )
-    return Recipe.from_mapping(loaded, url)
+    return loaded
+
+
+def recipe_from(options: dict[str, Any], where: str) -> Recipe:
+    """Check `options`, read from `where`.
+
+    Raises:
+        ConfigError: naming every option that cannot be used.
+    """
+    return Recipe.from_mapping(options, where)
+
+
+def override(options: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value at the dotted `key`, making mappings on the way.
+
+    Raises:
+        ConfigError: when a part of the key names something that is not a mapping.
+    """
+    *parents, last = key.split(".")
+    for part in parents:
+        options = options.setdefault(part, {})
+        if not isinstance(options, dict):
+            raise ConfigError(f"{key}: {part} is a single value in this recipe, nothing can be set inside it")
+    options[last] = value

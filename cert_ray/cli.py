@@ -1,0 +1,270 @@
+"""`cert-ray VERB`, in pipeline order: parses options, sets up logging, and calls the stage.
+
+Heavy imports stand inside the verbs, so that `--help` is quick. Exit status: 0 done, 1 failed, 2 an input or option
+that cannot be used; the message says what to change. No traceback is shown for an error raised on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from cert_ray import __version__, storage
+from cert_ray.errors import CertRayError, ConfigError, InputError
+
+if TYPE_CHECKING:
+    from cert_ray.operations.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From raw Python files to a model that writes code for your library, and to a served answer.",
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="the run's recipe; jobs/ has examples")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace one value of the recipe, e.g. workers=2")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, with every option, and stop")]
+Address = Annotated[
+    str | None, typer.Option(help="a running Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="do only so many (files, steps, problems)")]
+ModelFolder = Annotated[str | None, typer.Option("--model", help="folder or hub id of one plain causal LM")]
+Sketcher = Annotated[str | None, typer.Option(help="folder of the sketcher (with --generator)")]
+Generator = Annotated[str | None, typer.Option(help="folder of the generator (with --sketcher)")]
+
+
+def main() -> None:
+    """Entry point: run the verb; errors raised on purpose become one line and an exit status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except CertRayError as error:
+        typer.echo(f"cert-ray: {error}", err=True)
+        raise SystemExit(2 if isinstance(error, ConfigError | InputError) else 1) from error
+    except KeyboardInterrupt:
+        typer.echo("cert-ray: stopped; run the same command again to go on from what is finished", err=True)
+        raise SystemExit(130) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None: ...
+
+
+def _load(url: str, overrides: list[str] | None, extra: dict[str, Any] | None = None) -> Recipe:
+    from cert_ray.operations.recipe import load_mapping, override, recipe_from
+
+    options = load_mapping(url)
+    for text in overrides or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: wants KEY=VALUE, e.g. --set workers=2")
+        override(options, key, yaml.safe_load(value))
+    for key, value in (extra or {}).items():
+        override(options, key, value)
+    return recipe_from(options, url)
+
+
+def _perform(recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
+    """Run one stage of a recipe with Ray up, or say what it would do."""
+    if dry_run:
+        typer.echo(f"# would {what}")
+        typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        raise typer.Exit
+    from cert_ray.operations.on_ray import ray_session
+
+    with ray_session(address):
+        return stage()
+
+
+def _show(figures: dict[str, Any]) -> None:
+    typer.echo(json.dumps(figures, indent=1))
+
+
+@app.command()
+def preprocess(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Read, clean, deduplicate, score and sketch files into an annotated dataset.
+
+    Example: cert-ray preprocess jobs/numpy.yaml --set run=runs/numpy --limit 1000
+    """
+    resolved = _load(recipe, overrides, {"preprocess.sources.limit": limit} if limit else None)
+    from cert_ray.operations import pipeline
+
+    what = f"preprocess {', '.join(resolved.preprocess.sources.inputs)} into {resolved.run}"
+    manifest = _perform(resolved, address, dry_run, what, lambda: pipeline.run_preprocess(resolved))
+    _show({"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped, "run": resolved.run})
+
+
+@app.command()
+def tokenizer(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Train the byte-level BPE tokenizer on a weighted sample of the dataset (--limit: bytes of sample).
+
+    Example: cert-ray tokenizer jobs/numpy.yaml --set tokenizer.vocab_size=8000
+    """
+    resolved = _load(recipe, overrides, {"tokenizer.sample_bytes": limit} if limit else None)
+    from cert_ray.operations import pipeline
+
+    what = f"train a tokenizer of {resolved.tokenizer.vocab_size} entries on {resolved.run}"
+    manifest = _perform(resolved, address, dry_run, what, lambda: pipeline.run_tokenizer(resolved))
+    _show(manifest.notes)
+
+
+@app.command()
+def pack(
+    recipe: RecipeFile,
+    view: Annotated[
+        list[str] | None, typer.Option(help="base, xl, sketcher or generator; default: all it needs")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Encode the dataset into the token shards that training reads, one folder per view.
+
+    Example: cert-ray pack jobs/numpy.yaml --view base --view sketcher
+    """
+    resolved = _load(recipe, overrides)
+    from cert_ray.operations import pipeline
+    from cert_ray.tokens.encoding import View
+
+    known = [member.value for member in View]
+    if wrong := sorted(set(view or []) - set(known)):
+        raise ConfigError(f"--view {', '.join(wrong)}: unknown; known are {', '.join(known)}")
+    views = [View(name) for name in view] if view else list(dict.fromkeys(m.view for m in resolved.models.values()))
+    what = f"pack the views {', '.join(views)} of {resolved.run}"
+    packed = _perform(
+        resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v) for v in views}
+    )
+    _show({name: manifest.notes for name, manifest in packed.items()})
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    model: Annotated[list[str] | None, typer.Option(help="a model of the recipe; default: all, in order")] = None,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Train models of the recipe with Ray Train and DeepSpeed, and export them (--limit: steps).
+
+    Example: cert-ray train jobs/numpy.yaml --model base
+    """
+    first = _load(recipe, overrides)
+    names = model or list(first.models)
+    steps = {f"models.{name}.train.{key}": value for name in names for key, value in _limited(limit)}
+    resolved = _load(recipe, overrides, steps)
+    for name in names:
+        resolved.train_config(name)
+    from cert_ray.operations import pipeline
+
+    what = f"train {', '.join(names)} into {resolved.run}/models"
+    results = _perform(resolved, address, dry_run, what, lambda: {n: pipeline.run_train(resolved, n) for n in names})
+    _show({name: _figures_of(result) for name, result in results.items()})
+
+
+def _limited(steps: int | None) -> list[tuple[str, int]]:
+    return [("steps", steps), ("warmup_steps", steps // 10)] if steps else []
+
+
+def _figures_of(result: Any) -> dict[str, Any]:
+    return {
+        "model": result.folder,
+        "steps": result.steps,
+        "first_loss": result.first_loss,
+        "last_loss": result.last_loss,
+        "held_out_loss": result.held_out_loss,
+    }
+
+
+@app.command()
+def sketch(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="a Python file, or - for standard input")] = "-",
+    kind: Annotated[str, typer.Option(help="constants, names, both or released")] = "constants",
+) -> None:
+    """Print the sketch of one file.
+
+    Example: echo 'df = pd.read_csv("a.csv")' | cert-ray sketch
+    """
+    from cert_ray.sketching import sketch as sketch_text
+
+    try:
+        source = sys.stdin.buffer.read().decode() if file == "-" else storage.read_text(file)
+    except FileNotFoundError as error:
+        raise InputError(file, "no such file", "Give a Python file, or - for standard input.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(file, f"not UTF-8: {error}", "Convert it first.") from error
+    sys.stdout.write(sketch_text(source, kind))
+
+
+@app.command()
+def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")] = ".") -> None:
+    """Check versions, accelerator, memory, disk, Ray's authentication and the sandbox, and say what to do.
+
+    Example: cert-ray doctor
+    """
+    from cert_ray.operations.doctor import Level, examine
+
+    findings = examine(folder)
+    for finding in findings:
+        typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
+        if finding.advice:
+            typer.echo(f"{'':26} -> {finding.advice}")
+    raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",
+    small: Annotated[
+        bool, typer.Option("--small", help="a fifth of the input and of the steps, for a quick look")
+    ] = False,
+    max_input_bytes: Annotated[int | None, typer.Option(help="read at most so many bytes of Python files")] = None,
+    base_steps: Annotated[int | None, typer.Option(help="training steps of the base model")] = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Run everything, small: this machine's Python files to a dataset, three models, a served answer and pass@k.
+
+    Example: cert-ray demo --output demo
+    """
+    from cert_ray.operations.demo import SMALL, DemoConfig, demo_recipe, render_summary, run_demo
+
+    given = {"output": output, "max_input_bytes": max_input_bytes, "base_steps": base_steps}
+    options = SMALL.model_dump() if small else {}
+    config = DemoConfig.from_mapping({**options, **{k: v for k, v in given.items() if v is not None}}, "demo")
+    summary = _perform(demo_recipe(config), address, dry_run, f"run the demo into {output}", lambda: run_demo(config))
+    typer.echo(render_summary(summary))

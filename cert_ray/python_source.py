@@ -1,0 +1,229 @@
+"""One pass over a Python file: the syntax check, and the facts that later stages share.
+
+In: decoded source text. Out: `SourceFacts` (blocks of top-level statements, functions, imported packages), or the
+`Dropped` that says why the running interpreter refuses the text. Offsets are code points; `byte_offsets` turns them
+into the UTF-8 bytes that the schemas store.
+
+"Parses" means `ast.parse` of the running interpreter. Symbol-table and compile errors (`return` outside a function)
+are not looked for. Literals and names belong to `sketching`; scores belong to `quality`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from cert_ray.schemas import Dropped, DropReason, StatementKind
+
+FunctionBody = Literal["empty", "plain", "docstring", "docstring_with_example"]
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A block: a run of top-level statements without a blank line between them. [start, end) in code points."""
+
+    start: int
+    end: int
+    kind: StatementKind
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionFacts:
+    """What the quality scores need of one `def`, methods and nested ones included, in source order."""
+
+    name: str
+    body: FunctionBody
+    calls_unittest_assert: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFacts:
+    """Everything one parse tells. `imports` are top-level package names of absolute imports, sorted and unique."""
+
+    statements: tuple[Statement, ...]
+    functions: tuple[FunctionFacts, ...]
+    imports: tuple[str, ...]
+
+
+def parse(source: str) -> ast.Module | Dropped:
+    """`ast.parse` that neither warns nor raises: what the interpreter refuses is a drop with its reason."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\d' in a corpus file must not drop it under -W error
+            return ast.parse(source)
+    except SyntaxError as error:
+        # "too many nested parentheses" (200), "too many levels of indentation" (100): CPython's tokenizer limits.
+        if error.msg.startswith("too many"):
+            return Dropped(DropReason.TOO_DEEPLY_NESTED, error.msg)
+        return Dropped(DropReason.NOT_PYTHON_3, f"line {error.lineno}: {error.msg}")
+    except ValueError as error:  # NUL characters, lone surrogates
+        return Dropped(DropReason.NOT_PYTHON_3, str(error))
+    except (RecursionError, MemoryError) as error:
+        return Dropped(DropReason.TOO_DEEPLY_NESTED, str(error) or type(error).__name__)
+
+
+def read_source(source: str) -> SourceFacts | Dropped:
+    """Parse once and read blocks, functions and imports off the tree."""
+    tree = parse(source)
+    if isinstance(tree, Dropped):
+        return tree
+    imports: set[str] = set()
+    functions: list[FunctionFacts] = []
+    may_assert = ".assert" in "".join(source.split()) if "assert" in source else False
+    for statement in _statements(tree):
+        if isinstance(statement, ast.Import):
+            imports.update(alias.name.partition(".")[0] for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            if statement.level == 0 and statement.module:
+                imports.add(statement.module.partition(".")[0])
+        elif isinstance(statement, FunctionNode):
+            asserts = may_assert and _calls_unittest_assert(statement)
+            functions.append(FunctionFacts(statement.name, _body(statement), asserts))
+    return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)))
+
+
+def byte_offsets(source: str, offsets: Sequence[int]) -> list[int]:
+    """UTF-8 byte offsets of sorted code point offsets into `source`."""
+    if source.isascii():
+        return list(offsets)
+    result, seen, size = [], 0, 0
+    for offset in offsets:
+        size += len(source[seen:offset].encode("utf-8", "surrogatepass"))
+        seen = offset
+        result.append(size)
+    return result
+
+
+class LineIndex:
+    """From the positions of `ast` nodes (line from 1, UTF-8 byte column) to code point offsets."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        # The tokenizer's line ends only: str.splitlines would also split at form feeds and U+2028.
+        self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
+        self._ascii = source.isascii()
+
+    def offset(self, line: int, column: int) -> int:
+        """Code point offset of a node position."""
+        start = self.starts[line - 1]
+        if self._ascii or column == 0:
+            return start + column
+        end = self.starts[line] if line < len(self.starts) else len(self.source)
+        text = self.source[start:end]
+        if text.isascii():
+            return start + column
+        return start + len(text.encode()[:column].decode(errors="ignore"))
+
+    def line_end(self, line: int) -> int:
+        """Code point offset of the end of a line, its line end excluded."""
+        if line >= len(self.starts):
+            return len(self.source)
+        end = self.starts[line] - 1
+        return end - 1 if self.source[end - 1 : end + 1] == "\r\n" else end
+
+    def line_at(self, offset: int) -> int:
+        """The line, from 1, that holds a code point offset."""
+        return bisect_right(self.starts, offset)
+
+
+_LINE_END = re.compile(r"\r\n?|\n")
+_EXAMPLE = re.compile(r">>>|^\s*(?:usage\s+)?examples?\b", re.IGNORECASE | re.MULTILINE)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Every statement, nested ones included, in source order. Expressions are skipped: nothing we want is in one."""
+    stack: list[ast.AST] = tree.body[::-1]  # type: ignore[assignment]
+    while stack:
+        node = stack.pop()
+        yield node
+        nested: list[ast.AST] = []
+        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+            inner = getattr(node, field, None)
+            if type(inner) is list:
+                nested += inner
+        stack += nested[::-1]
+
+
+def _body(function: FunctionNode) -> FunctionBody:
+    """Empty means nothing but `pass`, `...` and a docstring. An example is `>>>` or a line that starts with Example."""
+    docstring = ast.get_docstring(function, clean=False)
+    rest = function.body[docstring is not None :]
+    if all(isinstance(node, ast.Pass) or _is_ellipsis(node) for node in rest):
+        return "empty"
+    if docstring is None:
+        return "plain"
+    return "docstring_with_example" if _EXAMPLE.search(docstring) else "docstring"
+
+
+def _is_ellipsis(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is ...
+
+
+def _calls_unittest_assert(function: FunctionNode) -> bool:
+    """Whether `self.assert...(` is called in it, nested functions included."""
+    return any(
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr.startswith("assert")
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+        for node in ast.walk(function)
+    )
+
+
+def _blocks(source: str, tree: ast.Module) -> tuple[Statement, ...]:
+    """Group the top-level statements; a new block starts after a blank line between two of them.
+
+    A block is made of whole lines. Comments right below a statement stay with it; all others belong to the following
+    block, at the end of the file to the last one. So only blank lines lie between blocks.
+    """
+    if not tree.body:
+        return ()
+    lines = LineIndex(source)
+
+    def is_blank(line: int) -> bool:
+        return not source[lines.starts[line - 1] : lines.line_end(line)].strip()
+
+    last_line = len(lines.starts)
+    firsts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) for node in tree.body]
+    groups: list[list[int]] = [[0]]
+    blanks: list[int] = []  # the first blank line after each group
+    for index, (before, first) in enumerate(pairwise_ends(tree.body, firsts), start=1):
+        blank = next((line for line in range(before + 1, first) if is_blank(line)), None)
+        if blank is None:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+            blanks.append(blank)
+    blocks, after = [], 1
+    for number, group in enumerate(groups):
+        end_line = blanks[number] - 1 if number < len(blanks) else last_line
+        start_line = next(line for line in range(after, last_line + 1) if not is_blank(line))
+        while is_blank(end_line):
+            end_line -= 1
+        start, end = lines.starts[start_line - 1], lines.line_end(end_line)
+        nodes = [tree.body[index] for index in group]
+        blocks.append(Statement(start, end, _kind(nodes, source[start:end])))
+        after = end_line + 1
+    return tuple(blocks)
+
+
+def pairwise_ends(body: Sequence[ast.stmt], firsts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(last line of a statement, first line of the next one) for each neighbouring pair."""
+    for (before, _), (_, first) in pairwise(zip(body, firsts, strict=True)):
+        yield before.end_lineno or before.lineno, first
+
+
+def _kind(nodes: Sequence[ast.stmt], text: str) -> StatementKind:
+    if "__name__" in text:
+        return StatementKind.MAIN
+    if all(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes):
+        return StatementKind.IMPORT
+    return StatementKind.CODE

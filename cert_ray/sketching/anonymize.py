@@ -1,0 +1,288 @@
+"""Source in, sketch out: the placeholders of literals and names, spliced in one pass.
+
+In: Python source text. Out: `Sketched` (the sketch as text, the spans of its placeholders, the source ranges they
+stand for), or the `Dropped` that says why not. Outside placeholders a sketch equals its source to the code point,
+except for a space put in where a placeholder would join a word (`return"a"if x` -> `return string if x`).
+
+Four kinds: `constants` (CERT) replaces literals and the names at `def` and `class`; `names` (CERT-N) replaces
+user-defined names (`names.py` says which); `both` (CERT-NC) replaces all of these; `released` does byte for byte what
+the authors' code does, so about a quarter of its sketches do not parse. The other three parse wherever the source does:
+
+- adjacent string literals are one placeholder, comments between them included; a run that holds a part that stays
+  (a triple-quoted one, `br''`) stays whole;
+- literals in the patterns of `case` stay: a name there would capture;
+- a prefixed triple-quoted docstring stays as a plain one does. Other literals follow the released rule (`literals.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from cert_ray.errors import SketchError
+from cert_ray.python_source import LineIndex, parse
+from cert_ray.schemas import Dropped
+from cert_ray.sketching.literals import COMMENT, STAYS, STRING_KINDS, Lexeme, is_word, scan
+from cert_ray.sketching.names import find_names, pattern_ranges
+
+PLACEHOLDER_KINDS: tuple[str, ...] = (
+    "number",
+    "float",
+    "floatexponant",
+    "complex",
+    "string",
+    "rawstring",
+    "interstring",
+    "interrawstring",
+    "binarystring",
+    "unicodestring",
+    "func",
+    "AnClass",
+    "variable",  # these two by the kinds `names` and `both` only
+    "argument",
+)
+
+
+class SketchKind(StrEnum):
+    """What a sketch replaces: the ablations of the paper, and the authors' code to the byte."""
+
+    CONSTANTS = "constants"
+    NAMES = "names"
+    BOTH = "both"
+    RELEASED = "released"
+
+
+class Placeholder(NamedTuple):
+    """[start, end) in the code points of the sketch, and a word of PLACEHOLDER_KINDS, which is also its text.
+
+    A named tuple, not a dataclass: sketching makes one per literal, and this takes a third of the time.
+    """
+
+    start: int
+    end: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sketched:
+    """A sketch: `placeholders[i]` of `text` stands for the source range `replaced[i]` (code points, half open)."""
+
+    text: str
+    placeholders: tuple[Placeholder, ...]
+    replaced: tuple[tuple[int, int], ...]
+
+
+def sketch(source: str, kind: str = "constants") -> str:
+    """The sketch of `source` as text.
+
+    Raises:
+        SketchError: `source` is refused by this interpreter, or `kind` is none of `SketchKind`.
+    """
+    return sketch_spans(source, kind).text
+
+
+def sketch_spans(source: str, kind: str = "constants") -> Sketched:
+    """The sketch of `source` with the spans of its placeholders.
+
+    Raises:
+        SketchError: `source` is refused by this interpreter, or `kind` is none of `SketchKind`.
+    """
+    try:
+        checked_kind = SketchKind(kind)
+    except ValueError:
+        allowed = ", ".join(SketchKind)
+        raise SketchError(f"unknown kind of sketch {kind!r}: use one of {allowed}") from None
+    outcome: Sketched | Dropped
+    tree = parse(source)
+    outcome = tree if isinstance(tree, Dropped) else sketch_source(source, checked_kind)
+    if isinstance(outcome, Dropped):
+        raise SketchError(f"only source that this Python parses has a sketch ({outcome.reason}: {outcome.detail})")
+    return outcome
+
+
+def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
+    """The sketch of a source that is known to parse (`python_source.read_source` said so).
+
+    `constants` and `released` are a scan without a parser; they do not find out that a source does not parse, and
+    then give some text. `names`, `both` and files with `case` are parsed here, and dropped if that fails.
+    """
+    if kind is SketchKind.RELEASED:
+        # The released code loses form feeds between tokens.
+        return _splice(source, (found for found in scan(source) if found[2] not in (COMMENT, STAYS)), "\f")
+    found: Iterable[Lexeme]
+    if kind is SketchKind.NAMES:
+        found = (lexeme for lexeme in scan(source) if lexeme[2] in ("func", "AnClass"))
+    else:
+        found = _joined(source, scan(source))
+        if _CASE.search(source):
+            tree = parse(source)
+            if isinstance(tree, Dropped):
+                return tree
+            found = _outside(found, pattern_ranges(tree, LineIndex(source)))
+    if kind is not SketchKind.CONSTANTS:
+        names = find_names(source)
+        if isinstance(names, Dropped):
+            return names
+        found = _merged(found, names)
+    return _splice(source, found)
+
+
+# A `case` block starts a line. False alarms cost a parse, nothing else.
+_CASE = re.compile(r"(?<=[\r\n])[ \t\f]*case\b")
+_BETWEEN_PARTS = re.compile(r"(?:[ \t\f\r\n]|\\(?:\r\n?|\n)|#[^\r\n]*)*")
+_CONTINUED_LINE = re.compile(r"\\(?:\r\n?|\n)")
+_DOCSTRING_KINDS = frozenset({"rawstring", "unicodestring"})
+_TRIPLE = frozenset({'"""', "'''"})
+
+
+def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
+    """What `constants` replaces: implicit concatenations as one, without what stays."""
+    brackets = _Brackets(source)
+    run: Lexeme | None = None
+    for lexeme in lexemes:
+        start, end, kind = lexeme
+        if kind not in STRING_KINDS:
+            if kind == COMMENT:
+                brackets.skip(start, end)
+                continue
+            if run:
+                if run[2]:
+                    yield run
+                run = None
+            yield lexeme
+            continue
+        if kind in _DOCSTRING_KINDS and source[start + 1 : start + 4] in _TRIPLE and _is_docstring(source, start):
+            kind = STAYS
+        if run:
+            between = source[run[1] : start]
+            # Most neighbours have a comma or a call between them.
+            if (not between or between[0] in " \t\f\\\r\n#") and brackets.join(run[1], between):
+                brackets.skip(start, end)
+                run = (run[0], end, _kind_of_run(run[2], kind))
+                continue
+            if run[2]:
+                yield run
+        brackets.skip(start, end)
+        run = (start, end, kind)
+    if run and run[2]:
+        yield run
+
+
+def _kind_of_run(one: str, other: str) -> str:
+    """The kind of two adjacent literals; a part that stays keeps the whole, an f-string decides otherwise."""
+    if one == other or STAYS in (one, other):
+        return one if one == other else STAYS
+    if one.startswith("inter") or other.startswith("inter"):
+        return "interstring"
+    return "string"
+
+
+class _Brackets:
+    """Whether a position lies inside brackets, counted only when somebody asks: a newline ends a statement outside."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._skips: list[tuple[int, int]] = []  # strings and comments since the last count
+        self._counted = 0
+        self._depth = 0
+
+    def skip(self, start: int, end: int) -> None:
+        self._skips.append((start, end))
+
+    def join(self, end: int, between: str) -> bool:
+        """Whether two strings with `between` them, the first ending at `end`, are one implicit concatenation."""
+        if not _BETWEEN_PARTS.fullmatch(between):
+            return False
+        rest = _CONTINUED_LINE.sub("", between)
+        return not ("\n" in rest or "\r" in rest) or self._inside(end)
+
+    def _inside(self, position: int) -> bool:
+        at, source = self._counted, self._source
+        for start, end in [*self._skips, (position, position)]:
+            code = source[at:start]
+            self._depth += code.count("(") + code.count("[") + code.count("{")
+            self._depth -= code.count(")") + code.count("]") + code.count("}")
+            at = end
+        self._skips.clear()
+        self._counted = at
+        return self._depth > 0
+
+
+def _is_docstring(source: str, start: int) -> bool:
+    """Whether a string starts a suite or the file: it is alone on its line, below a colon or only comments."""
+    line_at = max(source.rfind("\n", 0, start), source.rfind("\r", 0, start)) + 1
+    while not source[line_at:start].strip():
+        if line_at == 0:
+            return True
+        start = line_at - 1
+        line_at = max(source.rfind("\n", 0, start), source.rfind("\r", 0, start)) + 1
+        line = source[line_at:start].split("#", 1)[0].strip()
+        if line:
+            return line.endswith(":")
+        start = line_at
+    return False
+
+
+def _outside(lexemes: Iterable[Lexeme], ranges: list[tuple[int, int]]) -> Iterator[Lexeme]:
+    """The lexemes that lie in none of the sorted ranges."""
+    index = 0
+    for lexeme in lexemes:
+        while index < len(ranges) and ranges[index][1] <= lexeme[0]:
+            index += 1
+        if index == len(ranges) or lexeme[0] < ranges[index][0]:
+            yield lexeme
+
+
+def _merged(lexemes: Iterable[Lexeme], names: list[Lexeme]) -> list[Lexeme]:
+    """Both in order; a name inside a literal that is replaced anyway is left out."""
+    merged: list[Lexeme] = []
+    for lexeme in sorted([*lexemes, *names]):
+        if not merged or lexeme[0] >= merged[-1][1]:
+            merged.append(lexeme)
+    return merged
+
+
+def _splice(source: str, found: Iterable[Lexeme], drop: str | None = None) -> Sketched:
+    """Put the placeholders in. With `drop` (the released kind) that character is lost between tokens, and no space is
+    put in where a placeholder joins a word."""
+    out: list[str] = []
+    placeholders: list[Placeholder] = []
+    replaced: list[tuple[int, int]] = []
+    last = size = 0
+    for start, end, kind in found:
+        gap = _gap(source, last, start) if drop is None else _without(source[last:start], drop)
+        out += (gap, kind)
+        size += len(gap)
+        after = size + len(kind)
+        placeholders.append(Placeholder(size, after, kind))
+        replaced.append((start, end))
+        size, last = after, end
+    tail = source[last:]
+    out.append((" " + tail if last and tail and is_word(tail[0]) else tail) if drop is None else _without(tail, drop))
+    return Sketched("".join(out), tuple(placeholders), tuple(replaced))
+
+
+def _gap(source: str, last: int, start: int) -> str:
+    """The source between two placeholders, with a space where one of them would join a word."""
+    gap = source[last:start]
+    if gap:
+        if last and is_word(gap[0]):
+            gap = " " + gap
+        if is_word(gap[-1]):
+            gap += " "
+    return gap
+
+
+def _without(code: str, drop: str) -> str:
+    """`code` without a character, except inside strings and comments."""
+    if drop not in code:
+        return code
+    out: list[str] = []
+    last = 0
+    for start, end, _ in scan(code):
+        out += (code[last:start].replace(drop, ""), code[start:end])
+        last = end
+    return "".join([*out, code[last:].replace(drop, "")])

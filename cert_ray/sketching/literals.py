@@ -1,0 +1,128 @@
+r"""One left-to-right scan over Python source: its literals and the names after `def` and `class`.
+
+In: source that parses. Out: `Lexeme`s in source order. No parser is involved: a scan of strings, comments, numbers and
+words is exact for these, and several times faster than `ast.parse` (figures in DESIGN.md, "Sketches change only
+placeholders").
+
+The words of the placeholders and what stays are those of the released CERT code (PAPER.md): unprefixed triple-quoted
+strings, plain strings that hold three quotes, `br''`, hexadecimal, octal and binary integers and `1e3j` stay.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+
+from cert_ray.sketching.fstrings import read_fstring
+
+# (start, end, kind): kind is a word of PLACEHOLDER_KINDS, or one of the two below. A plain tuple: there is one per
+# literal of 96 GB of text.
+Lexeme = tuple[int, int, str]
+STAYS = ""  # a string that no kind of sketch replaces
+COMMENT = "#"
+
+STRING_KINDS = frozenset(
+    {"string", "rawstring", "interstring", "interrawstring", "binarystring", "unicodestring", STAYS}
+)
+
+# Since 3.12 (PEP 701) an f-string's fields may hold its own quotes, so the plain string pattern can end too early.
+NESTED_FSTRINGS = sys.version_info >= (3, 12)
+
+# Every alternative starts with a fixed character or set, so that `re` can skip to the next candidate. Possessive
+# quantifiers keep a megabyte on one line linear. Outside strings and comments, everything beyond ASCII is part of an
+# identifier (`\w` would miss combining marks). Words are matched so that their digits are no numbers.
+WORD = r"[A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff]*+"
+_LEXEME = re.compile(
+    rf"""\#[^\r\n]*+
+    |"(?:""[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+\"""|[^"\\\r\n]*+(?:\\(?:\r\n|.)[^"\\\r\n]*+)*+")
+    |'(?:''[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''|[^'\\\r\n]*+(?:\\(?:\r\n|.)[^'\\\r\n]*+)*+')
+    |[0-9](?:[xXoObB][0-9a-fA-F_]++[lL]?|[0-9_]*+\.?[0-9_]*+(?:[eE][-+]?[0-9][0-9_]*+)?[jJlL]?)
+    |\.[0-9][0-9_]*+(?:[eE][-+]?[0-9][0-9_]*+)?[jJ]?
+    |(?:def|class)(?:[\ \t\f]|\\(?:\r\n?|\n))++{WORD}
+    |{WORD}""",
+    re.VERBOSE | re.DOTALL,
+)
+_DEFINITION = re.compile(rf"(def|class)(?:[ \t\f]|\\(?:\r\n?|\n))++({WORD})")
+
+
+def _prefixes() -> dict[str, str]:
+    """String prefix, in any case and order of letters, to placeholder word."""
+    words = {"": "string", "r": "rawstring", "u": "unicodestring", "b": "binarystring"}
+    words |= {"f": "interstring", "t": "interstring"}
+    words |= {"fr": "interrawstring", "rf": "interrawstring", "tr": "interrawstring", "rt": "interrawstring"}
+    words |= {"br": STAYS, "rb": STAYS}
+    cased = {}
+    for prefix, word in words.items():
+        for first in {prefix[:1], prefix[:1].upper()}:
+            for second in {prefix[1:], prefix[1:].upper()}:
+                cased[first + second] = word
+    return cased
+
+
+_KIND_OF_PREFIX = _prefixes()
+
+
+def number_kind(literal: str) -> str:
+    """Placeholder word of a number, STAYS where the released code leaves it."""
+    lower = literal.lower()
+    if lower[:2] in ("0x", "0o", "0b") or lower[-1] == "l":
+        return STAYS
+    if lower[-1] == "j":
+        return STAYS if "e" in lower else "complex"
+    if "e" in lower:
+        return "floatexponant"
+    if "." in lower:
+        return "float"
+    if len(lower) > 1 and lower[0] == "0" and lower.strip("0_"):  # 0777 is Python 2
+        return STAYS
+    return "number"
+
+
+def scan(source: str, *, nested_fstrings: bool = NESTED_FSTRINGS) -> Iterator[Lexeme]:
+    """Literals, definition names and comments of `source`, in order, a string's prefix included."""
+    numbers: dict[str, str] = {}  # a file repeats the same few numbers
+    word_at, word_end, at = -1, -1, 0  # the last word of at most two letters: it may be a string's prefix
+    while True:  # again only after an f-string that ends later than the pattern says
+        for match in _LEXEME.finditer(source, at):
+            text = match[0]
+            first = text[0]
+            if first in "\"'":
+                start, end = match.span()
+                prefix = ""
+                if word_end == start and source[word_at:word_end] in _KIND_OF_PREFIX:
+                    prefix, quote_at, start = source[word_at:word_end], start, word_at
+                    if nested_fstrings and "{" in text and prefix[0] in "fFtTrR" and _interpolates(prefix):
+                        true_end, _ = read_fstring(source, quote_at, raw="r" in prefix.lower())
+                        if true_end != end:
+                            yield start, true_end, _KIND_OF_PREFIX[prefix]
+                            at = true_end
+                            break
+                if not prefix and ('"""' in text or "'''" in text):
+                    yield start, end, STAYS
+                else:
+                    yield start, end, _KIND_OF_PREFIX[prefix]
+            elif first in "0123456789.":
+                kind = numbers.get(text)
+                if kind is None:
+                    kind = numbers[text] = number_kind(text)
+                if kind:
+                    yield match.start(), match.end(), kind
+            elif first == "#":
+                yield match.start(), match.end(), COMMENT
+            elif len(text) < 3:
+                word_at, word_end = match.span()
+            elif first in "dc" and (definition := _DEFINITION.fullmatch(text)):
+                kind = "func" if definition[1] == "def" else "AnClass"
+                yield match.end() - len(definition[2]), match.end(), kind
+        else:
+            return
+
+
+def is_word(character: str) -> bool:
+    """Whether a character of code, outside strings and comments, is part of a word or number."""
+    return character.isalnum() or character == "_" or character >= "\x80"
+
+
+def _interpolates(prefix: str) -> bool:
+    return _KIND_OF_PREFIX[prefix].startswith("inter")

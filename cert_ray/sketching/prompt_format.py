@@ -1,0 +1,195 @@
+r"""The only place that turns placeholder spans into special tokens, and back.
+
+In: a `tokenizers.Tokenizer` to which `add_special_tokens` was applied, and text with spans. Out: token ids; from ids,
+text with spans. Used for the training text of the sketcher and the generator, for the prompt at serving, and to read
+the answer, so the three cannot drift apart. A pair is
+
+    SKETCH \n <|segmentation|> \n CODE
+
+where at serving CODE is the context that the generator goes on from.
+
+Special tokens are reached through spans alone: the word `string` in code is ordinary text, and so is `<|string|>`. For
+that, encoding works on a private copy of the tokenizer with `encode_special_tokens` set and without truncation or
+padding, so nobody else's settings are seen or changed, in other threads either.
+
+The format of the authors' released code (placeholders as plain words, a comment as separator) is kept at the end for
+comparison.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from tokenizers import AddedToken, Tokenizer
+
+from cert_ray.sketching.anonymize import PLACEHOLDER_KINDS, Placeholder, Sketched
+
+END_OF_TEXT = "<|endoftext|>"
+PAD = "<|pad|>"
+SEPARATOR = "<|segmentation|>"
+
+
+def special_token(kind: str) -> str:
+    """The special token of a placeholder kind."""
+    return f"<|{kind}|>"
+
+
+SPECIAL_TOKENS: tuple[str, ...] = (END_OF_TEXT, PAD, SEPARATOR, *map(special_token, PLACEHOLDER_KINDS))
+
+
+def add_special_tokens(tokenizer: Tokenizer) -> int:
+    """Add what `tokenizer` lacks of SPECIAL_TOKENS, in their order; the model's embeddings grow by the result."""
+    before = tokenizer.get_vocab_size(with_added_tokens=True)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return int(tokenizer.get_vocab_size(with_added_tokens=True)) - before
+
+
+def encode_code(tokenizer: Tokenizer, code: str) -> list[int]:
+    """Ids of text in which nothing is a special token, whatever it looks like."""
+    return encode_code_batch(tokenizer, [code])[0]
+
+
+def encode_code_batch(tokenizer: Tokenizer, codes: Sequence[str]) -> list[list[int]]:
+    """`encode_code` of each, in parallel where the tokenizers library is allowed to."""
+    encodings = _ordinary(tokenizer).encode_batch_fast(list(codes), add_special_tokens=False)
+    return [encoding.ids for encoding in encodings]
+
+
+def encode_sketch(tokenizer: Tokenizer, sketch: str, placeholders: Sequence[Placeholder]) -> list[int]:
+    """Ids of a sketch, each placeholder one special token."""
+    return encode_sketch_batch(tokenizer, [(sketch, placeholders)])[0]
+
+
+def encode_sketch_batch(tokenizer: Tokenizer, sketches: Iterable[tuple[str, Sequence[Placeholder]]]) -> list[list[int]]:
+    """`encode_sketch` of each (sketch, placeholders)."""
+    return _encode(tokenizer, [_pieces(sketch, placeholders) for sketch, placeholders in sketches])
+
+
+def encode_pair(tokenizer: Tokenizer, sketch: str, placeholders: Sequence[Placeholder], code: str) -> list[int]:
+    """Ids of sketch, newline, separator, newline, code: the generator's training text, and its prompt."""
+    return encode_pair_batch(tokenizer, [(sketch, placeholders, code)])[0]
+
+
+def encode_pair_batch(tokenizer: Tokenizer, pairs: Iterable[tuple[str, Sequence[Placeholder], str]]) -> list[list[int]]:
+    """`encode_pair` of each (sketch, placeholders, code)."""
+    return _encode(
+        tokenizer,
+        [
+            [*_pieces(sketch + "\n", placeholders), (SEPARATOR, True), ("\n" + code, False)]
+            for sketch, placeholders, code in pairs
+        ],
+    )
+
+
+def decode_sketch(tokenizer: Tokenizer, ids: Sequence[int]) -> Sketched:
+    """Text and spans of a sketch's ids. Other special tokens are left out; `replaced` is empty, for there is no source.
+
+    Ids that are no whole UTF-8 character become U+FFFD, as in any decoding.
+    """
+    kinds, others = _special_ids(tokenizer)
+    out: list[str] = []
+    placeholders: list[Placeholder] = []
+    size, ordinary = 0, []
+    for token in [*ids, None]:
+        kind = None if token is None else kinds.get(token)
+        if token is not None and kind is None:
+            if token not in others:
+                ordinary.append(token)
+            continue
+        if ordinary:
+            out.append(tokenizer.decode(ordinary, skip_special_tokens=False))
+            size += len(out[-1])
+            ordinary = []
+        if kind is not None:
+            out.append(kind)
+            placeholders.append(Placeholder(size, size + len(kind), kind))
+            size += len(kind)
+    return Sketched("".join(out), tuple(placeholders), ())
+
+
+def has_placeholder(tokenizer: Tokenizer, ids: Iterable[int]) -> bool:
+    """Whether a sketch's ids hold a placeholder: if not, the sketch is the answer (PAPER.md, "Inference")."""
+    kinds, _ = _special_ids(tokenizer)
+    return any(token in kinds for token in ids)
+
+
+def decode_code(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Text of ids without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _pieces(sketch: str, placeholders: Sequence[Placeholder]) -> list[tuple[str, bool]]:
+    """The sketch as (text, whether it is a special token)."""
+    pieces, last = [], 0
+    for start, end, kind in placeholders:
+        pieces += [(sketch[last:start], False), (special_token(kind), True)]
+        last = end
+    return [*pieces, (sketch[last:], False)]
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[list[int]]:
+    """All ordinary pieces of all texts in one batch, then the special ids between them."""
+    specials = {token: _token_id(tokenizer, token) for token in SPECIAL_TOKENS}
+    ordinary = [piece for pieces in texts for piece, special in pieces if piece and not special]
+    encoded = iter(_ordinary(tokenizer).encode_batch_fast(ordinary, add_special_tokens=False))
+    result = []
+    for pieces in texts:
+        ids: list[int] = []
+        for piece, special in pieces:
+            if special:
+                ids.append(specials[piece])
+            elif piece:
+                ids += next(encoded).ids
+        result.append(ids)
+    return result
+
+
+def _token_id(tokenizer: Tokenizer, token: str) -> int:
+    number = tokenizer.token_to_id(token)
+    assert number is not None, f"the tokenizer has no {token}: add_special_tokens was not applied to it"
+    return int(number)
+
+
+def _special_ids(tokenizer: Tokenizer) -> tuple[dict[int, str], frozenset[int]]:
+    return _special_ids_of(tokenizer, tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+def _ordinary(tokenizer: Tokenizer) -> Tokenizer:
+    return _ordinary_of(tokenizer, tokenizer.get_vocab_size(with_added_tokens=True))
+
+
+# The vocabulary's size is part of the key: tokens may be added to a tokenizer that was used before. Tokenizers are
+# hashed by identity; the few that a process uses stay alive here.
+@lru_cache(maxsize=8)
+def _special_ids_of(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[int, str], frozenset[int]]:  # noqa: ARG001
+    kinds = {_token_id(tokenizer, special_token(kind)): kind for kind in PLACEHOLDER_KINDS}
+    special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    return kinds, frozenset(special - kinds.keys())
+
+
+@lru_cache(maxsize=8)
+def _ordinary_of(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:  # noqa: ARG001
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    copy.encode_special_tokens = True
+    return copy
+
+
+# The released format, for comparison only: it cannot tell a placeholder from the same word in code.
+
+RELEASED_SEPARATOR = "# [segmentation]"
+
+
+def released_pair(sketch: str, code: str) -> str:
+    """Sketch and code in plain text, as the authors' code joins them."""
+    return f"{sketch}\n{RELEASED_SEPARATOR}\n{code}"
+
+
+def released_has_placeholder(sketch: str) -> bool:
+    """Whether the text holds a literal's placeholder word anywhere, which is how the authors' code routes.
+
+    `df.astype(float)` and `df.to_string()` count too: a fault (PAPER.md), shown here to be measured.
+    """
+    return any(kind in sketch for kind in PLACEHOLDER_KINDS if kind not in ("func", "AnClass", "variable", "argument"))

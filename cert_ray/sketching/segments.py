@@ -1,0 +1,63 @@
+"""Blocks of code aligned with the blocks of their sketch, from which the generator's text is built.
+
+In: a source, its sketch, and its blocks (`python_source`). Out: one `Segment` per block. No text is formatted or split:
+placeholders lie inside blocks, so the blocks' borders map through the placeholders before them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cert_ray.python_source import Statement
+from cert_ray.schemas import StatementKind
+from cert_ray.sketching.anonymize import Sketched
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A block of code and its sketch: half-open ranges of code points in source and sketch.
+
+    `with_sketch` is false where the code stands alone in the generator's text: imports, and blocks with `__name__`
+    (PAPER.md, "The generator's training text").
+    """
+
+    code_start: int
+    code_end: int
+    sketch_start: int
+    sketch_end: int
+    with_sketch: bool
+
+
+def align_segments(source: str, sketched: Sketched, statements: Sequence[Statement]) -> tuple[Segment, ...]:
+    """One segment per block, in order."""
+    ends = [end for _, end in sketched.replaced]
+    return tuple(
+        Segment(
+            block.start,
+            block.end,
+            _sketch_offset(source, sketched, ends, block.start),
+            _sketch_offset(source, sketched, ends, block.end),
+            block.kind is StatementKind.CODE,
+        )
+        for block in statements
+    )
+
+
+def _sketch_offset(source: str, sketched: Sketched, ends: Sequence[int], offset: int) -> int:
+    """Where the border of a line outside all placeholders lies in the sketch."""
+    index = bisect_right(ends, offset)  # the placeholders before it
+    code_at = ends[index - 1] if index else 0
+    sketch_at = sketched.placeholders[index - 1].end if index else 0
+    after = index < len(ends)
+    code_gap = source[code_at : sketched.replaced[index][0] if after else len(source)]
+    sketch_gap = sketched.text[sketch_at : sketched.placeholders[index].start if after else len(sketched.text)]
+    if code_gap == sketch_gap:
+        return sketch_at + offset - code_at
+    # A space was put in, or (released) form feeds were lost: count line ends, which no kind of sketch changes.
+    before = source[code_at:offset]
+    if "\f" not in code_gap:
+        return sketch_at + offset - code_at + (sketch_gap[:1] == " " != code_gap[:1] and offset > code_at)
+    lines = len(before.splitlines())
+    return sketch_at + sum(map(len, sketch_gap.splitlines(keepends=True)[:lines]))

@@ -1,0 +1,93 @@
+"""Where an answer begins and ends: stop strings, and blanks at the end of a prompt.
+
+In: token numbers, a tokenizer, strings. Out: cut text, and which tokens may come first. No model in here.
+
+A prompt that ends in blanks (`return `, an indent) is a trap for byte-level BPE: in training text the blank belongs to
+the token after it (` df`), so a model given the lone blank is off its distribution. The blanks are taken off the
+prompt and the answer is made to begin with them, token by token; then they are taken off the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from tokenizers import Tokenizer
+
+# PAPER.md, Inference 4: a completion is cut at the first of these.
+PAPER_STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
+
+# A stop string may begin inside a token: this many tokens more than its bytes are decoded. Assumed: no UTF-8 character
+# spreads over more than four tokens.
+_TAIL_SLACK_TOKENS = 4
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Offset of the first stop string in `text`, or None."""
+    found = [offset for offset in (text.find(stop) for stop in stops if stop) if offset >= 0]
+    return min(found) if found else None
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """`text` up to the first stop string, which is left out."""
+    return text[: first_stop(text, stops)]
+
+
+def split_trailing_blanks(prompt: str) -> tuple[str, str]:
+    """`prompt` without the spaces and tabs at its end, and those blanks."""
+    body = prompt.rstrip(" \t")
+    return body, prompt[len(body) :]
+
+
+def drop_start(text: str, start: str) -> str:
+    """`text` without `start`, which it begins with unless it is too short to hold it."""
+    return text[len(start) :] if text.startswith(start) else text.removeprefix(text if start.startswith(text) else "")
+
+
+class StopWatch:
+    """Sees a stop string as soon as the tokens that complete it are there, by decoding only the last few."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop for stop in stops if stop)
+        longest_bytes = max((len(stop.encode()) for stop in self._stops), default=0)
+        self._tail_tokens = longest_bytes + _TAIL_SLACK_TOKENS
+        added = tokenizer.get_added_tokens_decoder()
+        self._special_ids = frozenset(number for number, token in added.items() if token.special)
+
+    def seen(self, ids: Sequence[int]) -> bool:
+        """Whether a stop string ends within the last tokens of `ids`."""
+        if not self._stops:
+            return False
+        tail = list(ids[-self._tail_tokens :])
+        # The text around a placeholder must not join into a stop string; what is before it was looked at before.
+        special = [place for place, token in enumerate(tail) if token in self._special_ids]
+        text = self._tokenizer.decode(tail[special[-1] + 1 :] if special else tail)
+        return first_stop(text, self._stops) is not None
+
+
+class FirstTokens:
+    """Which tokens may come next while an answer must still begin with some blanks."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+        """`vocab_size` is that of the model, which may be padded beyond the tokenizer's."""
+        known = tokenizer.get_vocab_size(with_added_tokens=True)
+        self._texts = tuple(tokenizer.decode([token], skip_special_tokens=True) for token in range(known))
+        self._vocab_size = vocab_size
+        self._refused = lru_cache(maxsize=64)(self._find_refused)
+
+    def text_of(self, token: int) -> str:
+        """The text of one token; empty for special tokens and for those that the tokenizer does not know."""
+        return self._texts[token] if token < len(self._texts) else ""
+
+    def refused(self, start: str) -> torch.Tensor | None:
+        """Tokens that cannot begin an answer beginning with `start`: bool [V]; None when that would refuse all."""
+        return self._refused(start)
+
+    def _find_refused(self, start: str) -> torch.Tensor | None:
+        refused_V = torch.ones(self._vocab_size, dtype=torch.bool)
+        for token, text in enumerate(self._texts[: self._vocab_size]):
+            if text and (text.startswith(start) or start.startswith(text)):
+                refused_V[token] = False
+        return None if bool(refused_V.all()) else refused_V

@@ -1,0 +1,200 @@
+"""`complete(prompts, n) -> completions`, which evaluation and `cert-ray generate` ask: models at hand, or an endpoint.
+
+In: model folders, or the URL of an OpenAI-compatible server. Out: for each prompt a list of `n` texts that continue it,
+cut at PAPER.md's stop strings. Nothing is scored and nothing is run in here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pydantic
+
+from cert_ray.config import Config
+from cert_ray.errors import InputError, RequestError
+from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
+from cert_ray.serving.sampling import Sampling
+
+Complete = Callable[[list[str], int], list[list[str]]]
+
+_log = logging.getLogger(__name__)
+
+_OPENAI_MAX_STOPS = 4  # OpenAI API reference, "Completions"
+_BUSY = frozenset({408, 429, 502, 503, 504})
+
+
+class CompleterConfig(Config):
+    """How completions are sampled; PAPER.md's 100 new tokens and top_p 0.9, at its temperature that suits pass@1."""
+
+    max_tokens: int = pydantic.Field(default=100, ge=1)
+    temperature: float = pydantic.Field(default=0.2, ge=0, le=2)
+    top_p: float = pydantic.Field(default=0.9, gt=0, le=1)
+    seed: int = 0
+    stop: tuple[str, ...] = PAPER_STOPS
+
+    def sampling(self, n: int) -> Sampling:
+        """These options for `n` samples."""
+        return Sampling(n=n, **self.model_dump())
+
+
+class EndpointConfig(Config):
+    """An OpenAI-compatible server. `url` is its base, with or without `/v1`."""
+
+    url: str
+    model: str | None = None  # None: the first that the server lists
+    api_key: pydantic.SecretStr | None = None
+    timeout_s: float = pydantic.Field(default=300.0, gt=0)
+    attempts: int = pydantic.Field(default=6, ge=1)
+    longest_wait_s: float = pydantic.Field(default=30.0, gt=0)  # between attempts, whatever the server asks for
+    max_n: int = pydantic.Field(default=100, ge=1)  # per request; more are asked for in further requests
+
+
+class LocalCompleter:
+    """Completions by models of this machine: one model, or the cascade."""
+
+    def __init__(self, answerer: Answerer, config: CompleterConfig | None = None) -> None:
+        self._answerer = answerer
+        self._config = config or CompleterConfig()
+
+    def __call__(self, prompts: list[str], n: int) -> list[list[str]]:
+        """`n` completions for each prompt, in order."""
+        answers = self._answerer.answer(prompts, self._config.sampling(n))
+        return [[choice.text for choice in answer.choices] for answer in answers]
+
+
+class EndpointCompleter:
+    """Completions by an OpenAI-compatible server. Close it, or use it in a `with` block."""
+
+    def __init__(
+        self,
+        endpoint: EndpointConfig,
+        config: CompleterConfig | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`transport` and `sleep` are for tests."""
+        self._endpoint = endpoint
+        self._config = config or CompleterConfig()
+        self._sleep = sleep
+        key = endpoint.api_key
+        self._client = httpx.Client(
+            base_url=endpoint.url.rstrip("/").removesuffix("/v1") + "/v1/",
+            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else None,
+            timeout=endpoint.timeout_s,
+            transport=transport,
+        )
+        self._model = endpoint.model
+
+    def __enter__(self) -> EndpointCompleter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._client.close()
+
+    def __call__(self, prompts: list[str], n: int) -> list[list[str]]:
+        """`n` completions for each prompt, in order.
+
+        Raises:
+            RequestError: when the server refuses a request.
+            InputError: when it cannot be reached, or answers with something else than completions.
+        """
+        return [self._complete_one(prompt, n) for prompt in prompts]
+
+    def _complete_one(self, prompt: str, n: int) -> list[str]:
+        if self._model is None:
+            self._model = self._first_model()
+        texts: list[str] = []
+        while len(texts) < n:
+            part = min(n - len(texts), self._endpoint.max_n)
+            # A further request wants further samples, not the first ones again.
+            body = {
+                "model": self._model,
+                "prompt": prompt,
+                "n": part,
+                "max_tokens": self._config.max_tokens,
+                "temperature": self._config.temperature,
+                "top_p": self._config.top_p,
+                "seed": self._config.seed + len(texts),
+                "stop": list(self._config.stop[:_OPENAI_MAX_STOPS]),  # the rest is cut below
+            }
+            texts += self._read_texts(self._request("POST", "completions", body), part)
+        return [cut_at(text, self._config.stop) for text in texts]
+
+    def _first_model(self) -> str:
+        listed = self._request("GET", "models", None)
+        try:
+            return str(listed["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise self._not_openai("lists no model", "Name one with --endpoint-model.") from error
+
+    def _read_texts(self, answer: Any, n: int) -> list[str]:
+        try:
+            choices = sorted(answer["choices"], key=lambda choice: int(choice["index"]))
+            texts = [str(choice["text"]) for choice in choices]
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._not_openai("answers without choices") from error
+        if len(texts) != n:
+            raise self._not_openai(f"gave {len(texts)} of the {n} samples asked for", "Set max_n to what it allows.")
+        return texts
+
+    def _not_openai(self, problem: str, cure: str = "Is it an OpenAI-compatible server?") -> InputError:
+        return InputError(self._endpoint.url, problem, cure)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        """The JSON of the answer; waits and tries again while the server is busy or cannot be reached."""
+        for attempt in range(1, self._endpoint.attempts + 1):
+            try:
+                response = self._client.request(method, path, json=body)
+            except httpx.TransportError as error:
+                if attempt == self._endpoint.attempts:
+                    cure = "Check the URL, and that the server runs."
+                    raise InputError(self._endpoint.url, f"cannot be reached: {error!r}", cure) from error
+                self._wait(None, attempt, repr(error))
+                continue
+            if response.status_code in _BUSY and attempt < self._endpoint.attempts:
+                self._wait(response.headers.get("Retry-After"), attempt, f"status {response.status_code}")
+                continue
+            return self._read_response(response)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _read_response(self, response: httpx.Response) -> Any:
+        try:
+            answer = response.json()
+        except ValueError as error:
+            problem = f"status {response.status_code}, and the body is not JSON"
+            raise self._not_openai(problem) from error
+        if response.is_success:
+            return answer
+        error_fields = answer.get("error") if isinstance(answer, dict) else None
+        message = error_fields.get("message") if isinstance(error_fields, dict) else response.text
+        raise RequestError(response.status_code, f"{self._endpoint.url}: {message}")
+
+    def _wait(self, retry_after: str | None, attempt: int, why: str) -> None:
+        """Sleep as long as the server asks, else 1, 2, 4, ... seconds; at most `longest_wait_s`."""
+        try:
+            asked_s = float(retry_after) if retry_after is not None else 2.0 ** (attempt - 1)
+        except ValueError:  # an HTTP date: rare, and a backoff does as well
+            asked_s = 2.0 ** (attempt - 1)
+        wait_s = min(max(asked_s, 0.0), self._endpoint.longest_wait_s)
+        _log.warning("endpoint %s: %s, attempt %d, trying again in %.1f s", self._endpoint.url, why, attempt, wait_s)
+        self._sleep(wait_s)
+
+
+def complete_with_models(models: ModelConfig, config: CompleterConfig | None = None) -> Complete:
+    """A `complete` by the model, or the sketcher and generator, of `models`."""
+    return LocalCompleter(Answerer.load(models), config)
+
+
+def complete_with_endpoint(endpoint: EndpointConfig, config: CompleterConfig | None = None) -> Complete:
+    """A `complete` by a server."""
+    return EndpointCompleter(endpoint, config)

@@ -1,0 +1,204 @@
+"""The served application, asked with the real `openai` client: answers as in process, and errors it knows."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import warnings
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pydantic
+import pytest
+import yaml
+from ray.exceptions import RayActorError, RayTaskError
+
+from cert_ray.errors import ConfigError, InputError, RequestError
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.sampling import Sampling
+from tests.serving.builders import save_model
+
+with warnings.catch_warnings():
+    # Importing ray.serve 2.60 under pydantic 2: its own options are declared with Field(update_type=...).
+    warnings.simplefilter("ignore", pydantic.warnings.PydanticDeprecatedSince20)
+    from ray.serve.exceptions import BackPressureError
+
+    from cert_ray.serving.on_ray import HandleBackend, ServedApp, ServerConfig, build_app, start_server
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray's own sockets and its import of pkg_resources-era modules warn while Serve starts and stops.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+KEY = "a-key-of-the-tests"
+PROMPT = "import pandas as pd\ndf = pd.DataFrame([1])\nx ="
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "sketcher").mkdir()
+    (folder / "generator").mkdir()
+    (folder / "keys").write_text(f"{KEY}\nanother\n")
+    return ServerConfig(
+        sketcher=save_model(folder / "sketcher", seed=1, window=128),
+        generator=save_model(folder / "generator", seed=2, window=128),
+        model_name="cert-test",
+        api_keys_file=str(folder / "keys"),
+        max_ongoing_requests=1,
+        max_queued_requests=1,
+        request_timeout_s=60,
+    )
+
+
+@pytest.fixture(scope="module")
+def served(ray_cluster: None, config: ServerConfig) -> Iterator[ServedApp]:
+    with start_server(config) as app:
+        yield app
+
+
+@pytest.fixture
+def client(served: ServedApp) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{served.base_url}/v1", api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+def test_the_served_answer_is_the_answer_in_process(client: openai.OpenAI, config: ServerConfig) -> None:
+    response = client.completions.create(
+        model="cert-test", prompt=PROMPT, n=4, max_tokens=12, temperature=0.8, top_p=0.9, seed=11, stop=["\n\n"]
+    )
+    sampling = Sampling(n=4, max_tokens=12, temperature=0.8, top_p=0.9, seed=11, stop=("\n\n",))
+    expected = Answerer.load(config).answer([PROMPT], sampling)[0]
+    assert [choice.text for choice in response.choices] == [choice.text for choice in expected.choices]
+    assert response.usage is not None
+    assert response.usage.prompt_tokens == expected.prompt_tokens
+    cert = response.model_extra["cert"] if response.model_extra else {}
+    assert (cert["route"], cert["sketch"]) == (expected.route.value, expected.sketch)
+    assert cert["sketch_votes"] == expected.sketch_votes
+    assert set(cert["timings_s"]) == set(expected.timings_s)
+
+
+def test_the_server_listens_on_loopback_alone(served: ServedApp) -> None:
+    assert served.base_url.startswith("http://127.0.0.1:")
+
+
+def test_the_client_lists_the_model_and_finds_it(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["cert-test"]
+    assert client.models.retrieve("cert-test").id == "cert-test"
+
+
+def test_the_clients_own_exceptions_are_raised(client: openai.OpenAI, served: ServedApp) -> None:
+    with pytest.raises(openai.NotFoundError, match="cert-test"):
+        client.completions.create(model="gpt-4", prompt="x")
+    with pytest.raises(openai.BadRequestError, match="window is 128 tokens") as refused:
+        client.completions.create(model="cert-test", prompt="a b c d " * 200)
+    assert refused.value.code == "context_length_exceeded"
+    with (
+        openai.OpenAI(base_url=f"{served.base_url}/v1", api_key="wrong", max_retries=0) as stranger,
+        pytest.raises(openai.AuthenticationError),
+    ):
+        stranger.models.list()
+    assert httpx.get(f"{served.base_url}/health").json() == {"status": "ok"}
+
+
+def test_more_requests_than_the_queue_holds_are_refused_and_the_others_answered(served: ServedApp) -> None:
+    body = {"model": "cert-test", "prompt": PROMPT, "n": 200, "max_tokens": 60}
+
+    def ask(_: int) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEY}"}
+        return httpx.post(f"{served.base_url}/v1/completions", json=body, headers=headers, timeout=60)
+
+    with ThreadPoolExecutor(12) as pool:
+        responses = list(pool.map(ask, range(12)))
+    assert {response.status_code for response in responses} == {200, 503}
+    for response in responses:
+        if response.status_code == 503:
+            assert response.json()["error"]["code"] == "overloaded"
+            assert response.headers["Retry-After"]
+
+
+def test_a_missing_model_folder_is_named_at_once(ray_cluster: None, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent: no such model folder"):
+        start_server(ServerConfig(model=str(tmp_path / "absent")))
+
+
+def test_a_second_address_is_refused(served: ServedApp, config: ServerConfig) -> None:
+    with pytest.raises(ConfigError, match="already listens"):
+        start_server(config.model_copy(update={"port": 1}))
+
+
+def test_the_builder_takes_what_serve_run_passes(config: ServerConfig) -> None:
+    """`serve run ...:build_app model=DIR replicas=2` passes strings."""
+    assert build_app({"model": config.generator, "replicas": "2", "num_cpus": "0.5"})
+    with pytest.raises(ConfigError, match="unknown option"):
+        build_app({"model": config.generator, "modle": "x"})
+
+
+class Handle:
+    """A deployment handle whose call ends in `outcome`, or never."""
+
+    def __init__(self, outcome: Exception | None) -> None:
+        self.answer, self._outcome = self, outcome
+        self.cancelled = False
+
+    def remote(self, *_: object) -> Handle:
+        return self
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def __await__(self) -> Generator[Any, None, None]:
+        if self._outcome is not None:
+            raise self._outcome
+        yield from asyncio.sleep(60).__await__()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "code"),
+    [
+        (None, 504, "timeout"),
+        (BackPressureError(3, 2), 503, "overloaded"),
+        (RayActorError(), 503, "unavailable"),
+        (RayTaskError("answer", "trace", ValueError("a secret of the engine")), 500, "engine_failed"),
+        (RayTaskError("answer", "trace", RequestError(400, "too long", "prompt", "c")), 400, "c"),
+    ],
+)
+def test_failures_behind_the_front_door_become_refusals(outcome: Exception | None, status: int, code: str) -> None:
+    handle = Handle(outcome)
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(HandleBackend(handle, "cert", timeout_s=0.05).complete(["x"], Sampling()))
+    assert (refused.value.status, refused.value.code) == (status, code)
+    assert handle.cancelled == (outcome is None)
+    assert "secret" not in refused.value.message
+
+
+def test_an_open_server_wants_keys() -> None:
+    with pytest.raises(ConfigError, match="api_keys_file"):
+        ServerConfig.from_mapping({"model": "m", "host": "0.0.0.0"}, "test")
+
+
+def test_a_file_without_keys_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("\n")
+    with pytest.raises(ConfigError, match="no key in it"):
+        build_app({"model": "m", "api_keys_file": str(tmp_path / "keys")})
+
+
+@pytest.mark.parametrize("name", ["serve-laptop.yaml", "serve-cluster.yaml"])
+def test_shipped_config_files_name_host_and_fit_the_builder(name: str) -> None:
+    path = Path(__file__).parents[2] / "cluster" / name
+    schema = yaml.safe_load(path.read_text())
+    host = schema["http_options"]["host"]
+    for application in schema["applications"]:
+        assert application["import_path"] == "cert_ray.serving.on_ray:build_app"
+        ServerConfig.from_mapping({**application["args"], "host": host}, name)
+
+
+def test_refusals_survive_the_way_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(RequestError(400, "no", "prompt", "c")))
+    assert (error.status, error.message, error.param, error.code) == (400, "no", "prompt", "c")

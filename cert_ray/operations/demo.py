@@ -1,8 +1,8 @@
 """`cert-ray demo`: the whole of CERT, small, on the Python files that lie on this machine anyway.
 
-In: the standard library and installed packages. Out, below one folder: the annotated dataset with its card, a tokenizer,
-a base model, a sketcher and a generator, an answer over HTTP, pass@k of a few problems, and `summary.md`. Every stage is
-the real one, only small; what is finished is picked up by the next run.
+In: the standard library and installed packages. Out, below one folder: the annotated dataset with its card, a
+tokenizer, a base model, a sketcher and a generator, an answer over HTTP, pass@k of a few problems, and `summary.md`.
+Every stage is the real one, only small; what is finished is picked up by the next run.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def _check_learned(summary: Summary) -> None:
     held_out = summary.models["base"]["held_out_loss"]
     if held_out is None or not held_out < summary.unigram_entropy:
         raise CertRayError(
-            f"the base model's held-out loss is {held_out} nats per token, not below the {summary.unigram_entropy:.3f} of "
-            "single-token frequencies: it has learned nothing. Give it more --base-steps or more input bytes."
+            f"the base model's held-out loss is {held_out} nats per token, not below the {summary.unigram_entropy:.3f} "
+            "of single-token frequencies: it has learned nothing. Give it more --base-steps or more input bytes."
         )
 
 

@@ -71,3 +71,13 @@ def _tokenizer_of(recipe: Recipe, view: View) -> str:
 def _external_start(recipe: Recipe, name: str) -> str:
     start = recipe.models[name].start
     return _external_start(recipe, start) if start in recipe.models else start
+
+
+def run_views(recipe: Recipe) -> dict[str, Manifest]:
+    """Pack every view that a model of the recipe reads."""
+    return {view.value: run_pack(recipe, view) for view in dict.fromkeys(m.view for m in recipe.models.values())}
+
+
+def run_models(recipe: Recipe) -> dict[str, TrainResult]:
+    """Train every model of the recipe, in its order."""
+    return {name: run_train(recipe, name) for name in recipe.models}

@@ -13,9 +13,11 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards import units as units_module
 from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.telemetry.on_ray import count_plan, count_report
 from cert_ray.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ def run_units(
     memory_bytes: int | None = None,
 ) -> list[ShardReport]:
     """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
+
+    An error raised on purpose in a task comes back as itself, without Ray's wrapping.
 
     Args:
         work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
@@ -66,13 +70,21 @@ def run_units(
         memory=memory_bytes,
         compute=ray.data.TaskPoolStrategy(size=workers) if workers else None,
     )
+    count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
     with Progress(stage, total=len(units), unit="shards") as progress:
-        for row in dataset.iter_rows():
-            report = ShardReport.model_validate_json(row["report"])
-            reports[report.shard] = report
-            reused += bool(row["reused"])
-            progress.advance(1, rows=report.rows_read, kept=report.rows_kept)
+        try:
+            for row in dataset.iter_rows():
+                report = ShardReport.model_validate_json(row["report"])
+                reports[report.shard] = report
+                reused += bool(row["reused"])
+                count_report(stage, report)
+                progress.advance(1, rows=report.rows_read, kept=report.rows_kept)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            while cause is not None and not isinstance(cause, CertRayError):
+                cause = cause.__cause__
+            raise (cause or error) from None
     logger.info("%s: %d shards, %d of them reused", stage, len(reports), reused)
     return [reports[unit.name] for unit in units]

@@ -1,0 +1,55 @@
+"""What the entries in `jobs/` share: read the recipe, join the job's Ray, run one stage, tell the outcome."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from cert_ray.errors import CertRayError, ConfigError
+from cert_ray.operations.on_ray import ray_session
+from cert_ray.operations.recipe import Recipe, load_mapping, override, recipe_from
+
+
+def run_job(stage: Callable[[Recipe], Any]) -> None:
+    """Run `stage` on the recipe that the command line names; exit status 0, 1 (failed) or 2 (cannot be used).
+
+    The last line on standard output is `{"outcome": "finished", ...}` or `{"outcome": "failed", "error": ...}`.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
+    try:
+        recipe = _recipe(sys.argv[1:])
+        with ray_session():
+            result = stage(recipe)
+    except CertRayError as error:
+        _tell({"outcome": "failed", "error": str(error)})
+        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+    _tell({"outcome": "finished", "run": recipe.run, "result": _brief(result)})
+
+
+def _recipe(arguments: list[str]) -> Recipe:
+    if not arguments:
+        raise ConfigError(f"usage: {sys.argv[0]} RECIPE.yaml [KEY=VALUE ...]")
+    options = load_mapping(arguments[0])
+    for text in arguments[1:]:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text}: wants KEY=VALUE, e.g. workers=2")
+        override(options, key, yaml.safe_load(value))
+    return recipe_from(options, arguments[0])
+
+
+def _brief(result: Any) -> Any:
+    if isinstance(result, dict):
+        return {name: _brief(value) for name, value in result.items()}
+    keys = ("rows_read", "rows_kept", "dropped", "folder", "steps", "last_loss", "held_out_loss")
+    return {key: getattr(result, key) for key in keys if hasattr(result, key)}
+
+
+def _tell(outcome: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(outcome) + "\n")
+    sys.stdout.flush()

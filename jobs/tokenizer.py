@@ -1,0 +1,12 @@
+"""Annotated dataset to tokenizer, as a Ray job.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/tokenizer.py jobs/numpy.yaml [KEY=VALUE ...]
+
+Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
+"""
+
+from cert_ray.operations import pipeline
+from cert_ray.operations.job import run_job
+
+if __name__ == "__main__":
+    run_job(lambda recipe: pipeline.run_tokenizer(recipe))

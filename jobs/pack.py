@@ -1,6 +1,7 @@
-"""Annotated dataset and tokenizer to packed views, as a Ray job.
+r"""Annotated dataset and tokenizer to packed views, as a Ray job.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/pack.py jobs/numpy.yaml [KEY=VALUE ...]
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/pack.py jobs/numpy.yaml [KEY=VALUE ...]
 
 Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
 """

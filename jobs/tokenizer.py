@@ -1,6 +1,7 @@
-"""Annotated dataset to tokenizer, as a Ray job.
+r"""Annotated dataset to tokenizer, as a Ray job.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/tokenizer.py jobs/numpy.yaml [KEY=VALUE ...]
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/tokenizer.py jobs/numpy.yaml [KEY=VALUE ...]
 
 Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
 """

@@ -1,6 +1,7 @@
-"""Packed views to exported models, in the recipe's order, as a Ray job.
+r"""Packed views to exported models, in the recipe's order, as a Ray job.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py jobs/numpy.yaml [KEY=VALUE ...]
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/train.py jobs/numpy.yaml [KEY=VALUE ...]
 
 Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
 """

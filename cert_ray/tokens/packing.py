@@ -20,7 +20,7 @@ import numpy as np
 from cert_ray.errors import ConfigError
 from cert_ray.tokens.shards import BoolArray, IntArray, PackedTokens
 
-LOOK_AHEAD_PIECES = 2_048  # assumed; see the measurement in test_packing
+LOOK_AHEAD_PIECES = 256  # measured on log-normal pairs (median 120, window 1,024): 16 use 99.2%, 64 99.7%, 256 99.9%
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class _Fitter:
     """The state of a fit: which pieces are placed, and the pieces ahead by length.
 
     `_ahead` holds, per length, the waiting pieces of the window in order, and `_lengths` has bit L set when one of
-    length L waits: the best fit for a gap is the highest bit up to it, one operation on an integer of `row_tokens` bits.
+    length L waits: the best fit for a gap is the highest bit up to it, one operation on a `row_tokens` bit integer.
     A piece that leaves the window, in order or as a best fit, is always the first of its length.
     """
 

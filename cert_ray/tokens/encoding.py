@@ -1,0 +1,266 @@
+"""From rows of the annotated dataset to the tokens and pieces of one view.
+
+In: a table of schemas.ANNOTATED, a tokenizer, a `PackConfig`. Out: an `EncodedShard`. It reads and writes no file.
+
+    base, xl    the code, <|endoftext|>
+    sketcher    the sketch with its placeholders as special tokens, <|endoftext|>
+    generator   per segment its sketch and its code (`prompt_format.encode_pair`), or its code alone where it stands
+                without a sketch; three line breaks between segments; <|endoftext|>
+
+A document is one piece, which may be cut at a row's border. In the generator's view it is one piece per segment, with
+what follows the segment; those with a sketch are atomic, unless they are longer than a row: then the code stands alone,
+and is counted. base and xl make the same text: they differ by the libraries chosen and by the recipe.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pydantic
+from tokenizers import Tokenizer
+
+from cert_ray import schemas
+from cert_ray.config import Config
+from cert_ray.schemas import DropReason
+from cert_ray.sketching import prompt_format
+from cert_ray.sketching.anonymize import Placeholder
+from cert_ray.tokens.dataset import uniform_of_hash
+from cert_ray.tokens.shards import UNIGRAMS, BoolArray, token_dtype
+from cert_ray.tokens.vocabulary import vocabulary_size
+
+SEGMENT_JOIN = "\n\n\n"  # PAPER.md, "The generator's training text"
+_BATCH_ROWS = 512  # bounds the Python integers alive at a time to a few million
+
+
+class View(StrEnum):
+    """Which text of a document a model is trained on."""
+
+    BASE = "base"
+    XL = "xl"
+    SKETCHER = "sketcher"
+    GENERATOR = "generator"
+
+
+class PackConfig(Config):
+    """How to turn the dataset into a view's tokens."""
+
+    view: View
+    context_tokens: int = pydantic.Field(1_024, ge=1)
+    libraries: tuple[str, ...] | None = None  # only files that import one of them; None takes every file
+    held_out_fraction: float = pydantic.Field(0.02, ge=0, lt=1)  # by content hash: the same files in every view
+    seed: int = pydantic.Field(0, ge=0)  # of the held-out split
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedShard:
+    """The tokens and pieces of one shard; rows_read = documents + sum(dropped)."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    pieces: pa.Table  # schemas.PIECES
+    unigrams: pa.Table  # of the held-out documents
+    rows_read: int
+    documents: int
+    dropped: dict[str, int]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    ids: list[int]
+    atomic: bool = False
+
+
+def encode_shard(table: pa.Table, tokenizer: Tokenizer, config: PackConfig) -> EncodedShard:
+    """Encode the rows of `table` that the view takes, in their order."""
+    kept, dropped = _kept_rows(table, config)
+    held_out = np.array(
+        [
+            uniform_of_hash(digest, config.seed) < config.held_out_fraction
+            for digest in kept["content_hash"].to_pylist()
+        ],
+        np.bool_,
+    )
+    vocab_size = vocabulary_size(tokenizer)
+    encoder = _Encoder(tokenizer, config)
+    chunks: list[npt.NDArray[np.unsignedinteger]] = []
+    documents: list[int] = []
+    lengths: list[int] = []
+    atomic: list[bool] = []
+    for start in range(0, kept.num_rows, _BATCH_ROWS):
+        for ordinal, pieces in enumerate(encoder.documents(kept.slice(start, _BATCH_ROWS)), start):
+            chunks.extend(np.array(piece.ids, token_dtype(vocab_size)) for piece in pieces)
+            documents.extend([ordinal] * len(pieces))
+            lengths.extend(len(piece.ids) for piece in pieces)
+            atomic.extend(piece.atomic for piece in pieces)
+    tokens = np.concatenate([np.zeros(0, token_dtype(vocab_size)), *chunks])
+    rows, counts = np.array(documents, np.int32), np.array(lengths, np.int64)
+    pieces_table = _pieces_table(rows, counts, kept["weight"].to_numpy(), held_out, np.array(atomic, np.bool_))
+    held_out_tokens = tokens[np.repeat(held_out[rows], counts)]
+    return EncodedShard(
+        tokens=tokens,
+        pieces=pieces_table,
+        unigrams=_unigrams(held_out_tokens, vocab_size),
+        rows_read=table.num_rows,
+        documents=kept.num_rows,
+        dropped=dropped,
+        counts={
+            "documents": kept.num_rows,
+            "held_out_documents": int(held_out.sum()),
+            "tokens": len(tokens),
+            "held_out_tokens": len(held_out_tokens),
+            **encoder.counts,
+        },
+    )
+
+
+class _Encoder:
+    """Turns batches of rows into pieces, and counts pairs on the way."""
+
+    def __init__(self, tokenizer: Tokenizer, config: PackConfig) -> None:
+        self._tokenizer = tokenizer
+        self._row_tokens = config.context_tokens + 1
+        end = tokenizer.token_to_id(prompt_format.END_OF_TEXT)
+        assert end is not None, "pack checks that the tokenizer has the special tokens"
+        self._end = [end]
+        self._join = prompt_format.encode_code(tokenizer, SEGMENT_JOIN)
+        self.counts = {"pairs": 0, "pairs_too_long": 0}
+        views = {View.SKETCHER: self._sketches, View.GENERATOR: self._segments}
+        self.documents = views.get(config.view, self._codes)  # from a batch of rows, the pieces of each row
+
+    def _codes(self, rows: pa.Table) -> Iterator[list[_Piece]]:
+        for ids in prompt_format.encode_code_batch(self._tokenizer, rows["content"].to_pylist()):
+            yield [_Piece(ids + self._end)]
+
+    def _sketches(self, rows: pa.Table) -> Iterator[list[_Piece]]:
+        sketches = [
+            (row["sketch"], _code_point_placeholders(row["sketch"], row["placeholders"]))
+            for row in rows.select(["sketch", "placeholders"]).to_pylist()
+        ]
+        for ids in prompt_format.encode_sketch_batch(self._tokenizer, sketches):
+            yield [_Piece(ids + self._end)]
+
+    def _segments(self, rows: pa.Table) -> Iterator[list[_Piece]]:
+        """One piece per segment, each with what follows it; a file without segments is its code."""
+        columns = rows.select(["content", "sketch", "placeholders", "segments"])
+        blocks = [list(_blocks(row)) or [_Block(row["content"], None)] for row in columns.to_pylist()]
+        alone = [block.code for row in blocks for block in row if block.sketch is None]
+        paired = [(*block.sketch, block.code) for row in blocks for block in row if block.sketch is not None]
+        codes = iter(prompt_format.encode_code_batch(self._tokenizer, alone))
+        pairs = iter(prompt_format.encode_pair_batch(self._tokenizer, paired))
+        for row in blocks:
+            after = [self._join] * (len(row) - 1) + [self._end]
+            yield [
+                _Piece(next(codes) + follows) if block.sketch is None else self._pair(next(pairs), block.code, follows)
+                for block, follows in zip(row, after, strict=True)
+            ]
+
+    def _pair(self, ids: list[int], code: str, after: list[int]) -> _Piece:
+        """A sketch and its code, never parted; the code alone where both do not fit a row."""
+        self.counts["pairs"] += 1
+        if len(ids) + len(after) <= self._row_tokens:
+            return _Piece(ids + after, atomic=True)
+        self.counts["pairs_too_long"] += 1
+        return _Piece(prompt_format.encode_code(self._tokenizer, code) + after)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A segment's code, and its sketch with placeholders counted from its start, or None where it stands alone."""
+
+    code: str
+    sketch: tuple[str, list[Placeholder]] | None
+
+
+def _blocks(row: dict[str, Any]) -> Iterator[_Block]:
+    """The segments of one row of the dataset."""
+    segments = row["segments"]
+    codes = _slices(row["content"], segments, "code")
+    sketches = _slices(row["sketch"], segments, "sketch")
+    placeholders = _code_point_placeholders(row["sketch"], row["placeholders"])
+    starts = [placeholder.start for placeholder in placeholders]
+    for segment, (code_start, code_end), (start, end) in zip(segments, codes, sketches, strict=True):
+        sketch = None
+        if segment["with_sketch"]:
+            inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
+            moved = [Placeholder(spot.start - start, spot.end - start, spot.kind) for spot in inside]
+            sketch = (row["sketch"][start:end], moved)
+        yield _Block(row["content"][code_start:code_end], sketch)
+
+
+def _slices(text: str, segments: Sequence[dict[str, Any]], side: str) -> list[tuple[int, int]]:
+    starts = code_points(text, [segment[f"{side}_start"] for segment in segments])
+    ends = code_points(text, [segment[f"{side}_end"] for segment in segments])
+    return list(zip(starts, ends, strict=True))
+
+
+def code_points(text: str, byte_offsets: Sequence[int]) -> Sequence[int]:
+    """Offsets into the UTF-8 bytes of `text` as offsets into its code points; the same ones for ASCII."""
+    if text.isascii():
+        return byte_offsets
+    is_start = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+    starts_before = np.concatenate([[0], np.cumsum(is_start)])
+    offsets: list[int] = starts_before[np.asarray(byte_offsets, np.int64)].tolist()
+    return offsets
+
+
+def _code_point_placeholders(sketch: str, placeholders: Sequence[dict[str, Any]]) -> list[Placeholder]:
+    starts = code_points(sketch, [spot["start"] for spot in placeholders])
+    ends = code_points(sketch, [spot["end"] for spot in placeholders])
+    kinds = [spot["kind"] for spot in placeholders]
+    return [Placeholder(start, end, kind) for start, end, kind in zip(starts, ends, kinds, strict=True)]
+
+
+def unigram_entropy_nats(counts: npt.NDArray[np.int64]) -> float | None:
+    """Entropy of the tokens' own distribution, in nats per token: the loss of the best model without context."""
+    total = counts.sum()
+    if not total:
+        return None
+    shares = counts[counts > 0] / total
+    return float(-(shares * np.log(shares)).sum())
+
+
+def _kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str, int]]:
+    """The rows that the view takes, and how many were dropped for which reason."""
+    dropped: dict[str, int] = {}
+    if config.libraries is not None:
+        kept = table.filter(pa.array(_imports_any(table, config.libraries)))
+        dropped[DropReason.OTHER_LIBRARY.value] = table.num_rows - kept.num_rows
+        table = kept
+    if config.view in (View.SKETCHER, View.GENERATOR):
+        kept = table.filter(table["sketch"].is_valid())
+        dropped[DropReason.UNSKETCHABLE.value] = table.num_rows - kept.num_rows
+        table = kept
+    return table, {reason: count for reason, count in dropped.items() if count}
+
+
+def _imports_any(table: pa.Table, libraries: Sequence[str]) -> BoolArray:
+    lists = table["libraries"].combine_chunks()
+    wanted = np.zeros(table.num_rows, np.bool_)
+    hits = pc.is_in(lists.flatten(), value_set=pa.array(libraries, pa.string()))
+    wanted[pc.list_parent_indices(lists).filter(hits).to_numpy()] = True
+    return wanted
+
+
+def _pieces_table(
+    rows: npt.NDArray[np.int32],
+    lengths: npt.NDArray[np.int64],
+    weight: npt.NDArray[np.float64],
+    held_out: BoolArray,
+    atomic: BoolArray,
+) -> pa.Table:
+    columns = [rows, np.cumsum(lengths) - lengths, lengths.astype(np.int32), weight[rows], held_out[rows], atomic]
+    return pa.Table.from_arrays([pa.array(column) for column in columns], schema=schemas.PIECES)
+
+
+def _unigrams(tokens: npt.NDArray[np.unsignedinteger], vocab_size: int) -> pa.Table:
+    counts = np.bincount(tokens, minlength=vocab_size)
+    found = np.flatnonzero(counts)
+    return pa.Table.from_arrays([pa.array(found.astype(np.int32)), pa.array(counts[found])], schema=UNIGRAMS)

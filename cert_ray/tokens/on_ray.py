@@ -1,0 +1,45 @@
+"""Packing on Ray: one work unit per shard of the dataset, then the manifest.
+
+In: URLs of an annotated dataset and of a tokenizer's folder. Out: token shards (`shards`), the same bytes on any number
+of workers. What a unit does stands in `pack_unit`, which needs no Ray; this module holds placement alone.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.shards.on_ray import run_units
+from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.tokens.encoding import PackConfig
+from cert_ray.tokens.pack import pack_with
+
+
+def pack_dataset(dataset: str, tokenizer: str, output: str, config: PackConfig, workers: int | None = None) -> Manifest:
+    """Encode every document of the view and write the token shards into `output`, the manifest last.
+
+    Only what is missing, or was made from other inputs or options, is done. `workers` bounds the tasks that run at a
+    time; None is as many as the cluster has CPUs. Ray must have been started.
+
+    Raises:
+        InputError: when the dataset holds no document of the view, or there is no tokenizer at `tokenizer`.
+        TokenizerMismatchError: when the tokenizer lacks special tokens that the view needs.
+        NotFinishedError, SchemaVersionError: when `dataset` is no finished dataset of this version.
+    """
+
+    def run(
+        units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+    ) -> list[ShardReport]:
+        one_cpu = partial(_on_one_cpu, work)
+        return run_units(
+            units, one_cpu, folder=folder, config_digest=config_digest, stage=stage, verb=verb, workers=workers
+        )
+
+    return pack_with(run, dataset, tokenizer, output, config)
+
+
+def _on_one_cpu(work: Work, unit: WorkUnit) -> ShardReport:
+    """Keep the tokenizer from starting a thread per core of the node in each of the node's tasks."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return work(unit)

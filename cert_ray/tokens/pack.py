@@ -1,0 +1,140 @@
+"""A pack, whatever runs its units: plan them from the dataset's shards, do one, sum them up.
+
+In: URLs of an annotated dataset and of a tokenizer's folder, and a `PackConfig`. Out: a folder of token shards with a
+manifest of stage "tokens". How units are run (Ray, or one process) is the caller's choice: `RunUnits`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Protocol
+
+import xxhash
+from tokenizers import Tokenizer
+
+from cert_ray import manifests, storage
+from cert_ray.errors import InputError, TokenizerMismatchError
+from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.shards.units import Work, WorkUnit, run_in_process
+from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
+from cert_ray.tokens import dataset as datasets
+from cert_ray.tokens.dataset import Dataset
+from cert_ray.tokens.encoding import PackConfig, View, encode_shard, unigram_entropy_nats
+from cert_ray.tokens.finished import finished_manifest
+from cert_ray.tokens.shards import STAGE, VERB, held_out_unigrams, write_shard
+from cert_ray.tokens.vocabulary import (
+    TOKENIZER_FILE,
+    load_tokenizer,
+    parse_tokenizer,
+    tokenizer_digest,
+    vocabulary_size,
+)
+
+_LIBRARIES_NAMED = 12  # in the message when no document matches
+
+
+class RunUnits(Protocol):
+    """What runs units: `shards.units.run_in_process`, or `shards.on_ray.run_units` with its placement bound."""
+
+    def __call__(
+        self, units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+    ) -> list[ShardReport]:
+        """The reports of `units`, in their order."""
+        ...
+
+
+def pack_in_process(dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
+    """`on_ray.pack_dataset` without Ray: the same bytes, one shard after the other."""
+    return pack_with(run_in_process, dataset, tokenizer, output, config)
+
+
+def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
+    """See `on_ray.pack_dataset`, which this is but for what runs the units."""
+    dataset, output = storage.absolute(dataset), storage.absolute(output)
+    opened = datasets.open_dataset(dataset)
+    vocabulary = load_tokenizer(tokenizer)
+    _check_special_tokens(vocabulary, tokenizer, config.view)
+    digest = tokenizer_digest(vocabulary)
+    inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}".encode()))
+    if (finished := finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
+        return finished
+    storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
+    units = [
+        WorkUnit(
+            name=storage.name_of(shard.name).removesuffix(".parquet"),
+            payload={"file": shard.name, "checksum": shard.checksum},
+            rows=shard.rows,
+        )
+        for shard in opened.shards
+    ]
+    work = functools.partial(
+        pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
+    )
+    config_digest = f"{config.digest()} {digest}"
+    reports = run_units(units, work, folder=output, config_digest=config_digest, stage=STAGE, verb=VERB)
+    if not sum(report.rows_kept for report in reports):
+        raise _no_document(opened, config)
+    manifest = manifests.summarize(
+        STAGE, config, inputs_digest, reports, _notes(vocabulary, digest, opened, output, reports)
+    )
+    manifests.write_manifest(output, manifest)
+    return manifest
+
+
+def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str, config: PackConfig) -> ShardReport:
+    """Encode one shard of `dataset` and write its tokens into `output`."""
+    table = storage.read_parquet(
+        storage.join(dataset, unit.payload["file"]),
+        ["content", "content_hash", "libraries", "weight", "sketch", "placeholders", "segments"],
+    )
+    encoded = encode_shard(table, _parsed(tokenizer_json), config)
+    return ShardReport(
+        shard=unit.name,
+        unit_digest="",  # set by what runs the unit
+        files=write_shard(output, unit.name, encoded.tokens, encoded.pieces, encoded.unigrams),
+        rows_read=encoded.rows_read,
+        rows_kept=encoded.documents,
+        dropped=encoded.dropped,
+        counts=encoded.counts,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _parsed(tokenizer_json: str) -> Tokenizer:
+    return parse_tokenizer(tokenizer_json, TOKENIZER_FILE)
+
+
+def _notes(
+    vocabulary: Tokenizer, digest: str, dataset: Dataset, output: str, reports: list[ShardReport]
+) -> dict[str, str | int | float | None]:
+    vocab_size = vocabulary_size(vocabulary)
+    files = [file for report in reports for file in report.files]
+    return {
+        "vocab_size": vocab_size,
+        "tokenizer_digest": digest,
+        "dataset_digest": dataset.digest,
+        "pad_id": vocabulary.token_to_id(PAD),
+        "end_id": vocabulary.token_to_id(END_OF_TEXT),
+        "held_out_unigram_entropy_nats": unigram_entropy_nats(held_out_unigrams(output, files, vocab_size)),
+    }
+
+
+def _check_special_tokens(vocabulary: Tokenizer, url: str, view: View) -> None:
+    needed = SPECIAL_TOKENS if view in (View.SKETCHER, View.GENERATOR) else (END_OF_TEXT, PAD)
+    missing = [token for token in needed if vocabulary.token_to_id(token) is None]
+    if missing:
+        raise TokenizerMismatchError(
+            f"{url}: the view {view.value} needs {', '.join(missing)}, which this tokenizer lacks. Give it the "
+            "special tokens with cert_ray.tokens.vocabulary.adopt_tokenizer, and pack with the result."
+        )
+
+
+def _no_document(dataset: Dataset, config: PackConfig) -> InputError:
+    if config.libraries is None:
+        return InputError(dataset.url, "no document has a sketch", "Preprocess it again.")
+    found = ", ".join(f"{name} ({count})" for name, count in datasets.common_libraries(dataset, _LIBRARIES_NAMED))
+    return InputError(
+        dataset.url,
+        f"no document imports any of {', '.join(config.libraries)}",
+        f"Imported most are {found or 'none at all'}: name one of them, or preprocess files that use yours.",
+    )

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from cert_ray import python_source, schemas
+from cert_ray.sketching.prompt_format import END_OF_TEXT, SEPARATOR
+from cert_ray.tokens.encoding import EncodedShard, PackConfig, View, code_points, encode_shard, unigram_entropy_nats
+from cert_ray.tokens.vocabulary import TokenizerConfig, train_vocabulary
+from tests.tokens.datasets import Row, document, example, real_code, sketched_document, table_of
+
+UNICODE = document(
+    'import os\n\n\nname = "é日本"  # ключ\n\n\nüber = 12\n',
+    "import os\n\n\nname = string  # ключ\n\n\nüber = number\n",
+    [("string", "string"), ("number", "number")],
+    [
+        ("import os", "import os", False),
+        ('name = "é日本"  # ключ', "name = string  # ключ", True),
+        ("über = 12\n", "über = number\n", True),
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_vocabulary(real_code(12), TokenizerConfig(vocab_size=1_000))
+
+
+def encode(tokenizer: Tokenizer, rows: Sequence[Row], view: View, **options: object) -> EncodedShard:
+    return encode_shard(table_of(rows), tokenizer, PackConfig.from_mapping({"view": view, **options}, "test"))
+
+
+def texts(tokenizer: Tokenizer, encoded: EncodedShard) -> list[list[str]]:
+    """Per document the text of each piece, special tokens spelled out."""
+    found: dict[int, list[str]] = {}
+    for piece in encoded.pieces.to_pylist():
+        ids = encoded.tokens[piece["start"] : piece["start"] + piece["tokens"]]
+        found.setdefault(piece["document"], []).append(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("view", [View.BASE, View.XL])
+def test_base_and_xl_are_code_and_its_end(tokenizer: Tokenizer, view: View) -> None:
+    rows = [UNICODE, example(0), document("")]
+    assert texts(tokenizer, encode(tokenizer, rows, view)) == [[row["content"] + END_OF_TEXT] for row in rows]
+
+
+def test_the_sketcher_reads_placeholders_as_special_tokens(tokenizer: Tokenizer) -> None:
+    encoded = encode(tokenizer, [UNICODE], View.SKETCHER)
+    spelled = "import os\n\n\nname = <|string|>  # ключ\n\n\nüber = <|number|>\n<|endoftext|>"
+    assert texts(tokenizer, encoded) == [[spelled]]
+    assert encoded.tokens.tolist().count(tokenizer.token_to_id("<|string|>")) == 1
+
+
+def test_the_generator_reads_pairs_joined_by_three_line_breaks(tokenizer: Tokenizer) -> None:
+    encoded = encode(tokenizer, [UNICODE], View.GENERATOR)
+    assert texts(tokenizer, encoded) == [
+        [
+            "import os\n\n\n",
+            f'name = <|string|>  # ключ\n{SEPARATOR}\nname = "é日本"  # ключ\n\n\n',
+            f"über = <|number|>\n\n{SEPARATOR}\nüber = 12\n{END_OF_TEXT}",
+        ]
+    ]
+    assert encoded.pieces["atomic"].to_pylist() == [False, True, True]
+    assert (encoded.counts["pairs"], encoded.counts["pairs_too_long"]) == (2, 0)
+
+
+def test_real_files_keep_all_their_code_in_the_generators_view(tokenizer: Tokenizer) -> None:
+    rows = [sketched_document(source) for source in real_code(12)]
+    encoded = encode(tokenizer, rows, View.GENERATOR, context_tokens=1_000_000)
+    for row, pieces in zip(rows, texts(tokenizer, encoded), strict=True):
+        assert pieces[-1].endswith(END_OF_TEXT)
+        pieces[-1] = pieces[-1].removesuffix(END_OF_TEXT)
+        blocks = [piece.split(f"{SEPARATOR}\n")[-1].removesuffix("\n\n\n") for piece in pieces]
+        payload = row["content"].encode()
+        expected = [payload[block["code_start"] : block["code_end"]].decode() for block in row["segments"]]
+        assert [block.rstrip("\n") for block in blocks] == [block.rstrip("\n") for block in expected]
+        assert Counter("\n".join(blocks).split()) == Counter(row["content"].split())
+
+
+def test_a_pair_that_does_not_fit_a_row_becomes_code_alone(tokenizer: Tokenizer) -> None:
+    whole = encode(tokenizer, [UNICODE], View.GENERATOR)
+    longest = max(whole.pieces["tokens"].to_pylist())
+    fitting = encode(tokenizer, [UNICODE], View.GENERATOR, context_tokens=longest - 1)
+    assert fitting.pieces.equals(whole.pieces)
+    short = encode(tokenizer, [UNICODE], View.GENERATOR, context_tokens=longest - 2)
+    assert texts(tokenizer, short)[0][1] == 'name = "é日本"  # ключ\n\n\n'
+    assert short.pieces["atomic"].to_pylist() == [False, False, True]
+    assert (short.counts["pairs"], short.counts["pairs_too_long"]) == (2, 1)
+
+
+def test_a_file_without_segments_is_its_code(tokenizer: Tokenizer) -> None:
+    rows = [document("# only a comment\n", "# only a comment\n")]
+    assert texts(tokenizer, encode(tokenizer, rows, View.GENERATOR)) == [["# only a comment\n" + END_OF_TEXT]]
+
+
+def test_rows_of_other_libraries_and_without_sketches_are_counted_drops(tokenizer: Tokenizer) -> None:
+    rows = [example(0), example(1), document("import numpy\n", libraries=["numpy"]), document("x = 1\n")]
+    encoded = encode(tokenizer, rows, View.GENERATOR, libraries=("numpy", "pandas"))
+    assert encoded.dropped == {"other_library": 2, "unsketchable": 1}
+    assert encoded.rows_read == encoded.documents + sum(encoded.dropped.values()) == 4
+    assert texts(tokenizer, encoded)[0][0].startswith("import numpy as np")
+
+
+def test_a_shard_without_rows_gives_an_empty_one(tokenizer: Tokenizer) -> None:
+    encoded = encode(tokenizer, [], View.GENERATOR, libraries=("numpy",))
+    assert (encoded.documents, len(encoded.tokens), encoded.pieces.num_rows) == (0, 0, 0)
+    assert encoded.pieces.schema == schemas.PIECES
+
+
+def test_the_held_out_files_are_the_same_in_every_view(tokenizer: Tokenizer) -> None:
+    rows = [example(number) for number in range(400)]
+    splits = []
+    for view in View:
+        encoded = encode(tokenizer, rows, view, held_out_fraction=0.25)
+        pieces = encoded.pieces.to_pylist()
+        splits.append({piece["document"] for piece in pieces if piece["held_out"]})
+        assert encoded.counts["held_out_documents"] == len(splits[-1])
+        assert encoded.counts["held_out_tokens"] == sum(piece["tokens"] for piece in pieces if piece["held_out"])
+        assert encoded.counts["held_out_tokens"] == sum(encoded.unigrams["count"].to_pylist())
+    assert all(split == splits[0] for split in splits)
+    assert 0.15 < len(splits[0]) / 400 < 0.35
+    moved = encode(tokenizer, rows, View.BASE, held_out_fraction=0.25, seed=1).pieces.to_pylist()
+    assert {piece["document"] for piece in moved if piece["held_out"]} != splits[0]
+
+
+def test_weights_stand_beside_their_documents(tokenizer: Tokenizer) -> None:
+    rows = [UNICODE | {"weight": 0.25}, example(0) | {"weight": 1.75}]
+    pieces = encode(tokenizer, rows, View.GENERATOR).pieces.to_pylist()
+    assert [(piece["document"], piece["weight"]) for piece in pieces] == [(0, 0.25)] * 3 + [(1, 1.75)] * 2
+
+
+def test_unigram_entropy_is_that_of_the_distribution() -> None:
+    assert unigram_entropy_nats(np.array([5, 5, 0, 5, 5])) == pytest.approx(math.log(4))
+    assert unigram_entropy_nats(np.array([1, 3])) == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))
+    assert unigram_entropy_nats(np.zeros(4, np.int64)) is None
+
+
+@given(st.text(max_size=40), st.data())
+def test_code_points_invert_byte_offsets(text: str, data: st.DataObject) -> None:
+    offsets = sorted(data.draw(st.lists(st.integers(0, len(text)))))
+    assert list(code_points(text, python_source.byte_offsets(text, offsets))) == offsets

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from cert_ray.errors import InputError, NotFinishedError, SchemaVersionError, TokenizerMismatchError
+from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD
+from cert_ray.tokens.encoding import PackConfig, View, unigram_entropy_nats
+from cert_ray.tokens.pack import pack_in_process
+from cert_ray.tokens.packing import plan_rows
+from cert_ray.tokens.shards import PackedTokens
+from cert_ray.tokens.vocabulary import TokenizerConfig, tokenizer_digest, train_on_dataset, train_vocabulary
+from tests.tokens.datasets import example, write_dataset
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A dataset of three shards, one of them empty, and a tokenizer trained on it."""
+    folder = tmp_path_factory.mktemp("inputs")
+    shards = [[example(number) for number in range(40)], [], [example(number) for number in range(40, 100)]]
+    dataset = write_dataset(str(folder / "dataset"), shards)
+    train_on_dataset(dataset, str(folder / "tokenizer"), TokenizerConfig(vocab_size=400), seed=0)
+    return dataset, str(folder / "tokenizer")
+
+
+def test_a_pack_opens_with_every_document_and_its_entropy(inputs: tuple[str, str], tmp_path: Path) -> None:
+    dataset, tokenizer = inputs
+    config = PackConfig(view=View.BASE, context_tokens=32, held_out_fraction=0.3)
+    manifest = pack_in_process(dataset, tokenizer, str(tmp_path), config)
+    packed = PackedTokens.open(str(tmp_path))
+    assert len(packed) == manifest.rows_kept == manifest.counts["documents"] == 100
+    assert (packed.context_tokens, packed.pad_id, packed.end_id) == (32, 1, 0)
+    assert all(packed.tokens(document)[-1] == packed.end_id for document in range(100))
+    held_out = [packed.tokens(int(document)) for document in np.flatnonzero(packed.documents.held_out)]
+    entropy = unigram_entropy_nats(np.bincount(np.concatenate(held_out)))
+    assert manifest.notes["held_out_unigram_entropy_nats"] == pytest.approx(entropy)
+    assert packed.documents.tokens.sum() == manifest.counts["tokens"]
+
+
+def test_the_generators_rows_hold_whole_pairs(inputs: tuple[str, str], tmp_path: Path) -> None:
+    dataset, tokenizer = inputs
+    config = PackConfig(view=View.GENERATOR, context_tokens=128, libraries=("numpy",))
+    manifest = pack_in_process(dataset, tokenizer, str(tmp_path), config)
+    assert (manifest.rows_read, manifest.rows_kept, manifest.dropped) == (100, 50, {"other_library": 50})
+    packed = PackedTokens.open(str(tmp_path))
+    plan = plan_rows(packed, np.arange(len(packed)), 128)
+    assert plan.stats.cut_pairs == 0
+    assert plan.stats.pairs_too_long == manifest.counts["pairs_too_long"] == 0
+    assert plan.stats.tokens == manifest.counts["tokens"]
+
+
+def test_a_finished_pack_is_kept_and_a_damaged_shard_alone_is_made_again(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    config = PackConfig(view=View.SKETCHER)
+    first = pack_in_process(*inputs, str(tmp_path), config)
+    shards = sorted(tmp_path.glob("*.bin"))
+    times = [shard.stat().st_mtime_ns for shard in shards]
+    assert pack_in_process(*inputs, str(tmp_path), config) == first
+    assert [shard.stat().st_mtime_ns for shard in shards] == times
+    shards[0].write_bytes(b"damaged")
+    assert pack_in_process(*inputs, str(tmp_path), config) == first
+    assert PackedTokens.open(str(tmp_path)).manifest == first
+    assert [shard.stat().st_mtime_ns for shard in shards][1:] == times[1:]
+
+
+def test_other_options_or_another_tokenizer_make_it_again(inputs: tuple[str, str], tmp_path: Path) -> None:
+    dataset, tokenizer = inputs
+    output = str(tmp_path / "pack")
+    packs = [
+        pack_in_process(dataset, tokenizer, output, PackConfig(view=View.BASE)),
+        pack_in_process(dataset, tokenizer, output, PackConfig(view=View.SKETCHER)),
+    ]
+    train_on_dataset(dataset, str(tmp_path / "other"), TokenizerConfig(vocab_size=300), seed=0)
+    packs.append(pack_in_process(dataset, str(tmp_path / "other"), output, PackConfig(view=View.SKETCHER)))
+    assert len({pack.shards[0].files[0].checksum for pack in packs}) == 3
+    assert PackedTokens.open(output).vocab_size == 300
+
+
+def test_a_library_that_no_document_imports_is_refused_with_those_that_are(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    config = PackConfig(view=View.XL, libraries=("pandas",))
+    with pytest.raises(InputError, match=r"imports any of pandas.*numpy \(50\), os \(50\)"):
+        pack_in_process(*inputs, str(tmp_path), config)
+    with pytest.raises(NotFinishedError):
+        PackedTokens.open(str(tmp_path))
+
+
+def test_a_tokenizer_without_the_special_tokens_is_refused(inputs: tuple[str, str], tmp_path: Path) -> None:
+    foreign = Tokenizer(models.BPE(vocab={"a": 0, END_OF_TEXT: 1, PAD: 2}, merges=[]))
+    foreign.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerMismatchError, match=r"generator needs <\|segmentation\|>"):
+        pack_in_process(inputs[0], str(tmp_path), str(tmp_path / "out"), PackConfig(view=View.GENERATOR))
+
+
+def test_a_folder_of_another_stage_is_not_overwritten(inputs: tuple[str, str]) -> None:
+    dataset, tokenizer = inputs
+    with pytest.raises(SchemaVersionError, match="stage tokens"):
+        pack_in_process(dataset, tokenizer, tokenizer, PackConfig(view=View.BASE))
+
+
+def test_the_tokenizers_digest_goes_with_the_pack(inputs: tuple[str, str], tmp_path: Path) -> None:
+    pack_in_process(*inputs, str(tmp_path), PackConfig(view=View.BASE))
+    packed = PackedTokens.open(str(tmp_path))
+    assert packed.tokenizer_digest != tokenizer_digest(train_vocabulary(["x"], TokenizerConfig(vocab_size=400)))

@@ -13,6 +13,7 @@
     |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
     |-- CheckpointError         a checkpoint that is damaged, or belongs to another run
     |-- TrainingDivergedError   a loss that is not finite
+    |-- TrainingFailedError     training workers died more often than the run allows
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
 
@@ -113,6 +114,10 @@ class CheckpointError(CertRayError):
 
 class TrainingDivergedError(CertRayError):
     """The loss stopped being finite."""
+
+
+class TrainingFailedError(CertRayError):
+    """Training workers died more often than the run allows; what was checkpointed is kept."""
 
 
 class SandboxError(CertRayError):

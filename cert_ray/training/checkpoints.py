@@ -1,0 +1,158 @@
+"""Checkpoints that verify themselves. In: folders with one part per worker. Out: the newest that is whole, or an error.
+
+    CHECKPOINTS/step-000040/engine/...        written by the engine, each worker its part
+                            model/, tokenizer/, records.jsonl     by worker 0
+                            part-00000.json   per worker: its files with checksums
+                            complete.json     last, once every part has arrived
+
+A folder without `complete.json` was cut short by a kill: it counts as absent, and is removed when a run starts. One that
+has it but disagrees with it is damaged, and is refused by name. Who writes where and when is `worker`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.errors import CheckpointError, ConfigError
+from cert_ray.manifests import WrittenFile
+
+_log = logging.getLogger(__name__)
+FOLDER_NAME = "checkpoints"
+_COMPLETE = "complete.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class Part(Config):
+    """What one worker wrote into a checkpoint."""
+
+    step: int
+    rank: int
+    world_size: int
+    zero_stage: int
+    run_digest: str
+    files: tuple[WrittenFile, ...]
+
+
+def folder_of(output: str) -> str:
+    """Where the checkpoints of the run that writes to `output` lie."""
+    return storage.join(output, FOLDER_NAME)
+
+
+def name_of_step(step: int) -> str:
+    """The checkpoint's folder name; names sort as steps do."""
+    return f"step-{step:06d}"
+
+
+def _part_name(rank: int) -> str:
+    return f"part-{rank:05d}.json"
+
+
+def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage: int, run_digest: str) -> Part:
+    """List what this worker wrote into its local `folder`, with checksums, in a part file beside it."""
+    files = []
+    for entry in storage.list_files(str(folder)):
+        written = storage.checksum(entry.url)
+        name = Path(entry.url).relative_to(folder).as_posix()
+        files.append(WrittenFile(name=name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum))
+    part = Part(
+        step=step, rank=rank, world_size=world_size, zero_stage=zero_stage, run_digest=run_digest, files=tuple(files)
+    )
+    storage.write_text(str(folder / _part_name(rank)), part.model_dump_json(indent=1) + "\n")
+    return part
+
+
+def mark_complete(checkpoint: str, world_size: int) -> None:
+    """Every part has arrived in `checkpoint`: from now on it counts."""
+    storage.write_text(storage.join(checkpoint, _COMPLETE), f'{{"world_size": {world_size}}}\n')
+
+
+def complete_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """Step and URL of the checkpoints below `folder` that were written to the end, oldest first."""
+    return [(step, url) for step, url, complete in _found(folder) if complete]
+
+
+def newest(folder: str) -> tuple[int, str] | None:
+    """Step and URL of the newest checkpoint below `folder`, or `None` when there is none."""
+    found = complete_checkpoints(folder)
+    return found[-1] if found else None
+
+
+def remove_incomplete(folder: str) -> None:
+    """Remove what a kill left unfinished below `folder`."""
+    for _, url, complete in _found(folder):
+        if not complete:
+            _log.warning("removing %s, which a kill left unfinished", url)
+            storage.remove(url)
+
+
+def keep_newest(folder: str, count: int) -> None:
+    """Remove all complete checkpoints below `folder` but the newest `count`."""
+    for _, url in complete_checkpoints(folder)[:-count]:
+        storage.remove(url)
+
+
+def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None = None) -> Part:
+    """Compare the files of `checkpoint` with its parts, of all workers or of one; returns worker 0's part.
+
+    Raises:
+        CheckpointError: naming the file that is missing or damaged, or when `run_digest` is another run's.
+    """
+    first = _read_part(checkpoint, 0)
+    if run_digest is not None and first.run_digest != run_digest:
+        raise CheckpointError(
+            f"{checkpoint} belongs to a run with other options or inputs ({first.run_digest}, this one is {run_digest}). "
+            "Choose another output, or delete that run's folder."
+        )
+    for rank in range(first.world_size) if only_rank is None else [only_rank]:
+        for file in (first if rank == 0 else _read_part(checkpoint, rank)).files:
+            _check(checkpoint, file)
+    return first
+
+
+def _found(folder: str) -> list[tuple[int, str, bool]]:
+    if not storage.exists(folder):
+        return []
+    names: dict[str, bool] = {}
+    for entry in storage.list_files(folder):
+        below = entry.url.rpartition(f"/{storage.name_of(folder)}/")[2].split("/")
+        if len(below) > 1 and _NAME.fullmatch(below[0]):
+            names[below[0]] = names.get(below[0], False) or below[1:] == [_COMPLETE]
+    return [
+        (int(name.removeprefix("step-")), storage.join(folder, name), complete)
+        for name, complete in sorted(names.items(), key=lambda item: int(item[0].removeprefix("step-")))
+    ]
+
+
+def _read_part(checkpoint: str, rank: int) -> Part:
+    url = storage.join(checkpoint, _part_name(rank))
+    if not storage.exists(url):
+        raise _damaged(checkpoint, url, "is missing")
+    try:
+        loaded = pydantic.TypeAdapter(dict[str, Any]).validate_json(storage.read_bytes(url))
+        return Part.from_mapping(loaded, url)
+    except (pydantic.ValidationError, ConfigError) as error:
+        raise _damaged(checkpoint, url, "cannot be read") from error
+
+
+def _check(checkpoint: str, file: WrittenFile) -> None:
+    url = storage.join(checkpoint, file.name)
+    if not storage.exists(url):
+        raise _damaged(checkpoint, url, "is missing")
+    found = storage.checksum(url)
+    if (found.size_bytes, found.checksum) != (file.size_bytes, file.checksum):
+        problem = f"has {found.size_bytes} bytes, xxh3 {found.checksum}, not {file.size_bytes}, xxh3 {file.checksum}"
+        raise _damaged(checkpoint, url, problem)
+
+
+def _damaged(checkpoint: str, url: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"damaged checkpoint: {url} {problem}. Delete {checkpoint} and train again: "
+        "the run goes on from the checkpoint before it, or from the start."
+    )

@@ -1,0 +1,92 @@
+"""The options of a training run. In: a recipe. Out: a checked `TrainConfig`, and the digest that tells runs apart.
+
+Combinations that cannot work die here, naming the option to change. Defaults are PAPER's for PyCodeGPT: learning rate
+5e-4, weight decay 0.1, Adam beta2 0.95, cosine with 1,000 steps of warm-up, 10 rows x 4 accumulations per worker.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import pydantic
+
+from cert_ray.config import Config
+
+Precision = Literal["fp32", "bf16", "fp16"]
+# What does not change the trained weights, or is covered by the digest of the inputs.
+_NOT_OF_THE_RESULT = {
+    "base",
+    "tokenizer",
+    "tokens",
+    "output",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "log_every_steps",
+    "max_failures",
+}
+
+
+class TrainConfig(Config):
+    """One training run: which model, on which packed tokens, how, and into which folder.
+
+    A step reads `micro_batch * gradient_accumulation * workers` rows; runs with the same product read the same rows.
+    """
+
+    base: str  # a preset to start from scratch, or the folder or hub id of a causal language model to go on from
+    tokenizer: str | None = None  # None: the one that lies in the base's folder
+    tokens: str  # a packed view
+    output: str  # the exported model's folder; checkpoints lie below it
+    steps: int = pydantic.Field(gt=0)
+    micro_batch: int = pydantic.Field(default=10, gt=0)  # rows per worker and forward pass
+    gradient_accumulation: int = pydantic.Field(default=4, gt=0)
+    learning_rate: float = pydantic.Field(default=5e-4, gt=0)
+    final_learning_rate_share: float = pydantic.Field(default=0.0, ge=0, le=1)  # of learning_rate, at the last step
+    weight_decay: float = pydantic.Field(default=0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_gradient_norm: float | None = pydantic.Field(default=1.0, gt=0)  # assumed: PAPER does not say
+    warmup_steps: int = pydantic.Field(default=1_000, ge=0)
+    schedule: Literal["cosine"] = "cosine"
+    precision: Precision = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    workers: int = pydantic.Field(default=1, gt=0)
+    use_gpu: bool = False  # one GPU per worker and NCCL; else gloo
+    cpus_per_worker: int = pydantic.Field(default=1, gt=0)  # reserved in Ray, and PyTorch's threads
+    checkpoint_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
+    keep_checkpoints: int = pydantic.Field(default=2, gt=0)
+    eval_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
+    eval_rows: int | None = pydantic.Field(default=None, gt=0)  # None: every held-out row
+    log_every_steps: int = pydantic.Field(default=10, gt=0)
+    resampling: Literal["weighted", "uniform"] = "weighted"
+    seed: int = pydantic.Field(default=0, ge=0)
+    max_failures: int = pydantic.Field(default=2, ge=0)  # worker deaths that one call recovers from
+
+    @pydantic.model_validator(mode="after")
+    def _refuse_what_cannot_work(self) -> Self:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps; lower it or raise steps"
+            )
+        if self.precision != "fp32" and self.zero_stage == 0:
+            raise ValueError(
+                f"precision {self.precision} needs zero_stage 1, 2 or 3, where an fp32 copy of the weights is kept"
+            )
+        if self.precision == "fp16" and not self.use_gpu:
+            raise ValueError("precision fp16 needs use_gpu: true; on a CPU use fp32 or bf16")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must both be in [0, 1)")
+        return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that one step reads, over all workers."""
+        return self.micro_batch * self.gradient_accumulation * self.workers
+
+    def result_digest(self) -> str:
+        """Digest of the options that the trained weights depend on; where inputs lie does not count, what they hold is
+        digested apart."""
+        kept = set(type(self).model_fields) - _NOT_OF_THE_RESULT
+        return Config.digest(_Subset(options=self.model_dump(mode="json", include=kept)))
+
+
+class _Subset(Config):
+    options: dict[str, pydantic.JsonValue]

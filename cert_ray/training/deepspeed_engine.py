@@ -1,0 +1,140 @@
+"""DeepSpeed, and nothing else of the project imports it. In: a model and a `TrainConfig`. Out: an engine that steps.
+
+One path for CPU (gloo) and GPU (NCCL), ZeRO stages 0 to 3. The process group exists already; RANK, LOCAL_RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. Saves and loads its own state, at an equal number of workers only, and
+gives back the fp32 weights of a saved state without a process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+with warnings.catch_warnings():  # deepspeed and what it imports warn of their own coming changes
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.step import predicted_tokens, summed_loss
+
+_TAG = "engine"
+_QUIET_STEPS = 1 << 62  # DeepSpeed's own progress lines: never
+
+
+def avoid_op_compilation() -> None:
+    """Keep DeepSpeed from compiling its shared-memory reduction when the engine starts.
+
+    That takes about 100 s without a cache and a compiler, and changes no result: gloo reduces as well. The table is a
+    private name of DeepSpeed 0.18 and 0.19; a test fails when it stops having this effect.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def engine_options(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration for `config`."""
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_clipping": config.max_gradient_norm or 0.0,
+        "zero_optimization": {"stage": config.zero_stage},
+        "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's own AdamW
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+        "steps_per_print": _QUIET_STEPS,
+    }
+
+
+class Engine:
+    """A model, its optimizer and its gradients, spread over the workers as the ZeRO stage says."""
+
+    def __init__(self, model: torch.nn.Module, config: TrainConfig) -> None:
+        """Every worker calls this with the same model; rank 0's weights win."""
+        avoid_op_compilation()
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        optimizer = torch.optim.AdamW(
+            _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
+        )
+        with warnings.catch_warnings():  # it imports torch's compiler, which uses what torch deprecates
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_options(config))
+        self.device: torch.device = self._engine.device
+        self.world_size: int = torch.distributed.get_world_size()
+
+    def train_step(
+        self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
+    ) -> tuple[float, int, float | None]:
+        """One update from `micro_batches`, `gradient_accumulation` pairs of ids and mask [micro_batch, context + 1].
+
+        Returns the mean loss in nats per token and the tokens predicted, over all workers, and the gradient's norm
+        before clipping.
+        """
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        batches = [(ids.to(self.device), mask.to(self.device)) for ids, mask in micro_batches]
+        tokens = int(self._sum(torch.tensor(float(sum(predicted_tokens(mask) for _, mask in batches)))))
+        # DeepSpeed means over accumulations and workers: so divided, every token of the step weighs the same.
+        mean_tokens = max(tokens, 1) / (len(batches) * self.world_size)
+        nats = torch.zeros((), device=self.device)
+        for ids, mask in batches:
+            loss = summed_loss(self._engine, ids, mask)
+            self._engine.backward(loss / mean_tokens)
+            self._engine.step()
+            nats += loss.detach()
+        norm = self._engine.get_global_grad_norm()
+        return self._sum(nats) / max(tokens, 1), tokens, None if norm is None else float(norm)
+
+    @torch.no_grad()
+    def summed_eval_loss(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
+        """Summed loss in nats and the tokens predicted, over all workers; each must give as many batches."""
+        self._engine.eval()
+        nats, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
+        for ids, mask in batches:
+            nats += summed_loss(self._engine, ids.to(self.device), mask.to(self.device)).double()
+            tokens += predicted_tokens(mask)
+        return self._sum(nats), round(self._sum(torch.tensor(float(tokens))))
+
+    def barrier(self) -> None:
+        """Wait for every worker."""
+        torch.distributed.barrier()
+
+    def save(self, folder: Path) -> None:
+        """Write this worker's part of the state below `folder`; every worker calls this."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=_TAG)
+        (folder / "zero_to_fp32.py").unlink(missing_ok=True)  # a script of DeepSpeed's; `fp32_weights` does its work
+
+    def load(self, folder: Path) -> None:
+        """Go on from the state below `folder`, which holds the parts of as many workers."""
+        self._engine.load_checkpoint(str(folder), tag=_TAG)
+
+    def _sum(self, value: torch.Tensor) -> float:
+        total = value.detach().to(self.device, torch.float64)
+        torch.distributed.all_reduce(total)
+        return float(total)
+
+
+def fp32_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
+    """The full-precision weights of the state that `Engine.save` left below `folder`, all parts together.
+
+    Unpickles: only for checkpoints that this project wrote and whose checksums hold.
+    """
+    if zero_stage == 0:
+        state = torch.load(folder / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return dict(state["module"])
+    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+
+
+def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and norms, which are vectors, do not (Loshchilov and Hutter 2019 leave this open; GPT-3)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

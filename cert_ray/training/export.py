@@ -1,0 +1,54 @@
+"""From a checkpoint to a plain Hugging Face folder. In: a verified checkpoint. Out: safetensors, configs, tokenizer.
+
+The weights are the fp32 ones of the optimizer, put together from every worker's part, so the exported model's logits are
+the engine's. Needs neither Ray nor a process group. The manifest is not written here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cert_ray import storage
+from cert_ray.manifests import WrittenFile
+from cert_ray.training import checkpoints
+from cert_ray.training.deepspeed_engine import fp32_weights
+
+ENGINE_FOLDER, MODEL_FOLDER, TOKENIZER_FOLDER = "engine", "model", "tokenizer"
+
+
+def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
+    """Write the model of `checkpoint` into the folder `output`; returns what was written, with checksums.
+
+    Raises:
+        CheckpointError: when a file of the checkpoint is missing or damaged.
+    """
+    part = checkpoints.verify(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="cert-ray-export-") as temporary:
+        source = local_copy(checkpoint, Path(temporary) / "checkpoint")
+        target = Path(temporary) / "model"
+        shape = AutoConfig.from_pretrained(source / MODEL_FOLDER, trust_remote_code=False)
+        with torch.device("meta"):  # no weights to make only to replace them
+            model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        model.load_state_dict(fp32_weights(source / ENGINE_FOLDER, part.zero_stage), assign=True)
+        model.tie_weights()
+        model.save_pretrained(target)
+        for file in sorted((source / TOKENIZER_FOLDER).iterdir()):
+            (target / file.name).write_bytes(file.read_bytes())
+        return tuple(_upload(file, output) for file in sorted(target.iterdir()))
+
+
+def local_copy(checkpoint: str, target: Path) -> Path:
+    """`checkpoint` on a local disk: itself, or a copy at `target`."""
+    if storage.is_local(checkpoint):
+        return storage.local_path(checkpoint)
+    storage.copy_folder_to_local(checkpoint, target)
+    return target
+
+
+def _upload(file: Path, output: str) -> WrittenFile:
+    written = storage.write_bytes(storage.join(output, file.name), file.read_bytes())
+    return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)

@@ -1,0 +1,99 @@
+"""What must hold before a run starts, checked once and without a model. In: a `TrainConfig`. Out: digests, or an error.
+
+A finished output of the same run is found here, one of another run refused. Light: imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import xxhash
+
+from cert_ray import manifests, storage
+from cert_ray.errors import ConfigError
+from cert_ray.manifests import Manifest
+from cert_ray.tokens.shards import PackedTokens
+from cert_ray.training.config import TrainConfig
+
+STAGE = "model"
+VERB = "train"
+_TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Inputs that can be read: what they are, and what the pack says of itself."""
+
+    config: TrainConfig  # with local paths made absolute: workers run elsewhere
+    inputs_digest: str
+    run_digest: str  # of the inputs and of the options that the weights depend on
+    pack: Manifest
+
+
+def check(config: TrainConfig) -> Checked:
+    """Read the pack's manifest, verify its files, and digest everything that the weights will depend on.
+
+    Raises:
+        NotFinishedError, SchemaVersionError, ShardCorruptError: when the pack cannot be used.
+    """
+    config = _with_absolute_paths(config)
+    pack = PackedTokens.open(config.tokens).manifest
+    digest = xxhash.xxh3_128(pack.model_dump_json().encode())
+    digest.update(_describe(config.base).encode())
+    if config.tokenizer is not None:
+        digest.update(_tokenizer_bytes(config.tokenizer))
+    inputs_digest = digest.hexdigest()
+    run_digest = xxhash.xxh3_128_hexdigest(f"{inputs_digest} {config.result_digest()}".encode())
+    return Checked(config, inputs_digest, run_digest, pack)
+
+
+def finished(checked: Checked) -> Manifest | None:
+    """The manifest of the same run, finished before; `None` when the output is not finished.
+
+    Raises:
+        ConfigError: when the output holds the model of another run.
+        ShardCorruptError: when a file of the finished model is missing or damaged.
+    """
+    output = checked.config.output
+    if not manifests.is_finished(output):
+        return None
+    manifest = manifests.read_manifest(output, STAGE, VERB)
+    if manifest.notes["run_digest"] != checked.run_digest:
+        raise ConfigError(
+            f"output: {output} holds the model of another run ({_differences(manifest, checked)}). "
+            "Choose another output, or delete that folder."
+        )
+    for file in manifest.files:
+        manifests.check_file(output, file, VERB)
+    return manifest
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    update: dict[str, str] = {"tokens": storage.absolute(config.tokens), "output": storage.absolute(config.output)}
+    if storage.is_folder(config.base):
+        update["base"] = storage.absolute(config.base)
+    if config.tokenizer is not None and storage.is_folder(config.tokenizer):
+        update["tokenizer"] = storage.absolute(config.tokenizer)
+    return config.model_copy(update=update)
+
+
+def _describe(base: str) -> str:
+    """What tells one base from another: a preset's or hub id's name; of a folder its manifest, or names and sizes."""
+    if not storage.is_folder(base):
+        return base
+    if manifests.is_finished(base):
+        return manifests.read_manifest(base, STAGE, VERB).model_dump_json()
+    return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(base))
+
+
+def _tokenizer_bytes(folder: str) -> bytes:
+    url = storage.join(folder, _TOKENIZER)
+    return storage.read_bytes(url) if storage.exists(url) else folder.encode()
+
+
+def _differences(manifest: Manifest, checked: Checked) -> str:
+    now = checked.config.model_dump(mode="json")
+    names = [name for name in now if name != "output" and manifest.config.get(name) != now[name]]
+    if manifest.inputs_digest != checked.inputs_digest:
+        names.append("the inputs' content")
+    return "differs in " + ", ".join(names)

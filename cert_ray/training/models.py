@@ -1,0 +1,176 @@
+"""What is trained: a preset from scratch, or any causal language model to go on from, with the pack's tokenizer.
+
+In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the folder
+of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
+vocabulary is kept: special tokens may have been added behind it, and start as the mean of the others.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cert_ray import storage
+from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
+from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.presets import PRESETS, preset_config
+
+# What belongs to a tokenizer in a Hugging Face folder.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+class PackFacts(Protocol):
+    """What is needed of `tokens.shards.PackedTokens`."""
+
+    vocab_size: int
+    context_tokens: int
+    tokenizer_digest: str
+    end_id: int
+    pad_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to train, and where its tokenizer's files lie on this machine."""
+
+    model: Any
+    tokenizer_folder: Path
+
+
+def load(config: TrainConfig, pack: PackFacts) -> Loaded:
+    """The model that `config.base` names, for the tokens of `pack`.
+
+    Raises:
+        TokenizerMismatchError: when the pack was made with another tokenizer, or that one does not extend the base's.
+        ConfigError, InputError: when base or tokenizer cannot be used.
+    """
+    if config.base in PRESETS:
+        if config.tokenizer is None:
+            raise ConfigError(
+                f"tokenizer: required with the preset {config.base}; give the folder the pack was made with."
+            )
+        folder = _local_folder(config.tokenizer, "tokenizer")
+        _check_tokenizer(folder, config, pack)
+        return Loaded(_from_scratch(config, pack), folder)
+    base = _local_folder(config.base, "base")
+    folder = _local_folder(config.tokenizer, "tokenizer") if config.tokenizer else base
+    _check_tokenizer(folder, config, pack)
+    return Loaded(_continued(config, base, folder, pack), folder)
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Trained numbers; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _from_scratch(config: TrainConfig, pack: PackFacts) -> Any:
+    shape = preset_config(config.base, pack.vocab_size, pack.context_tokens, pack.end_id, pack.pad_id)
+    torch.manual_seed(config.seed)
+    return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="eager")
+
+
+def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: PackFacts) -> Any:
+    if not (base / "config.json").is_file():
+        raise InputError(
+            config.base, "no config.json in it", "Give a folder that `cert-ray train` or transformers saved."
+        )
+    if not any(base.glob("*.safetensors")):
+        raise InputError(config.base, "no *.safetensors in it", "Other weight files are not loaded; convert the model.")
+    shape = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    window = getattr(shape, "max_position_embeddings", None)
+    if window is not None and pack.context_tokens > window:
+        raise ConfigError(
+            f"base: {config.base} has a window of {window} tokens, the packed rows have {pack.context_tokens}; "
+            f"pack with --context-tokens {window} or less."
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        base, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+    )
+    added = range(_base_vocabulary(config, base, tokenizer_folder), pack.vocab_size)
+    add_tokens(model, added)
+    return model
+
+
+def add_tokens(model: Any, ids: range) -> None:
+    """Give the tokens `ids`, which lie behind the base's vocabulary, the mean of the embeddings before them.
+
+    Rows that the model has already, behind its vocabulary, are used; more are added where they do not suffice.
+    """
+    if len(ids) == 0:
+        return
+    if ids.stop > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(ids.stop, mean_resizing=False)
+    with torch.no_grad():
+        tables = {id(layer.weight): layer.weight for layer in _embedding_layers(model)}
+        for weight in tables.values():  # one, where input and output are tied
+            weight[ids.start : ids.stop] = weight[: ids.start].mean(dim=0)
+
+
+def _embedding_layers(model: Any) -> list[Any]:
+    return [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+
+
+def _check_tokenizer(folder: Path, config: TrainConfig, pack: PackFacts) -> None:
+    found = tokenizer_digest(load_tokenizer(str(folder)))
+    if found != pack.tokenizer_digest:
+        raise TokenizerMismatchError(
+            f"{config.tokens} was packed with another tokenizer ({pack.tokenizer_digest}) than the one in "
+            f"{config.tokenizer or config.base} ({found}). Pack the view again with that tokenizer."
+        )
+
+
+def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) -> int:
+    """How many tokens the base knows; the run's tokenizer must give each the same id."""
+    known = load_tokenizer(str(base)).get_vocab(with_added_tokens=True)
+    given = (
+        known if tokenizer_folder == base else load_tokenizer(str(tokenizer_folder)).get_vocab(with_added_tokens=True)
+    )
+    moved = [token for token, token_id in known.items() if given.get(token) != token_id]
+    if moved:
+        raise TokenizerMismatchError(
+            f"{config.tokenizer} does not extend the tokenizer of {config.base}: {len(moved)} of its {len(known)} tokens "
+            f"have another id or none, {moved[0]!r} among them. Continual pre-training keeps the base's vocabulary."
+        )
+    return 1 + max(known.values(), default=-1)
+
+
+def _local_folder(name: str, option: str) -> Path:
+    """The folder `name` on this machine: itself, a copy of a remote one, or the download of a hub id."""
+    if storage.is_folder(name):
+        if storage.is_local(name):
+            return storage.local_path(name)
+        target = Path(tempfile.mkdtemp(prefix="cert-ray-model-"))
+        storage.copy_folder_to_local(name, target)
+        return target
+    if "://" in name or name.startswith((".", "/")) or name.count("/") != 1:
+        known = f"a preset ({', '.join(PRESETS)}), " if option == "base" else ""
+        raise ConfigError(
+            f"{option}: {name!r} is not a folder; give {known}a folder that exists, or a hub id like org/name."
+        )
+    return _hub_folder(name, option)
+
+
+def _hub_folder(name: str, option: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(
+            f"{option}: {name!r} is no folder here, and the hub does not give it: {error}. "
+            "Check the spelling, the network and HF_TOKEN, or download it and give its folder."
+        ) from error

@@ -1,0 +1,222 @@
+"""Training on a Ray cluster: places the workers, brings checkpoints to storage, starts again after a death.
+
+In: a `TrainConfig`. Out: a `TrainResult`, and the folder of a finished model. `worker` does the work of a rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from cert_ray import manifests, storage
+from cert_ray.errors import CertRayError, TrainingFailedError
+from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.training import checkpoints, inputs, records
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.records import StepRecord
+
+_log = logging.getLogger(__name__)
+
+METRICS_NAME = "loss.jsonl"
+PICTURE_NAME = "loss.png"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run. Losses are in nats per token."""
+
+    folder: str  # of the exported Hugging Face model
+    first_loss: float
+    last_loss: float
+    held_out_loss: float | None  # None: the pack holds nothing out
+    steps: int
+    tokens: int  # learned from, repeats counted
+    parameters: int
+    metrics: str  # URL of loss.jsonl: a records.StepRecord per step
+    reused: bool  # finished before by an equal run
+
+
+def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
+    """Train as `config` says on the connected Ray cluster, going on where an interrupted equal run stopped.
+
+    A finished output of an equal run is returned as it is. `after_step(steps_done, rank)`, picklable, is called on every
+    worker after each step.
+
+    Raises:
+        ConfigError, InputError, NotFinishedError, ...: before any worker starts, when an input cannot be used.
+        CheckpointError: when the checkpoint to go on from is damaged or another run's.
+        TrainingDivergedError: when the loss stops being finite.
+        TrainingFailedError: when workers died more than `config.max_failures` times.
+    """
+    checked = inputs.check(config)
+    manifest = inputs.finished(checked)
+    if manifest is not None:
+        _log.info("%s is finished: nothing to train", checked.config.output)
+        return _result(checked.config, manifest, reused=True)
+    folder = checkpoints.folder_of(checked.config.output)
+    _tidy(folder, checked)
+    returned = _fit(checked, folder, after_step)
+    checkpoints.keep_newest(folder, checked.config.keep_checkpoints)
+    return _result(checked.config, _finish(checked, returned), reused=False)
+
+
+def _tidy(folder: str, checked: inputs.Checked) -> None:
+    """Leave only whole checkpoints of this run below `folder`, the newest of them verified."""
+    checkpoints.remove_incomplete(folder)
+    found = checkpoints.newest(folder)
+    if found is not None:
+        checkpoints.verify(found[1], checked.run_digest)
+    if storage.exists(folder):
+        # Ray Train's own list of checkpoints refuses to start when one of them was deleted; `worker` looks for itself.
+        for entry in storage.list_files(folder):
+            if storage.name_of(entry.url.rsplit("/", 1)[0]) == checkpoints.FOLDER_NAME:
+                storage.remove(entry.url)
+
+
+def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[str, Any]:
+    config = checked.config
+    resources: dict[str, float] = {"CPU": config.cpus_per_worker}
+    if config.use_gpu:
+        resources["GPU"] = 1
+    storage.make_folder(config.output)
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={"config": config.model_dump(), "run_digest": checked.run_digest, "after_step": after_step},
+        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=storage.name_of(folder),
+            storage_path=config.output,
+            failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+        ),
+    )
+    try:
+        returned: dict[str, Any] = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise _explain(error, config, folder) from error
+    if isinstance(returned.get("error"), CertRayError):
+        raise returned["error"]
+    return returned
+
+
+def _explain(error: Exception, config: TrainConfig, folder: str) -> CertRayError:
+    """A worker's own error where it is one of ours, else what to do about the death."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, CertRayError):
+                return cause
+            cause = cause.__cause__ or cause.__context__
+    found = checkpoints.newest(folder)
+    where = f"step {found[0]}" if found else "the start"
+    reason = "; ".join(f"worker {rank}: {_last_line(failure)}" for rank, failure in failures.items())
+    return TrainingFailedError(
+        f"training stopped after more than {config.max_failures} worker failures: {reason or _last_line(error)}. "
+        f"Run the same again to go on from {where}; workers killed for memory want a smaller micro_batch."
+    )
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
+
+
+def _work(options: dict[str, Any]) -> dict[str, Any]:
+    """Entry point of a worker process: what needs torch and DeepSpeed is imported here, after the choice of device."""
+    config = TrainConfig.model_validate(options["config"])
+    if not config.use_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    _log_to_stderr()
+    from cert_ray.training import worker
+
+    context = ray.train.get_context()
+    try:
+        outcome = worker.run(
+            config,
+            options["run_digest"],
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            report=_report,
+            after_step=options["after_step"],
+        )
+    except worker.TrainingDivergedError as error:  # on every worker alike; starting again would end alike
+        return {"error": error}
+    return {"records": outcome.records, "parameters": outcome.parameters, "files": outcome.files}
+
+
+def _report(metrics: dict[str, Any], part: Path, name: str) -> None:
+    ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(part)), checkpoint_dir_name=name)
+
+
+def _log_to_stderr() -> None:
+    """Ray forwards a worker's stderr to the driver; without a handler, the progress lines would go nowhere."""
+    logger = logging.getLogger("cert_ray")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _finish(checked: inputs.Checked, returned: dict[str, Any]) -> Manifest:
+    """Write the losses and the picture, and last the manifest."""
+    config, steps = checked.config, list(returned["records"])
+    view = checked.pack.config.get("view")
+    storage.write_text(storage.join(config.output, METRICS_NAME), records.to_json_lines(steps))
+    title = f"{config.base if '/' not in config.base else storage.name_of(config.base)}: {view}"
+    picture = records.draw_losses(steps, title, checked.pack.notes.get("held_out_unigram_entropy_nats"))
+    storage.write_bytes(storage.join(config.output, PICTURE_NAME), picture)
+    rows = config.steps * config.rows_per_step
+    shard = ShardReport(
+        shard="model",
+        unit_digest=checked.run_digest,
+        files=returned["files"],
+        rows_read=rows,
+        rows_kept=rows,
+        counts={"tokens": steps[-1].tokens, "parameters": returned["parameters"]},
+    )
+    manifest = manifests.summarize(
+        inputs.STAGE, config, checked.inputs_digest, [shard], notes=_notes(checked, steps, str(view))
+    )
+    manifests.write_manifest(config.output, manifest)
+    return manifest
+
+
+def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str) -> dict[str, Any]:
+    return {
+        "run_digest": checked.run_digest,
+        "base": checked.config.base,
+        "view": view,
+        "placeholders": view in {"sketcher", "generator"},  # whether it has met sketches
+        "context_tokens": checked.pack.config["context_tokens"],
+        "tokenizer_digest": checked.pack.notes["tokenizer_digest"],
+        "first_loss": steps[0].loss,
+        "last_loss": steps[-1].loss,
+        "held_out_loss": steps[-1].held_out_loss,
+    }
+
+
+def _result(config: TrainConfig, manifest: Manifest, *, reused: bool) -> TrainResult:
+    return TrainResult(
+        folder=config.output,
+        first_loss=manifest.notes["first_loss"],
+        last_loss=manifest.notes["last_loss"],
+        held_out_loss=manifest.notes["held_out_loss"],
+        steps=config.steps,
+        tokens=manifest.counts["tokens"],
+        parameters=manifest.counts["parameters"],
+        metrics=storage.join(config.output, METRICS_NAME),
+        reused=reused,
+    )

@@ -1,0 +1,71 @@
+"""What a run says about itself: one record per step, as a log line, as JSON Lines, and as a picture.
+
+In: numbers of a step. Out: text with fixed order and units; `loss.png`. Losses are means in nats per predicted token.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+
+from cert_ray.config import Config
+
+
+class StepRecord(Config):
+    """One step: what was learned from, and how well it was predicted before the update."""
+
+    step: int  # steps done, so the first is 1
+    epoch: int  # of the step's first row, from 0
+    loss: float
+    learning_rate: float
+    gradient_norm: float | None
+    tokens: int  # predicted so far, padding not counted
+    tokens_per_s: float  # of this step
+    held_out_loss: float | None = None  # measured after this step
+
+
+def progress_line(record: StepRecord, steps: int, tokens_per_s: float) -> str:
+    """The line for the log; `tokens_per_s` is the mean since the line before."""
+    remaining_s = (steps - record.step) * (record.tokens / record.step) / tokens_per_s if tokens_per_s else 0.0
+    norm = "-" if record.gradient_norm is None else f"{record.gradient_norm:.2f}"
+    line = (
+        f"step {record.step}/{steps}  loss {record.loss:.4f} nats/token  lr {record.learning_rate:.2e}  "
+        f"gradient norm {norm}  {tokens_per_s:,.0f} tokens/s  {remaining_s:,.0f} s left"
+    )
+    return line if record.held_out_loss is None else f"{line}  held-out loss {record.held_out_loss:.4f} nats/token"
+
+
+def to_json_lines(records: Sequence[StepRecord]) -> str:
+    """One JSON object per line and step."""
+    return "".join(record.model_dump_json() + "\n" for record in records)
+
+
+def from_json_lines(text: str, where: str) -> list[StepRecord]:
+    """The records of `to_json_lines`."""
+    return [StepRecord.from_mapping(json.loads(line), where) for line in text.splitlines()]
+
+
+def draw_losses(records: Sequence[StepRecord], title: str, unigram_nats: float | None = None) -> bytes:
+    """A PNG of the losses over tokens; `unigram_nats`, the entropy of single tokens, is the mark to beat."""
+    from matplotlib.figure import Figure  # one second to import, needed once per run
+
+    figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([record.tokens for record in records], [record.loss for record in records], lw=1, label="training")
+    measured = [record for record in records if record.held_out_loss is not None]
+    axes.plot(
+        [record.tokens for record in measured],
+        [record.held_out_loss for record in measured],
+        "o-",
+        ms=4,
+        label="held out",
+    )
+    if unigram_nats is not None:
+        axes.axhline(unigram_nats, ls="--", lw=1, color="grey", label="unigram entropy (held out)")
+    axes.set(xlabel="tokens", ylabel="nats per token", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    sink = io.BytesIO()
+    figure.savefig(sink, format="png", metadata={"Software": None})
+    return sink.getvalue()

@@ -1,0 +1,267 @@
+"""One rank's work from the first row to the exported model. In: a config and a started process group. Out: an `Outcome`.
+
+Goes on from the newest checkpoint below the output; what a step reads and its learning rate follow from the step's number
+alone, so an interrupted run gives the losses of an undisturbed one. How a checkpoint's parts reach the output's storage
+is the caller's (`report`); placing ranks and starting again are `on_ray`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cert_ray import storage
+from cert_ray.errors import InputError, TrainingDivergedError
+from cert_ray.manifests import WrittenFile
+from cert_ray.tokens.packing import plan_rows
+from cert_ray.tokens.shards import PackedTokens
+from cert_ray.training import checkpoints, export, models
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.deepspeed_engine import Engine
+from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
+from cert_ray.training.sampling import IntArray, Rows, RowStream, epoch_documents, shuffled_documents, step_positions
+from cert_ray.training.schedule import learning_rate
+
+_log = logging.getLogger(__name__)
+
+_RECORDS = "records.jsonl"
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # ids and mask, [B, T + 1]
+# Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
+Report = Callable[[dict[str, Any], Path, str], None]
+AfterStep = Callable[[int, int], None]  # (steps done, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished run did; `files` are rank 0's alone."""
+
+    records: tuple[StepRecord, ...]
+    parameters: int
+    files: tuple[WrittenFile, ...]
+
+
+def run(
+    config: TrainConfig,
+    run_digest: str,
+    rank: int,
+    world_size: int,
+    report: Report,
+    after_step: AfterStep | None = None,
+) -> Outcome:
+    """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
+
+    Raises:
+        TrainingDivergedError: on every rank, when a step's loss is not finite.
+    """
+    torch.set_num_threads(config.cpus_per_worker)
+    packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
+    loaded = models.load(config, packed)
+    parameters = models.parameter_count(loaded.model)
+    trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
+    for record in trainer.steps():
+        if after_step is not None:
+            after_step(record.step, rank)
+    files: tuple[WrittenFile, ...] = ()
+    if rank == 0:
+        last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
+        files = export.export_checkpoint(last, config.output)
+    return Outcome(tuple(trainer.records), parameters, files)
+
+
+class _Rank:
+    """The state of one rank: its engine, its rows, and the records so far."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_digest: str,
+        rank: int,
+        world_size: int,
+        packed: PackedTokens,
+        loaded: models.Loaded,
+        report: Report,
+    ) -> None:
+        self._config, self._run_digest, self._rank, self._world_size = config, run_digest, rank, world_size
+        self._loaded, self._report = loaded, report
+        self._rows = training_rows(packed, config)
+        self._held_out = held_out_rows(packed, config)
+        self._engine = Engine(loaded.model, config)
+        self.records: list[StepRecord] = []
+        self._resume()
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Train to the last step; a record per step, after its checkpoint where it has one."""
+        config = self._config
+        lines = _Lines(config, self.records[-1].tokens if self.records else 0)
+        for step in range(len(self.records), config.steps):
+            record = self._step(step)
+            done = step + 1
+            if done == config.steps or (config.eval_every_steps and done % config.eval_every_steps == 0):
+                record = record.model_copy(update={"held_out_loss": self._held_out_loss()})
+            self.records.append(record)
+            if self._rank == 0:
+                lines.show(record)
+            every = config.checkpoint_every_steps
+            if done == config.steps or (every and done % every == 0):
+                self._save(done)
+            yield record
+
+    def _step(self, step: int) -> StepRecord:
+        config = self._config
+        started = time.perf_counter()
+        positions = step_positions(step, self._rank, self._world_size, config.micro_batch, config.gradient_accumulation)
+        rate = learning_rate(
+            step, config.steps, config.warmup_steps, config.learning_rate, config.final_learning_rate_share
+        )
+        torch.manual_seed((config.seed << 40) ^ (step * self._world_size + self._rank))  # dropout, where a base has it
+        loss, tokens, norm = self._engine.train_step([_tensors(*self._rows.read(row)) for row in positions], rate)
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(
+                f"step {step + 1}: the loss is {loss}. Lower learning_rate ({config.learning_rate}), raise warmup_steps "
+                f"({config.warmup_steps}), or use precision fp32 or bf16 (now {config.precision})."
+            )
+        epoch, _ = self._rows.locate(step * config.rows_per_step)
+        before = self.records[-1].tokens if self.records else 0
+        return StepRecord(
+            step=step + 1,
+            epoch=epoch,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=before + tokens,
+            tokens_per_s=round(tokens / (time.perf_counter() - started), 1),
+        )
+
+    def _held_out_loss(self) -> float | None:
+        """Mean nats per token over the held-out rows, or `None` where there are none."""
+        if len(self._held_out) == 0:
+            return None
+        count = min(len(self._held_out), self._config.eval_rows or len(self._held_out))
+        nats, tokens = self._engine.summed_eval_loss(self._eval_batches(count))
+        return nats / tokens if tokens else None
+
+    def _eval_batches(self, count: int) -> list[Batch]:
+        """This rank's share of the first `count` held-out rows; every rank has as many batches, masked where too many."""
+        size = self._config.micro_batch
+        batches = []
+        for first in range(self._rank * size, _round_up(count, size * self._world_size), size * self._world_size):
+            indices = np.arange(first, first + size)
+            ids, mask = _read(self._held_out, np.minimum(indices, count - 1))
+            mask[indices >= count] = False
+            batches.append(_tensors(ids, mask))
+        return batches
+
+    def _save(self, done: int) -> None:
+        config = self._config
+        name = checkpoints.name_of_step(done)
+        with tempfile.TemporaryDirectory(prefix="cert-ray-checkpoint-") as temporary:
+            folder = Path(temporary)
+            self._engine.save(folder / export.ENGINE_FOLDER)
+            if self._rank == 0:
+                self._save_shared(folder)
+            checkpoints.seal_part(
+                folder,
+                step=done,
+                rank=self._rank,
+                world_size=self._world_size,
+                zero_stage=config.zero_stage,
+                run_digest=self._run_digest,
+            )
+            self._report(self.records[-1].model_dump(), folder, name)
+        self._engine.barrier()  # every part has arrived
+        if self._rank == 0:
+            checkpoints.mark_complete(storage.join(checkpoints.folder_of(config.output), name), self._world_size)
+
+    def _save_shared(self, folder: Path) -> None:
+        self._loaded.model.config.save_pretrained(folder / export.MODEL_FOLDER)
+        (folder / export.TOKENIZER_FOLDER).mkdir()
+        for name in models.TOKENIZER_FILES:
+            source = self._loaded.tokenizer_folder / name
+            if source.is_file():
+                shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
+        (folder / _RECORDS).write_text(to_json_lines(self.records))
+
+    def _resume(self) -> None:
+        found = checkpoints.newest(checkpoints.folder_of(self._config.output))
+        if found is None:
+            return
+        step, url = found
+        checkpoints.verify(url, self._run_digest, only_rank=self._rank)
+        with tempfile.TemporaryDirectory(prefix="cert-ray-resume-") as temporary:
+            folder = export.local_copy(url, Path(temporary) / "checkpoint")
+            self._engine.load(folder / export.ENGINE_FOLDER)
+            self.records = from_json_lines((folder / _RECORDS).read_text(), url)
+        assert len(self.records) == step, f"{url} holds the records of {len(self.records)} steps"
+        if self._rank == 0:
+            _log.info("going on from %s, step %d of %d", url, step, self._config.steps)
+
+
+class _Lines:
+    """Log lines every `log_every_steps`, with the speed since the line before."""
+
+    def __init__(self, config: TrainConfig, tokens: int) -> None:
+        self._config, self._tokens, self._since = config, tokens, time.perf_counter()
+
+    def show(self, record: StepRecord) -> None:
+        """Log `record` when a line is due."""
+        due = record.step % self._config.log_every_steps == 0 or record.step in (1, self._config.steps)
+        if not due and record.held_out_loss is None:
+            return
+        now = time.perf_counter()
+        speed = (record.tokens - self._tokens) / (now - self._since)
+        _log.info("%s", progress_line(record, self._config.steps, speed))
+        self._since, self._tokens = now, record.tokens
+
+
+def training_rows(packed: PackedTokens, config: TrainConfig) -> RowStream:
+    """The rows to train on, of the documents that are not held out.
+
+    Raises:
+        InputError: when there is no such document, or none with a positive weight.
+    """
+    ordinals = np.flatnonzero(~packed.documents.held_out)
+    weights = packed.documents.weight[ordinals]
+    if len(ordinals) == 0 or (config.resampling == "weighted" and not np.any(weights > 0)):
+        raise InputError(
+            config.tokens,
+            f"none of its {len(packed)} documents can be trained on (held out, or without weight)",
+            "Pack more documents, or lower the held-out fraction.",
+        )
+
+    def plan_epoch(epoch: int) -> Rows:
+        if config.resampling == "weighted":
+            drawn = epoch_documents(weights, config.seed, epoch)
+        else:
+            drawn = shuffled_documents(len(ordinals), config.seed, epoch)
+        return plan_rows(packed, ordinals[drawn], packed.context_tokens)
+
+    return RowStream(plan_epoch, config.seed)
+
+
+def held_out_rows(packed: PackedTokens, config: TrainConfig) -> Rows:
+    """The rows of the held-out documents, each document once, in order."""
+    return plan_rows(packed, np.flatnonzero(packed.documents.held_out), packed.context_tokens)
+
+
+def _read(rows: Rows, indices: IntArray) -> tuple[IntArray, Any]:
+    found = [rows.row(int(index)) for index in indices]
+    return np.stack([ids for ids, _ in found]), np.stack([mask for _, mask in found])
+
+
+def _tensors(ids: Any, mask: Any) -> Batch:
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

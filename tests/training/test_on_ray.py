@@ -1,0 +1,98 @@
+"""Training under Ray Train with two gloo workers, killed and resumed. Each fit takes some ten seconds to start."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cert_ray import manifests
+from cert_ray.errors import CheckpointError, ConfigError, NotFinishedError, TrainingFailedError
+from cert_ray.training import checkpoints
+from cert_ray.training.on_ray import TrainResult, train
+
+pytestmark = [
+    pytest.mark.ray,
+    # Ray 2.60's own DataContext warns while Ray Train makes one.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
+
+OPTIONS = {"workers": 2, "micro_batch": 2, "steps": 10, "checkpoint_every_steps": 3, "zero_stage": 2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, make_config, tmp_path_factory) -> TrainResult:
+    """A run of two workers that nothing disturbs, and that several tests read."""
+    return train(make_config(**OPTIONS, output=str(tmp_path_factory.mktemp("undisturbed") / "model")))
+
+
+def _losses(result: TrainResult) -> list[float]:
+    return [json.loads(line)["loss"] for line in Path(result.metrics).read_text().splitlines()]
+
+
+class _KillOnce:
+    """Kills worker 1 after each of `steps`, once each, as a machine that goes away would."""
+
+    def __init__(self, folder: Path, steps: tuple[int, ...]) -> None:
+        self._folder, self._steps = folder, steps
+
+    def __call__(self, step: int, rank: int) -> None:
+        mark = self._folder / f"killed-{step}"
+        if rank == 1 and step in self._steps and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_two_workers_learn_and_leave_a_model(undisturbed):
+    assert undisturbed.last_loss < undisturbed.first_loss
+    assert undisturbed.held_out_loss < undisturbed.first_loss
+    assert not undisturbed.reused
+    names = {path.name for path in Path(undisturbed.folder).iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "loss.jsonl", "loss.png", "manifest.json"} <= names
+    manifest = manifests.read_manifest(undisturbed.folder, "model", "train")
+    assert manifest.rows_read == 10 * 4
+    assert manifest.counts["parameters"] == undisturbed.parameters
+    kept = [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(undisturbed.folder))]
+    assert kept == [9, 10]
+    model = AutoModelForCausalLM.from_pretrained(undisturbed.folder)
+    assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+def test_killed_twice_it_ends_with_the_losses_of_an_undisturbed_run(undisturbed, make_config, tmp_path):
+    """The first death is recovered from within the call, the second ends it, and calling again goes on."""
+    config = make_config(**OPTIONS, max_failures=1, output=str(tmp_path / "model"))
+    kill = _KillOnce(tmp_path, (4, 8))
+    with pytest.raises(TrainingFailedError, match="go on from step 6"):
+        train(config, after_step=kill)
+    result = train(config, after_step=kill)
+    assert sorted(path.name for path in tmp_path.glob("killed-*")) == ["killed-4", "killed-8"]
+    assert _losses(result) == _losses(undisturbed)
+    assert dataclasses.replace(result, folder="", metrics="") == dataclasses.replace(undisturbed, folder="", metrics="")
+
+
+def test_a_finished_output_is_reused_or_refused_but_never_replaced(undisturbed, make_config):
+    same = make_config(**OPTIONS, output=undisturbed.folder, keep_checkpoints=5)
+    assert train(same) == dataclasses.replace(undisturbed, reused=True)
+    with pytest.raises(ConfigError, match="differs in learning_rate"):
+        train(make_config(**OPTIONS, output=undisturbed.folder, learning_rate=1e-4))
+
+
+def test_bad_inputs_end_before_a_worker_starts(undisturbed, make_config, tmp_path):
+    with pytest.raises(NotFinishedError, match="cert-ray pack"):
+        train(make_config(tokens=str(tmp_path)))
+    (Path(undisturbed.folder) / "manifest.json").rename(tmp_path / "manifest.json")
+    newest = Path(checkpoints.newest(checkpoints.folder_of(undisturbed.folder))[1])
+    next(newest.glob("engine/engine/*optim_states.pt")).unlink()
+    try:
+        with pytest.raises(CheckpointError, match="is missing"):
+            train(make_config(**OPTIONS, output=undisturbed.folder))
+        with pytest.raises(CheckpointError, match="other options"):
+            train(make_config(**OPTIONS, output=undisturbed.folder, seed=9))
+    finally:
+        (tmp_path / "manifest.json").rename(Path(undisturbed.folder) / "manifest.json")

@@ -1,0 +1,117 @@
+"""One worker, in this process: it learns, resumes to the same losses, and exports what it trained."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cert_ray.errors import CheckpointError, InputError
+from cert_ray.training import checkpoints, worker
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("process_group"),
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed.
+    pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning"),
+]
+
+
+class _Killed(Exception):
+    pass
+
+
+def _run(config, copy_report, after_step=None):
+    return worker.run(config, "digest", 0, 1, copy_report(config.output), after_step)
+
+
+def _losses(outcome):
+    return [record.loss for record in outcome.records]
+
+
+def test_learns_what_can_be_learned(make_config, copy_report):
+    """The next word of a document is the one after it 95 times of 100: far below log(62) = 4.1 nats."""
+    outcome = _run(make_config(steps=80, micro_batch=8, warmup_steps=10, eval_every_steps=40), copy_report)
+    assert 3.8 < outcome.records[0].loss < 4.6
+    assert outcome.records[-1].loss < 1.0
+    held_out = [record.held_out_loss for record in outcome.records]
+    assert held_out[39] is not None
+    assert held_out[79] < 1.2
+    assert sum(loss is not None for loss in held_out) == 2
+
+
+def test_every_zero_stage_gives_the_same_losses(make_config, copy_report, tmp_path):
+    losses = [
+        _losses(_run(make_config(steps=5, zero_stage=stage, output=str(tmp_path / f"zero{stage}")), copy_report))
+        for stage in range(4)
+    ]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=2e-5)
+
+
+def test_losses_depend_on_the_rows_of_a_step_not_on_how_they_are_grouped(make_config, copy_report, tmp_path):
+    one = make_config(steps=4, micro_batch=4, gradient_accumulation=1, output=str(tmp_path / "one"))
+    two = make_config(steps=4, micro_batch=1, gradient_accumulation=4, output=str(tmp_path / "two"))
+    assert _losses(_run(one, copy_report)) == pytest.approx(_losses(_run(two, copy_report)), abs=2e-5)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_a_run_cut_short_goes_on_to_the_same_losses(make_config, copy_report, tmp_path, zero_stage):
+    options = {"zero_stage": zero_stage, "checkpoint_every_steps": 3, "steps": 8}
+    undisturbed = _run(make_config(**options, output=str(tmp_path / "whole")), copy_report)
+
+    def kill(step: int, rank: int) -> None:
+        if step == 5:
+            raise _Killed
+
+    config = make_config(**options, output=str(tmp_path / "cut"))
+    with pytest.raises(_Killed):
+        _run(config, copy_report, kill)
+    seen: list[int] = []
+    resumed = _run(config, copy_report, lambda step, rank: seen.append(step))
+    assert seen == [4, 5, 6, 7, 8]
+    assert _losses(resumed) == _losses(undisturbed)
+    assert [file.checksum for file in resumed.files] == [file.checksum for file in undisturbed.files]
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(make_config, copy_report):
+    config = make_config(steps=4, checkpoint_every_steps=2)
+    _run(config, copy_report)
+    newest = Path(config.output) / "checkpoints" / "step-000004"
+    damaged = next((newest / "engine" / "engine").glob("*optim_states.pt"))
+    payload = bytearray(damaged.read_bytes())
+    payload[len(payload) // 2] ^= 1
+    damaged.write_bytes(payload)
+    with pytest.raises(CheckpointError, match=damaged.name):
+        _run(config, copy_report)
+    shutil.rmtree(newest)  # the cure that the message names
+    assert len(_run(config, copy_report).records) == 4
+
+
+def test_another_runs_checkpoint_is_refused(make_config, copy_report):
+    config = make_config(steps=3)
+    _run(config, copy_report)
+    with pytest.raises(CheckpointError, match="other options or inputs"):
+        worker.run(config, "another", 0, 1, copy_report(config.output))
+
+
+def test_a_checkpoint_without_its_last_file_counts_as_absent(make_config, copy_report):
+    config = make_config(steps=4, checkpoint_every_steps=2)
+    _run(config, copy_report)
+    folder = checkpoints.folder_of(config.output)
+    (Path(folder) / "step-000004" / "complete.json").unlink()
+    assert checkpoints.newest(folder)[0] == 2
+    checkpoints.remove_incomplete(folder)
+    assert sorted(path.name for path in Path(folder).iterdir()) == ["step-000002"]
+
+
+def test_a_pack_of_held_out_documents_only_is_refused(make_config, tmp_path, tokenizer_folder):
+    from cert_ray.tokens.shards import PackedTokens
+    from cert_ray.training.models import load_tokenizer
+    from tests.training.conftest import write_pack
+
+    write_pack(tmp_path / "pack", load_tokenizer(str(tokenizer_folder)), documents=1)
+    config = make_config(tokens=str(tmp_path / "pack"))
+    with pytest.raises(InputError, match="none of its 1 documents"):
+        worker.training_rows(PackedTokens.open(config.tokens), config)

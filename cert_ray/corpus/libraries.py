@@ -1,0 +1,27 @@
+"""Which libraries files use: counts for the dataset's card, and the choice of one library's files.
+
+In: the `libraries` column of documents (top-level packages that a file imports, guarded and local imports included).
+A library's files are those that import it, by that name; this is the project's definition, for the paper's filter was
+not published. What a file uses through another package, or by a string, is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+
+def library_counts(libraries: pa.ChunkedArray) -> dict[str, int]:
+    """Files by imported package, most frequent first, then by name."""
+    counted = pc.value_counts(pc.list_flatten(libraries)).to_pylist()
+    counts = {entry["values"]: entry["counts"] for entry in counted}
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def uses_any(libraries: pa.ChunkedArray, names: Sequence[str]) -> pa.BooleanArray:
+    """For each file whether it imports one of `names`."""
+    used = pc.is_in(pc.list_flatten(libraries), value_set=pa.array(list(names), pa.string()))
+    rows = pc.unique(pc.list_parent_indices(libraries).filter(used))
+    return pc.is_in(pa.array(range(len(libraries)), rows.type), value_set=rows)

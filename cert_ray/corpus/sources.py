@@ -1,0 +1,306 @@
+"""Inputs of every kind, cut into work units and read record by record.
+
+In: `SourceConfig`. `plan_units` lists the inputs and cuts them: loose files are grouped by bytes, Parquet is cut at row
+groups, an archive or a JSONL file is one unit. `read_unit` gives the records of a unit in input order, each of them a
+`RawDocument` or a drop. Planning opens footers of Parquet and first lines of JSONL, to refuse a table without the
+columns at once, and under `limit` counts the members of archives up to it.
+
+Only regular files are opened. A unit names its files and their sizes: a file changed to another of the same size after
+the shard was finished is not noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from cert_ray import storage
+from cert_ray.corpus.archives import read_archive
+from cert_ray.corpus.inputs import (
+    SUPPORTED,
+    Columns,
+    InputKind,
+    RawDocument,
+    Record,
+    SourceConfig,
+    kind_of,
+)
+from cert_ray.corpus.tables import check_jsonl, read_jsonl, read_parquet, row_groups
+from cert_ray.errors import InputError
+from cert_ray.schemas import Dropped, DropReason
+from cert_ray.shards.units import WorkUnit, shard_name
+from cert_ray.storage import FileEntry
+
+__all__ = ["Columns", "RawDocument", "SourceConfig", "plan_units", "read_unit"]
+
+logger = logging.getLogger(__name__)
+
+Payload = dict[str, Any]
+
+
+@dataclass
+class _Budget:
+    """What `limit` and `max_input_bytes` leave to be planned; None is no bound."""
+
+    files: int | None
+    size_bytes: int | None
+
+    @property
+    def spent(self) -> bool:
+        return self.files == 0 or (self.size_bytes is not None and self.size_bytes <= 0)
+
+    def take(self, files: int, size_bytes: int) -> None:
+        if self.files is not None:
+            self.files = max(0, self.files - files)
+        if self.size_bytes is not None:
+            self.size_bytes -= size_bytes
+
+
+def plan_units(config: SourceConfig) -> list[WorkUnit]:
+    """The units of all inputs; they depend on the inputs and `config` alone.
+
+    Raises:
+        InputError: for an input that is not there, holds nothing to read, or is of no known kind.
+        MissingColumnsError: for a table without the columns to read.
+    """
+    budget = _Budget(config.limit, config.max_input_bytes)
+    payloads: list[tuple[Payload, int]] = []
+    for given in _expanded(config.inputs):
+        if budget.spent:
+            break
+        payloads += _plan_input(given, config, budget)
+    return [
+        WorkUnit(name=shard_name(index), payload=payload, rows=rows) for index, (payload, rows) in enumerate(payloads)
+    ]
+
+
+def read_unit(unit: WorkUnit, config: SourceConfig) -> Iterator[Record]:
+    """The records of `unit`, in input order; nothing but the current one is held in memory.
+
+    Raises:
+        InputError: when the disk or store fails while reading (a damaged file is a drop instead).
+    """
+    payload = unit.payload
+    if payload["kind"] == "files":
+        return _read_files(payload, config)
+    return _bounded(_read_container(payload, config), payload["limit"], payload["max_bytes"])
+
+
+def _expanded(inputs: tuple[str, ...]) -> Iterator[str]:
+    """Inputs in the order given, globs replaced by what they match, each once."""
+    seen: set[str] = set()
+    for given in inputs:
+        matches = [given]
+        if any(character in given for character in "*?[") and not storage.exists(given):
+            filesystem, pattern = storage.resolve(given)
+            local = storage.is_local(given)
+            matches = sorted(
+                str(path if local else filesystem.unstrip_protocol(path)) for path in filesystem.glob(pattern)
+            )
+            if not matches:
+                raise InputError(given, "nothing matches this pattern", "Check the path; quote it for the shell.")
+        yield from (match for match in matches if match not in seen)
+        seen.update(matches)
+
+
+def _plan_input(given: str, config: SourceConfig, budget: _Budget) -> Iterator[tuple[Payload, int]]:
+    if storage.is_folder(given):
+        yield from _plan_folder(given, config, budget)
+        return
+    if not storage.exists(given):
+        raise InputError(given, "nothing there", "Check the path, or the credentials for its store.")
+    entry = storage.list_files(given)[0]
+    name = storage.name_of(given)
+    if storage.is_local(given) and not storage.local_path(given).is_file():
+        raise InputError(given, "not a regular file", "Only files and folders are read.")
+    if kind_of(given):
+        yield from _plan_container(given, entry, config, budget)
+    elif config.matcher()(name):
+        yield from _plan_files(given.rstrip("/").removesuffix(name).rstrip("/") or ".", [entry], config, budget)
+    else:
+        raise InputError(
+            given,
+            f"its name is not that of any input (include is {', '.join(config.include)})",
+            f"Supported are folders, files that `include` names, and {SUPPORTED}.",
+        )
+
+
+def _plan_folder(given: str, config: SourceConfig, budget: _Budget) -> Iterator[tuple[Payload, int]]:
+    entries = storage.list_files(given)
+    root = _root_of(given)
+    matches = config.matcher()
+    files = [entry for entry in entries if matches(entry.url[len(root) :])]
+    containers = [entry for entry in entries if kind_of(entry.url)]
+    opened = config.open_containers if config.open_containers is not None else not files
+    if not files and not (opened and containers):
+        raise InputError(
+            given,
+            f"holds no file to read: {len(entries)} files, none matches include={list(config.include)}"
+            + (f", exclude={list(config.exclude)}" if config.exclude else ""),
+            f"Change include or exclude, or give archives and tables ({SUPPORTED}).",
+        )
+    logger.info(
+        "%s: %d files match, %d archives and tables %s, %d others left out",
+        given,
+        len(files),
+        len(containers),
+        "opened" if opened else "left closed",
+        len(entries) - len(files) - len(containers),
+    )
+    yield from _plan_files(given, files, config, budget)
+    for entry in containers if opened else ():
+        if budget.spent:
+            return
+        yield from _plan_container(storage.join(given, entry.url[len(root) :]), entry, config, budget)
+
+
+def _root_of(given: str) -> str:
+    """What `storage.list_files` puts before the relative paths below the folder `given`."""
+    filesystem, path = storage.resolve(given)
+    root = path if storage.is_local(given) else filesystem.unstrip_protocol(path)
+    return str(root).rstrip("/") + "/"
+
+
+def _plan_files(
+    given: str, entries: list[FileEntry], config: SourceConfig, budget: _Budget
+) -> Iterator[tuple[Payload, int]]:
+    """Loose files, in order, as units of about `unit_bytes`."""
+    root = _root_of(given)
+    group: list[FileEntry] = []
+    grouped_bytes = 0
+
+    def payload() -> tuple[Payload, int]:
+        names = [_as_json(entry.url[len(root) :]) for entry in group]
+        sizes = [entry.size_bytes for entry in group]
+        return {"kind": "files", "source": given, "root": _as_json(root), "files": names, "sizes": sizes}, len(group)
+
+    for entry in entries:
+        cost = min(entry.size_bytes, config.max_file_bytes)  # more than that is never read
+        if budget.spent or (budget.size_bytes is not None and cost > budget.size_bytes):
+            budget.size_bytes = 0 if budget.size_bytes is not None else None
+            break
+        if group and grouped_bytes + cost > config.unit_bytes:
+            yield payload()
+            group, grouped_bytes = [], 0
+        group.append(entry)
+        grouped_bytes += cost
+        budget.take(1, cost)
+    if group:
+        yield payload()
+
+
+def _plan_container(
+    source: str, entry: FileEntry, config: SourceConfig, budget: _Budget
+) -> Iterator[tuple[Payload, int]]:
+    kind = kind_of(entry.url)
+    payload = {
+        "kind": kind,
+        "source": _shown(source),
+        "url": _as_json(entry.url),
+        "size_bytes": entry.size_bytes,
+        "limit": budget.files,
+        "max_bytes": budget.size_bytes,
+    }
+    if kind is InputKind.PARQUET:
+        for groups, rows, size_bytes in row_groups(entry.url, source, config):
+            if budget.spent:
+                return
+            taken = rows if budget.files is None else min(rows, budget.files)
+            left = {"limit": budget.files, "max_bytes": budget.size_bytes}
+            yield {**payload, **left, "row_groups": groups}, taken
+            budget.take(taken, size_bytes)
+        return
+    if kind is InputKind.JSONL:
+        check_jsonl(entry.url, source, config)
+    rows = 0
+    if budget.files is not None:  # a limit is small, and counting stops at it
+        unit = WorkUnit(name="counting", payload=payload)
+        rows = sum(1 for _ in read_unit(unit, config))
+    yield payload, rows
+    budget.take(rows, entry.size_bytes)
+
+
+def _as_json(path: str) -> str:
+    """`path` so that JSON can carry it: file names need not be UTF-8. `_from_json` reads it back."""
+    return path.encode("utf-8", "surrogateescape").decode("latin-1")
+
+
+def _from_json(text: str) -> str:
+    return text.encode("latin-1").decode("utf-8", "surrogateescape")
+
+
+def _shown(path: str) -> str:
+    """`path` as UTF-8 text; bytes that are none become the replacement character."""
+    return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _read_files(payload: Payload, config: SourceConfig) -> Iterator[Record]:
+    root = _from_json(payload["root"])
+    filesystem, folder = storage.resolve(root)
+    local = storage.is_local(root)
+    for name in map(_from_json, payload["files"]):
+        if local:
+            content = _read_local(root + name, config.max_file_bytes)
+        else:
+            content = _read_remote(filesystem, storage.join(folder, name), config.max_file_bytes)
+        if isinstance(content, Dropped):
+            yield _shown(name), payload["source"], content
+        else:
+            yield RawDocument(_shown(name), payload["source"], content)
+
+
+def _read_local(path: str, max_bytes: int) -> bytes | Dropped:
+    try:
+        # O_NONBLOCK: opening a FIFO would otherwise wait for its writer, for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        return Dropped(DropReason.UNREADABLE, error.strerror or "cannot be opened")
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return Dropped(DropReason.UNREADABLE, "not a regular file")
+        blocks, size = [], 0
+        while size <= max_bytes and (block := os.read(handle, max_bytes + 1 - size)):
+            blocks.append(block)
+            size += len(block)
+    except OSError as error:
+        return Dropped(DropReason.UNREADABLE, error.strerror or "cannot be read")
+    finally:
+        os.close(handle)
+    return Dropped(DropReason.TOO_LARGE) if size > max_bytes else b"".join(blocks)
+
+
+def _read_remote(filesystem: Any, path: str, max_bytes: int) -> bytes | Dropped:
+    try:
+        with filesystem.open(path, "rb") as stream:
+            content = bytes(stream.read(max_bytes + 1))
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        return Dropped(DropReason.UNREADABLE, type(error).__name__)
+    return Dropped(DropReason.TOO_LARGE) if len(content) > max_bytes else content
+
+
+def _read_container(payload: Payload, config: SourceConfig) -> Iterator[Record]:
+    url, source = _from_json(payload["url"]), payload["source"]
+    kind = InputKind(payload["kind"])
+    if storage.is_local(url) and not storage.local_path(url).is_file():
+        return iter([(storage.name_of(source), source, Dropped(DropReason.UNREADABLE, "not a regular file"))])
+    if kind is InputKind.PARQUET:
+        return read_parquet(url, source, payload["row_groups"], config)
+    if kind is InputKind.JSONL:
+        return read_jsonl(url, source, config)
+    return read_archive(url, source, kind, config)
+
+
+def _bounded(records: Iterator[Record], limit: int | None, max_bytes: int | None) -> Iterator[Record]:
+    """`records` up to `limit` of them, and up to the one that would make it more than `max_bytes` of content."""
+    for number, record in enumerate(records):
+        if limit is not None and number >= limit:
+            return
+        if max_bytes is not None and isinstance(record, RawDocument):
+            max_bytes -= len(record.payload)
+            if max_bytes < 0:
+                return
+        yield record

@@ -1,0 +1,190 @@
+"""Rows of tables as records: JSONL (plain, gzip, zstd) and Parquet, with The Stack's column names unless configured.
+
+In: the URL of a table and `Columns`. Out: one record per row, in row order; all rows are read, whatever their path.
+A row without text is a `BAD_RECORD` drop, a damaged file one `DAMAGED_ARCHIVE` drop after the rows before the damage.
+A line is held up to six times `max_file_bytes` (JSON may escape every character), of Parquet a batch of rows.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cert_ray import storage
+from cert_ray.corpus.archives import DAMAGE, decompressed, open_bytes
+from cert_ray.corpus.inputs import Columns, RawDocument, Record, SourceConfig
+from cert_ray.errors import MissingColumnsError
+from cert_ray.schemas import Dropped, DropReason
+
+_BATCH_ROWS = 256  # assumed: some megabytes of source at a time
+
+
+def check_jsonl(url: str, source: str, config: SourceConfig) -> None:
+    """Look at the first line of a JSONL file: is it a record with the columns to read?
+
+    Raises:
+        MissingColumnsError: when it is one without them. A line that is no record at all is a drop later on.
+    """
+    try:
+        with open_bytes(url) as stream:
+            line = io.BufferedReader(cast(io.RawIOBase, decompressed(stream, url))).readline(_line_bytes(config))
+            first = json.loads(line)
+    except (*DAMAGE, RecursionError):
+        return
+    if isinstance(first, dict):
+        _check_columns(list(first), source, config.columns)
+
+
+def _check_columns(found: list[str], source: str, columns: Columns) -> None:
+    missing = [name for name in columns.required() if name not in found]
+    if missing:
+        fields = [field for field, name in columns.named().items() if name in missing]
+        raise MissingColumnsError(
+            source,
+            f"no column {', '.join(missing)}; its columns are {', '.join(map(str, found)) or 'none'}",
+            "Name the right ones in "
+            + ", ".join(f"sources.columns.{field}" for field in fields)
+            + (" (null where it has none)." if "content" not in fields else "."),
+        )
+
+
+def _line_bytes(config: SourceConfig) -> int:
+    return 6 * config.max_file_bytes + (1 << 16)
+
+
+def read_jsonl(url: str, source: str, config: SourceConfig) -> Iterator[Record]:
+    """One record per line that is not blank."""
+    try:
+        with open_bytes(url) as stream:
+            for number, line in _lines(io.BufferedReader(cast(io.RawIOBase, decompressed(stream, url))), config):
+                yield _record_of_line(line, f"line {number}", source, config)
+    except DAMAGE as error:
+        yield storage.name_of(source), source, Dropped(DropReason.DAMAGED_ARCHIVE, str(error))
+
+
+def _lines(stream: IO[bytes], config: SourceConfig) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines that are not blank; None for one longer than any record that would be kept."""
+    most = _line_bytes(config)
+    number = 0
+    while line := stream.readline(most):
+        number += 1
+        if len(line) < most or line.endswith(b"\n"):
+            if not line.isspace():
+                yield number, line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = stream.readline(most)
+        yield number, None
+
+
+def _record_of_line(line: bytes | None, name: str, source: str, config: SourceConfig) -> Record:
+    if line is None:
+        return name, source, Dropped(DropReason.TOO_LARGE)
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return name, source, Dropped(DropReason.BAD_RECORD, str(error))
+    if not isinstance(row, dict):
+        return name, source, Dropped(DropReason.BAD_RECORD, f"a {type(row).__name__}, not an object")
+    return _record(row, name, source, config)
+
+
+def _record(row: Mapping[str, Any], name: str, source: str, config: SourceConfig) -> Record:
+    """A row as a document; `name` stands in for a path that it does not have."""
+    columns = config.columns
+    path = row.get(columns.path) if columns.path else None
+    path = _text(path) or name
+    content = row.get(columns.content)
+    if not isinstance(content, str | bytes):
+        return path, source, Dropped(DropReason.BAD_RECORD, f"{columns.content} is {type(content).__name__}, not text")
+    if len(content) > config.max_file_bytes:
+        return path, source, Dropped(DropReason.TOO_LARGE)
+    return RawDocument(
+        path,
+        source,
+        content,
+        repository=_text(row.get(columns.repository)) if columns.repository else None,
+        stars=_count(row.get(columns.stars)) if columns.stars else None,
+        licence=_text(row.get(columns.licence)) if columns.licence else None,
+    )
+
+
+def _text(value: object) -> str | None:
+    """`value` as text, several joined by commas; None where there is none."""
+    if isinstance(value, list):
+        value = ", ".join(str(part) for part in value if part)
+    return value.encode("utf-8", "replace").decode() or None if isinstance(value, str) else None
+
+
+def _count(value: object) -> int | None:
+    """`value` as a number of stars. Tables with gaps often store counts as floats."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(value) if 0 <= value < 1 << 62 else None
+
+
+def row_groups(url: str, source: str, config: SourceConfig) -> Iterator[tuple[list[int] | None, int, int]]:
+    """The row groups of a Parquet file in runs of about `unit_bytes`: their numbers, rows and uncompressed bytes.
+
+    A file whose footer cannot be read is one run of None: reading it gives the drop.
+
+    Raises:
+        MissingColumnsError: when it lacks the columns to read.
+    """
+    try:
+        with open_bytes(url) as stream:
+            metadata = pq.read_metadata(stream)
+    except DAMAGE:
+        yield None, 0, 0
+        return
+    _check_columns(metadata.schema.to_arrow_schema().names, source, config.columns)
+    run: list[int] = []
+    rows = size_bytes = 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        if run and size_bytes + group.total_byte_size > config.unit_bytes:
+            yield run, rows, size_bytes
+            run, rows, size_bytes = [], 0, 0
+        run.append(index)
+        rows += group.num_rows
+        size_bytes += group.total_byte_size
+    if run:
+        yield run, rows, size_bytes
+
+
+def read_parquet(url: str, source: str, groups: list[int] | None, config: SourceConfig) -> Iterator[Record]:
+    """One record per row of the row groups `groups`."""
+    try:
+        with open_bytes(url) as stream:
+            table = pq.ParquetFile(stream)
+            present = set(table.schema_arrow.names)
+            columns = [name for name in config.columns.named().values() if name in present]
+            row = sum(table.metadata.row_group(index).num_rows for index in range(groups[0] if groups else 0))
+            for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups or [], columns=columns):
+                for record in _rows(batch):
+                    yield _record(record, f"row {row}", source, config)
+                    row += 1
+    except DAMAGE as error:
+        detail = str(error).partition("\n")[0]
+        yield storage.name_of(source), source, Dropped(DropReason.DAMAGED_ARCHIVE, detail)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows of `batch`; text that is not UTF-8 stays bytes, for cleaning to judge."""
+    texts = [pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in batch.schema]
+    values = []
+    for column, is_text in zip(batch.columns, texts, strict=True):
+        try:
+            values.append(column.to_pylist())
+        except UnicodeDecodeError:
+            assert is_text, "only text is decoded"
+            binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+            values.append(column.cast(binary).to_pylist())
+    for row in zip(*values, strict=True):
+        yield dict(zip(batch.schema.names, row, strict=True))

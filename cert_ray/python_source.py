@@ -13,10 +13,10 @@ from __future__ import annotations
 import ast
 import re
 import warnings
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from typing import Literal
 
 from cert_ray.schemas import Dropped, DropReason, StatementKind
@@ -76,7 +76,7 @@ def read_source(source: str) -> SourceFacts | Dropped:
         return tree
     imports: set[str] = set()
     functions: list[FunctionFacts] = []
-    may_assert = ".assert" in "".join(source.split()) if "assert" in source else False
+    may_assert = _ASSERT_METHOD.search(source) is not None
     for statement in _statements(tree):
         if isinstance(statement, ast.Import):
             imports.update(alias.name.partition(".")[0] for alias in statement.names)
@@ -109,17 +109,19 @@ class LineIndex:
         # The tokenizer's line ends only: str.splitlines would also split at form feeds and U+2028.
         self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
         self._ascii = source.isascii()
+        self._columns: dict[int, list[int]] = {}  # line -> the byte column of each of its code points
 
     def offset(self, line: int, column: int) -> int:
         """Code point offset of a node position."""
         start = self.starts[line - 1]
         if self._ascii or column == 0:
             return start + column
-        end = self.starts[line] if line < len(self.starts) else len(self.source)
-        text = self.source[start:end]
-        if text.isascii():
-            return start + column
-        return start + len(text.encode()[:column].decode(errors="ignore"))
+        columns = self._columns.get(line)
+        if columns is None:  # once per line: a megabyte on one line must not be encoded for each of its nodes
+            end = self.starts[line] if line < len(self.starts) else len(self.source)
+            sizes = (len(character.encode()) for character in self.source[start:end])
+            columns = self._columns[line] = list(accumulate(sizes, initial=0))
+        return start + bisect_left(columns, column)
 
     def line_end(self, line: int) -> int:
         """Code point offset of the end of a line, its line end excluded."""
@@ -134,6 +136,7 @@ class LineIndex:
 
 
 _LINE_END = re.compile(r"\r\n?|\n")
+_ASSERT_METHOD = re.compile(r"\.[\s\\]*assert")
 _EXAMPLE = re.compile(r">>>|^\s*(?:usage\s+)?examples?\b", re.IGNORECASE | re.MULTILINE)
 
 
@@ -191,34 +194,33 @@ def _blocks(source: str, tree: ast.Module) -> tuple[Statement, ...]:
     def is_blank(line: int) -> bool:
         return not source[lines.starts[line - 1] : lines.line_end(line)].strip()
 
-    last_line = len(lines.starts)
-    firsts = [min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) for node in tree.body]
-    groups: list[list[int]] = [[0]]
-    blanks: list[int] = []  # the first blank line after each group
-    for index, (before, first) in enumerate(pairwise_ends(tree.body, firsts), start=1):
-        blank = next((line for line in range(before + 1, first) if is_blank(line)), None)
+    groups: list[list[ast.stmt]] = [[tree.body[0]]]
+    first_blanks: list[int] = []  # the first blank line after each group but the last
+    for node in tree.body[1:]:
+        before = groups[-1][-1].end_lineno or 1
+        blank = next((line for line in range(before + 1, _first_line(node)) if is_blank(line)), None)
         if blank is None:
-            groups[-1].append(index)
+            groups[-1].append(node)
         else:
-            groups.append([index])
-            blanks.append(blank)
-    blocks, after = [], 1
-    for number, group in enumerate(groups):
-        end_line = blanks[number] - 1 if number < len(blanks) else last_line
-        start_line = next(line for line in range(after, last_line + 1) if not is_blank(line))
-        while is_blank(end_line):
-            end_line -= 1
-        start, end = lines.starts[start_line - 1], lines.line_end(end_line)
-        nodes = [tree.body[index] for index in group]
+            groups.append([node])
+            first_blanks.append(blank)
+    blocks, first_line = [], 1
+    for nodes, end_line in zip(groups, [*(blank - 1 for blank in first_blanks), len(lines.starts)], strict=True):
+        while is_blank(first_line):
+            first_line += 1
+        last_line = end_line
+        while is_blank(last_line):
+            last_line -= 1
+        start, end = lines.starts[first_line - 1], lines.line_end(last_line)
         blocks.append(Statement(start, end, _kind(nodes, source[start:end])))
-        after = end_line + 1
+        first_line = end_line + 1
     return tuple(blocks)
 
 
-def pairwise_ends(body: Sequence[ast.stmt], firsts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(last line of a statement, first line of the next one) for each neighbouring pair."""
-    for (before, _), (_, first) in pairwise(zip(body, firsts, strict=True)):
-        yield before.end_lineno or before.lineno, first
+def _first_line(node: ast.stmt) -> int:
+    """The line a statement starts in; `lineno` of a decorated one is that of its `def` or `class`."""
+    decorators: list[ast.expr] = getattr(node, "decorator_list", [])
+    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
 
 
 def _kind(nodes: Sequence[ast.stmt], text: str) -> StatementKind:

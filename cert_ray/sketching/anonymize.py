@@ -110,14 +110,13 @@ def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
     then give some text. `names`, `both` and files with `case` are parsed here, and dropped if that fails.
     """
     if kind is SketchKind.RELEASED:
-        # The released code loses form feeds between tokens.
-        return _splice(source, (found for found in scan(source) if found[2] not in (COMMENT, STAYS)), "\f")
+        return _splice(source, (lexeme for lexeme in scan(source) if lexeme[2] not in (COMMENT, STAYS)), released=True)
     found: Iterable[Lexeme]
     if kind is SketchKind.NAMES:
         found = (lexeme for lexeme in scan(source) if lexeme[2] in ("func", "AnClass"))
     else:
         found = _joined(source, scan(source))
-        if _CASE.search(source):
+        if "case" in source and _CASE.search(source):
             tree = parse(source)
             if isinstance(tree, Dropped):
                 return tree
@@ -131,8 +130,8 @@ def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
 
 
 # A `case` block starts a line. False alarms cost a parse, nothing else.
-_CASE = re.compile(r"(?<=[\r\n])[ \t\f]*case\b")
-_BETWEEN_PARTS = re.compile(r"(?:[ \t\f\r\n]|\\(?:\r\n?|\n)|#[^\r\n]*)*")
+_CASE = re.compile(r"[\r\n][ \t\f]*case\b")
+_BETWEEN_PARTS = re.compile(r"(?:[ \t\f\r\n]++|\\(?:\r\n?|\n)|#[^\r\n]*+)*+")
 _CONTINUED_LINE = re.compile(r"\\(?:\r\n?|\n)")
 _DOCSTRING_KINDS = frozenset({"rawstring", "unicodestring"})
 _TRIPLE = frozenset({'"""', "'''"})
@@ -245,15 +244,25 @@ def _merged(lexemes: Iterable[Lexeme], names: list[Lexeme]) -> list[Lexeme]:
     return merged
 
 
-def _splice(source: str, found: Iterable[Lexeme], drop: str | None = None) -> Sketched:
-    """Put the placeholders in. With `drop` (the released kind) that character is lost between tokens, and no space is
-    put in where a placeholder joins a word."""
+# What a placeholder cannot join with: all of ASCII but letters, digits and the underscore.
+_SEPARATES = frozenset(character for character in map(chr, range(128)) if not is_word(character))
+
+
+def _splice(source: str, found: Iterable[Lexeme], *, released: bool = False) -> Sketched:
+    """Put the placeholders in, and a space where one would join a word; the released code loses form feeds instead."""
     out: list[str] = []
     placeholders: list[Placeholder] = []
     replaced: list[tuple[int, int]] = []
     last = size = 0
     for start, end, kind in found:
-        gap = _gap(source, last, start) if drop is None else _without(source[last:start], drop)
+        gap = source[last:start]
+        if released:
+            gap = without_form_feeds(gap)
+        elif gap:
+            if gap[0] not in _SEPARATES and last:
+                gap = " " + gap
+            if gap[-1] not in _SEPARATES:
+                gap += " "
         out += (gap, kind)
         size += len(gap)
         after = size + len(kind)
@@ -261,28 +270,21 @@ def _splice(source: str, found: Iterable[Lexeme], drop: str | None = None) -> Sk
         replaced.append((start, end))
         size, last = after, end
     tail = source[last:]
-    out.append((" " + tail if last and tail and is_word(tail[0]) else tail) if drop is None else _without(tail, drop))
+    if released:
+        tail = without_form_feeds(tail)
+    elif last and tail and tail[0] not in _SEPARATES:
+        tail = " " + tail
+    out.append(tail)
     return Sketched("".join(out), tuple(placeholders), tuple(replaced))
 
 
-def _gap(source: str, last: int, start: int) -> str:
-    """The source between two placeholders, with a space where one of them would join a word."""
-    gap = source[last:start]
-    if gap:
-        if last and is_word(gap[0]):
-            gap = " " + gap
-        if is_word(gap[-1]):
-            gap += " "
-    return gap
-
-
-def _without(code: str, drop: str) -> str:
-    """`code` without a character, except inside strings and comments."""
-    if drop not in code:
+def without_form_feeds(code: str) -> str:
+    """`code` as the released kind leaves it: form feeds stay in strings and comments only."""
+    if "\f" not in code:
         return code
     out: list[str] = []
     last = 0
     for start, end, _ in scan(code):
-        out += (code[last:start].replace(drop, ""), code[start:end])
+        out += (code[last:start].replace("\f", ""), code[start:end])
         last = end
-    return "".join([*out, code[last:].replace(drop, "")])
+    return "".join([*out, code[last:].replace("\f", "")])

@@ -295,16 +295,18 @@ class _Uses:
                     yield word.start(), word.end(), kind
 
     def _is_attribute_or_keyword(self, start: int, end: int) -> bool:
-        before = self._source[:start].rstrip()[-1:]
-        if before == ".":
+        source, before = self._source, start - 1
+        while source[before].isspace():
+            before -= 1
+        if source[before] == ".":
             return True
-        after = self._source[end : end + 8].lstrip()
-        return before in ("(", ",") and after[:1] == "=" and after[:2] != "=="
+        return source[before] in "(," and _EQUALS.match(source, end) is not None
 
 
 _IDENTIFIER = re.compile(WORD)
 _WORD_OR_NUMBER = re.compile(r"[0-9A-Za-z_\x80-\U0010ffff]++")
-_AS_NAME = re.compile(rf"(?:[\s\\)]|\#[^\r\n]*)*as[\s\\]+({WORD})")
+_EQUALS = re.compile(r"\s*=(?!=)")
+_AS_NAME = re.compile(rf"(?:[\s\\)]|\#[^\r\n]*+)*+as[\s\\]+({WORD})")
 _REST_NAME = re.compile(rf"\*\*[\s\\]*({WORD})")
 
 # By name, since some classes exist only in later versions. All other nodes: their children, in the same scope.

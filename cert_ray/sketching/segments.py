@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from cert_ray.python_source import Statement
 from cert_ray.schemas import StatementKind
-from cert_ray.sketching.anonymize import Sketched
+from cert_ray.sketching.anonymize import Sketched, without_form_feeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,11 @@ def _sketch_offset(source: str, sketched: Sketched, ends: Sequence[int], offset:
     index = bisect_right(ends, offset)  # the placeholders before it
     code_at = ends[index - 1] if index else 0
     sketch_at = sketched.placeholders[index - 1].end if index else 0
-    after = index < len(ends)
-    code_gap = source[code_at : sketched.replaced[index][0] if after else len(source)]
-    sketch_gap = sketched.text[sketch_at : sketched.placeholders[index].start if after else len(sketched.text)]
-    if code_gap == sketch_gap:
-        return sketch_at + offset - code_at
-    # A space was put in, or (released) form feeds were lost: count line ends, which no kind of sketch changes.
-    before = source[code_at:offset]
-    if "\f" not in code_gap:
-        return sketch_at + offset - code_at + (sketch_gap[:1] == " " != code_gap[:1] and offset > code_at)
-    lines = len(before.splitlines())
-    return sketch_at + sum(map(len, sketch_gap.splitlines(keepends=True)[:lines]))
+    more = index < len(ends)
+    code_gap = (sketched.replaced[index][0] if more else len(source)) - code_at
+    sketch_gap = (sketched.placeholders[index].start if more else len(sketched.text)) - sketch_at
+    if sketch_gap > code_gap and offset > code_at and sketched.text[sketch_at] != source[code_at]:
+        return sketch_at + 1 + offset - code_at  # a space was put in after the placeholder
+    if sketch_gap < code_gap:
+        return sketch_at + len(without_form_feeds(source[code_at:offset]))
+    return sketch_at + offset - code_at

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -268,3 +269,140 @@ def demo(
     config = DemoConfig.from_mapping({**options, **{k: v for k, v in given.items() if v is not None}}, "demo")
     summary = _perform(demo_recipe(config), address, dry_run, f"run the demo into {output}", lambda: run_demo(config))
     typer.echo(render_summary(summary))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder: RUN/models/NAME/checkpoints/...")],
+    output: Annotated[str, typer.Argument(help="the Hugging Face folder to write")],
+) -> None:
+    """Write a checkpoint as a plain Hugging Face folder (safetensors, config, tokenizer).
+
+    Example: cert-ray export runs/numpy/models/base/checkpoints/step-00002000 base-at-2000
+    """
+    from cert_ray.training.export import export_checkpoint
+
+    files = export_checkpoint(storage.absolute(checkpoint), storage.absolute(output))
+    _show({"output": output, "files": {file.name: file.size_bytes for file in files}})
+
+
+@app.command()
+def serve(
+    model: ModelFolder = None,
+    sketcher: Sketcher = None,
+    generator: Generator = None,
+    host: Annotated[str, typer.Option(help="any other than loopback needs --api-keys-file")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_keys_file: Annotated[str | None, typer.Option(help="one key per line")] = None,
+    name: Annotated[str, typer.Option(help="the model name that requests give")] = "cert",
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Serve the cascade, or one plain model, behind OpenAI's /v1/completions until interrupted.
+
+    Example: cert-ray serve --sketcher demo/models/sketcher --generator demo/models/generator
+    """
+    from cert_ray.operations.on_ray import ray_session
+    from cert_ray.serving.on_ray import ServerConfig, start_server
+
+    options = {"host": host, "port": port, "model_name": name, "api_keys_file": api_keys_file}
+    models = _model_options(model, sketcher, generator)
+    config = ServerConfig.from_mapping({**models, **{k: v for k, v in options.items() if v is not None}}, "serve")
+    if dry_run:
+        _show(config.model_dump(mode="json"))
+        raise typer.Exit
+    with ray_session(address), start_server(config) as served:
+        typer.echo(f"serving {name} at {served.base_url}/v1/completions; Ctrl-C stops", err=True)
+        signal.pause()
+
+
+def _model_options(model: str | None, sketcher: str | None, generator: str | None) -> dict[str, str]:
+    given = {"model": model, "sketcher": sketcher, "generator": generator}
+    found = {key: value for key, value in given.items() if value is not None}
+    if set(found) not in ({"model"}, {"sketcher", "generator"}):
+        raise ConfigError("give either --model, or --sketcher and --generator")
+    return {key: storage.absolute(value) if storage.exists(value) else value for key, value in found.items()}
+
+
+def _completer(
+    model: str | None, sketcher: str | None, generator: str | None, endpoint: str | None, sampling: dict[str, Any]
+) -> Callable[[list[str], int], list[list[str]]]:
+    """The `complete` callable of whichever source the command line names."""
+    from cert_ray.serving.answering import ModelConfig
+    from cert_ray.serving.completers import (
+        CompleterConfig,
+        EndpointConfig,
+        complete_with_endpoint,
+        complete_with_models,
+    )
+
+    config = CompleterConfig.from_mapping(sampling, "sampling")
+    if endpoint is not None:
+        if model or sketcher or generator:
+            raise ConfigError("--endpoint: give no model folder beside it")
+        return complete_with_endpoint(EndpointConfig(url=endpoint), config)
+    return complete_with_models(ModelConfig.from_mapping(_model_options(model, sketcher, generator), "models"), config)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="code to go on from, or - for standard input")] = "-",
+    model: ModelFolder = None,
+    sketcher: Sketcher = None,
+    generator: Generator = None,
+    endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
+    n: Annotated[int, typer.Option(min=1, help="completions")] = 1,
+    temperature: float = 0.2,
+    max_tokens: int = 100,
+    seed: int = 0,
+) -> None:
+    """Complete one prompt with models at hand or an endpoint.
+
+    Example: cert-ray generate --endpoint http://127.0.0.1:8000 'import numpy as np\\nx = '
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    for completion in _completer(model, sketcher, generator, endpoint, sampling)([text], n)[0]:
+        typer.echo(text + completion)
+
+
+@app.command()
+def evaluate(
+    problems: Annotated[str, typer.Option(help="PandasEval, NumpyEval or HumanEval format, .jsonl or .jsonl.gz")],
+    output: Annotated[str, typer.Option(help="folder for results.jsonl, report.html, ...")] = "evaluation",
+    samples: Annotated[str | None, typer.Option(help="score this file of samples instead of sampling")] = None,
+    model: ModelFolder = None,
+    sketcher: Sketcher = None,
+    generator: Generator = None,
+    endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
+    n: Annotated[int, typer.Option(min=1, help="samples per problem")] = 1,
+    temperature: float = 0.2,
+    max_tokens: int = 100,
+    seed: int = 0,
+    requirement: Annotated[
+        list[str] | None, typer.Option(help="library of the sandbox, e.g. pandas==1.5.3; default: the benchmark's")
+    ] = None,
+    python: Annotated[str | None, typer.Option(help="interpreter of the sandbox, e.g. 3.11")] = None,
+    unsafe: Annotated[bool, typer.Option("--unsafe", help="run generated code without bubblewrap")] = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox.
+
+    Example: cert-ray evaluate --problems PandasEval.jsonl.gz --samples samples.jsonl --requirement pandas==1.5.3
+    """
+    from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
+
+    options: dict[str, Any] = {"problems": problems, "output": output, "samples": samples, "n": n, "seed": seed}
+    options |= {"temperature": None if samples else temperature, "limit": limit}
+    options |= {"requirements": requirement or None, "execution": {"python": python, "unsafe": unsafe}}
+    config = EvaluateConfig.from_mapping(options, "evaluate")
+    if dry_run:
+        _show(config.model_dump(mode="json"))
+        raise typer.Exit
+    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    complete = None if samples else _completer(model, sketcher, generator, endpoint, sampling)
+    result = run_evaluation(config, complete)
+    for k, value in result.pass_at_k.items():
+        typer.echo(f"pass@{k} {value}")
+    typer.echo(f"report: {output}/report.html", err=True)

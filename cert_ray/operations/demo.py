@@ -93,7 +93,7 @@ def _sources(config: DemoConfig) -> dict[str, Any]:
     folders = [spec.submodule_search_locations[0] for spec in found if spec and spec.submodule_search_locations]
     return {
         "inputs": [*folders, sysconfig.get_paths()["stdlib"]],
-        "exclude": ["site-packages/*", "dist-packages/*", "*/tests/*", "test/*", "*/lib2to3/*"],
+        "exclude": ["site-packages/*", "dist-packages/*", "*/tests/*", "tests/*", "test/*", "*/lib2to3/*"],
         "max_input_bytes": config.max_input_bytes,
         "unit_bytes": 2_000_000,
     }
@@ -116,7 +116,7 @@ def run_demo(config: DemoConfig) -> Summary:
     _stage(summary, "tokenizer", lambda: summary.tokenizer.update(pipeline.run_tokenizer(recipe).notes))
     _stage(summary, "pack", lambda: _pack(recipe, summary))
     for name in recipe.models:
-        _stage(summary, f"train {name}", lambda name=name: _train(recipe, name, summary))  # type: ignore[misc]
+        _stage(summary, f"train {name}", lambda name=name: _train(recipe, name, summary))
     _check_learned(summary)
     _stage(summary, "serve and ask", lambda: _serve_and_ask(folders, summary))
     _stage(summary, "evaluate", lambda: _evaluate(config, folders, summary))
@@ -189,7 +189,7 @@ def _evaluate(config: DemoConfig, folders: RunFolders, summary: Summary) -> None
     storage.write_text(target, problems.read_text(encoding="utf-8"))
     models = ModelConfig(sketcher=folders.model("sketcher"), generator=folders.model("generator"))
     result = run_evaluation(
-        EvaluateConfig(problems=target, output=folders.evaluation, num_samples=config.samples, k=(1,)),
+        EvaluateConfig(problems=target, output=folders.evaluation, n=config.samples, k=(1,), temperature=0.2),
         complete_with_models(models, CompleterConfig(max_tokens=32)),
     )
     summary.pass_at_k = {f"pass@{k}": value for k, value in result.pass_at_k.items()}

@@ -48,7 +48,7 @@ def examine(folder: str = ".") -> list[Finding]:
     """Every finding, in a fixed order; disk is looked at below `folder`."""
     checks: list[Callable[[], Finding]] = [
         _python,
-        *(lambda name=name: _package(name) for name in _PACKAGES),  # type: ignore[misc]
+        *(lambda name=name: _package(name) for name in _PACKAGES),
         _accelerator,
         _memory,
         _shared_memory,

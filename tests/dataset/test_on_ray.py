@@ -1,0 +1,93 @@
+"""Preprocessing whole: same bytes for any number of workers, conservation, reuse, and nothing lost in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from cert_ray import manifests, storage
+from cert_ray.dataset.on_ray import preprocess
+from cert_ray.dataset.options import PreprocessConfig
+from cert_ray.errors import InputError, SchemaVersionError, ShardCorruptError
+from cert_ray.manifests import Manifest
+from tests.dataset.builders import write_corpus
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.usefixtures("ray_cluster"),
+    # Ray Data leaves the closing of its sockets and logs to the garbage collector.
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+]
+
+
+def config(corpus: Path, **options: object) -> PreprocessConfig:
+    return PreprocessConfig.model_validate({"sources": {"inputs": [str(corpus)], "unit_bytes": 20_000}, **options})
+
+
+def shard_checksums(manifest: Manifest) -> list[tuple[str, str]]:
+    return [(file.name, file.checksum) for file in manifest.files]
+
+
+def test_dataset_is_the_same_with_one_and_three_workers_and_adds_up(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    options = config(tmp_path / "corpus")
+    one = preprocess(options, str(tmp_path / "one"), workers=1)
+    three = preprocess(options, str(tmp_path / "three"), workers=3)
+    assert len(one.shards) > 1
+    assert shard_checksums(one) == shard_checksums(three)
+    assert one.dropped == {"exact_duplicate": 1, "near_duplicate": 1, "not_python_3": 1}
+    assert (one.rows_read, one.rows_kept) == (15, 12)
+    for name, checksum in shard_checksums(one):
+        assert storage.checksum(str(tmp_path / "one" / "dataset" / name)).checksum == checksum
+    _check_rows(tmp_path / "one" / "dataset", one)
+    assert (tmp_path / "one" / "dataset" / "card" / "card.html").stat().st_size > 10_000
+    _check_reuse(options, tmp_path / "one", one)
+
+
+def _check_rows(dataset: Path, manifest: Manifest) -> None:
+    rows = [row for shard in manifest.shards for row in pq.read_table(dataset / f"{shard.shard}.parquet").to_pylist()]
+    assert len({row["doc_id"] for row in rows}) == 12
+    assert sum(row["cluster_size"] for row in rows) == 14
+    for row in rows:
+        sketch = row["sketch"].encode()
+        assert [sketch[p["start"] : p["end"]].decode() for p in row["placeholders"]]
+        kinds = {(p["kind"], sketch[p["start"] : p["end"]].decode()) for p in row["placeholders"]}
+        assert {("number", "number"), ("string", "string")} <= kinds
+        content = row["content"].encode()
+        for segment in row["segments"]:
+            code = content[segment["code_start"] : segment["code_end"]].decode()
+            block = sketch[segment["sketch_start"] : segment["sketch_end"]].decode()
+            assert code.strip()
+            assert code.count("\n") == block.count("\n")
+            assert code.split("(")[0].split()[0] == block.split("(")[0].split()[0]
+        assert row["libraries"] == sorted(["numpy", "pandas" if "pandas" in row["content"] else "polars"])
+
+
+def _check_reuse(options: PreprocessConfig, output: Path, first: Manifest) -> None:
+    """A second run rewrites nothing; a damaged shard is rebuilt; another version is refused."""
+    shard = output / "dataset" / first.shards[0].files[0].name
+    untouched = output / "dataset" / first.shards[1].files[0].name
+    before = untouched.stat().st_mtime_ns
+    shard.write_bytes(shard.read_bytes()[:-7] + b"damaged")
+    with pytest.raises(ShardCorruptError, match="preprocess"):
+        manifests.check_file(str(output / "dataset"), first.shards[0].files[0], "preprocess")
+    again = preprocess(options, str(output), workers=2)
+    assert shard_checksums(again) == shard_checksums(first)
+    assert untouched.stat().st_mtime_ns == before
+    manifests.check_file(str(output / "dataset"), first.shards[0].files[0], "preprocess")
+    path = output / "dataset" / "manifest.json"
+    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    with pytest.raises(SchemaVersionError, match=r"schema_version 99.*preprocess"):
+        manifests.read_manifest(str(output / "dataset"), "dataset", "preprocess")
+
+
+def test_corpus_with_nothing_to_keep_is_an_error_that_counts(tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "empty.py").write_text("")
+    with pytest.raises(InputError, match=r"none of 1 files is left \(empty 1\)"):
+        preprocess(config(tmp_path / "corpus"), str(tmp_path / "out"))

@@ -1,0 +1,79 @@
+"""Recipes: what they work out, and what they refuse by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cert_ray.errors import ConfigError, InputError
+from cert_ray.operations.recipe import Recipe, RunFolders, load_recipe, override, recipe_from
+from cert_ray.tokens.encoding import View
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {
+        "run": "/runs/x",
+        "libraries": ["polars"],
+        "preprocess": {"sources": {"inputs": ["/data"]}},
+        "models": {
+            "base": {"start": "tiny", "view": "base", "train": {"steps": 10, "warmup_steps": 1}},
+            "sketcher": {"start": "base", "view": "sketcher", "train": {"steps": 10, "warmup_steps": 1}},
+            "other": {"start": "/models/codegen", "view": "xl", "train": {"steps": 10, "warmup_steps": 1}},
+        },
+        **more,
+    }
+
+
+def recipe(**more: Any) -> Recipe:
+    return recipe_from(options(**more), "test.yaml")
+
+
+def test_training_options_are_worked_out_from_start_and_view() -> None:
+    made = recipe()
+    base, sketcher, other = (made.train_config(name) for name in ("base", "sketcher", "other"))
+    folders = RunFolders("/runs/x")
+    assert (base.base, base.tokens, base.output) == ("tiny", folders.tokens(View.BASE), folders.model("base"))
+    assert (sketcher.base, sketcher.tokens) == (folders.model("base"), folders.tokens(View.SKETCHER))
+    assert base.tokenizer == sketcher.tokenizer == folders.tokenizer
+    assert (other.base, other.tokenizer) == ("/models/codegen", None)  # keeps its own tokenizer
+    assert made.view_libraries(View.BASE) is None
+    assert made.view_libraries(View.GENERATOR) == ("polars",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"run": None}, "run: .*got None"),
+        ({"librarys": ["x"]}, "librarys: unknown option; known are .*libraries"),
+        ({"libraries": []}, "libraries"),
+        ({"preprocess": {"sources": {}}}, r"preprocess.sources.inputs: required"),
+        ({"preprocess": {"sources": {"inputs": ["/d"]}, "sketch_kind": "nouns"}}, "sketch_kind.*constants.*'nouns'"),
+        ({"models": {"base": {"start": "tiny", "view": "base", "train": {"step": 1}}}}, "step: unknown option"),
+        ({"models": {"b": {"start": "tiny", "view": "base", "train": {"output": "x"}}}}, "output are worked out"),
+    ],
+)
+def test_bad_options_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        recipe(**change)
+
+
+def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such recipe"):
+        load_recipe(str(tmp_path / "none.yaml"))
+    for text, message in (("a: [", "not YAML"), ("- a\n- b\n", "not a YAML mapping")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(InputError, match=message):
+            load_recipe(str(tmp_path / "bad.yaml"))
+
+
+def test_override_reaches_into_mappings_and_refuses_values() -> None:
+    target = options()
+    override(target, "preprocess.sources.limit", 5)
+    override(target, "tokenizer.vocab_size", 500)
+    made = recipe_from(target, "test")
+    assert made.preprocess.sources.limit == 5
+    assert made.tokenizer.vocab_size == 500
+    with pytest.raises(ConfigError, match="run is a single value"):
+        override(target, "run.x", 1)

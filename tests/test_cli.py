@@ -1,0 +1,89 @@
+"""The command line: help that fits, dry runs that start nothing, errors in one line with a status."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cert_ray import cli
+
+STAGES = ["preprocess", "tokenizer", "pack", "train", "export", "serve", "generate", "sketch", "evaluate"]
+VERBS = [*STAGES, "demo", "doctor"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["cert-ray", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_fits_a_screen_and_shows_an_example(verb: str) -> None:
+    result = CliRunner().invoke(cli.app, [verb, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) <= 50
+    assert f"Example: cert-ray {verb}" in " ".join(result.output.split()) or verb == "sketch"
+
+
+def test_every_verb_is_there_and_no_other() -> None:
+    assert {command.name or command.callback.__name__ for command in cli.app.registered_commands} == set(VERBS)  # type: ignore[union-attr]
+
+
+def test_sketch_prints_the_sketch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_text('df = pd.read_csv("a.csv", nrows=10)\n')
+    assert run(monkeypatch, "sketch", str(tmp_path / "a.py")) == 0
+    assert capsys.readouterr().out == "df = pd.read_csv(string, nrows=number)\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sketch", "none.py"], "none.py: no such file"),
+        (["preprocess", "none.yaml"], "no such recipe"),
+        (["serve", "--model", "a", "--sketcher", "b"], "give either --model, or --sketcher and --generator"),
+        (["evaluate", "--problems", "none.jsonl", "--samples", "none"], "none.jsonl"),
+    ],
+)
+def test_unusable_options_end_with_status_2_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_source_that_is_not_python_3_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "old.py").write_text("print 'x'\n")
+    assert run(monkeypatch, "sketch", str(tmp_path / "old.py")) == 1
+    assert "cert-ray:" in capsys.readouterr().err
+
+
+def test_dry_run_prints_every_option_and_writes_nothing(tmp_path: Path) -> None:
+    recipe = {"run": str(tmp_path / "run"), "libraries": ["x"], "preprocess": {"sources": {"inputs": [str(tmp_path)]}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = [
+        "preprocess",
+        str(tmp_path / "r.yaml"),
+        "--limit",
+        "7",
+        "--set",
+        "tokenizer.vocab_size=999",
+        "--dry-run",
+    ]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    printed = yaml.safe_load(result.output)
+    assert printed["preprocess"]["sources"]["limit"] == 7
+    assert printed["tokenizer"]["vocab_size"] == 999
+    assert printed["preprocess"]["minhash"]["bands"] == 14
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml"]

@@ -68,7 +68,7 @@ def run_units(
         batch_format="pyarrow",
         num_cpus=1,
         memory=memory_bytes,
-        compute=ray.data.TaskPoolStrategy(size=workers) if workers else None,
+        compute=ray.data.TaskPoolStrategy(size=min(workers, len(units))) if workers else None,
     )
     count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}

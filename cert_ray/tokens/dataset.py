@@ -26,7 +26,7 @@ from cert_ray.manifests import WrittenFile
 
 STAGE = "dataset"
 VERB = "preprocess"
-_SHARD_NAME = re.compile(r"(?:.*/)?shard-[^/.]+\.parquet")
+_SHARD_NAME = re.compile(r"shard-[^/.]+\.parquet")  # of the manifest's files; drops/ holds others
 _BATCH_ROWS = 256
 
 

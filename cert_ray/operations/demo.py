@@ -32,7 +32,7 @@ from cert_ray.tokens.encoding import View
 logger = logging.getLogger(__name__)
 
 # Installed with cert-ray, and users of NumPy or Pandas: the files that the sketcher and the generator read.
-_PACKAGES = ("numpy", "pandas", "scipy", "matplotlib", "ray", "transformers", "pyarrow", "fsspec", "networkx")
+_PACKAGES = ("numpy", "pandas", "scipy", "matplotlib", "networkx", "pyarrow", "fsspec", "transformers", "ray")
 _PROMPT = "import numpy as np\n\n\ndef column_means(values):\n    # mean of every column of a matrix\n    return "
 
 
@@ -88,11 +88,11 @@ def demo_recipe(config: DemoConfig) -> Recipe:
 
 
 def _sources(config: DemoConfig) -> dict[str, Any]:
-    """The installed packages first, then the standard library, until the cap is reached."""
+    """The standard library, then installed packages, until the cap is reached."""
     found = [importlib.util.find_spec(name) for name in _PACKAGES]
     folders = [spec.submodule_search_locations[0] for spec in found if spec and spec.submodule_search_locations]
     return {
-        "inputs": [*folders, sysconfig.get_paths()["stdlib"]],
+        "inputs": [sysconfig.get_paths()["stdlib"], *folders],
         "exclude": ["site-packages/*", "dist-packages/*", "*/tests/*", "tests/*", "test/*", "*/lib2to3/*"],
         "max_input_bytes": config.max_input_bytes,
         "unit_bytes": 2_000_000,

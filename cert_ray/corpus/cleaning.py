@@ -126,8 +126,12 @@ def _decode_bytes(payload: bytes) -> str | Dropped:
         return Dropped(DropReason.UNDECODABLE, str(error))
 
 
-_WORD_RUN = re.compile(r"[A-Za-z0-9+/=]{64,}")  # a line of base64 has 76 characters or fewer
-_GAP = re.compile(r"[\s\"'\\,()b]*\Z")  # between the lines of one encoded block
+# A line of base64 has 76 characters or fewer. Between the lines of one block stand quotes, signs and line ends.
+_WORD_CHARACTERS = re.compile(r"[A-Za-z0-9+/=]")
+_WORD_MASK = bytes(ord("x") if _WORD_CHARACTERS.match(chr(code)) else ord(" ") for code in range(256))
+_WORD_RUN = re.compile(rb"x{64,}+")
+_GAP = re.compile(rb"[\s\"'\\,()b]*+\Z")
+_MAX_GAP_BYTES = 200  # assumed: an indented line end with quotes
 _HEX_RUN = re.compile(r"(?:\\x[0-9A-Fa-f]{2}|\b0x[0-9A-Fa-f]{1,16}\b[\s,]*){16,}+")
 _KEYWORDS = re.compile(r"\b(?:def|if|return|for)\b")
 _LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
@@ -147,27 +151,30 @@ def _judge_raw(text: str, config: CleaningConfig) -> Dropped | None:
     mean = (len(text.rstrip()) - len(lines) + 1) / len(lines)
     if config.max_mean_line_chars is not None and mean > config.max_mean_line_chars:
         return Dropped(DropReason.LINES_TOO_LONG, f"mean line {mean:.0f} characters")
+    encoded = text.encode()
     if config.max_encoded_run_chars is not None:
-        run = max(_encoded_runs(text), default=0)
+        run = max(_encoded_runs(text, encoded), default=0)
         if run > config.max_encoded_run_chars:
             return Dropped(DropReason.MOSTLY_DATA, f"{run} encoded characters in a row")
-    return _judge_characters(text, config)
+    return _judge_characters(text, encoded, config)
 
 
-def _encoded_runs(text: str) -> Iterator[int]:
+def _encoded_runs(text: str, encoded: bytes) -> Iterator[int]:
     """Characters in each block of base64 or hex; lines of one block count together."""
+    mask = encoded.translate(_WORD_MASK)
     start = end = 0
-    for match in _WORD_RUN.finditer(text):
-        if not (end and match.start() - end <= 200 and _GAP.match(text, end, match.start())):
+    for match in _WORD_RUN.finditer(mask) if b"x" * 64 in mask else ():
+        near = match.start() - end <= _MAX_GAP_BYTES
+        if not (end and near and _GAP.match(encoded, end, match.start())):
             start = match.start()
         end = match.end()
         yield end - start
-    for match in _HEX_RUN.finditer(text):
-        yield match.end() - match.start()
+    if text.count("\\x") + text.count("0x") >= 16:
+        for hexadecimal in _HEX_RUN.finditer(text):
+            yield hexadecimal.end() - hexadecimal.start()
 
 
-def _judge_characters(text: str, config: CleaningConfig) -> Dropped | None:
-    encoded = text.encode()
+def _judge_characters(text: str, encoded: bytes, config: CleaningConfig) -> Dropped | None:
     if config.min_ascii_share is not None and not text.isascii():
         share = len(text.encode("ascii", "ignore")) / len(text)
         if share < config.min_ascii_share:
@@ -193,23 +200,25 @@ def _judge(text: str, config: CleaningConfig) -> Dropped | None:
     return None
 
 
-# Strings and comments, then what is rewritten outside of them. A prefix does not matter: a backslash keeps the quote
-# from ending a raw string, too. Quotes nested in f-strings (PEP 701) pair up within their line.
-_STRINGS = (
-    r'"""(?:[^"\\]++|\\.|"(?!""))*+"""'
-    r"|'''(?:[^'\\]++|\\.|'(?!''))*+'''"
-    r'|"(?:[^"\\\n]++|\\.)*+"'
-    r"|'(?:[^'\\\n]++|\\.)*+'"
-)
+# Strings, comments, and the blanks that are rewritten outside of them. A string's prefix does not matter: a backslash
+# keeps the quote from ending a raw string, too. Quotes nested in f-strings (PEP 701) pair up within their line.
+# Every alternative starts with a literal, which lets `re` skip to the next one of these characters (measured on pandas:
+# 58 MB per CPU-second against 5 with named groups); so the callback tells them apart by their first character.
 _TOKENS = re.compile(
-    rf"(?P<string>{_STRINGS})"
-    r"|(?P<line>(?:(?<=\n)|(?<![\s\S]))[ \t\f]*+\#[^\n]*\n?)"  # a comment with a line of its own
-    r"|(?P<comment>\#[^\n]*)"
-    r"|(?P<trailing>(?<!\\)[ \t\f]+(?=\n|\Z))"
-    r"|(?P<indent>(?:(?<=\n)|(?<![\s\S]))[ \t\f]*[\t\f][ \t\f]*)",
-    re.DOTALL,
+    r"""
+      \"\"\" (?: [^"\\]++ | \\. | "(?!"") )*+ \"\"\"
+    | ''' (?: [^'\\]++ | \\. | '(?!'') )*+ '''
+    | " (?: [^"\\\n]++ | \\. )*+ "
+    | ' (?: [^'\\\n]++ | \\. )*+ '
+    | \# [^\n]*+
+    | \n [ \t\f]*+ (?: \# [^\n]*+ )?+
+    | \\ (?: \n [ \t\f]*+ (?: \# [^\n]*+ )?+ | [ \t\f]++ )
+    | \  [ \t\f]*+ (?=\n|\Z)
+    | \t [ \t\f]*+ (?=\n|\Z)
+    | \f [ \t\f]*+ (?=\n|\Z)
+    """,
+    re.DOTALL | re.VERBOSE,
 )
-_NEEDS_REWRITE = re.compile(r"[ \t\f](?:\n|\Z)|(?:\n|\A) *[\t\f]")
 _COMMENT_LINE = re.compile(r"^[ \t\f]*(#.*)", re.MULTILINE)
 _LICENCE = re.compile(r"copyright|licen[cs]e|all rights reserved|spdx-|\(c\) ?\d{4}|redistribution", re.IGNORECASE)
 _COMMENT_BLOCK = re.compile(r"\n*+(?:[ \t]*+\#[^\n]*\n)++")
@@ -219,11 +228,12 @@ _SPACES_PER_TAB = 4  # PEP 8's indentation
 def normalize(text: str, config: CleaningConfig) -> str:
     """`text` in one form, with the same syntax tree (comments and blanks aside)."""
     text = _without_coding_line(text)
-    if _NEEDS_REWRITE.search(text) or _has_poor_comments(text, config):
+    if any(blank in text for blank in (" \n", "\t", "\f")) or _has_poor_comments(text, config):
         text = _rewrite(text, config)
     if config.remove_licence_headers:
-        text = _without_licence_header(text)
-    return text.strip("\n") + "\n"
+        text = _without_licence_header(text.lstrip("\n"))
+    text = text.lstrip("\n")
+    return text if text.rstrip("\n").endswith("\\") else text.rstrip("\n") + "\n"
 
 
 def _without_coding_line(text: str) -> str:
@@ -255,15 +265,13 @@ def _has_poor_comments(text: str, config: CleaningConfig) -> bool:
 
 def _rewrite(text: str, config: CleaningConfig) -> str:
     """Trailing blanks, form feeds, tabs in the indentation and poor comment lines, strings aside."""
+    text = "\n" + text  # a line is matched together with the line end before it
     stripped = _TOKENS.sub(_rewriter(config, None), text)
-    if "\t" not in stripped:
-        return stripped
-    indents = [match[0] for match in _TOKENS.finditer(stripped) if match.lastgroup in ("indent", "line")]
-    if not any("\t" in indent for indent in indents):
+    if "\t" not in stripped or not any("\t" in match[0] for match in _TOKENS.finditer(stripped) if match[0][0] == "\n"):
         return stripped
     expanded = _TOKENS.sub(_rewriter(config, _SPACES_PER_TAB), stripped)
-    if _indents_with_tabs_alone(stripped):
-        return expanded  # every width of a tab gives the same blocks
+    if "\n " not in stripped and "\t " not in stripped:
+        return expanded  # indented with tabs alone: every width of a tab gives the same blocks
     before = _dump(stripped)
     if before is None:
         return stripped  # not Python 3: to be dropped for that, not repaired
@@ -273,33 +281,31 @@ def _rewrite(text: str, config: CleaningConfig) -> str:
     return stripped
 
 
-def _indents_with_tabs_alone(text: str) -> bool:
-    return not text.startswith(" ") and "\n " not in text and "\t " not in text
-
-
 def _rewriter(config: CleaningConfig, spaces_per_tab: int | None) -> Callable[[re.Match[str]], str]:
     """What becomes of a match of `_TOKENS`; tabs stay as they are where `spaces_per_tab` is None."""
 
-    def indentation(blanks: str) -> str:
-        counted = blanks.rpartition("\f")[2]  # Python counts columns from the last form feed
-        return counted if spaces_per_tab is None else counted.expandtabs(spaces_per_tab)
+    def line_start(found: str, ends_line: bool) -> str:
+        blanks, _, comment = found.partition("#")
+        if comment or found.endswith("#"):
+            comment = "#" + comment.rstrip()
+            if _is_poor(comment, config):
+                return ""
+        elif ends_line:
+            return "\n"
+        blanks = blanks[1:].rpartition("\f")[2]  # Python counts columns from the last form feed
+        return "\n" + (blanks if spaces_per_tab is None else blanks.expandtabs(spaces_per_tab)) + comment
 
     def replace(match: re.Match[str]) -> str:
-        found = match[0]
-        match match.lastgroup:
-            case "line":
-                comment = found.lstrip(" \t\f").rstrip()
-                if _is_poor(comment, config):
-                    return ""
-                return indentation(found[: found.index("#")]) + comment + ("\n" if found.endswith("\n") else "")
-            case "comment":
-                return found.rstrip()
-            case "trailing":
-                return ""
-            case "indent":
-                return indentation(found)
-            case _:
+        found, text, end = match[0], match.string, match.end()
+        match found[0]:
+            case '"' | "'" | "\\":  # after a backslash, a line is not a new one, and blanks are not ours to repair
                 return found
+            case "#":
+                return found.rstrip()
+            case "\n":
+                return found if found == "\n" else line_start(found, end == len(text) or text[end] == "\n")
+            case _:
+                return ""
 
     return replace
 

@@ -1,0 +1,19 @@
+"""Which files use which library."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from cert_ray.corpus.libraries import library_counts, uses_any
+
+LIBRARIES = pa.chunked_array([[["numpy", "os"], []], [["pandas"], None, ["os"]]], pa.list_(pa.string()))
+
+
+def test_counts_are_sorted_by_files_then_name() -> None:
+    assert list(library_counts(LIBRARIES).items()) == [("os", 2), ("numpy", 1), ("pandas", 1)]
+
+
+def test_files_that_import_one_of_the_names_are_chosen() -> None:
+    assert uses_any(LIBRARIES, ["numpy", "pandas"]).to_pylist() == [True, False, True, False, False]
+    assert uses_any(LIBRARIES, []).to_pylist() == [False] * 5
+    assert uses_any(pa.chunked_array([], LIBRARIES.type), ["os"]).to_pylist() == []

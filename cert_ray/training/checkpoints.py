@@ -5,8 +5,8 @@
                             part-00000.json   per worker: its files with checksums
                             complete.json     last, once every part has arrived
 
-A folder without `complete.json` was cut short by a kill: it counts as absent, and is removed when a run starts. One that
-has it but disagrees with it is damaged, and is refused by name. Who writes where and when is `worker`'s.
+A folder without `complete.json` was cut short by a kill: it counts as absent, and is removed when a run starts. One
+that has it but disagrees with its parts is damaged, and is refused by name. Who writes where and when is `worker`'s.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None
     first = _read_part(checkpoint, 0)
     if run_digest is not None and first.run_digest != run_digest:
         raise CheckpointError(
-            f"{checkpoint} belongs to a run with other options or inputs ({first.run_digest}, this one is {run_digest}). "
-            "Choose another output, or delete that run's folder."
+            f"{checkpoint} belongs to a run with other options or inputs (digest {first.run_digest}, this one has "
+            f"{run_digest}). Choose another output, or delete that run's folder."
         )
     for rank in range(first.world_size) if only_rank is None else [only_rank]:
         for file in (first if rank == 0 else _read_part(checkpoint, rank)).files:

@@ -7,6 +7,8 @@ gives back the fp32 weights of a saved state without a process group.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import warnings
 from collections.abc import Sequence
@@ -128,11 +130,12 @@ def fp32_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     if zero_stage == 0:
         state = torch.load(folder / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
         return dict(state["module"])
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress
+        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and norms, which are vectors, do not (Loshchilov and Hutter 2019 leave this open; GPT-3)."""
+    """Matrices decay; biases and norms, which are vectors, do not (assumed: PAPER does not say)."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]

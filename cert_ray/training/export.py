@@ -1,7 +1,7 @@
 """From a checkpoint to a plain Hugging Face folder. In: a verified checkpoint. Out: safetensors, configs, tokenizer.
 
-The weights are the fp32 ones of the optimizer, put together from every worker's part, so the exported model's logits are
-the engine's. Needs neither Ray nor a process group. The manifest is not written here.
+The weights are the fp32 ones of the optimizer, put together from every worker's part, so the exported model's logits
+are the engine's. Needs neither Ray nor a process group. The manifest is not written here.
 """
 
 from __future__ import annotations

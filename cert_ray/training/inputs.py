@@ -1,6 +1,6 @@
 """What must hold before a run starts, checked once and without a model. In: a `TrainConfig`. Out: digests, or an error.
 
-A finished output of the same run is found here, one of another run refused. Light: imports neither torch nor transformers.
+A finished output of the same run is found here, one of another run refused. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is trained: a preset from scratch, or any causal language model to go on from, with the pack's tokenizer.
 
-In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the folder
-of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
+In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the
+folder of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
 vocabulary is kept: special tokens may have been added behind it, and start as the mean of the others.
 """
 
@@ -141,8 +141,8 @@ def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) ->
     moved = [token for token, token_id in known.items() if given.get(token) != token_id]
     if moved:
         raise TokenizerMismatchError(
-            f"{config.tokenizer} does not extend the tokenizer of {config.base}: {len(moved)} of its {len(known)} tokens "
-            f"have another id or none, {moved[0]!r} among them. Continual pre-training keeps the base's vocabulary."
+            f"{config.tokenizer} does not extend the tokenizer of {config.base}: {len(moved)} of its {len(known)} "
+            f"tokens have another id or none, {moved[0]!r} among them. Give a tokenizer that only adds tokens to it."
         )
     return 1 + max(known.values(), default=-1)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cert_ray import manifests, storage
-from cert_ray.errors import CertRayError, TrainingFailedError
+from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
@@ -46,8 +47,8 @@ class TrainResult:
 def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     """Train as `config` says on the connected Ray cluster, going on where an interrupted equal run stopped.
 
-    A finished output of an equal run is returned as it is. `after_step(steps_done, rank)`, picklable, is called on every
-    worker after each step.
+    A finished output of an equal run is returned as it is. `after_step(steps_done, rank)`, picklable, is called on
+    every worker after each step.
 
     Raises:
         ConfigError, InputError, NotFinishedError, ...: before any worker starts, when an input cannot be used.
@@ -86,6 +87,8 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
     if config.use_gpu:
         resources["GPU"] = 1
     storage.make_folder(config.output)
+    if len(ray.nodes()) == 1:  # one process less to start; a node that goes away takes everything with it here
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config.model_dump(), "run_digest": checked.run_digest, "after_step": after_step},
@@ -98,6 +101,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
             storage_path=config.output,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # our own lines say what happens
         ),
     )
     try:
@@ -138,7 +142,11 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     if not config.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     _log_to_stderr()
+    from transformers.utils.logging import disable_progress_bar
+
     from cert_ray.training import worker
+
+    disable_progress_bar()
 
     context = ray.train.get_context()
     try:
@@ -150,7 +158,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
             report=_report,
             after_step=options["after_step"],
         )
-    except worker.TrainingDivergedError as error:  # on every worker alike; starting again would end alike
+    except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
         return {"error": error}
     return {"records": outcome.records, "parameters": outcome.parameters, "files": outcome.files}
 
@@ -161,6 +169,8 @@ def _report(metrics: dict[str, Any], part: Path, name: str) -> None:
 
 def _log_to_stderr() -> None:
     """Ray forwards a worker's stderr to the driver; without a handler, the progress lines would go nowhere."""
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed: nothing that a user can change.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     logger = logging.getLogger("cert_ray")
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)

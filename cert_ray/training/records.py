@@ -53,14 +53,8 @@ def draw_losses(records: Sequence[StepRecord], title: str, unigram_nats: float |
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     axes.plot([record.tokens for record in records], [record.loss for record in records], lw=1, label="training")
-    measured = [record for record in records if record.held_out_loss is not None]
-    axes.plot(
-        [record.tokens for record in measured],
-        [record.held_out_loss for record in measured],
-        "o-",
-        ms=4,
-        label="held out",
-    )
+    held_out = [(record.tokens, record.held_out_loss) for record in records if record.held_out_loss is not None]
+    axes.plot([tokens for tokens, _ in held_out], [loss for _, loss in held_out], "o-", ms=4, label="held out")
     if unigram_nats is not None:
         axes.axhline(unigram_nats, ls="--", lw=1, color="grey", label="unigram entropy (held out)")
     axes.set(xlabel="tokens", ylabel="nats per token", title=title)

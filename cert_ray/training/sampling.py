@@ -1,8 +1,8 @@
 """Which rows a step reads, as pure functions of (weights, seed, epoch, step, rank): resuming replays nothing.
 
-In: documents with weights and a plan of rows per epoch. Out: for step s and rank r, the rows to read. An epoch draws its
-documents anew (PAPER "Resampling"), lays them out as rows, and shuffles the rows, so that the rows of a long document do
-not meet in one step. Rows are numbered through the epochs without a gap; no row is left out at an epoch's end.
+In: documents with weights and a plan of rows per epoch. Out: for step s and rank r, the rows to read. An epoch draws
+its documents anew (PAPER "Resampling"), lays them out as rows, and shuffles the rows, so that the rows of a long
+document do not meet in one step. Rows are numbered through the epochs without a gap.
 """
 
 from __future__ import annotations
@@ -40,9 +40,10 @@ def epoch_documents(weights: FloatArray, seed: int, epoch: int) -> IntArray:
         raise ValueError(f"weights must be finite, not negative, and not all zero (of {len(weights)})")
     ends = np.cumsum(weights)
     draws = np.random.default_rng([seed, epoch, _DOCUMENTS]).random(len(weights)) * ends[-1]
-    drawn = np.searchsorted(ends, draws, side="right")
-    last = np.flatnonzero(weights)[-1]  # rounding may carry a draw to the very end
-    return np.minimum(drawn, last).astype(np.int64)
+    drawn: IntArray = np.searchsorted(ends, draws, side="right").astype(np.int64)
+    last = int(np.flatnonzero(weights)[-1])
+    drawn[drawn > last] = last  # rounding may carry a draw to the very end
+    return drawn
 
 
 def shuffled_documents(count: int, seed: int, epoch: int) -> IntArray:

@@ -1,7 +1,7 @@
 """The loss of one micro batch, and of the held-out rows. In: a causal language model, rows, masks. Out: summed losses.
 
-Sums, not means: micro batches hold different numbers of tokens, and a step's loss is the mean over its tokens, whatever
-the number of workers. Shapes: B rows, T context tokens, V vocabulary; a row has T + 1 tokens. Nothing of Ray or engines.
+Sums, not means: micro batches hold different numbers of tokens, and a step's loss is the mean over its tokens, however
+many workers there are. Shapes: B rows, T context tokens, V vocabulary; a row has T + 1 tokens. No Ray, no engine.
 """
 
 from __future__ import annotations

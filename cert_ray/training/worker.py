@@ -1,8 +1,8 @@
-"""One rank's work from the first row to the exported model. In: a config and a started process group. Out: an `Outcome`.
+"""One rank's work, from the first row to the exported model. In: a config, a started process group. Out: an `Outcome`.
 
-Goes on from the newest checkpoint below the output; what a step reads and its learning rate follow from the step's number
-alone, so an interrupted run gives the losses of an undisturbed one. How a checkpoint's parts reach the output's storage
-is the caller's (`report`); placing ranks and starting again are `on_ray`'s.
+Goes on from the newest checkpoint below the output; what a step reads and its learning rate follow from the step's
+number alone, so an interrupted run gives the losses of an undisturbed one. How a checkpoint's parts reach the output's
+storage is the caller's (`report`); placing ranks and starting again are `on_ray`'s.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class _Rank:
         self._config, self._run_digest, self._rank, self._world_size = config, run_digest, rank, world_size
         self._loaded, self._report = loaded, report
         self._rows = training_rows(packed, config)
-        self._held_out = held_out_rows(packed, config)
+        self._held_out = held_out_rows(packed)
         self._engine = Engine(loaded.model, config)
         self.records: list[StepRecord] = []
         self._resume()
@@ -128,8 +128,8 @@ class _Rank:
         loss, tokens, norm = self._engine.train_step([_tensors(*self._rows.read(row)) for row in positions], rate)
         if not math.isfinite(loss):
             raise TrainingDivergedError(
-                f"step {step + 1}: the loss is {loss}. Lower learning_rate ({config.learning_rate}), raise warmup_steps "
-                f"({config.warmup_steps}), or use precision fp32 or bf16 (now {config.precision})."
+                f"step {step + 1}: the loss is {loss}. Lower learning_rate ({config.learning_rate}), raise "
+                f"warmup_steps ({config.warmup_steps}), or use precision fp32 or bf16 (now {config.precision})."
             )
         epoch, _ = self._rows.locate(step * config.rows_per_step)
         before = self.records[-1].tokens if self.records else 0
@@ -152,7 +152,7 @@ class _Rank:
         return nats / tokens if tokens else None
 
     def _eval_batches(self, count: int) -> list[Batch]:
-        """This rank's share of the first `count` held-out rows; every rank has as many batches, masked where too many."""
+        """This rank's share of the first `count` held-out rows; all ranks have as many batches, some masked."""
         size = self._config.micro_batch
         batches = []
         for first in range(self._rank * size, _round_up(count, size * self._world_size), size * self._world_size):
@@ -249,7 +249,7 @@ def training_rows(packed: PackedTokens, config: TrainConfig) -> RowStream:
     return RowStream(plan_epoch, config.seed)
 
 
-def held_out_rows(packed: PackedTokens, config: TrainConfig) -> Rows:
+def held_out_rows(packed: PackedTokens) -> Rows:
     """The rows of the held-out documents, each document once, in order."""
     return plan_rows(packed, np.flatnonzero(packed.documents.held_out), packed.context_tokens)
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cert_ray import manifests
 from cert_ray.errors import CheckpointError, ConfigError, NotFinishedError, TrainingFailedError
-from cert_ray.training import checkpoints
+from cert_ray.training import checkpoints, worker
 from cert_ray.training.on_ray import TrainResult, train
 
 pytestmark = [
@@ -96,3 +96,12 @@ def test_bad_inputs_end_before_a_worker_starts(undisturbed, make_config, tmp_pat
             train(make_config(**OPTIONS, output=undisturbed.folder, seed=9))
     finally:
         (tmp_path / "manifest.json").rename(Path(undisturbed.folder) / "manifest.json")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning")
+def test_losses_depend_neither_on_the_workers_nor_on_the_stage(undisturbed, make_config, process_group, copy_report):
+    """Two workers with ZeRO 2 against one in this process with ZeRO 0, which reads the same four rows per step."""
+    config = make_config(**OPTIONS | {"workers": 1, "micro_batch": 4, "zero_stage": 0})
+    alone = worker.run(config, "digest", 0, 1, copy_report(config.output))
+    assert [record.loss for record in alone.records] == pytest.approx(_losses(undisturbed), abs=2e-5)
+    assert alone.records[-1].held_out_loss == pytest.approx(undisturbed.held_out_loss, abs=2e-5)

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-class _Killed(Exception):
+class _KilledError(Exception):
     pass
 
 
@@ -32,12 +32,12 @@ def _losses(outcome):
 
 def test_learns_what_can_be_learned(make_config, copy_report):
     """The next word of a document is the one after it 95 times of 100: far below log(62) = 4.1 nats."""
-    outcome = _run(make_config(steps=80, micro_batch=8, warmup_steps=10, eval_every_steps=40), copy_report)
+    outcome = _run(make_config(steps=60, warmup_steps=5, eval_every_steps=30, zero_stage=0), copy_report)
     assert 3.8 < outcome.records[0].loss < 4.6
-    assert outcome.records[-1].loss < 1.0
+    assert outcome.records[-1].loss < 1.5
     held_out = [record.held_out_loss for record in outcome.records]
-    assert held_out[39] is not None
-    assert held_out[79] < 1.2
+    assert held_out[29] is not None
+    assert held_out[59] < 1.5
     assert sum(loss is not None for loss in held_out) == 2
 
 
@@ -63,10 +63,10 @@ def test_a_run_cut_short_goes_on_to_the_same_losses(make_config, copy_report, tm
 
     def kill(step: int, rank: int) -> None:
         if step == 5:
-            raise _Killed
+            raise _KilledError
 
     config = make_config(**options, output=str(tmp_path / "cut"))
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         _run(config, copy_report, kill)
     seen: list[int] = []
     resumed = _run(config, copy_report, lambda step, rank: seen.append(step))

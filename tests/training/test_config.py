@@ -1,0 +1,44 @@
+"""Combinations that cannot work are refused by name; the digest follows what the weights depend on."""
+
+from __future__ import annotations
+
+import pytest
+
+from cert_ray.errors import ConfigError
+from cert_ray.training.config import TrainConfig
+
+REQUIRED = {"base": "tiny", "tokens": "tokens", "output": "model", "steps": 2_000}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"warmup_steps": 2_000}, "lower it or raise steps"),
+        ({"precision": "bf16", "zero_stage": 0}, "needs zero_stage 1, 2 or 3"),
+        ({"precision": "fp16"}, "needs use_gpu"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"steps": 0}, "steps"),
+        ({"zero_stage": 4}, "zero_stage"),
+        ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are base"),
+    ],
+)
+def test_refuses_what_cannot_work(options, named):
+    with pytest.raises(ConfigError, match=named):
+        TrainConfig.from_mapping(REQUIRED | options, "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"output": "elsewhere"}, True),
+        ({"keep_checkpoints": 9, "checkpoint_every_steps": 5, "max_failures": 0}, True),
+        ({"tokens": "moved"}, True),
+        ({"seed": 1}, False),
+        ({"workers": 2}, False),
+        ({"learning_rate": 1e-3}, False),
+    ],
+)
+def test_the_digest_follows_what_the_weights_depend_on(options, same):
+    one = TrainConfig.from_mapping(REQUIRED, "recipe.yaml").result_digest()
+    other = TrainConfig.from_mapping(REQUIRED | options, "recipe.yaml").result_digest()
+    assert (one == other) is same

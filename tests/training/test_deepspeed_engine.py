@@ -1,0 +1,48 @@
+"""The workaround that keeps start-up short, and the weights that come back from a saved engine."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cert_ray.training.deepspeed_engine import Engine, avoid_op_compilation, fp32_weights
+from cert_ray.training.presets import preset_config
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("process_group"),
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed.
+    pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning"),
+]
+
+
+def test_no_operation_is_compiled_when_an_engine_starts():
+    """Should this fail, DeepSpeed no longer looks where the workaround tells it to, and compiles for 100 s."""
+    avoid_op_compilation()
+    assert importlib.import_module("deepspeed.comm.torch").build_shm_op() is None
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_saved_weights_are_the_engines_own(make_config, tmp_path, zero_stage, precision):
+    torch.manual_seed(0)
+    shape = preset_config("tiny", 50, 16, 0, 1)
+    engine = Engine(AutoModelForCausalLM.from_config(shape), make_config(zero_stage=zero_stage, precision=precision))
+    ids = torch.randint(0, 50, (4, 17))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for _ in range(2):
+        engine.train_step([(ids, mask)], 1e-2)
+    nats, tokens = engine.summed_eval_loss([(ids, mask)])
+    engine.save(tmp_path)
+    weights = fp32_weights(tmp_path, zero_stage)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    plain = AutoModelForCausalLM.from_config(shape, dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    plain.load_state_dict(weights)
+    plain.eval()
+    with torch.no_grad():
+        logits = plain(ids[:, :-1]).logits.float()
+    peer = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    assert tokens == 64
+    assert nats == float(peer)

@@ -1,0 +1,65 @@
+"""A checkpoint becomes a Hugging Face folder whose logits are those of the trained engine, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModelForCausalLM
+
+from cert_ray.errors import CheckpointError
+from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
+from cert_ray.training import checkpoints, export
+from cert_ray.training.deepspeed_engine import Engine
+from cert_ray.training.presets import preset_config
+from tests.training.conftest import write_tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("process_group"),
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed.
+    pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning"),
+]
+
+
+@pytest.fixture
+def trained(make_config, tmp_path) -> tuple[torch.nn.Module, Path]:
+    """A model after one step, and its checkpoint."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 62, 16, 0, 1))
+    engine = Engine(model, make_config())
+    ids = torch.randint(0, 62, (4, 17))
+    engine.train_step([(ids, torch.ones_like(ids, dtype=torch.bool))], 1e-2)
+    folder = tmp_path / "step-000001"
+    engine.save(folder / export.ENGINE_FOLDER)
+    model.config.save_pretrained(folder / export.MODEL_FOLDER)
+    write_tokenizer(folder / export.TOKENIZER_FOLDER)
+    checkpoints.seal_part(folder, step=1, rank=0, world_size=1, zero_stage=1, run_digest="d")
+    return model, folder
+
+
+def test_logits_of_the_export_equal_those_of_the_engine(trained, tmp_path):
+    model, checkpoint = trained
+    files = export.export_checkpoint(str(checkpoint), str(tmp_path / "model"))
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in files}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model", use_safetensors=True)
+    ids = torch.arange(2, 18)[None]
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, model(ids).logits)
+    assert tokenizer_digest(load_tokenizer(str(tmp_path / "model"))) == tokenizer_digest(
+        write_tokenizer(tmp_path / "t")
+    )
+    stored = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
+    _, checkpoint = trained
+    states = next((checkpoint / "engine" / "engine").glob("*model_states.pt"))
+    states.write_bytes(states.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=states.name):
+        export.export_checkpoint(str(checkpoint), str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()

@@ -1,0 +1,105 @@
+"""Going on from a base: its vocabulary is kept, new tokens start as the mean, and mismatches are refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
+from cert_ray.tokens.vocabulary import tokenizer_digest
+from cert_ray.training import models
+from cert_ray.training.presets import preset_config
+from tests.training.conftest import WORDS, write_tokenizer
+
+VOCABULARY = WORDS + 2
+ADDED = ("<|number|>", "<|string|>")
+
+
+def _pack(tokenizer, context_tokens=16):
+    return SimpleNamespace(
+        vocab_size=tokenizer.get_vocab_size(),
+        context_tokens=context_tokens,
+        tokenizer_digest=tokenizer_digest(tokenizer),
+        end_id=0,
+        pad_id=1,
+    )
+
+
+@pytest.fixture(params=["tied", "untied", "padded"])
+def base(request, tmp_path) -> tuple[Path, torch.Tensor]:
+    """A saved base, and its input embeddings. `padded`: the table has rows beyond the vocabulary."""
+    torch.manual_seed(0)
+    rows = VOCABULARY + (10 if request.param == "padded" else 0)
+    if request.param == "tied":
+        config = preset_config("tiny", rows, 16, 0, 1)
+    else:
+        config = LlamaConfig(
+            vocab_size=rows, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=16, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+        )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    return tmp_path / "base", model.get_input_embeddings().weight.detach().clone()
+
+
+def test_added_tokens_start_as_the_mean_and_the_others_stay(base, make_config, tmp_path):
+    folder, before = base
+    extended = write_tokenizer(tmp_path / "extended", added=ADDED)
+    config = make_config(base=str(folder), tokenizer=str(tmp_path / "extended"))
+    model = models.load(config, _pack(extended)).model
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert len(layer.weight) >= VOCABULARY + 2
+        mean = layer.weight[:VOCABULARY].mean(dim=0)
+        torch.testing.assert_close(layer.weight[VOCABULARY : VOCABULARY + 2], torch.stack([mean, mean]))
+    torch.testing.assert_close(model.get_input_embeddings().weight[:VOCABULARY], before[:VOCABULARY])
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight)
+    logits = model(torch.tensor([[3, VOCABULARY, VOCABULARY + 1]])).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_a_base_with_the_packs_tokenizer_is_taken_as_it_is(tmp_path, make_config):
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", VOCABULARY, 16, 0, 1))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer = write_tokenizer(tmp_path / "base")
+    loaded = models.load(make_config(base=str(tmp_path / "base"), tokenizer=None), _pack(tokenizer))
+    assert loaded.tokenizer_folder == tmp_path / "base"
+    for name, weight in loaded.model.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_a_pack_of_another_tokenizer_is_refused(base, make_config, tmp_path):
+    folder, _ = base
+    other = write_tokenizer(tmp_path / "other", words=WORDS - 1)
+    with pytest.raises(TokenizerMismatchError, match="packed with another tokenizer"):
+        models.load(make_config(base=str(folder), tokenizer=None), _pack(other))
+    with pytest.raises(TokenizerMismatchError, match="does not extend the tokenizer"):
+        models.load(make_config(base=str(folder), tokenizer=str(tmp_path / "other")), _pack(other))
+
+
+def test_refuses_bases_that_cannot_be_used(base, make_config, tmp_path):
+    folder, _ = base
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    pack = _pack(tokenizer)
+    with pytest.raises(ConfigError, match="tokenizer: required with the preset tiny"):
+        models.load(make_config(tokenizer=None), pack)
+    with pytest.raises(ConfigError, match=r"a preset \(tiny, pycodegpt-110m\), a folder that exists"):
+        models.load(make_config(base="tniy"), pack)
+    with pytest.raises(ConfigError, match="window of 16 tokens"):
+        models.load(make_config(base=str(folder), tokenizer=None), _pack(tokenizer, context_tokens=17))
+    next(folder.glob("*.safetensors")).rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="safetensors"):
+        models.load(make_config(base=str(folder), tokenizer=None), pack)
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match=r"config\.json"):
+        models.load(make_config(base=str(folder), tokenizer=None), pack)
+
+
+def test_a_hub_id_that_cannot_be_had_says_so(make_config):
+    """The test environment is offline, so no id can be."""
+    with pytest.raises(ConfigError, match="the hub does not give it"):
+        models.load(make_config(base="cert-ray/no-such-model", tokenizer=None), SimpleNamespace())

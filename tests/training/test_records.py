@@ -1,0 +1,34 @@
+"""Lines with fixed order and units, records that survive a round trip, a picture."""
+
+from __future__ import annotations
+
+from cert_ray.training.records import StepRecord, draw_losses, from_json_lines, progress_line, to_json_lines
+
+FIRST = StepRecord(step=10, epoch=0, loss=6.5, learning_rate=5e-4, gradient_norm=None, tokens=20_000, tokens_per_s=1.5)
+SECOND = StepRecord(
+    step=20,
+    epoch=1,
+    loss=5.25,
+    learning_rate=1e-4,
+    gradient_norm=0.5,
+    tokens=40_000,
+    tokens_per_s=2.0,
+    held_out_loss=5.5,
+)
+
+
+def test_the_line_has_fixed_order_and_units():
+    assert progress_line(FIRST, 20, 4_000.0) == (
+        "step 10/20  loss 6.5000 nats/token  lr 5.00e-04  gradient norm -  4,000 tokens/s  5 s left"
+    )
+    assert progress_line(SECOND, 20, 0.0).endswith("0 tokens/s  0 s left  held-out loss 5.5000 nats/token")
+
+
+def test_records_survive_the_file():
+    assert from_json_lines(to_json_lines([FIRST, SECOND]), "loss.jsonl") == [FIRST, SECOND]
+
+
+def test_the_picture_is_a_png_and_the_same_each_time():
+    picture = draw_losses([FIRST, SECOND], "tiny: base", unigram_nats=6.0)
+    assert picture.startswith(b"\x89PNG")
+    assert picture == draw_losses([FIRST, SECOND], "tiny: base", unigram_nats=6.0)

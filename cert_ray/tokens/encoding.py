@@ -81,43 +81,53 @@ class _Piece:
 def encode_shard(table: pa.Table, tokenizer: Tokenizer, config: PackConfig) -> EncodedShard:
     """Encode the rows of `table` that the view takes, in their order."""
     kept, dropped = _kept_rows(table, config)
-    held_out = np.array(
-        [
-            uniform_of_hash(digest, config.seed) < config.held_out_fraction
-            for digest in kept["content_hash"].to_pylist()
-        ],
-        np.bool_,
-    )
-    vocab_size = vocabulary_size(tokenizer)
+    hashes = kept["content_hash"].to_pylist()
+    held_out = np.array([uniform_of_hash(digest, config.seed) < config.held_out_fraction for digest in hashes], bool)
     encoder = _Encoder(tokenizer, config)
-    chunks: list[npt.NDArray[np.unsignedinteger]] = []
-    documents: list[int] = []
-    lengths: list[int] = []
-    atomic: list[bool] = []
-    for start in range(0, kept.num_rows, _BATCH_ROWS):
-        for ordinal, pieces in enumerate(encoder.documents(kept.slice(start, _BATCH_ROWS)), start):
-            chunks.extend(np.array(piece.ids, token_dtype(vocab_size)) for piece in pieces)
-            documents.extend([ordinal] * len(pieces))
-            lengths.extend(len(piece.ids) for piece in pieces)
-            atomic.extend(piece.atomic for piece in pieces)
-    tokens = np.concatenate([np.zeros(0, token_dtype(vocab_size)), *chunks])
-    rows, counts = np.array(documents, np.int32), np.array(lengths, np.int64)
-    pieces_table = _pieces_table(rows, counts, kept["weight"].to_numpy(), held_out, np.array(atomic, np.bool_))
-    held_out_tokens = tokens[np.repeat(held_out[rows], counts)]
+    encoded = _encode_rows(kept, encoder, vocabulary_size(tokenizer))
+    held_out_tokens = encoded.tokens[np.repeat(held_out[encoded.rows], encoded.lengths)]
     return EncodedShard(
-        tokens=tokens,
-        pieces=pieces_table,
-        unigrams=_unigrams(held_out_tokens, vocab_size),
+        tokens=encoded.tokens,
+        pieces=_pieces_table(encoded, kept["weight"].to_numpy(), held_out),
+        unigrams=_unigrams(held_out_tokens),
         rows_read=table.num_rows,
         documents=kept.num_rows,
         dropped=dropped,
         counts={
             "documents": kept.num_rows,
             "held_out_documents": int(held_out.sum()),
-            "tokens": len(tokens),
+            "tokens": len(encoded.tokens),
             "held_out_tokens": len(held_out_tokens),
             **encoder.counts,
         },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _EncodedRows:
+    """The tokens of all rows, one after the other, and per piece its row, its length and whether it is atomic."""
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    rows: npt.NDArray[np.int32]
+    lengths: npt.NDArray[np.int64]
+    atomic: BoolArray
+
+
+def _encode_rows(kept: pa.Table, encoder: _Encoder, vocab_size: int) -> _EncodedRows:
+    dtype = token_dtype(vocab_size)
+    chunks = [np.zeros(0, dtype)]
+    rows: list[int] = []
+    lengths: list[int] = []
+    atomic: list[bool] = []
+    for start in range(0, kept.num_rows, _BATCH_ROWS):
+        for row, pieces in enumerate(encoder.documents(kept.slice(start, _BATCH_ROWS)), start):
+            for piece in pieces:
+                chunks.append(np.array(piece.ids, dtype))
+                rows.append(row)
+                lengths.append(len(piece.ids))
+                atomic.append(piece.atomic)
+    return _EncodedRows(
+        np.concatenate(chunks), np.array(rows, np.int32), np.array(lengths, np.int64), np.array(atomic, np.bool_)
     )
 
 
@@ -249,18 +259,14 @@ def _imports_any(table: pa.Table, libraries: Sequence[str]) -> BoolArray:
     return wanted
 
 
-def _pieces_table(
-    rows: npt.NDArray[np.int32],
-    lengths: npt.NDArray[np.int64],
-    weight: npt.NDArray[np.float64],
-    held_out: BoolArray,
-    atomic: BoolArray,
-) -> pa.Table:
-    columns = [rows, np.cumsum(lengths) - lengths, lengths.astype(np.int32), weight[rows], held_out[rows], atomic]
+def _pieces_table(encoded: _EncodedRows, weight: npt.NDArray[np.float64], held_out: BoolArray) -> pa.Table:
+    rows, lengths = encoded.rows, encoded.lengths
+    starts = np.cumsum(lengths) - lengths
+    columns = [rows, starts, lengths.astype(np.int32), weight[rows], held_out[rows], encoded.atomic]
     return pa.Table.from_arrays([pa.array(column) for column in columns], schema=schemas.PIECES)
 
 
-def _unigrams(tokens: npt.NDArray[np.unsignedinteger], vocab_size: int) -> pa.Table:
-    counts = np.bincount(tokens, minlength=vocab_size)
+def _unigrams(tokens: npt.NDArray[np.unsignedinteger]) -> pa.Table:
+    counts = np.bincount(tokens)
     found = np.flatnonzero(counts)
     return pa.Table.from_arrays([pa.array(found.astype(np.int32)), pa.array(counts[found])], schema=UNIGRAMS)

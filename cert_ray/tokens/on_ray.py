@@ -25,6 +25,7 @@ def pack_dataset(dataset: str, tokenizer: str, output: str, config: PackConfig, 
     Raises:
         InputError: when the dataset holds no document of the view, or there is no tokenizer at `tokenizer`.
         TokenizerMismatchError: when the tokenizer lacks special tokens that the view needs.
+        ShardCorruptError: when a shard of the dataset disagrees with its manifest.
         NotFinishedError, SchemaVersionError: when `dataset` is no finished dataset of this version.
     """
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError, TokenizerMismatchError
-from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.manifests import Manifest, ShardReport, WrittenFile
 from cert_ray.shards.units import Work, WorkUnit, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
@@ -62,7 +62,7 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     units = [
         WorkUnit(
             name=storage.name_of(shard.name).removesuffix(".parquet"),
-            payload={"file": shard.name, "checksum": shard.checksum},
+            payload=shard.model_dump(mode="json"),
             rows=shard.rows,
         )
         for shard in opened.shards
@@ -82,9 +82,15 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
 
 
 def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str, config: PackConfig) -> ShardReport:
-    """Encode one shard of `dataset` and write its tokens into `output`."""
+    """Encode one shard of `dataset` and write its tokens into `output`.
+
+    Raises:
+        ShardCorruptError: when the dataset's shard disagrees with the dataset's manifest.
+    """
+    shard = WrittenFile.model_validate(unit.payload)
+    manifests.check_file(dataset, shard, datasets.VERB)
     table = storage.read_parquet(
-        storage.join(dataset, unit.payload["file"]),
+        storage.join(dataset, shard.name),
         ["content", "content_hash", "libraries", "weight", "sketch", "placeholders", "segments"],
     )
     encoded = encode_shard(table, _parsed(tokenizer_json), config)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from cert_ray.errors import InputError, NotFinishedError, SchemaVersionError, TokenizerMismatchError
+from cert_ray.errors import InputError, NotFinishedError, SchemaVersionError, ShardCorruptError, TokenizerMismatchError
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD
 from cert_ray.tokens.encoding import PackConfig, View, unigram_entropy_nats
 from cert_ray.tokens.pack import pack_in_process
@@ -107,3 +107,12 @@ def test_the_tokenizers_digest_goes_with_the_pack(inputs: tuple[str, str], tmp_p
     pack_in_process(*inputs, str(tmp_path), PackConfig(view=View.BASE))
     packed = PackedTokens.open(str(tmp_path))
     assert packed.tokenizer_digest != tokenizer_digest(train_vocabulary(["x"], TokenizerConfig(vocab_size=400)))
+
+
+def test_a_damaged_shard_of_the_dataset_is_refused(inputs: tuple[str, str], tmp_path: Path) -> None:
+    dataset = write_dataset(str(tmp_path / "dataset"), [[example(0)]])
+    write_dataset(str(tmp_path / "other"), [[example(1)]])
+    shard = "shard-00000.parquet"
+    (tmp_path / "dataset" / shard).write_bytes((tmp_path / "other" / shard).read_bytes())
+    with pytest.raises(ShardCorruptError, match="cert-ray preprocess"):
+        pack_in_process(dataset, inputs[1], str(tmp_path / "pack"), PackConfig(view=View.BASE))

@@ -122,10 +122,11 @@ def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
                 return tree
             found = _outside(found, pattern_ranges(tree, LineIndex(source)))
     if kind is not SketchKind.CONSTANTS:
-        names = find_names(source)
+        found = list(found)
+        names = find_names(source, frozenset(start for start, _, word in found if word.startswith("inter")))
         if isinstance(names, Dropped):
             return names
-        found = _merged(found, names)
+        found = sorted([*found, *names])
     return _splice(source, found)
 
 
@@ -196,7 +197,8 @@ class _Brackets:
         if not _BETWEEN_PARTS.fullmatch(between):
             return False
         rest = _CONTINUED_LINE.sub("", between)
-        return not ("\n" in rest or "\r" in rest) or self._inside(end)
+        ends_line = "\n" in rest or "\r" in rest or "#" in rest  # a comment's last backslash continues nothing
+        return not ends_line or self._inside(end)
 
     def _inside(self, position: int) -> bool:
         at, source = self._counted, self._source
@@ -233,15 +235,6 @@ def _outside(lexemes: Iterable[Lexeme], ranges: list[tuple[int, int]]) -> Iterat
             index += 1
         if index == len(ranges) or lexeme[0] < ranges[index][0]:
             yield lexeme
-
-
-def _merged(lexemes: Iterable[Lexeme], names: list[Lexeme]) -> list[Lexeme]:
-    """Both in order; a name inside a literal that is replaced anyway is left out."""
-    merged: list[Lexeme] = []
-    for lexeme in sorted([*lexemes, *names]):
-        if not merged or lexeme[0] >= merged[-1][1]:
-            merged.append(lexeme)
-    return merged
 
 
 # What a placeholder cannot join with: all of ASCII but letters, digits and the underscore.

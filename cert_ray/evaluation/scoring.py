@@ -1,0 +1,130 @@
+"""Problems, samples and a way to run programs in; per-problem counts and pass@k out.
+
+The raw score counts every problem. Some problems of the published benchmarks fail even with their own answers (under
+every library version that was tried); where gold answers are run too, the score of the problems whose answer passes
+is given beside the raw one, never instead of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cert_ray.errors import ConfigError
+from cert_ray.evaluation.benchmarks import Problem, Sample
+from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
+from cert_ray.evaluation.pass_at_k import mean_pass_at_k
+from cert_ray.evaluation.programs import assemble, assemble_gold, truncate
+from cert_ray.evaluation.sandbox import Execution, Outcome
+
+_DEFAULT_K = (1, 10, 100)  # the values that the papers report
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemResult:
+    """The samples of one problem and what became of each. `gold_passed` is None where the answer was not run."""
+
+    problem: Problem
+    completions: tuple[str, ...]
+    executions: tuple[Execution, ...]
+    gold_passed: bool | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.completions)
+
+    @property
+    def num_passed(self) -> int:
+        return sum(execution.outcome is Outcome.PASSED for execution in self.executions)
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationResult:
+    """Every problem's result, in the benchmark's order, and pass@k by k: of all, and of those whose answer passes."""
+
+    problems: tuple[ProblemResult, ...]
+    pass_at_k: dict[int, float]
+    pass_at_k_valid: dict[int, float] | None
+
+    @property
+    def outcomes(self) -> dict[str, int]:
+        """Samples by outcome, most frequent first."""
+        counts = Counter(str(execution.outcome) for result in self.problems for execution in result.executions)
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    @property
+    def gold_failed(self) -> tuple[str, ...]:
+        """The task_ids of problems whose own answer did not pass here."""
+        return tuple(result.problem.task_id for result in self.problems if result.gold_passed is False)
+
+
+def evaluate(
+    problems: Sequence[Problem],
+    samples: Sequence[Sample],
+    environment: ExecutionConfig,
+    *,
+    k: Sequence[int] | None = None,
+    cut: bool = False,
+    run_gold: bool = False,
+    execute: Execute = execute_in_threads,
+) -> EvaluationResult:
+    """Run every sample and count. With `cut`, completions are cut at PAPER.md's stops first.
+
+    `k` None takes those of 1, 10 and 100 that the number of samples allows.
+
+    Raises:
+        ConfigError: when a problem has no sample, a sample no problem, or fewer samples than the largest k.
+        SandboxError: when programs could not be run.
+    """
+    completions = _by_problem(problems, samples, cut)
+    ks = _chosen_k(k, completions)
+    gold = [assemble_gold(problem) if run_gold else () for problem in problems]
+    programs = [assemble(problem, text) for problem in problems for text in completions[problem.task_id]]
+    executions = iter(execute([*programs, *(program for group in gold for program in group)], environment))
+    drawn = [tuple(next(executions) for _ in completions[problem.task_id]) for problem in problems]
+    gold_passed = [_any_passed([next(executions) for _ in group]) for group in gold]
+    results = tuple(
+        ProblemResult(problem, completions[problem.task_id], runs, passed)
+        for problem, runs, passed in zip(problems, drawn, gold_passed, strict=True)
+    )
+    return EvaluationResult(results, _scores(results, ks), _valid_scores(results, ks))
+
+
+def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample], cut: bool) -> dict[str, tuple[str, ...]]:
+    grouped: defaultdict[str, list[str]] = defaultdict(list)
+    for sample in samples:
+        grouped[sample.task_id].append(truncate(sample.completion) if cut else sample.completion)
+    known = [problem.task_id for problem in problems]
+    missing = [task_id for task_id in known if task_id not in grouped]
+    strange = sorted(set(grouped) - set(known))
+    if missing or strange or not known:
+        raise ConfigError(
+            f"samples: {len(missing)} of {len(known)} problems have none ({', '.join(missing[:5])}), "
+            f"and {len(strange)} task_ids are not in the benchmark ({', '.join(strange[:5])}). "
+            "Score samples with the benchmark and the limit that they were made for."
+        )
+    return {task_id: tuple(grouped[task_id]) for task_id in known}
+
+
+def _chosen_k(k: Sequence[int] | None, completions: dict[str, tuple[str, ...]]) -> tuple[int, ...]:
+    task_id, fewest = min(((name, len(texts)) for name, texts in completions.items()), key=lambda item: item[1])
+    if k is None:
+        return tuple(value for value in _DEFAULT_K if value <= fewest)
+    for value in k:
+        if not 1 <= value <= fewest:
+            raise ConfigError(f"k: {value} must lie between 1 and the samples per problem; {task_id} has {fewest}.")
+    return tuple(sorted(set(k)))
+
+
+def _any_passed(runs: Sequence[Execution]) -> bool | None:
+    return any(run.outcome is Outcome.PASSED for run in runs) if runs else None
+
+
+def _scores(results: Sequence[ProblemResult], ks: Sequence[int]) -> dict[int, float]:
+    return {k: mean_pass_at_k(((result.num_samples, result.num_passed) for result in results), k) for k in ks}
+
+
+def _valid_scores(results: Sequence[ProblemResult], ks: Sequence[int]) -> dict[int, float] | None:
+    valid = [result for result in results if result.gold_passed]
+    return _scores(valid, ks) if valid else None

@@ -1,0 +1,36 @@
+"""Spread over Ray, programs come to the same end as in this process."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from cert_ray.errors import SandboxError
+from cert_ray.evaluation.execution import ExecutionConfig, execute_in_threads
+from cert_ray.evaluation.on_ray import execute_on_ray
+from cert_ray.evaluation.sandbox import find_bubblewrap
+from tests.evaluation.test_execution import PROGRAMS
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.skipif(
+        find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
+    ),
+]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("workers", [1, 3, None])
+def test_ray_gives_what_threads_give(workers: int | None) -> None:
+    here = execute_in_threads(PROGRAMS, ExecutionConfig(workers=2))
+    assert execute_on_ray(PROGRAMS, ExecutionConfig(workers=workers)) == here
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_our_failures_arrive_as_themselves(tmp_path: Path) -> None:
+    requirements = ("no-such-package-of-cert-ray==0.0.1",)
+    config = ExecutionConfig(requirements=requirements, environment_cache=str(tmp_path))
+    with pytest.raises(SandboxError, match="no-such-package"):
+        execute_on_ray(["pass"], config)

@@ -1,0 +1,78 @@
+"""Counting: which samples belong to which problem, which k are possible, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from cert_ray.errors import ConfigError
+from cert_ray.evaluation.benchmarks import Problem, Sample
+from cert_ray.evaluation.execution import ExecutionConfig
+from cert_ray.evaluation.sandbox import Execution, Outcome
+from cert_ray.evaluation.scoring import EvaluationResult, evaluate
+
+PROBLEMS = [Problem(f"T/{n}", "x =", None, f"def check(): assert x == {n}", (f" {n}",)) for n in range(3)]
+
+
+def in_this_process(programs: Sequence[str], config: ExecutionConfig) -> list[Execution]:
+    """A stand-in for the sandbox, for programs that this test wrote itself."""
+    return [Execution(_outcome(program), "", "") for program in programs]
+
+
+def _outcome(program: str) -> Outcome:
+    try:
+        exec(program, {})
+    except AssertionError:
+        return Outcome.FAILED
+    return Outcome.PASSED
+
+
+def score(samples: list[Sample], k: tuple[int, ...] | None = None, run_gold: bool = False) -> EvaluationResult:
+    return evaluate(PROBLEMS, samples, ExecutionConfig(), k=k, run_gold=run_gold, execute=in_this_process)
+
+
+def drawn(*completions: str) -> list[Sample]:
+    return [Sample(problem.task_id, text) for problem in PROBLEMS for text in completions]
+
+
+def test_counts_belong_to_their_problem_whatever_the_order_of_samples() -> None:
+    samples = [*drawn(" 0", " 0", " 1"), Sample("T/2", " 2")]
+    result = score(samples)
+    assert [(one.num_samples, one.num_passed) for one in result.problems] == [(3, 2), (3, 1), (4, 1)]
+    assert score(samples[::-1]).pass_at_k == result.pass_at_k == {1: pytest.approx((2 / 3 + 1 / 3 + 1 / 4) / 3)}
+    assert result.outcomes == {"failed": 6, "passed": 4}
+
+
+def test_default_k_are_those_that_every_problem_allows() -> None:
+    assert set(score(drawn(*[" 0"] * 10)).pass_at_k) == {1, 10}
+    assert set(score(drawn(*[" 0"] * 9)).pass_at_k) == {1}
+
+
+@pytest.mark.parametrize("k", [(3,), (1, 4), (0,)])
+def test_a_k_beyond_the_samples_is_refused(k: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="T/0 has 2"):
+        score(drawn(" 0", " 1"), k)
+
+
+def test_problems_without_samples_and_samples_without_problems_are_refused() -> None:
+    with pytest.raises(ConfigError, match="1 of 3 problems"):
+        score(drawn(" 0")[:2])
+    with pytest.raises(ConfigError, match="U/1"):
+        score([*drawn(" 0"), Sample("U/1", "")])
+    with pytest.raises(ConfigError):
+        score([])
+
+
+def test_the_valid_subset_leaves_out_problems_whose_answer_fails() -> None:
+    wrong = Problem("T/9", "x =", None, "def check(): assert x == 9", (" 8", " 7"))
+    result = evaluate(
+        [*PROBLEMS, wrong],
+        [*drawn(" 1"), Sample("T/9", " 8")],
+        ExecutionConfig(),
+        run_gold=True,
+        execute=in_this_process,
+    )
+    assert result.gold_failed == ("T/9",)
+    assert result.pass_at_k == {1: 0.25}
+    assert result.pass_at_k_valid == {1: pytest.approx(1 / 3)}

@@ -29,11 +29,13 @@ from cert_ray.corpus.inputs import InputKind, Matcher, RawDocument, Record, Sour
 from cert_ray.errors import InputError
 from cert_ray.schemas import Dropped, DropReason
 
+# What reading damaged bytes raises, by fuzzing. NotImplementedError: a flipped bit asks for an unknown method or type.
 DAMAGE = (
     OSError,
     EOFError,
     ValueError,
     OverflowError,
+    NotImplementedError,
     tarfile.TarError,
     zipfile.BadZipFile,
     zlib.error,

@@ -71,7 +71,9 @@ def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U32, npt.NDAr
 def band_keys(signature_DH: U32, config: MinHashConfig) -> U64:
     """One 64-bit key per document and band: equal keys where all of the band's hashes are equal."""
     documents = len(signature_DH)
-    pairs = np.ascontiguousarray(signature_DH).view(np.uint64).reshape(documents, config.bands, config.rows_per_band // 2)
+    pairs = (
+        np.ascontiguousarray(signature_DH).view(np.uint64).reshape(documents, config.bands, config.rows_per_band // 2)
+    )
     keys_DB = np.broadcast_to(np.arange(1, config.bands + 1, dtype=np.uint64) * _POLYNOMIAL, pairs.shape[:2])
     for column in range(pairs.shape[2]):
         keys_DB = _mix(keys_DB ^ pairs[:, :, column])

@@ -160,7 +160,8 @@ def test_tabs_become_spaces_where_the_meaning_stays(source: str, expected: str |
 
 def test_normalizing_keeps_the_syntax_tree_of_real_files() -> None:
     """On part of the standard library, also with its indentation turned into tabs."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60]
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(stdlib.glob("*.py")) if path.stat().st_size < 40_000][::10]
     for path in files:
         text = decode(path.read_bytes())
         assert isinstance(text, str)

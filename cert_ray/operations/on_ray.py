@@ -40,7 +40,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         ray.init(
             address="local",
             include_dashboard=False,
-            log_to_driver=False,
+            log_to_driver=True,  # a training worker tells its steps on its own stderr
             _temp_dir=folder,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT},
         )

@@ -41,12 +41,12 @@ class DemoConfig(Config):
 
     output: str = "demo"
     max_input_bytes: int = pydantic.Field(default=20_000_000, gt=0)
-    base_steps: int = pydantic.Field(default=300, gt=10)
-    library_steps: int = pydantic.Field(default=80, gt=10)  # of the sketcher and of the generator
+    base_steps: int = pydantic.Field(default=120, gt=10)
+    library_steps: int = pydantic.Field(default=40, gt=10)  # of the sketcher and of the generator
     samples: int = pydantic.Field(default=4, ge=1)  # completions per problem
 
 
-SMALL = DemoConfig(max_input_bytes=6_000_000, base_steps=120, library_steps=30, samples=2)
+SMALL = DemoConfig(max_input_bytes=6_000_000, base_steps=80, library_steps=15, samples=2)
 
 
 @dataclass(slots=True)

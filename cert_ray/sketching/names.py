@@ -67,10 +67,10 @@ class _Scope:
         scope: _Scope | None = self
         while scope is not None:
             if scope is self or scope.form != "class":
-                if scope.declared.get(name) == "global":
-                    return module
                 if name in scope.bound:
                     return scope
+                if scope.declared.get(name) == "global":
+                    return module
             scope = scope.parent
         return None
 
@@ -110,12 +110,13 @@ class _Uses:
         return sorted(found)
 
     def _bind(self, scope: _Scope, name: str, kind: str) -> None:
-        declared = scope.declared.get(name)
-        if declared == "nonlocal":
+        if kind == "argument":  # bound here whatever is declared: only the symbol table refuses both
+            kind = _KEPT if name in self._call_keywords else kind
+        elif scope.declared.get(name) == "nonlocal":
             return  # bound by an enclosing function already
-        if declared == "global":
+        elif scope.declared.get(name) == "global":
             scope = self._module
-        if (kind == "variable" and scope.form == "class") or (kind == "argument" and name in self._call_keywords):
+        if kind == "variable" and scope.form == "class":
             kind = _KEPT
         scope.bound[name] = min(kind, scope.bound.get(name, kind), key=_STRONGEST_FIRST.index)
 

@@ -286,7 +286,12 @@ STATEMENTS = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
 @given(STATEMENTS, st.sampled_from(OWN_KINDS))
 def test_sketches_of_made_up_programs_parse_and_are_their_own_sketch(source: str, kind: SketchKind) -> None:
     assume(not isinstance(parse(source), Dropped))

@@ -172,7 +172,12 @@ BLOCKS = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
+@settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
+)
 @given(st.lists(BLOCKS, max_size=6).map("\n".join), st.sampled_from([SketchKind.NAMES, SketchKind.BOTH]))
 def test_a_renamed_program_parses_and_renames_to_itself(source: str, kind: SketchKind) -> None:
     assume(not isinstance(parse(source), Dropped))

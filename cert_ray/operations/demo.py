@@ -40,13 +40,13 @@ class DemoConfig(Config):
     """How much the demo does. The defaults take under five minutes on two cores."""
 
     output: str = "demo"
-    max_input_bytes: int = pydantic.Field(default=20_000_000, gt=0)
+    max_input_bytes: int = pydantic.Field(default=24_000_000, gt=0)
     base_steps: int = pydantic.Field(default=120, gt=10)
     library_steps: int = pydantic.Field(default=40, gt=10)  # of the sketcher and of the generator
     samples: int = pydantic.Field(default=4, ge=1)  # completions per problem
 
 
-SMALL = DemoConfig(max_input_bytes=6_000_000, base_steps=80, library_steps=15, samples=2)
+SMALL = DemoConfig(max_input_bytes=9_000_000, base_steps=80, library_steps=15, samples=2)
 
 
 @dataclass(slots=True)
@@ -88,11 +88,11 @@ def demo_recipe(config: DemoConfig) -> Recipe:
 
 
 def _sources(config: DemoConfig) -> dict[str, Any]:
-    """The standard library, then installed packages, until the cap is reached."""
+    """NumPy, so that the smallest cap holds users of it, then the standard library, then more packages."""
     found = [importlib.util.find_spec(name) for name in _PACKAGES]
     folders = [spec.submodule_search_locations[0] for spec in found if spec and spec.submodule_search_locations]
     return {
-        "inputs": [sysconfig.get_paths()["stdlib"], *folders],
+        "inputs": [folders[0], sysconfig.get_paths()["stdlib"], *folders[1:]],
         "exclude": ["site-packages/*", "dist-packages/*", "*/tests/*", "tests/*", "test/*", "*/lib2to3/*"],
         "max_input_bytes": config.max_input_bytes,
         "unit_bytes": 2_000_000,

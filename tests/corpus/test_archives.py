@@ -142,6 +142,14 @@ def test_damage_inside_one_zip_member_costs_that_member_alone(tmp_path: Path) ->
     assert contents(read(path)) == [("b.py", b"second content")]
 
 
+def test_zip_of_an_unknown_version_is_damaged(tmp_path: Path) -> None:
+    content = bytearray(zip_bytes(MEMBERS))
+    content[content.index(b"PK\x01\x02") + 6] = 205  # "version needed to extract": 20.5, found by fuzzing
+    path = tmp_path / "x.zip"
+    path.write_bytes(content)
+    assert drops(read(path)) == [("x.zip", DropReason.DAMAGED_ARCHIVE)]
+
+
 @pytest.mark.parametrize("name", ["../a.py", "/a.py", "x/../../a.py", "C:/a.py", "..\\a.py", "C:\\a.py"])
 def test_unsafe_member_paths_are_dropped(tmp_path: Path, name: str) -> None:
     (tmp_path / "x.tar").write_bytes(tar_bytes([(name, "x")]))

@@ -61,6 +61,7 @@ class _Scope:
     parent: _Scope | None
     bound: dict[str, str] = field(default_factory=dict)  # name -> the strongest kind it is bound as
     declared: dict[str, str] = field(default_factory=dict)  # name -> "global" or "nonlocal"
+    parameters: set[str] = field(default_factory=set)
 
     def owner(self, name: str, module: _Scope) -> _Scope | None:
         """The scope whose binding a use of `name` in this one means; None for builtins and star imports."""
@@ -110,13 +111,13 @@ class _Uses:
         return sorted(found)
 
     def _bind(self, scope: _Scope, name: str, kind: str) -> None:
-        if kind == "argument":  # bound here whatever is declared: only the symbol table refuses both
-            kind = _KEPT if name in self._call_keywords else kind
-        elif scope.declared.get(name) == "nonlocal":
+        # A parameter is bound here whatever is declared: only the symbol table refuses both.
+        declared = None if name in scope.parameters else scope.declared.get(name)
+        if declared == "nonlocal":
             return  # bound by an enclosing function already
-        elif scope.declared.get(name) == "global":
+        if declared == "global":
             scope = self._module
-        if kind == "variable" and scope.form == "class":
+        if (kind == "variable" and scope.form == "class") or (kind == "argument" and name in self._call_keywords):
             kind = _KEPT
         scope.bound[name] = min(kind, scope.bound.get(name, kind), key=_STRONGEST_FIRST.index)
 
@@ -264,6 +265,7 @@ class _Uses:
         single = [arg for arg in (arguments.vararg, arguments.kwarg) if arg]
         for arg in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, *single]:
             self._push([arg.annotation], scope)
+            inner.parameters.add(arg.arg)
             self._bindings.append((inner, arg.arg, "argument"))
             self._use(inner, arg.arg, self._start(arg))
         return inner

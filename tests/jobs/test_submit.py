@@ -76,7 +76,12 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def submit(address: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [RAY, "job", "submit", "--address", address, "--", sys.executable, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    for _ in range(60):  # the head answers before its agent, which runs the jobs, is up
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+        if "No available agent" not in done.stderr:
+            break
+        time.sleep(1)
+    return done
 
 
 def test_submitted_preprocessing_finishes_is_idempotent_and_wants_the_token(

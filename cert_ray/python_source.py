@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
+
 from cert_ray.schemas import Dropped, DropReason, StatementKind
 
 FunctionBody = Literal["empty", "plain", "docstring", "docstring_with_example"]
@@ -99,6 +101,16 @@ def byte_offsets(source: str, offsets: Sequence[int]) -> list[int]:
         seen = offset
         result.append(size)
     return result
+
+
+def code_points(text: str, byte_offsets: Sequence[int]) -> Sequence[int]:
+    """Offsets into the UTF-8 bytes of `text` as offsets into its code points; the same ones for ASCII."""
+    if text.isascii():
+        return byte_offsets
+    is_start = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+    starts_before = np.concatenate([[0], np.cumsum(is_start)])
+    offsets: list[int] = starts_before[np.asarray(byte_offsets, np.int64)].tolist()
+    return offsets
 
 
 class LineIndex:

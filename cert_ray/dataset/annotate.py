@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cert_ray.python_source import Statement, byte_offsets
+from cert_ray.python_source import Statement, byte_offsets, code_points
 from cert_ray.quality.weights import WeightConfig, sampling_weights
 from cert_ray.schemas import ANNOTATED, DROPS, Dropped, StatementKind
 from cert_ray.sketching.anonymize import Sketched, SketchKind, sketch_source
@@ -102,16 +102,3 @@ def _segment_rows(content: str, stored: list[dict[str, Any]], sketched: Sketched
             "sketch_end": sketch[2 * index + 1],
             "with_sketch": segment.with_sketch,
         }
-
-
-def code_points(text: str, offsets: list[int]) -> list[int]:
-    """Sorted UTF-8 byte offsets of `text` as code point offsets; the inverse of `python_source.byte_offsets`."""
-    if text.isascii():
-        return offsets
-    encoded = text.encode()
-    result, last_byte, last_point = [], 0, 0
-    for offset in offsets:
-        last_point += len(encoded[last_byte:offset].decode())
-        last_byte = offset
-        result.append(last_point)
-    return result

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 
 from cert_ray import schemas
 from cert_ray.config import Config
+from cert_ray.python_source import code_points
 from cert_ray.schemas import DropReason
 from cert_ray.sketching import prompt_format
 from cert_ray.sketching.anonymize import Placeholder
@@ -209,16 +210,6 @@ def _slices(text: str, segments: Sequence[dict[str, Any]], side: str) -> list[tu
     starts = code_points(text, [segment[f"{side}_start"] for segment in segments])
     ends = code_points(text, [segment[f"{side}_end"] for segment in segments])
     return list(zip(starts, ends, strict=True))
-
-
-def code_points(text: str, byte_offsets: Sequence[int]) -> Sequence[int]:
-    """Offsets into the UTF-8 bytes of `text` as offsets into its code points; the same ones for ASCII."""
-    if text.isascii():
-        return byte_offsets
-    is_start = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
-    starts_before = np.concatenate([[0], np.cumsum(is_start)])
-    offsets: list[int] = starts_before[np.asarray(byte_offsets, np.int64)].tolist()
-    return offsets
 
 
 def _code_point_placeholders(sketch: str, placeholders: Sequence[dict[str, Any]]) -> list[Placeholder]:

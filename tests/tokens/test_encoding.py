@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from cert_ray import python_source, schemas
 from cert_ray.sketching.prompt_format import END_OF_TEXT, SEPARATOR
-from cert_ray.tokens.encoding import EncodedShard, PackConfig, View, code_points, encode_shard, unigram_entropy_nats
+from cert_ray.tokens.encoding import EncodedShard, PackConfig, View, encode_shard, unigram_entropy_nats
 from cert_ray.tokens.vocabulary import TokenizerConfig, train_vocabulary
 from tests.tokens.datasets import Row, document, example, real_code, sketched_document, table_of
 
@@ -146,4 +146,4 @@ def test_unigram_entropy_is_that_of_the_distribution() -> None:
 @given(st.text(max_size=40), st.data())
 def test_code_points_invert_byte_offsets(text: str, data: st.DataObject) -> None:
     offsets = sorted(data.draw(st.lists(st.integers(0, len(text)))))
-    assert list(code_points(text, python_source.byte_offsets(text, offsets))) == offsets
+    assert list(python_source.code_points(text, python_source.byte_offsets(text, offsets))) == offsets

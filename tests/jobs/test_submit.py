@@ -21,7 +21,8 @@ from tests.dataset.builders import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-pytestmark = pytest.mark.ray
+# A head, its agent and three submitted jobs start one after another: minutes where other work shares the machine.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 
 def free_port() -> int:
@@ -46,6 +47,8 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
         dashboard, gcs = free_port(), free_port()
         options = ["--head", "--block", "--num-cpus=2", f"--port={gcs}", f"--dashboard-port={dashboard}"]
         options += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}/r"]
+        # The suite's own Ray has the default port: with two on it, this head's agent would never come up.
+        options += [f"--dashboard-agent-listen-port={free_port()}"]
         options += ["--object-store-memory=200000000", "--disable-usage-stats"]
         log = (Path(folder) / "head.log").open("wb")
         process = subprocess.Popen(

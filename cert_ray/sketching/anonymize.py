@@ -159,7 +159,7 @@ def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
         if run:
             between = source[run[1] : start]
             # Most neighbours have a comma or a call between them.
-            if (not between or between[0] in " \t\f\\\r\n#") and brackets.join(run[1], between):
+            if (not between or between[0] in " \t\f\\\r\n#") and brackets.join(between, start):
                 brackets.skip(start, end)
                 run = (run[0], end, _kind_of_run(run[2], kind))
                 continue
@@ -192,13 +192,13 @@ class _Brackets:
     def skip(self, start: int, end: int) -> None:
         self._skips.append((start, end))
 
-    def join(self, end: int, between: str) -> bool:
-        """Whether two strings with `between` them, the first ending at `end`, are one implicit concatenation."""
+    def join(self, between: str, start: int) -> bool:
+        """Whether two strings with `between` them, the second at `start`, are one implicit concatenation."""
         if not _BETWEEN_PARTS.fullmatch(between):
             return False
         rest = _CONTINUED_LINE.sub("", between)
         ends_line = "\n" in rest or "\r" in rest or "#" in rest  # a comment's last backslash continues nothing
-        return not ends_line or self._inside(end)
+        return not ends_line or self._inside(start)
 
     def _inside(self, position: int) -> bool:
         at, source = self._counted, self._source

@@ -134,6 +134,8 @@ def test_line_ends_and_characters_beyond_ascii_move_nothing() -> None:
         ("x = 'a' \\\n  'b'\n", "x = string\n"),
         ("x = 'a' \\\r\n  'b'\r\n", "x = string\r\n"),
         ("x = ('a'  # one\n     # two \\\n     'b'\n     )\n", "x = (string\n     )\n"),
+        ("x = ('a' # 1)\n 'b' # 2)\n 'c' # 3)\n)\n'd'\n", "x = (string # 3)\n)\nstring\n"),
+        ("'a' # (\n'b' # (\n'c'\n", "string # (\nstring # (\nstring\n"),
         ("x = 'a' f'{b}' r'c'\n", "x = interstring\n"),
         ("x = 'a' r'c'\n", "x = string\n"),
         ("x = r'a' r'c'\n", "x = rawstring\n"),

@@ -22,11 +22,16 @@ class Preset:
     heads: int
     local_window_tokens: int
     max_context_tokens: int | None  # None: as many positions as the packed rows have
+    initializer_range: float = 0.02  # GPT-Neo's
 
 
 PRESETS: dict[str, Preset] = {
-    # measured with a vocabulary of 4,096 to 8,192: see test_worker and CHANGELOG
-    "tiny": Preset(layers=4, hidden=192, heads=6, local_window_tokens=128, max_context_tokens=None),
+    # Measured on standard library code, vocabulary 4,096, rows of 256, after 154,000 tokens (80 CPU-seconds): held-out
+    # loss 6.14 nats per token with an initial deviation of 0.05, 6.69 with 0.02 (learning rates 3e-3 and 6e-3), 6.28
+    # with 0.08; two layers 256 wide need two thirds of the time and end at 6.22. Unigram entropy 6.19.
+    "tiny": Preset(
+        layers=4, hidden=192, heads=6, local_window_tokens=128, max_context_tokens=None, initializer_range=0.05
+    ),
     # GPT-Neo 125M (12 layers, 768 wide, 12 heads, window 256) with PyCodeGPT's positions
     "pycodegpt-110m": Preset(layers=12, hidden=768, heads=12, local_window_tokens=256, max_context_tokens=1024),
 }
@@ -55,6 +60,7 @@ def preset_config(name: str, vocab_size: int, context_tokens: int, end_id: int, 
         attention_types=[[["global", "local"], preset.layers // 2]],
         num_heads=preset.heads,
         window_size=preset.local_window_tokens,
+        initializer_range=preset.initializer_range,
         bos_token_id=end_id,
         eos_token_id=end_id,
         pad_token_id=pad_id,

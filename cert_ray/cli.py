@@ -73,17 +73,9 @@ def _options(
 
 
 def _load(url: str, overrides: list[str] | None, extra: dict[str, Any] | None = None) -> Recipe:
-    from cert_ray.operations.recipe import load_mapping, override, recipe_from
+    from cert_ray.operations.recipe import load_recipe
 
-    options = load_mapping(url)
-    for text in overrides or []:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {text}: wants KEY=VALUE, e.g. --set workers=2")
-        override(options, key, yaml.safe_load(value))
-    for key, value in (extra or {}).items():
-        override(options, key, value)
-    return recipe_from(options, url)
+    return load_recipe(url, overrides or (), extra)
 
 
 def _perform(recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
@@ -163,7 +155,7 @@ def pack(
     known = [member.value for member in View]
     if wrong := sorted(set(view or []) - set(known)):
         raise ConfigError(f"--view {', '.join(wrong)}: unknown; known are {', '.join(known)}")
-    views = [View(name) for name in view] if view else list(dict.fromkeys(m.view for m in resolved.models.values()))
+    views = [View(name) for name in view] if view else resolved.views
     what = f"pack the views {', '.join(views)} of {resolved.run}"
     packed = _perform(
         resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v) for v in views}

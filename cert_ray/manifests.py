@@ -146,3 +146,27 @@ def check_file(folder: str, file: WrittenFile, verb: str) -> None:
     if (found.size_bytes, found.checksum) != (file.size_bytes, file.checksum):
         expected = f"{file.size_bytes} bytes, xxh3 {file.checksum}"
         raise ShardCorruptError(url, expected, f"{found.size_bytes} bytes, xxh3 {found.checksum}", verb)
+
+
+def are_whole(folder: str, files: Iterable[WrittenFile], verb: str) -> bool:
+    """Whether every one of `files` is in `folder` as its report says."""
+    try:
+        for file in files:
+            check_file(folder, file, verb)
+    except ShardCorruptError:
+        return False
+    return True
+
+
+def finished_manifest(folder: str, stage: str, verb: str, config: Config, inputs_digest: str) -> Manifest | None:
+    """The manifest of `folder` if it was made by these options from these inputs and its files are whole, else None.
+
+    Raises:
+        SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
+    """
+    if not is_finished(folder):
+        return None
+    manifest = read_manifest(folder, stage, verb)
+    if (manifest.config, manifest.inputs_digest) != (config.model_dump(mode="json"), inputs_digest):
+        return None
+    return manifest if are_whole(folder, manifest.files, verb) else None

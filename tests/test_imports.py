@@ -11,7 +11,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cert_ray"
 
-FOUNDATION = {"errors", "config", "schemas", "storage", "manifests", "python_source", "telemetry", "shards"}
+FOUNDATION = {
+    "errors",
+    "config",
+    "schemas",
+    "storage",
+    "manifests",
+    "python_source",
+    "libraries",
+    "telemetry",
+    "shards",
+}
 # Beside itself and the foundation, a stage imports only what the flow needs.
 EDGES: dict[str, set[str]] = {
     "errors": set(),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 
-from cert_ray import manifests, storage
+import pyarrow.compute as pc
+
+from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.corpus.cleaning import CleaningConfig
 from cert_ray.corpus.documents import documents_of_unit
 from cert_ray.corpus.sources import SourceConfig, plan_units
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, inputs_digest, written_file
+from cert_ray.shards.units import WorkUnit, inputs_digest, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +31,17 @@ class DocumentsConfig(Config):
 def write_documents(unit: WorkUnit, config: DocumentsConfig, folder: str) -> ShardReport:
     """Read, clean and parse one unit; writes `<shard>.parquet` and `drops/<shard>.parquet`."""
     documents, drops, rows_read = documents_of_unit(unit, config.sources, config.cleaning)
-    files = []
-    for name, table in ((f"{unit.name}.parquet", documents), (f"drops/{unit.name}.parquet", drops)):
-        files.append(written_file(folder, name, len(table), storage.write_parquet(table, storage.join(folder, name))))
+    name = f"{unit.name}.parquet"
+    files = (write_table(folder, name, documents), write_table(folder, f"drops/{name}", drops))
     reasons = drops.column("reason").value_counts().to_pylist()
     return ShardReport(
         shard=unit.name,
         unit_digest="",
-        files=tuple(files),
+        files=files,
         rows_read=rows_read,
         rows_kept=len(documents),
         dropped={entry["values"]: entry["counts"] for entry in reasons},
-        counts={"content_bytes": sum(documents.column("size_bytes").to_pylist())},
+        counts={"content_bytes": pc.sum(documents.column("size_bytes"), min_count=0).as_py()},
     )
 
 

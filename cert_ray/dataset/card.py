@@ -16,6 +16,7 @@ import jinja2
 import numpy as np
 
 from cert_ray import storage
+from cert_ray.libraries import library_counts
 from cert_ray.manifests import Manifest
 
 _TOP_LIBRARIES = 20
@@ -43,8 +44,7 @@ def collect_statistics(folder: str, manifest: Manifest) -> Statistics:
         )
         statistics.sizes_bytes += table.column("size_bytes").to_pylist()
         statistics.cluster_sizes.update(table.column("cluster_size").to_pylist())
-        for libraries in table.column("libraries").to_pylist():
-            statistics.libraries.update(libraries)
+        statistics.libraries.update(library_counts(table.column("libraries")))
         for placeholders in table.column("placeholders").to_pylist():
             statistics.placeholders.update(placeholder["kind"] for placeholder in placeholders)
         if len(statistics.examples) < _EXAMPLES and len(table):

@@ -13,6 +13,7 @@ import functools
 import logging
 from collections import Counter
 
+import pyarrow.compute as pc
 import pydantic
 
 from cert_ray import manifests, storage
@@ -26,7 +27,7 @@ from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, written_file
+from cert_ray.shards.units import WorkUnit, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -50,21 +51,18 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
     clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
-    files = [
-        written_file(folder, path, len(table), storage.write_parquet(table, storage.join(folder, path)))
-        for path, table in ((name, rows), (f"drops/{name}", drops))
-    ]
+    files = (write_table(folder, name, rows), write_table(folder, f"drops/{name}", drops))
     dropped = Counter(payload.dropped) + Counter(drops.column("reason").to_pylist())
     return ShardReport(
         shard=unit.name,
         unit_digest="",
-        files=tuple(files),
+        files=files,
         rows_read=payload.rows_read,
         rows_kept=len(rows),
         dropped=dict(sorted(dropped.items())),
         counts={
-            "content_bytes": sum(rows.column("size_bytes").to_pylist()),
-            "placeholders": sum(map(len, rows.column("placeholders").to_pylist())),
+            "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
+            "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
         },
     )
 

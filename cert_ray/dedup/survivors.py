@@ -20,7 +20,7 @@ from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, eq
 from cert_ray.dedup.minhash import I64, U32, MinHashConfig, band_keys, signatures
 from cert_ray.manifests import ShardReport
 from cert_ray.schemas import DropReason
-from cert_ray.shards.units import WorkUnit, written_file
+from cert_ray.shards.units import WorkUnit, write_table
 
 Bits = npt.NDArray[np.bool_]
 
@@ -37,17 +37,16 @@ def write_keys(unit: WorkUnit, documents: str, folder: str, config: MinHashConfi
     packed = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(4 * config.hashes), len(table), [None, rows.buffers()[1]]
     )  # one row of bytes per document
-    files = []
-    for name, shard in (("keys", pa.table(keys)), ("signatures", pa.table({"signature": packed}))):
-        path = f"{name}/{unit.name}.parquet"
-        files.append(written_file(folder, path, len(table), storage.write_parquet(shard, storage.join(folder, path))))
-    return ShardReport(shard=unit.name, unit_digest="", files=tuple(files), rows_read=len(table), rows_kept=len(table))
+    files = (
+        write_table(folder, f"keys/{unit.name}.parquet", pa.table(keys)),
+        write_table(folder, f"signatures/{unit.name}.parquet", pa.table({"signature": packed})),
+    )
+    return ShardReport(shard=unit.name, unit_digest="", files=files, rows_read=len(table), rows_kept=len(table))
 
 
 def exact_edges(folder: str, shards: Sequence[str]) -> I64:
     """Edges between documents of equal content hash; 16 bytes per document in memory."""
-    columns = [_read_keys(folder, shard, "content_hash") for shard in shards]
-    hashes = [np.frombuffer(b"".join(column.to_pylist()), "V16") for column in columns]
+    hashes = [_fixed_rows(_read_keys(folder, shard, "content_hash")).view("V16")[:, 0] for shard in shards]
     return equal_edges(np.concatenate(hashes)) if hashes else np.zeros((0, 2), np.int64)
 
 
@@ -102,8 +101,7 @@ def write_clusters(
                 "cluster_size": pa.array(clusters.size_D[part], pa.int32()),
             }
         )
-        path = f"clusters/{shard}.parquet"
-        file = written_file(folder, path, count, storage.write_parquet(table, storage.join(folder, path)))
+        file = write_table(folder, f"clusters/{shard}.parquet", table)
         dropped = {
             DropReason.EXACT_DUPLICATE: int(copies.sum()),
             DropReason.NEAR_DUPLICATE: int((~keep & ~copies).sum()),
@@ -126,6 +124,13 @@ def _read_keys(folder: str, shard: str, column: str) -> pa.ChunkedArray:
     return storage.read_parquet(storage.join(folder, "keys", f"{shard}.parquet"), [column]).column(column)
 
 
+def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
+    """uint8[rows, width] over the buffer of a fixed-size binary column without nulls: no Python object per row."""
+    array, width = column.combine_chunks(), column.type.byte_width
+    values = np.frombuffer(array.buffers()[1], np.uint8)
+    return values[array.offset * width : (array.offset + len(array)) * width].reshape(len(array), width)
+
+
 def _read_signatures(
     folder: str, shards: Sequence[str], rows: Sequence[int], members: I64, config: MinHashConfig
 ) -> U32:
@@ -135,7 +140,6 @@ def _read_signatures(
         wanted = members[np.searchsorted(members, first) : np.searchsorted(members, first + count)] - first
         if len(wanted):
             column = storage.read_parquet(storage.join(folder, "signatures", f"{shard}.parquet")).column("signature")
-            taken = column.take(pa.array(wanted)).combine_chunks()
-            parts.append(np.frombuffer(b"".join(taken.to_pylist()), np.uint32).reshape(len(wanted), config.hashes))
+            parts.append(_fixed_rows(column.take(pa.array(wanted))).view(np.uint32))
         first += count
     return np.concatenate(parts)

@@ -28,6 +28,7 @@ from cert_ray.manifests import Manifest
 from cert_ray.operations import pipeline
 from cert_ray.operations.recipe import Recipe, RunFolders, recipe_from
 from cert_ray.tokens.encoding import View
+from cert_ray.training.on_ray import TrainResult
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class Summary:
     output: str
     dataset: Manifest | None = None
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    models: dict[str, TrainResult] = field(default_factory=dict)
     unigram_entropy: float = 0.0
     request: dict[str, Any] = field(default_factory=dict)
     response: dict[str, Any] = field(default_factory=dict)
@@ -136,26 +137,16 @@ def _preprocess(recipe: Recipe, summary: Summary) -> None:
 
 
 def _pack(recipe: Recipe, summary: Summary) -> None:
-    for view in dict.fromkeys(model.view for model in recipe.models.values()):
-        manifest = pipeline.run_pack(recipe, view)
-        if view == View.BASE:
-            summary.unigram_entropy = float(manifest.notes["held_out_unigram_entropy_nats"])
+    packed = pipeline.run_views(recipe)
+    summary.unigram_entropy = float(packed[View.BASE].notes["held_out_unigram_entropy_nats"])
 
 
 def _train(recipe: Recipe, name: str, summary: Summary) -> None:
-    result = pipeline.run_train(recipe, name)
-    summary.models[name] = {
-        "folder": result.folder,
-        "steps": result.steps,
-        "tokens": result.tokens,
-        "first_loss": result.first_loss,
-        "last_loss": result.last_loss,
-        "held_out_loss": result.held_out_loss,
-    }
+    summary.models[name] = pipeline.run_train(recipe, name)
 
 
 def _check_learned(summary: Summary) -> None:
-    held_out = summary.models["base"]["held_out_loss"]
+    held_out = summary.models["base"].held_out_loss
     if held_out is None or not held_out < summary.unigram_entropy:
         raise CertRayError(
             f"the base model's held-out loss is {held_out} nats per token, not below the {summary.unigram_entropy:.3f} "

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-
 from cert_ray.errors import CertRayError, ConfigError
 from cert_ray.operations.on_ray import ray_session
-from cert_ray.operations.recipe import Recipe, load_mapping, override, recipe_from
+from cert_ray.operations.recipe import Recipe, load_recipe
 
 
 def run_job(stage: Callable[[Recipe], Any]) -> None:
@@ -34,13 +32,7 @@ def run_job(stage: Callable[[Recipe], Any]) -> None:
 def _recipe(arguments: list[str]) -> Recipe:
     if not arguments:
         raise ConfigError(f"usage: {sys.argv[0]} RECIPE.yaml [KEY=VALUE ...]")
-    options = load_mapping(arguments[0])
-    for text in arguments[1:]:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"{text}: wants KEY=VALUE, e.g. workers=2")
-        override(options, key, yaml.safe_load(value))
-    return recipe_from(options, arguments[0])
+    return load_recipe(arguments[0], arguments[1:])
 
 
 def _brief(result: Any) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 
-from cert_ray import manifests
 from cert_ray.dataset.on_ray import preprocess
 from cert_ray.errors import ConfigError
 from cert_ray.manifests import Manifest
@@ -28,7 +27,6 @@ def run_preprocess(recipe: Recipe) -> Manifest:
 def run_tokenizer(recipe: Recipe) -> Manifest:
     """Annotated dataset to tokenizer."""
     folders = RunFolders(recipe.run)
-    manifests.read_manifest(folders.dataset, "dataset", "preprocess")
     config = recipe.tokenizer.model_copy(update={"context_tokens": recipe.context_tokens})
     return train_on_dataset(folders.dataset, folders.tokenizer, config, recipe.seed)
 
@@ -75,7 +73,7 @@ def _external_start(recipe: Recipe, name: str) -> str:
 
 def run_views(recipe: Recipe) -> dict[str, Manifest]:
     """Pack every view that a model of the recipe reads."""
-    return {view.value: run_pack(recipe, view) for view in dict.fromkeys(m.view for m in recipe.models.values())}
+    return {view.value: run_pack(recipe, view) for view in recipe.views}
 
 
 def run_models(recipe: Recipe) -> dict[str, TrainResult]:

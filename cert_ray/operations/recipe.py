@@ -5,6 +5,7 @@ In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing i
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import pydantic
@@ -34,9 +35,8 @@ class Recipe(Config):
     """A whole run. `run` is the folder or URL below which everything is written."""
 
     run: str
-    libraries: tuple[str, ...] = pydantic.Field(
-        min_length=1
-    )  # the sketcher, generator and XL read files that import one
+    # The sketcher, the generator and XL read the files that import one of them.
+    libraries: tuple[str, ...] = pydantic.Field(min_length=1)
     preprocess: PreprocessConfig
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
@@ -85,6 +85,11 @@ class Recipe(Config):
             return self.base_brings_tokenizer(start)
         return start not in PRESETS
 
+    @property
+    def views(self) -> list[View]:
+        """The views that a model reads, in the models' order."""
+        return list(dict.fromkeys(model.view for model in self.models.values()))
+
     def view_libraries(self, view: View) -> tuple[str, ...] | None:
         """Which files `view` reads: the base's are all (None), the others import one of `libraries`."""
         return None if view == View.BASE else self.libraries
@@ -108,9 +113,26 @@ class RunFolders:
         return storage.join(self.run, "models", name)
 
 
-def load_recipe(url: str) -> Recipe:
-    """Read and check the recipe at `url`; errors as `load_mapping` and `recipe_from`."""
-    return recipe_from(load_mapping(url), url)
+def load_recipe(url: str, assignments: Sequence[str] = (), replacements: Mapping[str, Any] | None = None) -> Recipe:
+    """Read the recipe at `url`, replace values, and check it.
+
+    Args:
+        assignments: `KEY=VALUE` texts with dotted keys and YAML values, as people give them.
+        replacements: values by dotted key, after the assignments.
+
+    Raises:
+        InputError: as `load_mapping`.
+        ConfigError: naming every option that cannot be used.
+    """
+    options = load_mapping(url)
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{text}: wants KEY=VALUE, e.g. workers=2")
+        override(options, key, yaml.safe_load(value))
+    for key, value in (replacements or {}).items():
+        override(options, key, value)
+    return recipe_from(options, url)
 
 
 def load_mapping(url: str) -> dict[str, Any]:

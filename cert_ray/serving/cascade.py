@@ -29,7 +29,7 @@ from cert_ray.serving.boundaries import PAPER_STOPS, drop_start, first_stop, spl
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Completion, Engine, check_length
 from cert_ray.serving.sampling import Sampling
-from cert_ray.sketching import Placeholder, SketchKind, prompt_format
+from cert_ray.sketching import Placeholder, Sketched, SketchKind, prompt_format
 
 
 class Route(StrEnum):
@@ -123,7 +123,8 @@ def run_cascade(
     if winner.text.strip() and not winner.placeholders:
         return answer(_samples_of(sketches, winner, sampling.n), Route.SKETCHER)
     began = time.perf_counter()
-    pair = _pair(generator, config, body, blanks, winner, sampling.max_tokens) if winner.text.strip() else None
+    above = seen if config.sketch_scope == "file" else None
+    pair = _pair(generator, above, body, blanks, winner, sampling.max_tokens) if winner.text.strip() else None
     route = Route.GENERATOR_EMPTY_SKETCH
     if winner.text.strip():
         route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
@@ -179,15 +180,17 @@ def _samples_of(sketches: Sequence[_Sketch], winner: _Sketch, n: int) -> list[Co
 
 
 def _pair(
-    generator: Engine, config: CascadeConfig, body: str, blanks: str, winner: _Sketch, max_tokens: int
+    generator: Engine, above: Sketched | None, body: str, blanks: str, winner: _Sketch, max_tokens: int
 ) -> list[int] | None:
-    """The generator's prompt of sketch and context; None when the window cannot hold them and an answer."""
+    """The generator's prompt of sketch and context; None when the window cannot hold them and an answer.
+
+    `above` is the context's own sketch where the generator is to see it before the answer's.
+    """
     text, placeholders = winner.text, winner.placeholders
-    if config.sketch_scope == "file":
-        seen = sketch_context(body, config.kind)
-        shift = len(seen.text) + len(blanks)
+    if above is not None:
+        shift = len(above.text) + len(blanks)
         moved = (Placeholder(place.start + shift, place.end + shift, place.kind) for place in placeholders)
-        text, placeholders = seen.text + blanks + text, (*seen.placeholders, *moved)
+        text, placeholders = above.text + blanks + text, (*above.placeholders, *moved)
     pair = prompt_format.encode_pair(generator.tokenizer, text, placeholders, body)
     # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
     room = min(max_tokens, 2 * len(prompt_format.encode_sketch(generator.tokenizer, winner.text, winner.placeholders)))

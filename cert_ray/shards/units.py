@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import pyarrow as pa
 import pydantic
 import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.errors import ShardCorruptError
 from cert_ray.manifests import ShardReport, WrittenFile
 
 REPORTS_FOLDER = "reports"
@@ -50,10 +50,10 @@ def inputs_digest(units: Iterable[WorkUnit]) -> str:
     return digest.hexdigest()
 
 
-def written_file(folder: str, name: str, rows: int, written: storage.Written) -> WrittenFile:
-    """The report's entry for `folder`/`name`."""
-    assert not name.startswith(folder), "names are relative to the stage's folder"
-    return WrittenFile(name=name, rows=rows, size_bytes=written.size_bytes, checksum=written.checksum)
+def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
+    """Write `table` to `folder`/`name` as Parquet; returns the report's entry for it."""
+    written = storage.write_parquet(table, storage.join(folder, name))
+    return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
 def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str) -> ShardReport:
@@ -75,12 +75,7 @@ def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) 
         return None
     if report.unit_digest != unit.unit_digest(config_digest):
         return None
-    try:
-        for file in report.files:
-            manifests.check_file(folder, file, verb)
-    except ShardCorruptError:
-        return None
-    return report
+    return report if manifests.are_whole(folder, report.files, verb) else None
 
 
 def run_in_process(

@@ -22,6 +22,7 @@ import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError
+from cert_ray.libraries import library_counts
 from cert_ray.manifests import WrittenFile
 
 STAGE = "dataset"
@@ -121,6 +122,5 @@ def common_libraries(dataset: Dataset, count: int) -> Sequence[tuple[str, int]]:
     found: Counter[str] = Counter()
     for shard in dataset.shards:
         table = storage.read_parquet(storage.join(dataset.url, shard.name), ["libraries"])
-        for pair in table["libraries"].combine_chunks().flatten().value_counts().to_pylist():
-            found[pair["values"]] += pair["counts"]
+        found.update(library_counts(table["libraries"]))
     return sorted(found.items(), key=lambda item: (-item[1], item[0]))[:count]

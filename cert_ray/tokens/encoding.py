@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pydantic
 from tokenizers import Tokenizer
 
 from cert_ray import schemas
 from cert_ray.config import Config
+from cert_ray.libraries import uses_any
 from cert_ray.python_source import code_points
 from cert_ray.schemas import DropReason
 from cert_ray.sketching import prompt_format
@@ -232,7 +232,7 @@ def _kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str,
     """The rows that the view takes, and how many were dropped for which reason."""
     dropped: dict[str, int] = {}
     if config.libraries is not None:
-        kept = table.filter(pa.array(_imports_any(table, config.libraries)))
+        kept = table.filter(uses_any(table["libraries"], config.libraries))
         dropped[DropReason.OTHER_LIBRARY.value] = table.num_rows - kept.num_rows
         table = kept
     if config.view in (View.SKETCHER, View.GENERATOR):
@@ -240,14 +240,6 @@ def _kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str,
         dropped[DropReason.UNSKETCHABLE.value] = table.num_rows - kept.num_rows
         table = kept
     return table, {reason: count for reason, count in dropped.items() if count}
-
-
-def _imports_any(table: pa.Table, libraries: Sequence[str]) -> BoolArray:
-    lists = table["libraries"].combine_chunks()
-    wanted = np.zeros(table.num_rows, np.bool_)
-    hits = pc.is_in(lists.flatten(), value_set=pa.array(libraries, pa.string()))
-    wanted[pc.list_parent_indices(lists).filter(hits).to_numpy()] = True
-    return wanted
 
 
 def _pieces_table(encoded: _EncodedRows, weight: npt.NDArray[np.float64], held_out: BoolArray) -> pa.Table:

@@ -20,7 +20,6 @@ from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
 from cert_ray.tokens.dataset import Dataset
 from cert_ray.tokens.encoding import PackConfig, View, encode_shard, unigram_entropy_nats
-from cert_ray.tokens.finished import finished_manifest
 from cert_ray.tokens.shards import STAGE, VERB, held_out_unigrams, write_shard
 from cert_ray.tokens.vocabulary import (
     TOKENIZER_FILE,
@@ -56,7 +55,7 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     _check_special_tokens(vocabulary, tokenizer, config.view)
     digest = tokenizer_digest(vocabulary)
     inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}".encode()))
-    if (finished := finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
+    if (finished := manifests.finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
         return finished
     storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
     units = [

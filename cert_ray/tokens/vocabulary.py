@@ -28,7 +28,6 @@ from cert_ray.errors import ConfigError, InputError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS, add_special_tokens
 from cert_ray.tokens import dataset as datasets
-from cert_ray.tokens.finished import finished_manifest
 
 STAGE = "tokenizer"
 VERB = "tokenizer"
@@ -197,7 +196,7 @@ def train_on_dataset(dataset: str, output: str, config: TokenizerConfig, seed: i
     """
     opened = datasets.open_dataset(dataset)
     run = _Run(**config.model_dump(), seed=seed)
-    if (finished := finished_manifest(output, STAGE, VERB, run, opened.digest)) is not None:
+    if (finished := manifests.finished_manifest(output, STAGE, VERB, run, opened.digest)) is not None:
         return finished
     storage.remove(storage.join(output, manifests.MANIFEST_NAME))
     sample = datasets.draw_sample(opened, config.sample_bytes, seed)

@@ -111,7 +111,7 @@ class TestAttacks:
         monkeypatch.setenv("A_TOKEN", "hush-hush-1234")
         (tmp_path / "secret").write_text("hush-hush-1234")
         sandbox.close()  # so that the next process is started under this environment
-        files = [str(tmp_path / "secret"), "/root/.bashrc", "/etc/shadow"]
+        files = [str(tmp_path / "secret"), str(Path("~root/.bashrc").expanduser()), "/etc/shadow"]
         program = (
             f"import os, glob\nfound = str(dict(os.environ))\nfor name in glob.glob('/proc/*/environ') + {files!r}:\n"
             "    try: found += open(name, errors='replace').read()\n    except OSError: pass\n"

@@ -10,12 +10,12 @@ from typing import Any
 import pyarrow as pa
 import xxhash
 
-from cert_ray import manifests, schemas, storage
+from cert_ray import manifests, schemas
 from cert_ray.config import Config
 from cert_ray.manifests import ShardReport
 from cert_ray.python_source import read_source
 from cert_ray.schemas import Dropped
-from cert_ray.shards.units import written_file
+from cert_ray.shards.units import write_table
 from cert_ray.sketching import SketchKind, sketch_source
 from cert_ray.sketching.segments import align_segments
 
@@ -129,8 +129,7 @@ def write_dataset(folder: str, shards: Sequence[Sequence[Row]]) -> str:
     reports = []
     for number, rows in enumerate(shards):
         name = f"shard-{number:05d}"
-        written = storage.write_parquet(table_of(rows), storage.join(folder, f"{name}.parquet"))
-        files = (written_file(folder, f"{name}.parquet", len(rows), written),)
+        files = (write_table(folder, f"{name}.parquet", table_of(rows)),)
         reports.append(
             ShardReport(shard=name, unit_digest="test", files=files, rows_read=len(rows), rows_kept=len(rows))
         )

@@ -1,4 +1,4 @@
-"""Which libraries files use: counts for the dataset's card, and the choice of one library's files.
+"""Which libraries files use: counts over files, and the choice of one library's files.
 
 In: the `libraries` column of documents (top-level packages that a file imports, guarded and local imports included).
 A library's files are those that import it, by that name; this is the project's definition, for the paper's filter was

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from cert_ray.corpus.libraries import library_counts, uses_any
+from cert_ray.libraries import library_counts, uses_any
 
 LIBRARIES = pa.chunked_array([[["numpy", "os"], []], [["pandas"], None, ["os"]]], pa.list_(pa.string()))
 

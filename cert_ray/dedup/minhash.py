@@ -26,7 +26,7 @@ _POLYNOMIAL = np.uint64(0x9E3779B97F4A7C15)
 _POLYNOMIAL_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
 _SHINGLE_MULTIPLIER = np.uint64(0x9FB21C651E98DF25)
 _MIX_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
-_CHUNK_BYTES = 4 << 20  # bounds the temporaries at about 150 MB; a document is at most 1 MB
+_CHUNK_BYTES = 4 << 20  # at a time: temporaries are a few dozen bytes for each; a document is at most 1 MB
 _EMPTY = np.uint32(0xFFFFFFFF)
 
 _WORD_BYTE = np.zeros(256, bool)

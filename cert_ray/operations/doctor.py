@@ -38,7 +38,7 @@ class Finding:
 
 _PACKAGES = ("ray", "torch", "transformers", "tokenizers", "deepspeed", "pyarrow", "xxhash")
 _GIB = 1 << 30
-# Two Ray workers with torch loaded take about 1.5 GiB each, Ray itself about 1 GiB (measured on the demo, 2 cores).
+# Assumed: room for two training workers (about 1 GiB resident each in the demo), Ray itself, and the system.
 _MEMORY_WANTED_BYTES = 6 * _GIB
 _SHARED_MEMORY_WANTED_BYTES = 2 * _GIB
 _DISK_WANTED_BYTES = 5 * _GIB

@@ -242,9 +242,7 @@ def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",
-    small: Annotated[
-        bool, typer.Option("--small", help="less input and fewer steps, for a quick look")
-    ] = False,
+    small: Annotated[bool, typer.Option("--small", help="less input and fewer steps, for a quick look")] = False,
     max_input_bytes: Annotated[int | None, typer.Option(help="read at most so many bytes of Python files")] = None,
     base_steps: Annotated[int | None, typer.Option(help="training steps of the base model")] = None,
     dry_run: DryRun = False,

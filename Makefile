@@ -10,7 +10,7 @@ DEMO_ARGS ?=
 .PHONY: demo test test-quick check format clean help
 
 help:
-	@echo "make demo        the whole pipeline on the Python files of this machine, about seven minutes on two cores"
+	@echo "make demo        the whole pipeline on the Python files of this machine, about four minutes on two cores"
 	@echo "make test        every test; make test-quick: those without a Ray cluster"
 	@echo "make check       ruff and mypy"
 

@@ -141,10 +141,11 @@ def pack(
         list[str] | None, typer.Option(help="base, xl, sketcher or generator; default: all it needs")
     ] = None,
     overrides: Overrides = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Encode the dataset into the token shards that training reads, one folder per view.
+    """Encode the dataset into the token shards that training reads, one folder per view (--limit: documents read).
 
     Example: cert-ray pack jobs/numpy.yaml --view base --view sketcher
     """
@@ -158,7 +159,7 @@ def pack(
     views = [View(name) for name in view] if view else resolved.views
     what = f"pack the views {', '.join(views)} of {resolved.run}"
     packed = _perform(
-        resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v) for v in views}
+        resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v, limit) for v in views}
     )
     _show({name: manifest.notes for name, manifest in packed.items()})
 
@@ -265,11 +266,18 @@ def demo(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder: RUN/models/NAME/checkpoints/...")],
     output: Annotated[str, typer.Argument(help="the Hugging Face folder to write")],
+    dry_run: DryRun = False,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder (safetensors, config, tokenizer).
 
-    Example: cert-ray export runs/numpy/models/base/checkpoints/step-00002000 base-at-2000
+    Example: cert-ray export runs/numpy/models/base/checkpoints/step-002000 base-at-2000
     """
+    if dry_run:
+        from cert_ray.training import checkpoints
+
+        found = checkpoints.verify(storage.absolute(checkpoint))
+        _show({"checkpoint": checkpoint, "step": found.step, "output": output})
+        raise typer.Exit
     from cert_ray.training.export import export_checkpoint
 
     files = export_checkpoint(storage.absolute(checkpoint), storage.absolute(output))
@@ -345,6 +353,7 @@ def generate(
     temperature: float = 0.2,
     max_tokens: int = 100,
     seed: int = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Complete one prompt with models at hand or an endpoint.
 
@@ -352,6 +361,10 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    if dry_run:
+        source = {"endpoint": endpoint} if endpoint else _model_options(model, sketcher, generator)
+        _show({"prompt": text, "n": n, **sampling, **source})
+        raise typer.Exit
     for completion in _completer(model, sketcher, generator, endpoint, sampling)([text], n)[0]:
         typer.echo(text + completion)
 

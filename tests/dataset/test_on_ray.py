@@ -12,6 +12,7 @@ from cert_ray.dataset.on_ray import preprocess
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import InputError, SchemaVersionError, ShardCorruptError
 from cert_ray.manifests import Manifest
+from tests.corpus.hostile import GOOD_FILES, build_hostile_corpus, hostile_inputs
 from tests.dataset.builders import write_corpus
 
 pytestmark = [
@@ -47,6 +48,17 @@ def test_dataset_is_the_same_with_one_and_three_workers_and_adds_up(tmp_path: Pa
     _check_rows(tmp_path / "one" / "dataset", one)
     assert (tmp_path / "one" / "dataset" / "card" / "card.html").stat().st_size > 10_000
     _check_reuse(options, tmp_path / "one", one)
+
+
+def test_a_hostile_corpus_ends_in_counted_drops(tmp_path: Path) -> None:
+    expected = build_hostile_corpus(tmp_path / "hostile")
+    options = PreprocessConfig.model_validate(
+        {"sources": {"inputs": hostile_inputs(tmp_path / "hostile"), "unit_bytes": 20_000}}
+    )
+    manifest = preprocess(options, str(tmp_path / "run"))
+    assert manifest.rows_kept == GOOD_FILES
+    assert manifest.dropped == expected
+    assert manifest.rows_read == GOOD_FILES + sum(expected.values())
 
 
 def _check_rows(dataset: Path, manifest: Manifest) -> None:

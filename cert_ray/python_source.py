@@ -92,13 +92,13 @@ def refusal(source: str) -> Dropped | None:
 
 def read_source(source: str) -> SourceFacts | Dropped:
     """Parse once and read blocks, functions and imports off the tree."""
-    with _collector_paused():
+    with collector_paused():
         return _read_source(source)
 
 
 @contextmanager
-def _collector_paused() -> Iterator[None]:
-    """No search for cycles while a tree is built: it has none, and searching takes a fifth of the time."""
+def collector_paused() -> Iterator[None]:
+    """No search for cycles while many objects without any are made: it would take a fifth of the time, or more."""
     if not gc.isenabled():
         yield
         return
@@ -156,7 +156,11 @@ class LineIndex:
     def __init__(self, source: str) -> None:
         self.source = source
         # The tokenizer's line ends only: str.splitlines would also split at form feeds and U+2028.
-        self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
+        if "\r" in source:
+            self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
+        else:
+            lengths = map(len, source.split("\n"))
+            self.starts = list(accumulate(map((1).__add__, lengths), initial=0))[:-1]
         self._ascii = source.isascii()
         self._columns: dict[int, list[int]] = {}  # line -> the byte column of each of its code points
 
@@ -189,18 +193,22 @@ _ASSERT_METHOD = re.compile(r"self[\s\\]*\.[\s\\]*assert")
 _EXAMPLE = re.compile(r">>>|^\s*(?:usage\s+)?examples?\b", re.IGNORECASE | re.MULTILINE)
 
 
+_NESTING: list[type[ast.AST]] = [*ast.stmt.__subclasses__(), ast.ExceptHandler, ast.match_case]
+# Fields that hold statements, or parts of statements that hold some, last one first, by type of node.
+_SUITES_REVERSED: dict[type[ast.AST], tuple[str, ...]] = {
+    kind: tuple(field for field in ("cases", "finalbody", "orelse", "handlers", "body") if field in kind._fields)
+    for kind in _NESTING
+}
+
+
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     """Every statement, nested ones included, in source order. Expressions are skipped: nothing we want is in one."""
     stack: list[ast.AST] = tree.body[::-1]  # type: ignore[assignment]
     while stack:
         node = stack.pop()
         yield node
-        nested: list[ast.AST] = []
-        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
-            inner = getattr(node, field, None)
-            if type(inner) is list:
-                nested += inner
-        stack += nested[::-1]
+        for field in _SUITES_REVERSED.get(type(node), ()):
+            stack += getattr(node, field)[::-1]
 
 
 def _body(function: FunctionNode) -> FunctionBody:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
 
 import pyarrow.compute as pc
 
@@ -21,11 +22,36 @@ logger = logging.getLogger(__name__)
 STAGE = "documents"
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All units, how many of them each generation has, and the digest of what they read."""
+
+    units: list[WorkUnit]
+    generations: tuple[int, ...]
+    digest: str
+
+
 class DocumentsConfig(Config):
     """What is read, and what is kept of it."""
 
     sources: SourceConfig
+    appended: tuple[tuple[str, ...], ...] = ()  # the inputs of each later generation
     cleaning: CleaningConfig = CleaningConfig()
+
+    def unit_options(self) -> str:
+        """The digest of what decides a unit's outcome beside the unit: not which other inputs there are."""
+        planned = {"inputs": (), "limit": None, "max_input_bytes": None}
+        return self.model_copy(update={"sources": self.sources.model_copy(update=planned), "appended": ()}).digest()
+
+    def plan(self) -> Plan:
+        """The units of all generations."""
+        units: list[WorkUnit] = []
+        counts = []
+        for inputs in (self.sources.inputs, *self.appended):
+            planned = plan_units(self.sources.model_copy(update={"inputs": inputs}), len(units))
+            units += planned
+            counts.append(len(planned))
+        return Plan(units, tuple(counts), inputs_digest(units))
 
 
 def write_documents(unit: WorkUnit, config: DocumentsConfig, folder: str) -> ShardReport:
@@ -45,14 +71,15 @@ def write_documents(unit: WorkUnit, config: DocumentsConfig, folder: str) -> Sha
     )
 
 
-def clean(config: DocumentsConfig, folder: str, workers: int | None = None) -> Manifest:
-    """Run the stage into `folder`; finished shards are reused."""
-    units = plan_units(config.sources)
+def clean(config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None) -> Manifest:
+    """Run the stage into `folder` on `config.plan()`; finished shards are reused."""
+    units, counts = plan.units, list(plan.generations)
     work = functools.partial(write_documents, config=config, folder=folder)
     reports = run_units(
-        units, work, folder=folder, config_digest=config.digest(), stage=STAGE, verb="preprocess", workers=workers
+        units, work, folder=folder, config_digest=config.unit_options(), stage=STAGE, verb="preprocess", workers=workers
     )
-    manifest = manifests.summarize(STAGE, config, inputs_digest(units), reports)
+    notes = {"generations": counts}
+    manifest = manifests.summarize(STAGE, config, plan.digest, reports, notes=notes)
     manifests.write_manifest(folder, manifest)
     logger.info("documents: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest

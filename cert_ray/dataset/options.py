@@ -14,6 +14,8 @@ class PreprocessConfig(Config):
     """What is read, how it is cleaned, deduplicated, weighted and sketched."""
 
     sources: SourceConfig
+    # Inputs that came later, a list for each generation: what earlier ones decided stays, and their shards as well.
+    appended: tuple[tuple[str, ...], ...] = ()
     cleaning: CleaningConfig = CleaningConfig()
     minhash: MinHashConfig = MinHashConfig()
     weights: WeightConfig = WeightConfig()

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def run_preprocess(recipe: Recipe) -> Manifest:
     """Inputs to annotated dataset."""
-    return preprocess(recipe.preprocess, recipe.run, recipe.workers)
+    return preprocess(recipe.preprocess, recipe.run, recipe.workers, recipe.intermediates)
 
 
 def run_tokenizer(recipe: Recipe) -> Manifest:

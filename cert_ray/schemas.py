@@ -45,6 +45,8 @@ class DropReason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"
     # Sketching.
     UNSKETCHABLE = "unsketchable"
+    # After the fact: a takedown (`cert-ray remove`).
+    REMOVED_ON_REQUEST = "removed_on_request"
     # Packing: the view is of files that use certain libraries.
     OTHER_LIBRARY = "other_library"
 

@@ -2,7 +2,7 @@
 
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
     <output>/dedup       keys, signatures and clusters
-    <output>/dataset     the annotated dataset, `drops/`, `manifest.json` and `card/`
+    <output>/dataset     the annotated dataset, `drops/`, `statistics/`, `manifest.json` and `card/`
 
 The dataset's manifest counts from the raw files on: read = kept + dropped by every reason of every stage.
 """
@@ -25,6 +25,7 @@ from cert_ray.corpus.on_ray import DocumentsConfig, Plan, clean
 from cert_ray.dataset.annotate import annotate
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
+from cert_ray.dataset.statistics import largest_clusters, shard_statistics, write_statistics
 from cert_ray.dedup.on_ray import clusters_digest, deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
@@ -55,7 +56,11 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
     clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
-    files = (write_table(folder, name, rows), write_table(folder, f"drops/{name}", drops))
+    files = (
+        write_table(folder, name, rows),
+        write_table(folder, f"drops/{name}", drops),
+        write_statistics(folder, unit.name, shard_statistics(rows, largest_clusters(documents, clusters))),
+    )
     dropped = Counter(payload.dropped) + Counter(drops.column("reason").to_pylist())
     return ShardReport(
         shard=unit.name,

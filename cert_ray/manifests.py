@@ -83,23 +83,40 @@ def summarize(
         ConservationError: when a shard, and so the total, does not add up.
     """
     ordered = sorted(shards, key=lambda shard: shard.shard)
-    dropped: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for shard in ordered:
-        shard.check(stage)
-        dropped.update(shard.dropped)
-        counts.update(shard.counts)
     return Manifest(
         stage=stage,
         config=config.model_dump(mode="json"),
         inputs_digest=inputs_digest,
-        shards=tuple(ordered),
-        rows_read=sum(shard.rows_read for shard in ordered),
-        rows_kept=sum(shard.rows_kept for shard in ordered),
-        dropped=dict(sorted(dropped.items())),
-        counts=dict(sorted(counts.items())),
         notes=notes or {},
+        **_sums(stage, ordered),
     )
+
+
+def _sums(stage: str, shards: list[ShardReport]) -> dict[str, Any]:
+    """What a manifest says of its shards."""
+    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        shard.check(stage)
+        dropped.update(shard.dropped)
+        counts.update(shard.counts)
+    return {
+        "shards": tuple(shards),
+        "rows_read": sum(shard.rows_read for shard in shards),
+        "rows_kept": sum(shard.rows_kept for shard in shards),
+        "dropped": dict(sorted(dropped.items())),
+        "counts": dict(sorted(counts.items())),
+    }
+
+
+def with_shards(manifest: Manifest, shards: Iterable[ShardReport]) -> Manifest:
+    """`manifest` with other reports, added up again: same stage, options, inputs and notes.
+
+    Raises:
+        ConservationError: as `summarize`.
+    """
+    ordered = sorted(shards, key=lambda shard: shard.shard)
+    return manifest.model_copy(update=_sums(manifest.stage, ordered))
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:

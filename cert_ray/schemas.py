@@ -78,7 +78,7 @@ DOCUMENTS = pa.schema(
         ("repository", pa.string()),  # null when the input does not say
         ("stars", pa.int64()),  # null when the input does not say
         ("licence", pa.string()),  # null when the input does not say
-        ("content", pa.string()),
+        ("content", pa.string()),  # null once it is removed on request
         ("size_bytes", pa.int32()),
         ("content_hash", pa.binary(16)),  # xxh3-128 of the normalised content
         ("libraries", pa.list_(pa.string())),  # top-level packages imported, sorted

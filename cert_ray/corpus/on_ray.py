@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import pyarrow.compute as pc
 
 from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.corpus.cleaning import CleaningConfig
 from cert_ray.corpus.documents import documents_of_unit
+from cert_ray.corpus.removals import Removal, blank, content_bytes
 from cert_ray.corpus.sources import SourceConfig, plan_units
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
@@ -54,9 +54,12 @@ class DocumentsConfig(Config):
         return Plan(units, tuple(counts), inputs_digest(units))
 
 
-def write_documents(unit: WorkUnit, config: DocumentsConfig, folder: str) -> ShardReport:
+def write_documents(
+    unit: WorkUnit, config: DocumentsConfig, folder: str, removals: Sequence[Removal] = ()
+) -> ShardReport:
     """Read, clean and parse one unit; writes `<shard>.parquet` and `drops/<shard>.parquet`."""
     documents, drops, rows_read = documents_of_unit(unit, config.sources, config.cleaning)
+    documents = blank(documents, removals)
     name = f"{unit.name}.parquet"
     files = (write_table(folder, name, documents), write_table(folder, f"drops/{name}", drops))
     reasons = drops.column("reason").value_counts().to_pylist()
@@ -67,14 +70,21 @@ def write_documents(unit: WorkUnit, config: DocumentsConfig, folder: str) -> Sha
         rows_read=rows_read,
         rows_kept=len(documents),
         dropped={entry["values"]: entry["counts"] for entry in reasons},
-        counts={"content_bytes": pc.sum(documents.column("size_bytes"), min_count=0).as_py()},
+        counts={"content_bytes": content_bytes(documents)},
     )
 
 
-def clean(config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None) -> Manifest:
-    """Run the stage into `folder` on `config.plan()`; finished shards are reused."""
+def clean(
+    config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None, removals: Sequence[Removal] = ()
+) -> Manifest:
+    """Run the stage into `folder` on `config.plan()`; finished shards are reused.
+
+    Args:
+        removals: files whose text is left out of every shard made now. Shards made earlier are brought in line by
+            `dataset.removal`, so a takedown makes no other shard again.
+    """
     units, counts = plan.units, list(plan.generations)
-    work = functools.partial(write_documents, config=config, folder=folder)
+    work = functools.partial(write_documents, config=config, folder=folder, removals=removals)
     reports = run_units(
         units, work, folder=folder, config_digest=config.unit_options(), stage=STAGE, verb="preprocess", workers=workers
     )

@@ -2,6 +2,7 @@
 
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
     <output>/dedup       keys, signatures and clusters
+    <output>/removals.jsonl   files that `cert-ray remove` took out, and that no later run brings back
     <output>/dataset     the annotated dataset, `drops/`, `statistics/`, `manifest.json` and `card/`
 
 The dataset's manifest counts from the raw files on: read = kept + dropped by every reason of every stage.
@@ -15,16 +16,17 @@ import logging
 from collections import Counter
 from typing import Literal
 
-import pyarrow.compute as pc
 import pydantic
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
 from cert_ray.corpus.on_ray import DocumentsConfig, Plan, clean
-from cert_ray.dataset.annotate import annotate
+from cert_ray.corpus.removals import read_removals
+from cert_ray.dataset.annotate import annotate, row_counts
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
+from cert_ray.dataset.removal import apply_removals
 from cert_ray.dataset.statistics import largest_clusters, shard_statistics, write_statistics
 from cert_ray.dedup.on_ray import clusters_digest, deduplicate
 from cert_ray.errors import InputError
@@ -69,10 +71,7 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
         rows_read=payload.rows_read,
         rows_kept=len(rows),
         dropped=dict(sorted(dropped.items())),
-        counts={
-            "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
-            "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
-        },
+        counts=row_counts(rows),
     )
 
 
@@ -92,6 +91,8 @@ def preprocess(
     output = storage.absolute(output)
     documents_config = DocumentsConfig(sources=config.sources, appended=config.appended, cleaning=config.cleaning)
     plan = documents_config.plan()
+    if not all(removal.finished for removal in read_removals(output)):
+        apply_removals(output)
     inputs = clusters_digest(plan.digest, config.minhash)
     manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
@@ -114,7 +115,7 @@ def _remove_intermediates(output: str, manifest: Manifest) -> None:
 def _preprocess(
     config: PreprocessConfig, documents_config: DocumentsConfig, plan: Plan, output: str, workers: int | None
 ) -> Manifest:
-    documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers)
+    documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers, read_removals(output))
     clusters = deduplicate(
         storage.join(output, DOCUMENTS_STAGE), documents, storage.join(output, "dedup"), config.minhash, workers
     )

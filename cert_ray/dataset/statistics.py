@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
+from cert_ray.errors import ShardCorruptError
 from cert_ray.libraries import library_counts
 from cert_ray.manifests import Manifest, WrittenFile
 
@@ -127,6 +129,7 @@ def largest_clusters(documents: pa.Table, clusters: pa.Table) -> tuple[ClusterSa
     size = clusters.column("cluster_size").to_numpy()
     survivor = clusters.column("survivor").to_numpy()
     keep = clusters.column("keep").to_numpy()
+    present = pc.is_valid(documents.column("content")).to_numpy()
     members = np.flatnonzero(size > 1)
     members = members[np.lexsort((members, survivor[members], -size[members]))]
     _, first = np.unique(survivor[members], return_index=True)
@@ -134,7 +137,7 @@ def largest_clusters(documents: pa.Table, clusters: pa.Table) -> tuple[ClusterSa
     for start in np.sort(first)[:_LARGEST_PER_SHARD].tolist():
         number, documents_tied = int(survivor[members[start]]), int(size[members[start]])
         here = [row for row in members[start : start + _COPIES_NAMED + 1].tolist() if survivor[row] == number]
-        kept = np.flatnonzero(keep & (survivor == number))  # it may stand behind the copies
+        kept = np.flatnonzero(keep & present & (survivor == number))  # it may stand behind the copies
         samples.append(
             ClusterSample(
                 survivor=number,
@@ -163,8 +166,16 @@ def write_statistics(folder: str, shard: str, statistics: ShardStatistics) -> Wr
 
 
 def read_statistics(folder: str, shard: str) -> ShardStatistics:
-    """A shard's counts."""
-    return ShardStatistics.model_validate_json(storage.read_bytes(storage.join(folder, FOLDER, f"{shard}.json")))
+    """A shard's counts.
+
+    Raises:
+        ShardCorruptError: when they are missing or damaged.
+    """
+    url = storage.join(folder, FOLDER, f"{shard}.json")
+    try:
+        return ShardStatistics.model_validate_json(storage.read_bytes(url))
+    except (FileNotFoundError, pydantic.ValidationError) as error:
+        raise ShardCorruptError(url, "the counts of a shard", "none", "preprocess") from error
 
 
 @dataclass(slots=True)

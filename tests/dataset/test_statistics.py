@@ -57,7 +57,7 @@ def test_shards_add_up_to_the_whole() -> None:
 
 def test_largest_clusters_are_named_by_their_files_wherever_these_lie() -> None:
     def shard(paths: list[str]) -> pa.Table:
-        return pa.table({"path": paths, "repository": pa.array([None] * len(paths), pa.string())})
+        return pa.table({"path": paths, "repository": pa.nulls(len(paths), pa.string()), "content": paths})
 
     def clusters(keep: list[bool], survivor: list[int], size: list[int]) -> pa.Table:
         return pa.table({"keep": keep, "survivor": survivor, "cluster_size": pa.array(size, pa.int32())})
@@ -80,7 +80,7 @@ def test_memory_of_the_sum_does_not_grow_with_clusters() -> None:
     statistics, rows = Statistics(), annotated_rows([])
     for shard in range(400):
         samples = largest_clusters(
-            pa.table({"path": [f"{shard}/{i}" for i in range(20)], "repository": pa.nulls(20, pa.string())}),
+            pa.table({key: [f"{shard}/{i}" for i in range(20)] for key in ("path", "repository", "content")}),
             pa.table(
                 {"keep": [True] * 20, "survivor": range(shard * 20, shard * 20 + 20), "cluster_size": range(2, 22)}
             ),

@@ -74,8 +74,11 @@ def parse(source: str) -> ast.Module | Dropped:
 def read_source(source: str) -> SourceFacts | Dropped:
     """Parse once and read blocks, functions and imports off the tree."""
     tree = parse(source)
-    if isinstance(tree, Dropped):
-        return tree
+    return tree if isinstance(tree, Dropped) else facts_of(source, tree)
+
+
+def facts_of(source: str, tree: ast.Module) -> SourceFacts:
+    """Blocks, functions and imports of `source`, which parses as `tree`."""
     imports: set[str] = set()
     functions: list[FunctionFacts] = []
     may_assert = _ASSERT_METHOD.search(source) is not None

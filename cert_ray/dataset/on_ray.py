@@ -1,6 +1,7 @@
 """Preprocessing on Ray, whole: inputs -> documents -> clusters -> annotated dataset -> card.
 
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
+                         and, with `decontaminate`, `contamination/report.md`
     <output>/dedup       keys, signatures and clusters
     <output>/dataset     the annotated dataset, `drops/`, `manifest.json` and `card/`
 
@@ -18,8 +19,9 @@ import pydantic
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
+from cert_ray.corpus.documents import DocumentsConfig
+from cert_ray.corpus.on_ray import REDACTED, clean
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
-from cert_ray.corpus.on_ray import DocumentsConfig, clean
 from cert_ray.dataset.annotate import annotate
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
@@ -41,6 +43,7 @@ class AnnotateUnit(Config):
     clusters_checksum: str
     rows_read: int
     dropped: dict[str, int] = pydantic.Field(default_factory=dict)
+    redacted: dict[str, int] = pydantic.Field(default_factory=dict)  # in all documents, duplicates included
 
 
 def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> ShardReport:
@@ -63,6 +66,7 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
         counts={
             "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
             "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
+            **payload.redacted,
         },
     )
 
@@ -75,7 +79,7 @@ def preprocess(config: PreprocessConfig, output: str, workers: int | None = None
     """
     output = storage.absolute(output)
     documents = clean(
-        DocumentsConfig(sources=config.sources, cleaning=config.cleaning),
+        DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields}),
         storage.join(output, DOCUMENTS_STAGE),
         workers,
     )
@@ -91,6 +95,7 @@ def preprocess(config: PreprocessConfig, output: str, workers: int | None = None
                 clusters_checksum=after.files[0].checksum,
                 rows_read=before.rows_read,
                 dropped=before.dropped,
+                redacted={name: count for name, count in before.counts.items() if name.startswith(REDACTED)},
             ).model_dump(mode="json"),
         )
         for before, after in zip(documents.shards, clusters.shards, strict=True)

@@ -5,8 +5,8 @@ by words or by syntax tree. Prompts and canonical solutions are looked for; test
 
 - Words: `ngram_words` words in a row, over prompt and solution together. Ten is what Qwen2.5-Coder (arXiv:2409.12186,
   section 3.1.2) and DeepSeek-Coder (arXiv:2401.14196, section 2) drop a file for. A word is a run of letters, digits
-  and `_`, as in `dedup.minhash`; n-grams with few different words of letters (tables of numbers, rows of imports) say
-  nothing and are left out.
+  and `_`, as in `dedup.minhash`; n-grams with few different words of letters outside of import lines (tables of
+  numbers, `import numpy as np` and an array) say nothing and are left out.
 - Tree: the statements of a solution, or of a helper in a prompt, stand in a row in some block of the document, with
   the same syntax tree once names are numbered by their first use and constants are alike. Attributes, keyword names
   and builtins stay: they are what a renamed solution keeps. A run of fewer than `min_tree_nodes` nodes never matches.
@@ -80,6 +80,7 @@ class Match:
 
 Head = tuple[object, ...]
 _TABLE_BITS = 20  # a megabyte of flags: HumanEval, PandasEval and NumpyEval set 2% of them
+_IMPORT_LINE = re.compile(rb"^(?:import|from) .*$", re.MULTILINE)
 _WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
 
 
@@ -210,11 +211,12 @@ def _grams(program: str, boundary: int, config: DecontaminationConfig) -> Iterat
     hashes, _ = shingle_hashes(
         np.frombuffer(encoded, np.uint8), np.array([0, len(encoded)], np.int64), config.ngram_words
     )
-    words = list(_WORD.finditer(encoded))
+    imported = {place for line in _IMPORT_LINE.finditer(encoded) for place in range(*line.span())}
+    words = [(word.start(), word[0]) for word in _WORD.finditer(encoded)]
+    said = [word if not word[:1].isdigit() and start not in imported else None for start, word in words]
     for index, value in enumerate(hashes.tolist()):
-        gram = words[index : index + config.ngram_words]
-        if len({word[0] for word in gram if word[0].isalpha()}) >= config.min_ngram_letters:
-            yield value, "prompt" if gram[0].start() < prompt_bytes else "solution"
+        if len({*said[index : index + config.ngram_words]} - {None}) >= config.min_ngram_letters:
+            yield value, "prompt" if words[index][0] < prompt_bytes else "solution"
 
 
 def _runs(program: str, boundary: int, entry_point: str | None) -> Iterator[tuple[str, list[ast.stmt]]]:

@@ -15,7 +15,7 @@ import re
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal
 
@@ -50,12 +50,13 @@ class SourceFacts:
     """Everything one parse tells. `imports` are top-level package names, sorted and unique.
 
     They are those of absolute imports anywhere in the file (guarded, local, `TYPE_CHECKING`), and of `import_module`
-    and `__import__` with a constant.
+    and `__import__` with a constant. `tree` is what they were read off, for whoever looks for something else in it.
     """
 
     statements: tuple[Statement, ...]
     functions: tuple[FunctionFacts, ...]
     imports: tuple[str, ...]
+    tree: ast.Module = field(compare=False, repr=False)
 
 
 def parse(source: str) -> ast.Module | Dropped:
@@ -78,11 +79,8 @@ def parse(source: str) -> ast.Module | Dropped:
 def read_source(source: str) -> SourceFacts | Dropped:
     """Parse once and read blocks, functions and imports off the tree."""
     tree = parse(source)
-    return tree if isinstance(tree, Dropped) else facts_of(source, tree)
-
-
-def facts_of(source: str, tree: ast.Module) -> SourceFacts:
-    """Blocks, functions and imports of `source`, which parses as `tree`."""
+    if isinstance(tree, Dropped):
+        return tree
     imports: set[str] = set()
     functions: list[FunctionFacts] = []
     may_assert = _ASSERT_METHOD.search(source) is not None
@@ -96,7 +94,7 @@ def facts_of(source: str, tree: ast.Module) -> SourceFacts:
             asserts = may_assert and _calls_unittest_assert(statement)
             functions.append(FunctionFacts(statement.name, _body(statement), asserts))
     imports.update(_imported_by_name(source, tree))
-    return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)))
+    return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)), tree)
 
 
 def _imported_by_name(source: str, tree: ast.Module) -> Iterator[str]:
@@ -187,8 +185,8 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
         node = stack.pop()
         yield node
         nested: list[ast.AST] = []
-        for field in ("body", "handlers", "orelse", "finalbody", "cases"):
-            inner = getattr(node, field, None)
+        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
+            inner = getattr(node, name, None)
             if type(inner) is list:
                 nested += inner
         stack += nested[::-1]

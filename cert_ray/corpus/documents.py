@@ -24,7 +24,7 @@ from cert_ray.corpus.licences import AllowedLicences, judge_licence, spdx_header
 from cert_ray.corpus.secrets import Redacted, SecretsConfig, redact
 from cert_ray.corpus.sources import SourceConfig, read_unit
 from cert_ray.errors import ConservationError
-from cert_ray.python_source import SourceFacts, byte_offsets, facts_of, parse
+from cert_ray.python_source import SourceFacts, byte_offsets, read_source
 from cert_ray.quality.features import func_score, ut_score
 from cert_ray.schemas import CONTAMINATION, DOCUMENTS, DROPS, Dropped, DropReason
 from cert_ray.shards.units import WorkUnit
@@ -162,14 +162,13 @@ def _outcomes(
 def _document(item: _Cleaned, redacted: Redacted, matches: list[Match], problems: ProblemIndex | None) -> _Outcome:
     """The document, why there is none, or the problems that it holds."""
     text, record = redacted.text, item.record
-    tree = parse(text)
-    if isinstance(tree, Dropped):
-        return tree
+    facts = read_source(text)
+    if isinstance(facts, Dropped):
+        return facts
     if problems:
-        matches = [*matches, *problems.tree_matches(text, tree)]
+        matches = [*matches, *problems.tree_matches(text, facts.tree)]
     if matches:
         return matches
-    facts = facts_of(text, tree)
     encoded = text.encode()
     columns = (
         record.repository,

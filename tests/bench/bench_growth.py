@@ -133,8 +133,7 @@ def fit_costs(sizes: Sequence[Size], workers: int, runs: int, command: str) -> C
             seconds=_fit(sizes, stage, "wall_s", [cores_used(shared_by, workers, s.size_bytes) for s in sizes]),
             read_bytes=_fit(sizes, stage, "read_bytes"),
             written_bytes=_fit(sizes, stage, "written_bytes"),
-            # What a process holds of the bytes is bounded by the unit.
-            worker_memory_bytes=_fit(sizes, stage, "worker_peak_bytes", by_bytes=False),
+            worker_memory_bytes=_worker_memory(sizes, stage, shared_by),
             driver_memory_bytes=_fit(sizes, stage, "root_peak_bytes", by_bytes=False),
         )
         for stage, shared_by in SHARED_BY.items()
@@ -151,6 +150,13 @@ def fit_costs(sizes: Sequence[Size], workers: int, runs: int, command: str) -> C
         versions={name: str(where[name]) for name in ("python", "ray", "pyarrow", "numpy")},
         stages=tuple(stages),
     )
+
+
+def _worker_memory(sizes: Sequence[Size], stage: str, shared_by: str) -> dict[str, float]:
+    """A worker that takes units is bounded by the unit, so its highest peak is what it needs; others grow."""
+    if shared_by != "units":
+        return _fit(sizes, stage, "worker_peak_bytes", by_bytes=False)
+    return {"fixed": max(size.figure(stage, lambda used: used["worker_peak_bytes"]).high for size in sizes)}
 
 
 def _fit(

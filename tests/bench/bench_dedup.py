@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    timed = prepare(given.tables, given.work / "timed", given.documents, 8 * given.cores)
+    timed = prepare(given.tables, given.work / "timed", given.documents, 2 * given.cores)
     sides: dict[str, list[Usage]] = {"cert-ray": [], "datatrove": []}
     seconds: dict[str, list[float]] = {"cert-ray": [], "datatrove": []}
     for _ in range(given.runs):  # taking turns, so that what else the machine does meets both
@@ -82,7 +82,7 @@ def main() -> None:
     tables = [speed_table(sides, seconds, rows)]
     figures_out: dict[str, Any] = {"documents": rows, "usage": sides, "seconds": seconds}
     if given.more:
-        more = prepare(given.tables, given.work / "more", given.more, 8 * given.cores)
+        more = prepare(given.tables, given.work / "more", given.more, 2 * given.cores)
         usage, figures = run_side("cert-ray", given.peers, more, given.work / "run", given.cores)
         figures_out["more"] = {"documents": count_rows(more), "usage": usage, **figures}
         tables.append(

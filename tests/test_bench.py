@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cert_ray.operations.plan import Costs
-from tests.bench import bench_dedup, bench_growth, bench_sketch
+from tests.bench import bench_dedup, bench_growth, bench_sketch, fetch_corpus
 from tests.bench.inputs import related_rows, sample_texts
 from tests.bench.make_corpus import KINDS, SCHEMA, CorpusOptions, Writer, ground_truth, make_corpus
 
@@ -129,3 +130,35 @@ def test_a_fit_gives_back_the_costs_that_made_the_figures() -> None:
 def test_what_a_sketch_would_replace_is_seen_by_the_tokenizer(text: str, expected: bool) -> None:
     assert bench_sketch.has_something_to_replace(text) is expected
     assert (bench_sketch.sketch(text) != text) is expected
+
+
+def write_wheel(folder: Path, name: str, source: str) -> None:
+    """The least that pip takes for a wheel."""
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}/code.py", source)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.mark.slow
+def test_fetching_goes_on_from_what_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, output = tmp_path / "index", tmp_path / "corpus"
+    index.mkdir()
+    for name in ("one", "two", "three"):
+        write_wheel(index, name, "x = 1\n" * 10)  # 60 bytes
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    packages = tmp_path / "packages.txt"
+    packages.write_text("# a comment\none\nnowhere\ntwo==1.0\nthree\n")
+    first = fetch_corpus.fetch(packages, output, 120)
+    assert sorted(first) == ["one", "two==1.0"]  # enough after two, and what pip cannot get is passed over
+    assert "nowhere: passed over" in capsys.readouterr().err
+    assert [entry["python_bytes"] for entry in first.values()] == [60, 60]
+    damaged = output / "sdists" / first["one"]["file"]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (index / first["two==1.0"]["file"]).unlink()  # whole already, so it is not asked for again
+    assert fetch_corpus.fetch(packages, output, 120) == first

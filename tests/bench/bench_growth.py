@@ -85,6 +85,9 @@ def main() -> None:
 
     calibration = [measure("1/20", max(documents // 20, 1), mean), measure("1x", documents, mean)]
     calibration.append(measure("1x, half the size", documents, mean / 2))
+    given.output.mkdir(parents=True, exist_ok=True)
+    measured = {"machine": machine(), "sizes": [vars(size) for size in calibration]}
+    (given.output / "calibration.json").write_text(json.dumps(measured, indent=1) + "\n")
     costs = fit_costs(calibration, given.workers, given.runs, command)
     if given.write_costs:
         text = yaml.safe_dump(costs.model_dump(mode="json"), sort_keys=False, width=120)

@@ -202,4 +202,6 @@ def publish(output: Path, name: str, command: str, tables: Sequence[str], figure
 
 
 def _as_json(value: object) -> Any:
-    return asdict(value) if isinstance(value, Spread | Usage) else str(value)
+    if isinstance(value, Usage):
+        return {name: figure for name, figure in asdict(value).items() if name != "output"}
+    return asdict(value) if isinstance(value, Spread) else str(value)

@@ -7,12 +7,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from cert_ray.operations.plan import Costs
 from tests.bench import bench_dedup, bench_growth, bench_sketch, fetch_corpus
-from tests.bench.inputs import related_rows, sample_texts
+from tests.bench.inputs import count_bytes, related_rows, sample_texts, spread_rows, write_parts
 from tests.bench.make_corpus import KINDS, SCHEMA, CorpusOptions, Writer, ground_truth, make_corpus
 
 OPTIONS = CorpusOptions(documents=3_000, seed=5)
@@ -70,7 +71,18 @@ def test_a_corpus_depends_on_its_options_alone(tmp_path: Path) -> None:
     texts = [text for table in tables for text in table.column("content").to_pylist()]
     assert size_bytes == sum(len(text.encode()) for text in texts)
     assert sorted(sample_texts(tmp_path / "1" / "documents", 1_000, seed=3)) == sorted(texts)
+    assert spread_rows(tmp_path / "1" / "documents", 1.0).equals(pa.concat_tables(tables))
+    assert count_bytes(tmp_path / "1" / "documents") == size_bytes
     assert len(related_rows(tmp_path / "1" / "documents", 20, seed=3)) == 20
+
+
+def test_a_spread_takes_the_share_asked_for_in_runs(tmp_path: Path) -> None:
+    write_parts(pa.table({"content": [str(row) for row in range(5_000)]}), tmp_path, 3)
+    rows = [int(text) for text in spread_rows(tmp_path, 0.3).column("content").to_pylist()]
+    assert len(rows) == 1_500
+    assert {row // 100 for row in rows} == {row // 100 for row in rows[::100]}
+    assert min(rows) < 500
+    assert max(rows) > 4_500
 
 
 def test_rates_that_leave_no_original_are_refused() -> None:

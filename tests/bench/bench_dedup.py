@@ -23,14 +23,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 
-from tests.bench.inputs import related_rows, tables_of, write_parts
+from tests.bench.inputs import count_rows, related_rows, spread_rows, tables_of, write_parts
 from tests.bench.measuring import Spread, Usage, markdown, publish, run_watched
 
 I64 = npt.NDArray[np.int64]
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of inputs and runs; runs are removed")
     parser.add_argument("--peers", type=Path, required=True, help="the Python of the peers' environment")
-    parser.add_argument("--documents", type=int, default=20_000, help="documents of the timed runs, the first ones")
+    parser.add_argument("--documents", type=int, default=20_000, help="documents of the timed runs, about")
     parser.add_argument("--more", type=int, default=None, help="also time ours alone on so many documents")
     parser.add_argument("--agreement-documents", type=int, default=4_000)
     parser.add_argument("--threshold", type=float, default=0.7)
@@ -97,21 +96,10 @@ def main() -> None:
 
 
 def prepare(tables: Path, folder: Path, documents: int, parts: int) -> Path:
-    """The first `documents` rows of the tables, in `parts` files."""
+    """About so many rows, in `parts` files."""
     shutil.rmtree(folder, ignore_errors=True)
-    taken, left = [], documents
-    for path in tables_of(tables):
-        if left <= 0:
-            break
-        taken.append(pq.read_table(path).slice(0, left))
-        left -= len(taken[-1])
-    write_parts(pa.concat_tables(taken), folder, parts)
+    write_parts(spread_rows(tables, min(1.0, documents / count_rows(tables))), folder, parts)
     return folder
-
-
-def count_rows(folder: Path) -> int:
-    """Rows of all tables of a folder."""
-    return sum(pq.read_metadata(path).num_rows for path in tables_of(folder))
 
 
 def run_side(

@@ -21,12 +21,11 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import yaml
 from scipy.optimize import nnls
 
 from cert_ray.operations.plan import Costs, Plan, PlanConfig, StageCost, cores_used, make_plan
+from tests.bench.inputs import count_bytes
 from tests.bench.make_corpus import CorpusOptions, make_corpus
 from tests.bench.measuring import Spread, machine, markdown, publish, run_watched
 from tests.bench.stages import SHARED_BY
@@ -111,8 +110,7 @@ def measure_size(
     corpus = work / f"corpus-{options.documents}-{options.mean_bytes:.0f}-{options.seed}"
     if not (corpus / "truth.parquet").exists():
         make_corpus(options, corpus)
-    parts = [pq.read_table(path, columns=["content"]) for path in sorted((corpus / "documents").glob("*.parquet"))]
-    size_bytes = sum(pc.sum(pc.binary_length(part.column("content"))).as_py() for part in parts)
+    size_bytes = count_bytes(corpus / "documents")
     results = []
     for _ in range(runs):
         output = work / "run"

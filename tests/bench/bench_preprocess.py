@@ -20,11 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from tests.bench.inputs import tables_of, write_parts
+from tests.bench.inputs import count_bytes, spread_rows, write_parts
 from tests.bench.measuring import Spread, markdown, publish, run_watched
 
 PEER = Path(__file__).parent / "peers" / "datatrove_job.py"
@@ -40,7 +36,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of inputs and runs; runs are removed")
     parser.add_argument("--peers", type=Path, help="the Python of the peers' environment; default: no datatrove")
-    parser.add_argument("--megabytes", type=float, default=1_000, help="input of ours (the first tables)")
+    parser.add_argument("--megabytes", type=float, default=1_000, help="input of ours, about")
     parser.add_argument("--peer-megabytes", type=float, default=50, help="input of datatrove, and of ours beside it")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:KEY=VALUE", help="a row of its own")
     parser.add_argument("--runs", type=int, default=5)
@@ -67,19 +63,10 @@ def main() -> None:
 
 
 def prepare(tables: Path, folder: Path, wanted_bytes: float, cores: int) -> tuple[Path, float]:
-    """The first tables up to `wanted_bytes` of text, in parts for every core; and the megabytes in them."""
+    """About so many bytes of text, in parts for every core; and the megabytes in them."""
     shutil.rmtree(folder, ignore_errors=True)
-    taken, size = [], 0
-    for path in tables_of(tables):
-        table = pq.read_table(path)
-        sizes = pc.cumulative_sum(pc.cast(pc.binary_length(table.column("content")), pa.int64())).to_pylist()
-        rows = sum(size + reached <= wanted_bytes for reached in sizes) or (not taken)
-        taken.append(table.slice(0, int(rows)))
-        size += sizes[int(rows) - 1] if rows else 0
-        if rows < len(table):
-            break
-    write_parts(pa.concat_tables(taken), folder, 2 * cores)
-    return folder, size / 1e6
+    write_parts(spread_rows(tables, min(1.0, wanted_bytes / count_bytes(tables))), folder, 2 * cores)
+    return folder, count_bytes(folder) / 1e6
 
 
 def measure(rows: dict[str, list[str]], prepared: tuple[Path, float], given: argparse.Namespace) -> dict[str, dict]:

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+_BLOCK_ROWS = 100  # rows that `spread_rows` takes or leaves together
 
 
 def tables_of(folder: Path) -> list[Path]:
@@ -36,6 +39,28 @@ def sample_texts(folder: Path, documents: int, seed: int) -> list[str]:
     for part, numbers in wanted.items():
         texts += pq.read_table(paths[part], columns=["content"]).column("content").take(pa.array(numbers)).to_pylist()
     return texts
+
+
+def spread_rows(folder: Path, share: float) -> pa.Table:
+    """About `share` of all rows, in runs of neighbours evenly spread: neighbours are often near duplicates."""
+    taken, first = [], 0
+    for path in tables_of(folder):
+        table = pq.read_table(path)
+        block = (first + np.arange(len(table))) // _BLOCK_ROWS
+        taken.append(table.filter(pa.array(np.floor((block + 1) * share) > np.floor(block * share))))
+        first += len(table)
+    return pa.concat_tables(taken)
+
+
+def count_rows(folder: Path) -> int:
+    """Rows of all tables of a folder."""
+    return sum(pq.read_metadata(path).num_rows for path in tables_of(folder))
+
+
+def count_bytes(folder: Path) -> int:
+    """UTF-8 bytes of the text of all tables of a folder."""
+    columns = (pq.read_table(path, columns=["content"]).column("content") for path in tables_of(folder))
+    return sum(pc.sum(pc.binary_length(column), min_count=0).as_py() for column in columns)
 
 
 def related_rows(folder: Path, documents: int, seed: int) -> pa.Table:

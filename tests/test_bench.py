@@ -112,6 +112,7 @@ def test_a_fit_gives_back_the_costs_that_made_the_figures() -> None:
         used = {
             "wall_s": seconds, "read_bytes": 2.0 * size_bytes, "written_bytes": 100.0 * documents,
             "worker_peak_bytes": 5e8, "root_peak_bytes": 4e8 + 90 * documents,
+            "worker_growth_bytes": 1e6, "root_growth_bytes": 90 * documents,
         }  # fmt: skip
         return bench_growth.Size(name, documents, size_bytes, (dict.fromkeys(bench_growth.SHARED_BY, used),))
 
@@ -123,6 +124,8 @@ def test_a_fit_gives_back_the_costs_that_made_the_figures() -> None:
     assert documents.seconds.per_byte == pytest.approx(4e-7, rel=1e-3)
     assert documents.written_bytes.per_document == pytest.approx(100, rel=1e-3)
     assert documents.driver_memory_bytes.per_document == pytest.approx(90, rel=1e-3)
+    assert documents.driver_memory_bytes.fixed == pytest.approx(4e8, rel=1e-3)
+    assert documents.worker_memory_bytes.fixed == 5e8
     grown = size("10x", 1_000_000, 5_400_000_000)
     planned = bench_growth.predict(costs, grown, workers=2)
     assert planned.stages[0].seconds == pytest.approx(grown.runs[0]["documents"]["wall_s"], rel=1e-3)

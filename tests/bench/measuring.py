@@ -57,6 +57,8 @@ class Usage:
     peak_bytes: int = 0
     root_peak_bytes: int = 0
     worker_peak_bytes: int = 0
+    root_growth_bytes: int = 0  # its peak above what it held at the start
+    worker_growth_bytes: int = 0  # the most that one of the others grew above its start, or first look
     read_bytes: int = 0  # by read calls, whether from disk or from the page cache
     output: str = field(default="", repr=False)
 
@@ -70,6 +72,7 @@ class TreeWatch:
         self._lock = threading.Lock()
         self._cpu_s: dict[int, float] = {}
         self._read: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.restart()
 
@@ -87,6 +90,7 @@ class TreeWatch:
         with self._lock:
             self._before = (sum(self._cpu_s.values()), sum(self._read.values()))
             self._usage = Usage()
+            self._levels = dict(self._sizes)
             self._started = time.perf_counter()
 
     def usage(self) -> Usage:
@@ -113,9 +117,13 @@ class TreeWatch:
                     self._read[process.pid] = process.io_counters().read_chars
                     sizes[process.pid] = process.memory_full_info().pss
         with self._lock:
+            self._sizes = dict(sizes)
             usage = getattr(self, "_usage", None)
             if usage is None or not sizes:
                 return
+            growth = {pid: size - self._levels.setdefault(pid, size) for pid, size in sizes.items()}
+            usage.root_growth_bytes = max(usage.root_growth_bytes, growth.pop(self._root.pid, 0))
+            usage.worker_growth_bytes = max([usage.worker_growth_bytes, *growth.values()])
             root = sizes.pop(self._root.pid, 0)
             usage.peak_bytes = max(usage.peak_bytes, root + sum(sizes.values()))
             usage.root_peak_bytes = max(usage.root_peak_bytes, root)

@@ -42,6 +42,8 @@ SHARED_BY = {
     "dataset": "units",
 }
 
+_PEAKS = ("peak_bytes", "root_peak_bytes", "worker_peak_bytes", "root_growth_bytes", "worker_growth_bytes")
+
 
 class StageClock:
     """Gives what the process tree uses to the innermost stage that is running."""
@@ -77,7 +79,7 @@ class StageClock:
             so_far = self.usage.setdefault(self._running[-1], Usage())
             for figure in ("wall_s", "cpu_s", "read_bytes"):
                 setattr(so_far, figure, getattr(so_far, figure) + getattr(now, figure))
-            for figure in ("peak_bytes", "root_peak_bytes", "worker_peak_bytes"):
+            for figure in _PEAKS:
                 setattr(so_far, figure, max(getattr(so_far, figure), getattr(now, figure)))
         self._watch.restart()
 

@@ -3,8 +3,8 @@
 In: how many documents 1x is. Synthetic corpora are made as needed (`make_corpus.py`). Out: time per document and stage,
 driver memory per document, a picture; with `--write-costs FILE` the costs that `cert-ray plan --costs FILE` reads.
 
-The plan that is compared is made from four corpora, none of more documents than 1x: a twentieth of it (what is fixed), a
-third, 1x, and 1x in documents of half the size (what a document and what a byte costs); least squares of the relative
+The plan that is compared is made from four corpora, none of more documents than 1x: a twentieth of it (what is fixed),
+a third, 1x, and 1x in documents of half the size (what a document and what a byte costs); least squares of the relative
 errors, no cost below 0. The costs that are written know the 3x and 10x runs too.
 
 Example: python -m tests.bench.bench_growth --documents 100000 --output results --work /tmp/growth

@@ -252,6 +252,35 @@ def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")
     raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
 
 
+plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
+app.add_typer(plan, name="plan")
+
+
+@plan.callback()
+def _plans() -> None: ...  # keeps `corpus` a word of its own while it is the only plan
+
+
+@plan.command("corpus")
+def plan_corpus(
+    files: Annotated[float, typer.Option(help="files of the raw corpus, e.g. 60.6e6")],
+    size_bytes: Annotated[float, typer.Option("--bytes", help="bytes of the raw corpus, e.g. 330e9")],
+    cores: Annotated[int, typer.Option(help="cores of each node")],
+    nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
+    storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
+) -> None:
+    """Predict time, memory, bytes moved and disk of preprocessing, per stage, from measured costs.
+
+    Example: cert-ray plan corpus --files 60.6e6 --bytes 330e9 --nodes 16 --cores 32
+    """
+    from cert_ray.operations.plan import PlanConfig, load_costs, make_plan, render_plan
+
+    options = {"files": files, "size_bytes": size_bytes, "nodes": nodes, "cores": cores}
+    if storage_mb_per_s is not None:
+        options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
+    typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))
+
+
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",

@@ -34,7 +34,7 @@ from tests.bench.measuring import Spread, Usage, markdown, publish, run_watched
 
 I64 = npt.NDArray[np.int64]
 PEER = Path(__file__).parent / "peers" / "datatrove_job.py"
-SPEED_GOAL = 20  # issue 3's table
+SPEED_GOAL = 20  # the goals
 SHINGLE_WORDS = 5
 _ROWS_AT_A_TIME = 500
 

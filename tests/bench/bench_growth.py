@@ -32,7 +32,7 @@ from tests.bench.measuring import Spread, machine, markdown, publish, run_watche
 from tests.bench.stages import SHARED_BY
 
 GROWTH = (1, 3, 10)
-ALLOWED_GROWTH = 1.15  # of the per-document cost, from issue 3's table
+ALLOWED_GROWTH = 1.15  # of the per-document cost
 ALLOWED_MISS = 0.25  # of a plan
 _FULL_BYTES = 48 << 20  # a unit and a half
 _FAST_STORAGE = 1e12  # the measured times hold this machine's storage already
@@ -250,7 +250,7 @@ def _disk(size: Size) -> float:
 
 
 def verdicts(sizes: Sequence[Size], plan: Plan) -> str:
-    """What issue 3's table asks for, each met or missed."""
+    """The goals, each met or missed."""
     first, last = sizes[0], sizes[-1]
     growth = (last.seconds().median / last.documents) / (first.seconds().median / first.documents)
     driver = (last.driver_bytes() - first.driver_bytes()) / (last.documents - first.documents)

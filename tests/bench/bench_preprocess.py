@@ -24,7 +24,7 @@ from tests.bench.inputs import count_bytes, spread_rows, write_parts
 from tests.bench.measuring import Spread, markdown, publish, run_watched
 
 PEER = Path(__file__).parent / "peers" / "datatrove_job.py"
-PEER_GOAL, PARSE_GOAL, RAY_GOAL = 10, 0.5, 0.10  # issue 3's table
+PEER_GOAL, PARSE_GOAL, RAY_GOAL = 10, 0.5, 0.10  # the goals
 OURS, POOL, PARSE = "cert-ray on Ray", "cert-ray on a process pool", "`ast.parse` alone"
 PEERS = {"datatrove, local": "local", "datatrove, on Ray": "ray"}
 

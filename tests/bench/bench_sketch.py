@@ -33,7 +33,7 @@ from tests.bench.measuring import Spread, markdown, publish, repeated, timed
 from tests.bench.ours import parses
 
 PEER = Path(__file__).parent / "peers" / "redbaron_sketch.py"
-SCAN_GOAL, SKETCH_GOAL, COVERAGE_GOAL = 250, 100, 0.9999  # issue 3's table
+SCAN_GOAL, SKETCH_GOAL, COVERAGE_GOAL = 250, 100, 0.9999  # the goals
 
 
 def main() -> None:

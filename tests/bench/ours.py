@@ -108,7 +108,8 @@ def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:
             units, functools.partial(_write_hashed, folder=documents), folder=documents, config_digest="",
             stage="documents", verb="bench", workers=workers,
         )  # fmt: skip
-        manifest = manifests.summarize("documents", MinHashConfig(), inputs_digest(units), hashed)
+        notes = {"generations": [len(units)]}
+        manifest = manifests.summarize("documents", MinHashConfig(), inputs_digest(units), hashed, notes)
         clusters = deduplicate(documents, manifest, storage.join(folder, "dedup"), MinHashConfig(), workers)
         run_units(
             units, functools.partial(_write_survivors, output=folder), folder=storage.join(folder, "kept"),

@@ -152,10 +152,11 @@ def pack(
     ] = None,
     overrides: Overrides = None,
     library: Libraries = None,
+    limit: Limit = None,
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Encode the dataset into the token shards that training reads, one folder per view.
+    """Encode the dataset into the token shards that training reads, one folder per view (--limit: documents read).
 
     Example: cert-ray pack jobs/numpy.yaml --view base --view sketcher --library numpy --library scipy
     """
@@ -169,7 +170,7 @@ def pack(
     views = [View(name) for name in view] if view else resolved.views
     what = f"pack the views {', '.join(views)} of {resolved.run}"
     packed = _perform(
-        resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v) for v in views}
+        resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v, limit) for v in views}
     )
     _show({name: manifest.notes for name, manifest in packed.items()})
 
@@ -251,6 +252,35 @@ def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")
     raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
 
 
+plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
+app.add_typer(plan, name="plan")
+
+
+@plan.callback()
+def _plans() -> None: ...  # keeps `corpus` a word of its own while it is the only plan
+
+
+@plan.command("corpus")
+def plan_corpus(
+    files: Annotated[float, typer.Option(help="files of the raw corpus, e.g. 60.6e6")],
+    size_bytes: Annotated[float, typer.Option("--bytes", help="bytes of the raw corpus, e.g. 330e9")],
+    cores: Annotated[int, typer.Option(help="cores of each node")],
+    nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
+    storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
+) -> None:
+    """Predict time, memory, bytes moved and disk of preprocessing, per stage, from measured costs.
+
+    Example: cert-ray plan corpus --files 60.6e6 --bytes 330e9 --nodes 16 --cores 32
+    """
+    from cert_ray.operations.plan import PlanConfig, load_costs, make_plan, render_plan
+
+    options = {"files": files, "size_bytes": size_bytes, "nodes": nodes, "cores": cores}
+    if storage_mb_per_s is not None:
+        options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
+    typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))
+
+
 @app.command()
 def demo(
     output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",
@@ -277,11 +307,18 @@ def demo(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="a checkpoint folder: RUN/models/NAME/checkpoints/...")],
     output: Annotated[str, typer.Argument(help="the Hugging Face folder to write")],
+    dry_run: DryRun = False,
 ) -> None:
     """Write a checkpoint as a plain Hugging Face folder (safetensors, config, tokenizer).
 
-    Example: cert-ray export runs/numpy/models/base/checkpoints/step-00002000 base-at-2000
+    Example: cert-ray export runs/numpy/models/base/checkpoints/step-002000 base-at-2000
     """
+    if dry_run:
+        from cert_ray.training import checkpoints
+
+        found = checkpoints.verify(storage.absolute(checkpoint))
+        _show({"checkpoint": checkpoint, "step": found.step, "output": output})
+        raise typer.Exit
     from cert_ray.training.export import export_checkpoint
 
     files = export_checkpoint(storage.absolute(checkpoint), storage.absolute(output))
@@ -357,6 +394,7 @@ def generate(
     temperature: float = 0.2,
     max_tokens: int = 100,
     seed: int = 0,
+    dry_run: DryRun = False,
 ) -> None:
     """Complete one prompt with models at hand or an endpoint.
 
@@ -364,6 +402,10 @@ def generate(
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    if dry_run:
+        source = {"endpoint": endpoint} if endpoint else _model_options(model, sketcher, generator)
+        _show({"prompt": text, "n": n, **sampling, **source})
+        raise typer.Exit
     for completion in _completer(model, sketcher, generator, endpoint, sampling)([text], n)[0]:
         typer.echo(text + completion)
 

@@ -9,6 +9,7 @@
     |-- SchemaVersionError      a folder written by another schema version or another stage
     |-- NotFinishedError        a folder whose stage never wrote its manifest
     |-- ShardCorruptError       a shard that disagrees with its manifest
+    |-- StorageFullError        a disk with too little room for what is to be written
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
     |-- CheckpointError         a checkpoint that is damaged, or belongs to another run
@@ -87,6 +88,20 @@ class ShardCorruptError(CertRayError):
         return (
             f"{self.uri}: the manifest says {self.expected}, found {self.actual}. "
             f"Delete that file and run `cert-ray {self.verb}` again: only what is missing is rebuilt."
+        )
+
+
+class StorageFullError(CertRayError):
+    """A disk has too little room for what is to be written; nothing was written."""
+
+    def __init__(self, uri: str, needed_bytes: int, free_bytes: int) -> None:
+        super().__init__(uri, needed_bytes, free_bytes)
+        self.uri, self.needed_bytes, self.free_bytes = uri, needed_bytes, free_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uri}: {self.needed_bytes / 1e6:,.0f} MB are to be written, reserve included, and the disk has "
+            f"{self.free_bytes / 1e6:,.0f} MB left. Free some, or give another `run`; what is finished is reused."
         )
 
 

@@ -11,11 +11,14 @@ are not looked for. Literals and names belong to `sketching`; scores belong to `
 from __future__ import annotations
 
 import ast
+import gc
 import re
+import symtable
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -50,13 +53,12 @@ class SourceFacts:
     """Everything one parse tells. `imports` are top-level package names, sorted and unique.
 
     They are those of absolute imports anywhere in the file (guarded, local, `TYPE_CHECKING`), and of `import_module`
-    and `__import__` with a constant. `tree` is what they were read off, for whoever looks for something else in it.
+    and `__import__` with a constant.
     """
 
     statements: tuple[Statement, ...]
     functions: tuple[FunctionFacts, ...]
     imports: tuple[str, ...]
-    tree: ast.Module = field(compare=False, repr=False)
 
 
 def parse(source: str) -> ast.Module | Dropped:
@@ -76,11 +78,48 @@ def parse(source: str) -> ast.Module | Dropped:
         return Dropped(DropReason.TOO_DEEPLY_NESTED, str(error) or type(error).__name__)
 
 
+def refusal(source: str) -> Dropped | None:
+    """Why the running interpreter refuses `source`, or None: what `parse` says, at half the price.
+
+    `symtable` builds no tree of Python objects, but refuses more (a `return` outside of a function): there `parse`
+    decides.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            symtable.symtable(source, "<corpus>", "exec")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        tree = parse(source)
+        return tree if isinstance(tree, Dropped) else None
+    return None
+
+
 def read_source(source: str) -> SourceFacts | Dropped:
     """Parse once and read blocks, functions and imports off the tree."""
+    with collector_paused():
+        return _read_source(source)
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """No search for cycles while many objects without any are made: it would take a fifth of the time, or more."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _read_source(source: str) -> SourceFacts | Dropped:
     tree = parse(source)
-    if isinstance(tree, Dropped):
-        return tree
+    return tree if isinstance(tree, Dropped) else facts_of(source, tree)
+
+
+def facts_of(source: str, tree: ast.Module) -> SourceFacts:
+    """Blocks, functions and imports of `source`, which parses as `tree`."""
     imports: set[str] = set()
     functions: list[FunctionFacts] = []
     may_assert = _ASSERT_METHOD.search(source) is not None
@@ -94,7 +133,7 @@ def read_source(source: str) -> SourceFacts | Dropped:
             asserts = may_assert and _calls_unittest_assert(statement)
             functions.append(FunctionFacts(statement.name, _body(statement), asserts))
     imports.update(_imported_by_name(source, tree))
-    return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)), tree)
+    return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)))
 
 
 def _imported_by_name(source: str, tree: ast.Module) -> Iterator[str]:
@@ -145,7 +184,11 @@ class LineIndex:
     def __init__(self, source: str) -> None:
         self.source = source
         # The tokenizer's line ends only: str.splitlines would also split at form feeds and U+2028.
-        self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
+        if "\r" in source:
+            self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
+        else:
+            lengths = map(len, source.split("\n"))
+            self.starts = list(accumulate(map((1).__add__, lengths), initial=0))[:-1]
         self._ascii = source.isascii()
         self._columns: dict[int, list[int]] = {}  # line -> the byte column of each of its code points
 
@@ -174,8 +217,16 @@ class LineIndex:
 
 
 _LINE_END = re.compile(r"\r\n?|\n")
-_ASSERT_METHOD = re.compile(r"\.[\s\\]*assert")
+_ASSERT_METHOD = re.compile(r"self[\s\\]*\.[\s\\]*assert")
 _EXAMPLE = re.compile(r">>>|^\s*(?:usage\s+)?examples?\b", re.IGNORECASE | re.MULTILINE)
+
+
+_NESTING: list[type[ast.AST]] = [*ast.stmt.__subclasses__(), ast.ExceptHandler, ast.match_case]
+# Fields that hold statements, or parts of statements that hold some, last one first, by type of node.
+_SUITES_REVERSED: dict[type[ast.AST], tuple[str, ...]] = {
+    kind: tuple(field for field in ("cases", "finalbody", "orelse", "handlers", "body") if field in kind._fields)
+    for kind in _NESTING
+}
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
@@ -184,12 +235,8 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     while stack:
         node = stack.pop()
         yield node
-        nested: list[ast.AST] = []
-        for name in ("body", "handlers", "orelse", "finalbody", "cases"):
-            inner = getattr(node, name, None)
-            if type(inner) is list:
-                nested += inner
-        stack += nested[::-1]
+        for field in _SUITES_REVERSED.get(type(node), ()):
+            stack += getattr(node, field)[::-1]
 
 
 def _body(function: FunctionNode) -> FunctionBody:

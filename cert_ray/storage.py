@@ -21,9 +21,11 @@ import pyarrow.parquet as pq
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
-from cert_ray.errors import ConfigError, InputError
+from cert_ray.errors import ConfigError, InputError, StorageFullError
 
 _CHECKSUM_BLOCK_BYTES = 4 << 20
+# Left free on a local disk, for logs and for others; assumed.
+_RESERVE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +147,8 @@ def read_bytes(url: str) -> bytes:
 
 
 @contextmanager
-def _open_write(url: str) -> Iterator[IO[bytes]]:
-    """Open `url` for writing; it appears under its name only when the block ends without an error."""
+def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
+    """Open `url` for writing `size_bytes`; it appears under its name only when the block ends without an error."""
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
         with filesystem.open(path, "wb") as stream:
@@ -154,6 +156,9 @@ def _open_write(url: str) -> Iterator[IO[bytes]]:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < size_bytes + _RESERVE_BYTES:
+        raise StorageFullError(url, size_bytes + _RESERVE_BYTES, free_bytes)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -167,7 +172,7 @@ def _open_write(url: str) -> Iterator[IO[bytes]]:
 
 def write_bytes(url: str, payload: bytes) -> Written:
     """Write `payload` to `url`, whole or not at all."""
-    with _open_write(url) as stream:
+    with _open_write(url, len(payload)) as stream:
         stream.write(payload)
     return Written(len(payload), str(xxhash.xxh3_128_hexdigest(payload)))
 
@@ -187,7 +192,7 @@ def write_parquet(table: pa.Table, url: str) -> Written:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", compression_level=3, row_group_size=4096)
     payload = sink.getvalue()
-    with _open_write(url) as stream:
+    with _open_write(url, payload.size) as stream:
         stream.write(payload)
     return Written(payload.size, str(xxhash.xxh3_128_hexdigest(payload)))
 

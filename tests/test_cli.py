@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def test_source_that_is_not_python_3_is_refused_in_one_line(
     (tmp_path / "old.py").write_text("print 'x'\n")
     assert run(monkeypatch, "sketch", str(tmp_path / "old.py")) == 1
     assert "cert-ray:" in capsys.readouterr().err
+
+
+def test_generate_says_what_it_would_ask_and_loads_no_model(tmp_path: Path) -> None:
+    arguments = ["generate", "x = ", "--model", str(tmp_path / "absent"), "--n", "3", "--dry-run"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["n"] == 3
 
 
 def test_dry_run_prints_every_option_and_writes_nothing(tmp_path: Path) -> None:

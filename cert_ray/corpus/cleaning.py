@@ -134,6 +134,8 @@ _GAP = re.compile(rb"[\s\"'\\,()b]*+\Z")
 _MAX_GAP_BYTES = 200  # assumed: an indented line end with quotes
 _HEX_RUN = re.compile(r"(?:\\x[0-9A-Fa-f]{2}|\b0x[0-9A-Fa-f]{1,16}\b[\s,]*){16,}+")
 _KEYWORDS = re.compile(r"\b(?:def|if|return|for)\b")
+_ALPHANUMERICS = b"0123456789" + bytes(range(65, 91)) + bytes(range(97, 123))
+_BLANKS = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # those of str.split
 _LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
 
 
@@ -211,15 +213,15 @@ _TOKENS = re.compile(
     | " (?: [^"\\\n]++ | \\. )*+ "
     | ' (?: [^'\\\n]++ | \\. )*+ '
     | \# [^\n]*+
-    | \n [ \t\f]*+ (?: \# [^\n]*+ )?+
+    | \n [ ]*+ (?: [\t\f] [ \t\f]*+ (?: \# [^\n]*+ )?+ | \# [^\n]*+ | (?<=[ ]) (?=\n|\Z) )
     | \\ (?: \n [ \t\f]*+ (?: \# [^\n]*+ )?+ | [ \t\f]++ )
-    | \  [ \t\f]*+ (?=\n|\Z)
-    | \t [ \t\f]*+ (?=\n|\Z)
-    | \f [ \t\f]*+ (?=\n|\Z)
+    | \  (?<! [ \t\f]{2} ) [ \t\f]*+ (?=\n|\Z)
+    | \t (?<! [ \t\f]{2} ) [ \t\f]*+ (?=\n|\Z)
+    | \f (?<! [ \t\f]{2} ) [ \t\f]*+ (?=\n|\Z)
     """,
     re.DOTALL | re.VERBOSE,
 )
-_COMMENT_LINE = re.compile(r"^[ \t\f]*(#.*)", re.MULTILINE)
+_COMMENT_LINE = re.compile(r"\n[ \t\f]*+(#[^\n]*+)")
 _LICENCE = re.compile(r"copyright|licen[cs]e|all rights reserved|spdx-|\(c\) ?\d{4}|redistribution", re.IGNORECASE)
 _COMMENT_BLOCK = re.compile(r"\n*+(?:[ \t]*+\#[^\n]*\n)++")
 _SPACES_PER_TAB = 4  # PEP 8's indentation
@@ -253,14 +255,18 @@ def _is_poor(comment: str, config: CleaningConfig) -> bool:
     """Whether less than the asked-for share of a comment is alphanumeric: rulers, boxes, bare `#`."""
     if config.min_comment_alphanumeric_share is None or comment.startswith("#!"):
         return False
-    signs = "".join(comment.split())
-    return sum(map(str.isalnum, signs)) < config.min_comment_alphanumeric_share * len(signs)
+    if comment.isascii():
+        encoded = comment.encode()
+        signs, others = len(encoded.translate(None, _BLANKS)), len(encoded.translate(None, _ALPHANUMERICS + _BLANKS))
+        return signs - others < config.min_comment_alphanumeric_share * signs
+    found = "".join(comment.split())
+    return sum(map(str.isalnum, found)) < config.min_comment_alphanumeric_share * len(found)
 
 
 def _has_poor_comments(text: str, config: CleaningConfig) -> bool:
     if config.min_comment_alphanumeric_share is None:
         return False
-    return any(_is_poor(comment, config) for comment in _COMMENT_LINE.findall(text))
+    return any(_is_poor(comment, config) for comment in _COMMENT_LINE.findall("\n" + text))
 
 
 def _rewrite(text: str, config: CleaningConfig) -> str:
@@ -303,7 +309,7 @@ def _rewriter(config: CleaningConfig, spaces_per_tab: int | None) -> Callable[[r
             case "#":
                 return found.rstrip()
             case "\n":
-                return found if found == "\n" else line_start(found, end == len(text) or text[end] == "\n")
+                return line_start(found, end == len(text) or text[end] == "\n")
             case _:
                 return ""
 

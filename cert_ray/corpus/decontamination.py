@@ -146,11 +146,6 @@ class ProblemIndex:
             tree_outlines={first: tuple(rest) for first, rest in outlines.items()},
         )
 
-    def digest(self, config: Config) -> str:
-        """xxh3-128 of `config` and of what the problem files hold."""
-        parts = [config.digest(), *self.checksums.values()]
-        return str(xxhash.xxh3_128_hexdigest("\n".join(parts).encode()))
-
     def word_matches(self, texts: Sequence[str]) -> list[list[Match]]:
         """For each of `texts`, the problems that share n-grams with it."""
         found: list[list[Match]] = [[] for _ in texts]

@@ -24,7 +24,7 @@ from cert_ray.corpus.licences import AllowedLicences, judge_licence, spdx_header
 from cert_ray.corpus.secrets import Redacted, SecretsConfig, redact
 from cert_ray.corpus.sources import SourceConfig, read_unit
 from cert_ray.errors import ConservationError
-from cert_ray.python_source import SourceFacts, byte_offsets, read_source
+from cert_ray.python_source import SourceFacts, byte_offsets, collector_paused, facts_of, parse
 from cert_ray.quality.features import func_score, ut_score
 from cert_ray.schemas import CONTAMINATION, DOCUMENTS, DROPS, Dropped, DropReason
 from cert_ray.shards.units import WorkUnit
@@ -36,6 +36,7 @@ class DocumentsConfig(Config):
     """What is read, and what is kept of it."""
 
     sources: SourceConfig
+    appended: tuple[tuple[str, ...], ...] = ()  # the inputs of each later generation
     cleaning: CleaningConfig = CleaningConfig()
     secrets: SecretsConfig | None = SecretsConfig()
     licences: AllowedLicences = None
@@ -154,7 +155,9 @@ def _outcomes(
     found = zip(redacted, matches, strict=True)
     for item in batch:
         if isinstance(item, _Cleaned):
-            yield item.record.path, item.record.source, _document(item, *next(found), problems)
+            with collector_paused():  # the tree is gone when it ends
+                outcome = _document(item, *next(found), problems)
+            yield item.record.path, item.record.source, outcome
         else:
             yield item
 
@@ -162,13 +165,14 @@ def _outcomes(
 def _document(item: _Cleaned, redacted: Redacted, matches: list[Match], problems: ProblemIndex | None) -> _Outcome:
     """The document, why there is none, or the problems that it holds."""
     text, record = redacted.text, item.record
-    facts = read_source(text)
-    if isinstance(facts, Dropped):
-        return facts
+    tree = parse(text)
+    if isinstance(tree, Dropped):
+        return tree
     if problems:
-        matches = [*matches, *problems.tree_matches(text, facts.tree)]
+        matches = [*matches, *problems.tree_matches(text, tree)]
     if matches:
         return matches
+    facts = facts_of(text, tree)
     encoded = text.encode()
     columns = (
         record.repository,

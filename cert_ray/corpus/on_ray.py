@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +23,40 @@ logger = logging.getLogger(__name__)
 
 STAGE = "documents"
 REDACTED = "redacted_"  # counts: secrets in the documents, by kind
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All units, how many of them each generation has, what they are cleaned of, and digests of these."""
+
+    units: list[WorkUnit]
+    generations: tuple[int, ...]
+    problems: ProblemIndex | None
+    inputs_digest: str  # of everything that is read
+    options_digest: str  # of what decides a unit's outcome beside the unit: not which other inputs there are
+
+
+def plan_documents(config: DocumentsConfig) -> Plan:
+    """The units of all generations.
+
+    Raises:
+        InputError: for an input that cannot be read, or a problem file that cannot be used.
+    """
+    units: list[WorkUnit] = []
+    counts = []
+    for inputs in (config.sources.inputs, *config.appended):
+        planned = plan_units(config.sources.model_copy(update={"inputs": inputs}), len(units))
+        units += planned
+        counts.append(len(planned))
+    elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}  # what the units say themselves
+    options = config.model_copy(
+        update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}
+    ).digest()
+    problems = ProblemIndex.read(config.decontaminate) if config.decontaminate.problems else None
+    if problems is None:
+        return Plan(units, tuple(counts), None, inputs_digest(units), options)
+    checksums = "-".join(problems.checksums.values())
+    return Plan(units, tuple(counts), problems, f"{inputs_digest(units)}-{checksums}", f"{options}-{checksums}")
 
 
 def write_documents(unit: WorkUnit, config: DocumentsConfig, problems: ProblemIndex | None, folder: str) -> ShardReport:
@@ -45,21 +81,23 @@ def write_documents(unit: WorkUnit, config: DocumentsConfig, problems: ProblemIn
     )
 
 
-def clean(config: DocumentsConfig, folder: str, workers: int | None = None) -> Manifest:
-    """Run the stage into `folder`; finished shards are reused.
-
-    Raises:
-        InputError: for an input that cannot be read, or a problem file that cannot be used.
-    """
-    problems = ProblemIndex.read(config.decontaminate) if config.decontaminate.problems else None
-    units = plan_units(config.sources)
+def clean(config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None) -> Manifest:
+    """Run the stage into `folder` on the plan of `config`; finished shards are reused."""
+    problems = plan.problems
     work = functools.partial(write_documents, config=config, problems=problems, folder=folder)
-    digest = problems.digest(config) if problems else config.digest()
     reports = run_units(
-        units, work, folder=folder, config_digest=digest, stage=STAGE, verb="preprocess", workers=workers
+        plan.units,
+        work,
+        folder=folder,
+        config_digest=plan.options_digest,
+        stage=STAGE,
+        verb="preprocess",
+        workers=workers,
     )
-    notes = {"problem_files": problems.checksums} if problems else None
-    manifest = manifests.summarize(STAGE, config, inputs_digest(units), reports, notes)
+    notes: dict[str, Any] = {"generations": list(plan.generations)}
+    if problems:
+        notes["problem_files"] = problems.checksums
+    manifest = manifests.summarize(STAGE, config, plan.inputs_digest, reports, notes)
     if problems:
         tables = [storage.read_parquet(storage.join(folder, "contamination", f"{r.shard}.parquet")) for r in reports]
         write_report(folder, pa.concat_tables(tables), problems)

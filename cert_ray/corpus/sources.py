@@ -60,8 +60,8 @@ class _Budget:
             self.size_bytes -= size_bytes
 
 
-def plan_units(config: SourceConfig) -> list[WorkUnit]:
-    """The units of all inputs; they depend on the inputs and `config` alone.
+def plan_units(config: SourceConfig, first: int = 0) -> list[WorkUnit]:
+    """The units of all inputs, numbered from `first`; they depend on the inputs and `config` alone.
 
     Raises:
         InputError: for an input that is not there, holds nothing to read, or is of no known kind.
@@ -74,7 +74,8 @@ def plan_units(config: SourceConfig) -> list[WorkUnit]:
             break
         payloads += _plan_input(given, config, budget)
     return [
-        WorkUnit(name=shard_name(index), payload=payload, rows=rows) for index, (payload, rows) in enumerate(payloads)
+        WorkUnit(name=shard_name(index), payload=payload, rows=rows)
+        for index, (payload, rows) in enumerate(payloads, first)
     ]
 
 

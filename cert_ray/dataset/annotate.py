@@ -6,16 +6,16 @@ for the rest. Offsets leave here as UTF-8 bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cert_ray.python_source import Statement, byte_offsets, code_points
+from cert_ray.python_source import Statement, byte_offsets, code_points, collector_paused
 from cert_ray.quality.weights import WeightConfig, sampling_weights
-from cert_ray.schemas import ANNOTATED, DROPS, Dropped, StatementKind
+from cert_ray.schemas import ANNOTATED, DROPS, PLACEHOLDER, SEGMENT, Dropped, StatementKind
 from cert_ray.sketching.anonymize import Sketched, SketchKind, sketch_source
 from cert_ray.sketching.segments import align_segments
 
@@ -28,13 +28,14 @@ def annotate(
     duplicates = documents.filter(pc.invert(keep)).select(["path", "source"])
     duplicate_reasons = clusters.filter(pc.invert(keep))
     survivors = documents.filter(keep)
-    sketched = [sketch_source(content, kind) for content in survivors.column("content").to_pylist()]
+    with collector_paused():
+        sketched = [sketch_source(content, kind) for content in survivors.column("content").to_pylist()]
     fine = pa.array([not isinstance(result, Dropped) for result in sketched], pa.bool_())
     rejected = survivors.filter(pc.invert(fine)).select(["path", "source"])
     reasons = [result for result in sketched if isinstance(result, Dropped)]
     survivors = survivors.filter(fine)
     cluster_size = clusters.column("cluster_size").filter(keep).filter(fine)
-    rows = _columns(survivors, [result for result in sketched if isinstance(result, Sketched)])
+    columns = _columns(survivors, [result for result in sketched if isinstance(result, Sketched)])
     annotated = survivors.set_column(
         survivors.schema.get_field_index("content_hash"),
         "content_hash",
@@ -42,8 +43,8 @@ def annotate(
     )
     annotated = annotated.append_column("weight", pa.array(_weights(survivors, weights)))
     annotated = annotated.append_column("cluster_size", cluster_size)
-    for name, values in rows.items():
-        annotated = annotated.append_column(name, pa.array(values, ANNOTATED.field(name).type))
+    for name, values in columns.items():
+        annotated = annotated.append_column(name, values)
     drops = pa.concat_tables(
         [
             duplicates.append_column("reason", duplicate_reasons.column("reason")).append_column(
@@ -64,27 +65,50 @@ def _weights(survivors: pa.Table, config: WeightConfig) -> np.ndarray[Any, np.dt
     )
 
 
-def _columns(survivors: pa.Table, sketches: list[Sketched]) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {"sketch": [], "placeholders": [], "segments": []}
+def _columns(survivors: pa.Table, sketches: list[Sketched]) -> dict[str, pa.Array]:
+    placeholders = _StructLists(PLACEHOLDER)
+    segments = _StructLists(SEGMENT)
     contents = survivors.column("content").to_pylist()
     statements = survivors.column("statements").to_pylist()
     for content, stored, sketched in zip(contents, statements, sketches, strict=True):
-        columns["sketch"].append(sketched.text)
-        columns["placeholders"].append(_placeholder_rows(sketched))
-        columns["segments"].append(list(_segment_rows(content, stored, sketched)))
-    return columns
+        placeholders.append(*_placeholder_columns(sketched))
+        segments.append(*_segment_columns(content, stored, sketched))
+    texts = pa.array([sketched.text for sketched in sketches], pa.string())
+    return {"sketch": texts, "placeholders": placeholders.array(), "segments": segments.array()}
 
 
-def _placeholder_rows(sketched: Sketched) -> list[dict[str, Any]]:
-    flat = [offset for p in sketched.placeholders for offset in (p.start, p.end)]
-    flat = byte_offsets(sketched.text, flat)
-    return [
-        {"start": start, "end": end, "kind": p.kind}
-        for p, start, end in zip(sketched.placeholders, flat[::2], flat[1::2], strict=True)
-    ]
+class _StructLists:
+    """A column of lists of structs, grown by one list at a time from the columns of its structs: no dict per struct."""
+
+    def __init__(self, struct: pa.StructType) -> None:
+        self._struct = struct
+        self._fields: list[list[Any]] = [[] for _ in struct]
+        self._offsets = [0]
+
+    def append(self, *columns: Sequence[Any]) -> None:
+        for field, column in zip(self._fields, columns, strict=True):
+            field += column
+        self._offsets.append(len(self._fields[0]))
+
+    def array(self) -> pa.ListArray:
+        columns = [pa.array(values, field.type) for values, field in zip(self._fields, self._struct, strict=True)]
+        structs = pa.StructArray.from_arrays(columns, fields=list(self._struct))
+        return pa.ListArray.from_arrays(pa.array(self._offsets, pa.int32()), structs)
 
 
-def _segment_rows(content: str, stored: list[dict[str, Any]], sketched: Sketched) -> Iterator[dict[str, Any]]:
+def _placeholder_columns(sketched: Sketched) -> tuple[Sequence[int], Sequence[int], Sequence[str]]:
+    if not sketched.placeholders:
+        return (), (), ()
+    starts, ends, kinds = zip(*sketched.placeholders, strict=True)
+    if not sketched.text.isascii():
+        flat = byte_offsets(sketched.text, [offset for pair in zip(starts, ends, strict=True) for offset in pair])
+        starts, ends = tuple(flat[::2]), tuple(flat[1::2])
+    return starts, ends, kinds
+
+
+def _segment_columns(
+    content: str, stored: list[dict[str, Any]], sketched: Sketched
+) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
     """Segments in bytes; `stored` are the document's blocks, in bytes."""
     borders = code_points(content, [offset for row in stored for offset in (row["start"], row["end"])])
     blocks = [
@@ -94,11 +118,4 @@ def _segment_rows(content: str, stored: list[dict[str, Any]], sketched: Sketched
     segments = align_segments(content, sketched, blocks)
     code = byte_offsets(content, [offset for s in segments for offset in (s.code_start, s.code_end)])
     sketch = byte_offsets(sketched.text, [offset for s in segments for offset in (s.sketch_start, s.sketch_end)])
-    for index, segment in enumerate(segments):
-        yield {
-            "code_start": code[2 * index],
-            "code_end": code[2 * index + 1],
-            "sketch_start": sketch[2 * index],
-            "sketch_end": sketch[2 * index + 1],
-            "with_sketch": segment.with_sketch,
-        }
+    return code[::2], code[1::2], sketch[::2], sketch[1::2], [segment.with_sketch for segment in segments]

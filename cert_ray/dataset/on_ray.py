@@ -11,8 +11,10 @@ The dataset's manifest counts from the raw files on: read = kept + dropped by ev
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections import Counter
+from typing import Literal
 
 import pyarrow.compute as pc
 import pydantic
@@ -20,12 +22,12 @@ import pydantic
 from cert_ray import manifests, storage
 from cert_ray.config import Config
 from cert_ray.corpus.documents import DocumentsConfig
-from cert_ray.corpus.on_ray import REDACTED, clean
+from cert_ray.corpus.on_ray import REDACTED, Plan, clean, plan_documents
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
 from cert_ray.dataset.annotate import annotate
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
-from cert_ray.dedup.on_ray import deduplicate
+from cert_ray.dedup.on_ray import clusters_digest, deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
@@ -34,6 +36,8 @@ from cert_ray.shards.units import WorkUnit, write_table
 logger = logging.getLogger(__name__)
 
 STAGE = "dataset"
+
+Intermediates = Literal["keep", "remove"]
 
 
 class AnnotateUnit(Config):
@@ -71,18 +75,45 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     )
 
 
-def preprocess(config: PreprocessConfig, output: str, workers: int | None = None) -> Manifest:
+def preprocess(
+    config: PreprocessConfig, output: str, workers: int | None = None, intermediates: Intermediates = "keep"
+) -> Manifest:
     """Make the annotated dataset `output`/dataset; whatever is finished and whole is reused.
+
+    Args:
+        intermediates: "remove" deletes the cleaned documents, keys and signatures once the dataset is finished. A run
+            with other options must then make them again.
 
     Raises:
         InputError: when not one file survived, with the reasons counted.
+        StorageFullError: before the disk is full.
     """
     output = storage.absolute(output)
-    documents = clean(
-        DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields}),
-        storage.join(output, DOCUMENTS_STAGE),
-        workers,
-    )
+    documents_config = DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields})
+    plan = plan_documents(documents_config)
+    inputs = clusters_digest(plan.inputs_digest, config.minhash)
+    manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
+    if manifest is not None:
+        logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
+    else:
+        manifest = _preprocess(config, documents_config, plan, output, workers)
+    if intermediates == "remove":
+        _remove_intermediates(output, manifest)
+    return manifest
+
+
+def _remove_intermediates(output: str, manifest: Manifest) -> None:
+    """Delete what is big and can be made again; drops, clusters and manifests stay."""
+    storage.remove(storage.join(output, "dedup", "keys"))
+    storage.remove(storage.join(output, "dedup", "signatures"))
+    for shard in manifest.shards:
+        storage.remove(storage.join(output, DOCUMENTS_STAGE, f"{shard.shard}.parquet"))
+
+
+def _preprocess(
+    config: PreprocessConfig, documents_config: DocumentsConfig, plan: Plan, output: str, workers: int | None
+) -> Manifest:
+    documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers)
     clusters = deduplicate(
         storage.join(output, DOCUMENTS_STAGE), documents, storage.join(output, "dedup"), config.minhash, workers
     )
@@ -105,11 +136,12 @@ def preprocess(config: PreprocessConfig, output: str, workers: int | None = None
     reports = run_units(
         units, work, folder=folder, config_digest=options.digest(), stage=STAGE, verb="preprocess", workers=workers
     )
-    manifest = manifests.summarize(STAGE, config, clusters.inputs_digest, reports)
+    notes = {**documents.notes, **clusters.notes}
+    manifest = manifests.summarize(STAGE, config, clusters.inputs_digest, reports, notes=notes)
     if manifest.rows_kept == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.dropped.items()) or "no file matched"
         raise InputError(
-            ", ".join(config.sources.inputs),
+            ", ".join([*config.sources.inputs, *itertools.chain(*config.appended)]),
             f"none of {manifest.rows_read} files is left ({reasons})",
             "Give other inputs, or loosen `cleaning` in the recipe.",
         )

@@ -17,6 +17,8 @@ class PreprocessConfig(Config):
     """What is read, how it is cleaned, deduplicated, weighted and sketched. `docs/corpus.md` explains cleaning."""
 
     sources: SourceConfig
+    # Inputs that came later, a list for each generation: what earlier ones decided stays, and their shards as well.
+    appended: tuple[tuple[str, ...], ...] = ()
     cleaning: CleaningConfig = CleaningConfig()
     secrets: SecretsConfig | None = SecretsConfig()  # None keeps them
     licences: AllowedLicences = None  # SPDX ids; None keeps every file

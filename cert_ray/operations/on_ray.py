@@ -39,7 +39,7 @@ def ray_session(address: str | None = None) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
         ray.init(
             address="local",
-            include_dashboard=False,
+            include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
             log_to_driver=True,  # a training worker tells its steps on its own stderr
             _temp_dir=folder,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT},

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def run_preprocess(recipe: Recipe) -> Manifest:
     """Inputs to annotated dataset."""
-    return preprocess(recipe.preprocess, recipe.run, recipe.workers)
+    return preprocess(recipe.preprocess, recipe.run, recipe.workers, recipe.intermediates)
 
 
 def run_tokenizer(recipe: Recipe) -> Manifest:
@@ -31,8 +31,8 @@ def run_tokenizer(recipe: Recipe) -> Manifest:
     return train_on_dataset(folders.dataset, folders.tokenizer, config, recipe.seed)
 
 
-def run_pack(recipe: Recipe, view: View) -> Manifest:
-    """Annotated dataset and tokenizer to one packed view.
+def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
+    """Annotated dataset and tokenizer to one packed view, of the dataset's first `limit` documents.
 
     Raises:
         ConfigError: when the models that read the view start from bases with different tokenizers.
@@ -44,6 +44,7 @@ def run_pack(recipe: Recipe, view: View) -> Manifest:
         libraries=recipe.view_libraries(view),
         held_out_fraction=recipe.held_out_fraction,
         seed=recipe.seed,
+        limit=limit,
     )
     return pack_dataset(folders.dataset, _tokenizer_of(recipe, view), folders.tokens(view), config, recipe.workers)
 

@@ -6,7 +6,7 @@ In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import pydantic
 import yaml
@@ -38,6 +38,8 @@ class Recipe(Config):
     # The sketcher, the generator and XL read the files that import one of them.
     libraries: tuple[str, ...] = pydantic.Field(min_length=1)
     preprocess: PreprocessConfig
+    # Cleaned documents, keys and signatures after preprocessing: about as big as the dataset; kept, they save a rerun.
+    intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed

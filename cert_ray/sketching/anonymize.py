@@ -17,13 +17,15 @@ the authors' code does, so about a quarter of its sketches do not parse. The oth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import NamedTuple
+from functools import partial
+from itertools import accumulate
+from typing import NamedTuple, cast
 
 from cert_ray.errors import SketchError
-from cert_ray.python_source import LineIndex, parse
+from cert_ray.python_source import LineIndex, parse, refusal
 from cert_ray.schemas import Dropped
 from cert_ray.sketching.literals import COMMENT, STAYS, STRING_KINDS, Lexeme, is_word, scan
 from cert_ray.sketching.names import find_names, pattern_ranges
@@ -96,8 +98,7 @@ def sketch_spans(source: str, kind: str = "constants") -> Sketched:
         allowed = ", ".join(SketchKind)
         raise SketchError(f"unknown kind of sketch {kind!r}: use one of {allowed}") from None
     outcome: Sketched | Dropped
-    tree = parse(source)
-    outcome = tree if isinstance(tree, Dropped) else sketch_source(source, checked_kind)
+    outcome = refusal(source) or sketch_source(source, checked_kind)
     if isinstance(outcome, Dropped):
         raise SketchError(f"only source that this Python parses has a sketch ({outcome.reason}: {outcome.detail})")
     return outcome
@@ -116,7 +117,7 @@ def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
         found = (lexeme for lexeme in scan(source) if lexeme[2] in ("func", "AnClass"))
     else:
         found = _joined(source, scan(source))
-        if "case" in source and _CASE.search(source):
+        if _may_have_case(source):
             tree = parse(source)
             if isinstance(tree, Dropped):
                 return tree
@@ -130,23 +131,41 @@ def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
     return _splice(source, found)
 
 
-# A `case` block starts a line. False alarms cost a parse, nothing else.
-_CASE = re.compile(r"[\r\n][ \t\f]*case\b")
 _BETWEEN_PARTS = re.compile(r"(?:[ \t\f\r\n]++|\\(?:\r\n?|\n)|#[^\r\n]*+)*+")
 _CONTINUED_LINE = re.compile(r"\\(?:\r\n?|\n)")
+_MAY_JOIN = frozenset(" \t\f\\\r\n#\"'rRbBuUfFtT")  # after a string: blanks, a comment, or the next string
 _DOCSTRING_KINDS = frozenset({"rawstring", "unicodestring"})
 _TRIPLE = frozenset({'"""', "'''"})
+
+
+def _may_have_case(source: str) -> bool:
+    """Whether lines start with `match` and with `case`. A false alarm costs a parse, nothing else."""
+    return _starts_a_line("case", source) and _starts_a_line("match", source)
+
+
+def _starts_a_line(word: str, source: str) -> bool:
+    at = source.find(word)
+    while at >= 0:
+        before = at - 1
+        while before >= 0 and source[before] in " \t\f":
+            before -= 1
+        after = source[at + len(word) : at + len(word) + 1]
+        if (before < 0 or source[before] in "\r\n") and not (after and is_word(after)):
+            return True
+        at = source.find(word, at + 1)
+    return False
 
 
 def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
     """What `constants` replaces: implicit concatenations as one, without what stays."""
     brackets = _Brackets(source)
+    skip = brackets.skips.append
     run: Lexeme | None = None
     for lexeme in lexemes:
         start, end, kind = lexeme
         if kind not in STRING_KINDS:
             if kind == COMMENT:
-                brackets.skip(start, end)
+                skip(lexeme)
                 continue
             if run:
                 if run[2]:
@@ -157,15 +176,14 @@ def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
         if kind in _DOCSTRING_KINDS and source[start + 1 : start + 4] in _TRIPLE and _is_docstring(source, start):
             kind = STAYS
         if run:
-            between = source[run[1] : start]
             # Most neighbours have a comma or a call between them.
-            if (not between or between[0] in " \t\f\\\r\n#") and brackets.join(between, start):
-                brackets.skip(start, end)
+            if source[run[1]] in _MAY_JOIN and brackets.join(source[run[1] : start], start):
+                skip(lexeme)
                 run = (run[0], end, _kind_of_run(run[2], kind))
                 continue
             if run[2]:
                 yield run
-        brackets.skip(start, end)
+        skip(lexeme)
         run = (start, end, kind)
     if run and run[2]:
         yield run
@@ -185,12 +203,9 @@ class _Brackets:
 
     def __init__(self, source: str) -> None:
         self._source = source
-        self._skips: list[tuple[int, int]] = []  # strings and comments since the last count
+        self.skips: list[Lexeme] = []  # strings and comments since the last count, to be appended in order
         self._counted = 0
         self._depth = 0
-
-    def skip(self, start: int, end: int) -> None:
-        self._skips.append((start, end))
 
     def join(self, between: str, start: int) -> bool:
         """Whether two strings with `between` them, the second at `start`, are one implicit concatenation."""
@@ -202,12 +217,12 @@ class _Brackets:
 
     def _inside(self, position: int) -> bool:
         at, source = self._counted, self._source
-        for start, end in [*self._skips, (position, position)]:
+        for start, end, _ in [*self.skips, (position, position, STAYS)]:
             code = source[at:start]
             self._depth += code.count("(") + code.count("[") + code.count("{")
             self._depth -= code.count(")") + code.count("]") + code.count("}")
             at = end
-        self._skips.clear()
+        self.skips.clear()
         self._counted = at
         return self._depth > 0
 
@@ -238,37 +253,42 @@ def _outside(lexemes: Iterable[Lexeme], ranges: list[tuple[int, int]]) -> Iterat
 
 
 # What a placeholder cannot join with: all of ASCII but letters, digits and the underscore.
-_SEPARATES = frozenset(character for character in map(chr, range(128)) if not is_word(character))
+_SEPARATES_OR_NOTHING = frozenset(["", *(character for character in map(chr, range(128)) if not is_word(character))])
 
 
 def _splice(source: str, found: Iterable[Lexeme], *, released: bool = False) -> Sketched:
     """Put the placeholders in, and a space where one would join a word; the released code loses form feeds instead."""
-    out: list[str] = []
-    placeholders: list[Placeholder] = []
-    replaced: list[tuple[int, int]] = []
-    last = size = 0
-    for start, end, kind in found:
-        gap = source[last:start]
-        if released:
-            gap = without_form_feeds(gap)
-        elif gap:
-            if gap[0] not in _SEPARATES and last:
-                gap = " " + gap
-            if gap[-1] not in _SEPARATES:
-                gap += " "
-        out += (gap, kind)
-        size += len(gap)
-        after = size + len(kind)
-        placeholders.append(Placeholder(size, after, kind))
-        replaced.append((start, end))
-        size, last = after, end
-    tail = source[last:]
+    lexemes = list(found)
+    if not lexemes:
+        return Sketched(without_form_feeds(source) if released else source, (), ())
+    starts, ends, kinds = zip(*lexemes, strict=True)
+    gaps = [source[end:start] for end, start in zip((0, *ends), (*starts, len(source)), strict=True)]
     if released:
-        tail = without_form_feeds(tail)
-    elif last and tail and tail[0] not in _SEPARATES:
-        tail = " " + tail
-    out.append(tail)
-    return Sketched("".join(out), tuple(placeholders), tuple(replaced))
+        gaps = [without_form_feeds(gap) for gap in gaps]
+    elif not _all_separate(gaps):
+        gaps = [_apart(gap, index > 0, index < len(kinds)) for index, gap in enumerate(gaps)]
+    parts = [""] * (len(gaps) + len(kinds))
+    parts[::2], parts[1::2] = gaps, kinds
+    offsets = list(accumulate(map(len, parts)))
+    spans = zip(offsets[:-1:2], offsets[1::2], kinds, strict=True)
+    return Sketched("".join(parts), tuple(map(_make_placeholder, spans)), tuple(zip(starts, ends, strict=True)))
+
+
+# A `Placeholder` of a tuple, without the Python function that `Placeholder(...)` is.
+_make_placeholder = cast("Callable[[tuple[int, int, str]], Placeholder]", partial(tuple.__new__, Placeholder))
+
+
+def _all_separate(gaps: Sequence[str]) -> bool:
+    """Whether no placeholder between `gaps` would join a word; an empty gap lies between two placeholders."""
+    last = {gap[-1:] for gap in gaps[:-1]}
+    return last | {gap[:1] for gap in gaps[1:]} <= _SEPARATES_OR_NOTHING
+
+
+def _apart(gap: str, after: bool, before: bool) -> str:
+    """`gap` with a space where a placeholder `after` which or `before` which it stands would join its word."""
+    if after and gap[:1] not in _SEPARATES_OR_NOTHING:
+        gap = " " + gap
+    return gap + " " if before and gap[-1:] not in _SEPARATES_OR_NOTHING else gap
 
 
 def without_form_feeds(code: str) -> str:

@@ -31,19 +31,20 @@ NESTED_FSTRINGS = sys.version_info >= (3, 12)
 
 # Every alternative starts with a fixed character or set, so that `re` can skip to the next candidate. Possessive
 # quantifiers keep a megabyte on one line linear. Outside strings and comments, everything beyond ASCII is part of an
-# identifier (`\w` would miss combining marks). Words are matched so that their digits are no numbers.
+# identifier (`\w` would miss combining marks). Words are matched so that their digits are no numbers, and as many at
+# once as follow each other (measured on installed packages: 106 MB per CPU-second, 61 with a match per word).
 WORD = r"[A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff]*+"
+_SIGNS = r"[^0-9A-Za-z_\x80-\U0010ffff\"'\#.]"
 _LEXEME = re.compile(
     rf"""\#[^\r\n]*+
     |"(?:""[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+\"""|[^"\\\r\n]*+(?:\\(?:\r\n|.)[^"\\\r\n]*+)*+")
     |'(?:''[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''|[^'\\\r\n]*+(?:\\(?:\r\n|.)[^'\\\r\n]*+)*+')
     |[0-9](?:[xXoObB][0-9a-fA-F_]++[lL]?|[0-9_]*+\.?[0-9_]*+(?:[eE][-+]?[0-9][0-9_]*+)?[jJlL]?)
     |\.[0-9][0-9_]*+(?:[eE][-+]?[0-9][0-9_]*+)?[jJ]?
-    |(?:def|class)(?:[\ \t\f]|\\(?:\r\n?|\n))++{WORD}
-    |{WORD}""",
+    |(?:def|class)(?:[\ \t\f]|\\(?:\r\n?|\n))++({WORD})
+    |{WORD}(?:(?:\.|{_SIGNS}++)(?!(?:def|class)[\ \t\f\\]){WORD})*+{_SIGNS}*+""",
     re.VERBOSE | re.DOTALL,
 )
-_DEFINITION = re.compile(rf"(def|class)(?:[ \t\f]|\\(?:\r\n?|\n))++({WORD})")
 
 
 def _prefixes() -> dict[str, str]:
@@ -61,6 +62,7 @@ def _prefixes() -> dict[str, str]:
 
 
 _KIND_OF_PREFIX = _prefixes()
+_PREFIX_ENDS = frozenset(prefix[-1] for prefix in _KIND_OF_PREFIX if prefix)
 
 
 def number_kind(literal: str) -> str:
@@ -82,27 +84,15 @@ def number_kind(literal: str) -> str:
 def scan(source: str, *, nested_fstrings: bool = NESTED_FSTRINGS) -> Iterator[Lexeme]:
     """Literals, definition names and comments of `source`, in order, a string's prefix included."""
     numbers: dict[str, str] = {}  # a file repeats the same few numbers
-    word_at, word_end, at = -1, -1, 0  # the last word of at most two letters: it may be a string's prefix
+    at = 0
     while True:  # again only after an f-string that ends later than the pattern says
         for match in _LEXEME.finditer(source, at):
             text = match[0]
             first = text[0]
-            if first in "\"'":
-                start, end = match.span()
-                prefix = ""
-                if word_end == start and source[word_at:word_end] in _KIND_OF_PREFIX:
-                    prefix, quote_at, start = source[word_at:word_end], start, word_at
-                    if nested_fstrings and "{" in text and prefix[0] in "fFtTrR" and _interpolates(prefix):
-                        true_end, _ = read_fstring(source, quote_at, raw="r" in prefix.lower())
-                        if true_end != end:
-                            yield start, true_end, _KIND_OF_PREFIX[prefix]
-                            at = true_end
-                            break
-                if not prefix and ('"""' in text or "'''" in text):
-                    yield start, end, STAYS
-                else:
-                    yield start, end, _KIND_OF_PREFIX[prefix]
-            elif first in "0123456789.":
+            if first >= "A":
+                if match.lastindex:
+                    yield match.start(1), match.end(), "func" if first == "d" else "AnClass"
+            elif first >= ".":
                 kind = numbers.get(text)
                 if kind is None:
                     kind = numbers[text] = number_kind(text)
@@ -110,13 +100,32 @@ def scan(source: str, *, nested_fstrings: bool = NESTED_FSTRINGS) -> Iterator[Le
                     yield match.start(), match.end(), kind
             elif first == "#":
                 yield match.start(), match.end(), COMMENT
-            elif len(text) < 3:
-                word_at, word_end = match.span()
-            elif first in "dc" and (definition := _DEFINITION.fullmatch(text)):
-                kind = "func" if definition[1] == "def" else "AnClass"
-                yield match.end() - len(definition[2]), match.end(), kind
+            else:
+                start, end = match.span()
+                prefix = _prefix_before(source, start) if source[start - 1 : start] in _PREFIX_ENDS else ""
+                if prefix:
+                    if nested_fstrings and "{" in text and _interpolates(prefix):
+                        true_end, _ = read_fstring(source, start, raw="r" in prefix.lower())
+                        if true_end != end:
+                            yield start - len(prefix), true_end, _KIND_OF_PREFIX[prefix]
+                            at = true_end
+                            break
+                    yield start - len(prefix), end, _KIND_OF_PREFIX[prefix]
+                elif '"""' in text or "'''" in text:
+                    yield start, end, STAYS
+                else:
+                    yield start, end, "string"
         else:
             return
+
+
+def _prefix_before(source: str, quote_at: int) -> str:
+    """The word that ends at a quote, where it is a string's prefix, else nothing."""
+    for size in (2, 1):
+        start = quote_at - size
+        if start >= 0 and source[start:quote_at] in _KIND_OF_PREFIX:
+            return "" if start and is_word(source[start - 1]) else source[start:quote_at]
+    return ""
 
 
 def is_word(character: str) -> bool:

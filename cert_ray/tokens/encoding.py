@@ -58,6 +58,7 @@ class PackConfig(Config):
     libraries: tuple[str, ...] | None = None  # only files that import one of them; None takes every file
     held_out_fraction: float = pydantic.Field(0.02, ge=0, lt=1)  # by content hash: the same files in every view
     seed: int = pydantic.Field(0, ge=0)  # of the held-out split
+    limit: int | None = pydantic.Field(None, ge=1)  # read only so many documents of the dataset, the first
 
 
 @dataclass(frozen=True, slots=True)

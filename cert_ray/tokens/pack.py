@@ -7,6 +7,7 @@ manifest of stage "tokens". How units are run (Ray, or one process) is the calle
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Protocol
 
 import xxhash
@@ -58,14 +59,7 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     if (finished := manifests.finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
         return finished
     storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
-    units = [
-        WorkUnit(
-            name=storage.name_of(shard.name).removesuffix(".parquet"),
-            payload=shard.model_dump(mode="json"),
-            rows=shard.rows,
-        )
-        for shard in opened.shards
-    ]
+    units = list(_units(opened.shards, config.limit))
     work = functools.partial(
         pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
     )
@@ -80,19 +74,32 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     return manifest
 
 
+def _units(shards: tuple[WrittenFile, ...], limit: int | None) -> Iterator[WorkUnit]:
+    """A unit per shard that holds one of the first `limit` documents; its `rows` are what it may read."""
+    left = limit if limit is not None else sum(shard.rows for shard in shards)
+    for shard in shards:
+        if left > 0:
+            yield WorkUnit(
+                name=storage.name_of(shard.name).removesuffix(".parquet"),
+                payload={"file": shard.model_dump(mode="json"), "rows": min(shard.rows, left)},
+                rows=min(shard.rows, left),
+            )
+        left -= shard.rows
+
+
 def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str, config: PackConfig) -> ShardReport:
     """Encode one shard of `dataset` and write its tokens into `output`.
 
     Raises:
         ShardCorruptError: when the dataset's shard disagrees with the dataset's manifest.
     """
-    shard = WrittenFile.model_validate(unit.payload)
+    shard = WrittenFile.model_validate(unit.payload["file"])
     manifests.check_file(dataset, shard, datasets.VERB)
     table = storage.read_parquet(
         storage.join(dataset, shard.name),
         ["content", "content_hash", "libraries", "weight", "sketch", "placeholders", "segments"],
     )
-    encoded = encode_shard(table, _parsed(tokenizer_json), config)
+    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config)
     return ShardReport(
         shard=unit.name,
         unit_digest="",  # set by what runs the unit

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from cert_ray import storage
-from cert_ray.config import Config
 from cert_ray.corpus.decontamination import DecontaminationConfig, Match, ProblemIndex, fingerprint
 from cert_ray.corpus.decontamination_report import write_report
 from cert_ray.corpus.documents import DocumentsConfig, documents_of_unit
+from cert_ray.corpus.on_ray import plan_documents
 from cert_ray.corpus.sources import SourceConfig, plan_units
 from cert_ray.errors import BenchmarkFormatError
 from cert_ray.python_source import parse
@@ -212,15 +212,18 @@ def test_documents_with_problems_are_dropped_counted_and_told(tmp_path: Path, pr
     assert "| T/0 | solution | tree |" in markdown
 
 
-def test_digest_changes_with_the_content_of_a_problem_file(tmp_path: Path, problem_file: str) -> None:
-    config = DecontaminationConfig(problems=(problem_file,))
-    before = ProblemIndex.read(config).digest(config)
-    assert ProblemIndex.read(config).digest(config) == before
+def test_the_plan_changes_with_the_content_of_a_problem_file(tmp_path: Path, problem_file: str) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.py").write_text("x = 1\n")
+    sources = {"inputs": [str(tmp_path / "corpus")]}
+    config = DocumentsConfig.model_validate({"sources": sources, "decontaminate": {"problems": [problem_file]}})
+    before, again = plan_documents(config), plan_documents(config)
+    assert (before.inputs_digest, before.options_digest) == (again.inputs_digest, again.options_digest)
     path = Path(problem_file)
     path.write_text(path.read_text().replace("further apart", "closer together"))
-    assert ProblemIndex.read(config).digest(config) != before
-    other: Config = DecontaminationConfig(problems=(problem_file,), ngram_words=11)
-    assert ProblemIndex.read(config).digest(other) != ProblemIndex.read(config).digest(config)
+    after = plan_documents(config)
+    assert before.inputs_digest != after.inputs_digest
+    assert before.options_digest != after.options_digest
 
 
 def test_files_that_hold_no_problems_are_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from cert_ray.dataset.on_ray import preprocess
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import InputError, SchemaVersionError, ShardCorruptError
 from cert_ray.manifests import Manifest
+from tests.corpus.hostile import GOOD_FILES, build_hostile_corpus, good_source, hostile_inputs
 from tests.dataset.builders import write_corpus
 
 pytestmark = [
@@ -48,6 +49,48 @@ def test_dataset_is_the_same_with_one_and_three_workers_and_adds_up(tmp_path: Pa
     _check_rows(tmp_path / "one" / "dataset", one)
     assert (tmp_path / "one" / "dataset" / "card" / "card.html").stat().st_size > 10_000
     _check_reuse(options, tmp_path / "one", one)
+
+
+def test_a_generation_more_leaves_the_earlier_shards_and_counts_the_difference(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    first = preprocess(config(tmp_path / "corpus"), str(tmp_path / "run"))
+    later = tmp_path / "later"
+    later.mkdir()
+    longer = (tmp_path / "corpus" / "file_03.py").read_text() + "\nmore_than_before = 1\n"
+    (later / "longer.py").write_text(longer)  # a rebuild would keep this one for its size, and drop file_03
+    (later / "new.py").write_text(good_source(7))
+    grown = preprocess(config(tmp_path / "corpus", appended=[[str(later)]]), str(tmp_path / "run"))
+    assert shard_checksums(grown)[: len(first.files)] == shard_checksums(first)
+    assert (grown.rows_read, grown.rows_kept) == (first.rows_read + 2, first.rows_kept + 1)
+    assert grown.notes["generations"] == [len(first.shards), 1]
+    assert grown.notes["kept_unlike_a_rebuild"] == grown.notes["dropped_unlike_a_rebuild"] == 1
+    again = preprocess(config(tmp_path / "corpus", appended=[[str(later)]]), str(tmp_path / "other"), workers=1)
+    assert shard_checksums(again) == shard_checksums(grown)
+
+
+def test_removed_intermediates_are_not_missed_by_a_rerun(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    options, run = config(tmp_path / "corpus"), tmp_path / "run"
+    first = preprocess(options, str(run), intermediates="remove")
+    assert not list((run / "documents").glob("*.parquet"))
+    assert not (run / "dedup" / "signatures").exists()
+    modified = (run / "dataset" / "manifest.json").stat().st_mtime_ns
+    assert preprocess(options, str(run)) == first
+    assert (run / "dataset" / "manifest.json").stat().st_mtime_ns == modified
+    other = preprocess(config(tmp_path / "corpus", sketch_kind="names"), str(run))
+    assert other.rows_kept == first.rows_kept
+    assert shard_checksums(other) != shard_checksums(first)
+
+
+def test_a_hostile_corpus_ends_in_counted_drops(tmp_path: Path) -> None:
+    expected = build_hostile_corpus(tmp_path / "hostile")
+    options = PreprocessConfig.model_validate(
+        {"sources": {"inputs": hostile_inputs(tmp_path / "hostile"), "unit_bytes": 20_000}}
+    )
+    manifest = preprocess(options, str(tmp_path / "run"))
+    assert manifest.rows_kept == GOOD_FILES
+    assert manifest.dropped == expected
+    assert manifest.rows_read == GOOD_FILES + sum(expected.values())
 
 
 def _check_rows(dataset: Path, manifest: Manifest) -> None:

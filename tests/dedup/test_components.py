@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, equal_edges
+from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, equal_edges, generations_of
 from cert_ray.dedup.minhash import MinHashConfig, band_keys, signatures
 
 CONFIG = MinHashConfig()
@@ -63,3 +63,17 @@ def test_no_documents_give_no_clusters() -> None:
     empty = np.zeros(0, np.int64)
     assert len(clusters_of(0, np.zeros((0, 2), np.int64), empty, empty).keep) == 0
     assert candidate_edges(np.zeros(0, np.uint64), empty, np.zeros((0, 112), np.uint32), 0.7).shape == (0, 2)
+
+
+def test_a_later_generation_leaves_what_was_decided() -> None:
+    # 0 and 1 are alike in the first generation, 2 is alone; the second brings 3, which joins all, and 4 and 5.
+    edges = np.array([[0, 1], [0, 3], [2, 3], [4, 5]])
+    stars = np.array([0, 1, 0, 9, 0, 0])
+    sizes = np.full(6, 100)
+    grown = generations_of([3, 6], edges, stars, sizes)
+    assert grown.survivor_D.tolist() == [1, 1, 2, 1, 4, 4]
+    assert grown.size_D.tolist()[:3] == [2, 2, 1]  # as they were: 3 is counted nowhere among the old
+    assert grown.size_D.tolist()[4:] == [2, 2]
+    first = clusters_of(3, edges[:1], stars[:3], sizes[:3])
+    assert grown.survivor_D[:3].tolist() == first.survivor_D.tolist()
+    assert clusters_of(6, edges, stars, sizes).survivor_D.tolist() == [3, 3, 3, 3, 4, 4]  # a rebuild

@@ -226,7 +226,11 @@ def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
 
 
 def test_kinds_that_parse_drop_what_does_not() -> None:
-    for source, kind in [("f(\n", SketchKind.NAMES), ("f(\n", SketchKind.BOTH), ("f(\n case\n", SketchKind.CONSTANTS)]:
+    for source, kind in [
+        ("f(\n", SketchKind.NAMES),
+        ("f(\n", SketchKind.BOTH),
+        ("f(\n match\n case\n", SketchKind.CONSTANTS),
+    ]:
         outcome = sketch_source(source, kind)
         assert isinstance(outcome, Dropped)
         assert outcome.reason is DropReason.NOT_PYTHON_3

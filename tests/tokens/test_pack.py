@@ -40,6 +40,15 @@ def test_a_pack_opens_with_every_document_and_its_entropy(inputs: tuple[str, str
     assert packed.documents.tokens.sum() == manifest.counts["tokens"]
 
 
+def test_a_limit_reads_the_first_documents_alone(inputs: tuple[str, str], tmp_path: Path) -> None:
+    whole = pack_in_process(*inputs, str(tmp_path / "whole"), PackConfig(view=View.BASE))
+    limited = pack_in_process(*inputs, str(tmp_path / "some"), PackConfig(view=View.BASE, limit=45))
+    assert (limited.rows_read, limited.rows_kept, len(limited.shards)) == (45, 45, 3)
+    first, some = PackedTokens.open(str(tmp_path / "whole")), PackedTokens.open(str(tmp_path / "some"))
+    assert len(some) == 45 < whole.rows_kept
+    assert all(np.array_equal(first.tokens(document), some.tokens(document)) for document in range(45))
+
+
 def test_the_generators_rows_hold_whole_pairs(inputs: tuple[str, str], tmp_path: Path) -> None:
     dataset, tokenizer = inputs
     config = PackConfig(view=View.GENERATOR, context_tokens=128, libraries=("numpy",))

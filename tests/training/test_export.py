@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from cert_ray import cli
 from cert_ray.errors import CheckpointError
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training import checkpoints, export
@@ -62,4 +65,12 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     states.write_bytes(states.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=states.name):
         export.export_checkpoint(str(checkpoint), str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_dry_run_names_the_step_and_writes_nothing(trained, tmp_path):
+    _, checkpoint = trained
+    result = CliRunner().invoke(cli.app, ["export", str(checkpoint), str(tmp_path / "model"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["step"] == 1
     assert not (tmp_path / "model").exists()

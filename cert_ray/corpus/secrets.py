@@ -35,7 +35,6 @@ from detect_secrets.plugins.ip_public import IPPublicDetector
 from detect_secrets.plugins.jwt import JwtTokenDetector
 from detect_secrets.plugins.keyword import KeywordDetector
 from detect_secrets.plugins.mailchimp import MailchimpDetector
-from detect_secrets.plugins.npm import NpmDetector
 from detect_secrets.plugins.openai import OpenAIDetector
 from detect_secrets.plugins.pypi_token import PypiTokenDetector
 from detect_secrets.plugins.sendgrid import SendGridDetector
@@ -105,7 +104,6 @@ _CANDIDATES: dict[SecretKind, tuple[str, ...]] = {
         r"gl(?:pat|dt|ft|soat|rt|cbt|imt|ptt|agent)-|gloas-|GR1348941",
         r"eyJ[A-Za-z0-9_=-]+\.",
         r"[0-9a-z]{32}-us[0-9]",
-        r":_authToken=",
         r"T3BlbkFJ",
         r"pypi-AgE",
         r"SG\.[A-Za-z0-9_-]{22}\.",
@@ -159,7 +157,7 @@ def _replaced(text: str, findings: list[_Finding]) -> Redacted:
     position = 0
     for finding in _inside_literals(text, sorted(findings, key=lambda finding: (finding.start, -finding.end))):
         start = _after_escape(text, finding.start)
-        if start < position or start >= finding.end:
+        if start < position or start >= finding.end or _DUMMY.search(text, start, finding.end):
             continue
         pieces += text[position:start], finding.dummy
         position = finding.end
@@ -167,6 +165,7 @@ def _replaced(text: str, findings: list[_Finding]) -> Redacted:
     return Redacted("".join([*pieces, text[position:]]), counts)
 
 
+_DUMMY = re.compile(r"REDACTED_[A-Z]|redacted@")  # nothing is redacted twice
 # Strings and comments. A backslash keeps the quote from ending a raw string, too.
 _LITERAL = re.compile(
     r"""
@@ -196,34 +195,40 @@ def _inside_literals(text: str, findings: list[_Finding]) -> Iterator[_Finding]:
 
 def _after_escape(text: str, start: int) -> int:
     """`start`, or the end of the escape sequence whose backslash stands right before it."""
-    backslashes = start - len(text[:start].rstrip("\\"))
-    escape = _ESCAPE.match(text, start) if backslashes % 2 else None
+    first = start
+    while text.startswith("\\", first - 1) and first:
+        first -= 1
+    escape = _ESCAPE.match(text, start) if (start - first) % 2 else None
     return escape.end() if escape else start
 
 
 # RFC 5322's dot-atom as people use it, without the signs that quoting or templates bring.
-_EMAIL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._%+-]*@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-]*\.?[\w@(/])")
+_EMAIL = re.compile(
+    r"(?<![A-Za-z0-9._%+-])[._%+-]*+([A-Za-z0-9_][A-Za-z0-9._%+-]{0,63})@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-]*\.?[\w@(/])"
+)
 _EMAIL_DUMMY = "redacted@example.com"
 _RESERVED_DOMAIN = re.compile(r"(?:^|\.)(?:example(?:\.com|\.net|\.org)?|test|invalid|localhost)$", re.IGNORECASE)
 
 
 def _emails(line: str) -> Iterator[_Finding]:
     for match in _EMAIL.finditer(line):
-        address = match[0]
+        start = match.start(1)
+        address = line[start : match.end()]
         name, _, domain = address.rpartition("@")
         # `git@host:path` names a server; RFC 2606 domains belong to nobody.
-        if name == "git" or _RESERVED_DOMAIN.search(domain) or line[: match.start()].endswith("://"):
+        if name == "git" or _RESERVED_DOMAIN.search(domain) or line.startswith("://", max(0, start - 3)):
             continue
         try:
             email_validator.validate_email(address, check_deliverability=False)
         except email_validator.EmailNotValidError:
             continue
-        yield _Finding(match.start(), match.end(), SecretKind.EMAIL.value, _EMAIL_DUMMY)
+        yield _Finding(start, match.end(), SecretKind.EMAIL.value, _EMAIL_DUMMY)
 
 
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9a-fA-F]{3}(?::[0-9a-fA-F]{0,4}){2,7}(?![\w:.])")
 _NO_ADDRESS = re.compile(r"version|release|section|\boid\b|\bv[0-9]|[=<>~]=?[ ]*$", re.IGNORECASE)
 _PREFIX_LENGTH = re.compile(r"/[0-9]")  # a network, not somebody's machine
+_CONTEXT_CHARS = 80  # before an address; assumed: a line of code
 _MAX_VERSION_NUMBER = 20  # assumed: four numbers below it are a version or a section
 _IPV4_DUMMY, _IPV6_DUMMY = "192.0.2.1", "2001:db8::1"  # RFC 5737, RFC 3849
 
@@ -232,7 +237,9 @@ def _ip_addresses(line: str) -> Iterator[_Finding]:
     for match in IPPublicDetector.denylist[0].finditer(line):
         address = match[1].partition(":")[0]
         numbers = [int(number) for number in address.split(".")]
-        if max(numbers) < _MAX_VERSION_NUMBER or _NO_ADDRESS.search(line, 0, match.start()):
+        if max(numbers) < _MAX_VERSION_NUMBER or _NO_ADDRESS.search(
+            line, max(0, match.start() - _CONTEXT_CHARS), match.start()
+        ):
             continue
         end = match.start() + len(address)
         if ipaddress.IPv4Address(address).is_global and not _PREFIX_LENGTH.match(line, end):
@@ -254,11 +261,12 @@ _KEYWORDS = KeywordDetector()
 _MIN_PASSWORD_CHARS, _MAX_PASSWORD_CHARS = 6, 128  # assumed
 _NO_PASSWORD = re.compile(r"""[\s{}<>()\[\]"'\\%]|^\$|://|^[./~]""")
 _ANNOTATION = re.compile(r":[ ]*[A-Za-z_. |\[\]]{1,24}(?==)")  # the plugin knows no `password: str = "..."`
+_LONG_WORD = re.compile(r"\w{129,}+")  # no password, and the plugin's time is quadratic in its length
 _PASSWORD_DUMMY = "REDACTED_PASSWORD"
 
 
 def _passwords(line: str) -> Iterator[_Finding]:
-    assigned = _ANNOTATION.sub("", line)
+    assigned = _LONG_WORD.sub("", _ANNOTATION.sub("", line))
     values = {value for value in _KEYWORDS.analyze_string(assigned) if _may_be_password(value)}
     spans = {(found.start(), found.end()) for value in values for found in re.finditer(re.escape(value), line)}
     basic = BasicAuthDetector.denylist[0].finditer(line)
@@ -279,22 +287,25 @@ def _may_be_password(value: str) -> bool:
     )
 
 
-_KEY_BLOCK = re.compile(
-    r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----(.{1,20000}?)-----END (?:[A-Z0-9]+ )*PRIVATE KEY", re.DOTALL
-)
+_KEY_BEGINS = re.compile(r"-----BEGIN (?:[A-Z0-9]+ ){0,4}PRIVATE KEY(?: BLOCK)?-----")
+_MAX_KEY_CHARS = 20_000  # 16,384 bits of RSA, indented and quoted, take less
 _KEY_RUN = re.compile(r"(?:\\[nrt]|(?<![\\A-Za-z0-9+/=]))([A-Za-z0-9+/=]{16,})")
 _KEY_DUMMY = "REDACTED_PRIVATE_KEY"
 
 
 def _private_keys(text: str) -> Iterator[_Finding]:
     """The base64 of key blocks, whose first and last lines stay; counted once for every line or literal of it."""
-    for block in _KEY_BLOCK.finditer(text):
-        for run in _KEY_RUN.finditer(text, *block.span(1)):
-            yield _Finding(run.start(1), run.end(1), SecretKind.PRIVATE_KEY.value, _KEY_DUMMY)
+    position = 0
+    for begin in _KEY_BEGINS.finditer(text):
+        end = text.find("-----END ", begin.end(), begin.end() + _MAX_KEY_CHARS)
+        if begin.start() >= position and end >= 0:
+            for run in _KEY_RUN.finditer(text, begin.end(), end):
+                yield _Finding(run.start(1), run.end(1), SecretKind.PRIVATE_KEY.value, _KEY_DUMMY)
+            position = end
 
 
-# The secret is the whole match, or the last group where the plugin's pattern also matches what stands around it.
-_WHOLE: tuple[type[RegexBasedDetector], ...] = (
+_ISSUERS: tuple[type[RegexBasedDetector], ...] = (
+    AWSKeyDetector,
     AzureStorageKeyDetector,
     DiscordBotTokenDetector,
     GitHubTokenDetector,
@@ -310,7 +321,6 @@ _WHOLE: tuple[type[RegexBasedDetector], ...] = (
     TelegramBotTokenDetector,
     TwilioKeyDetector,
 )
-_GROUPED: tuple[type[RegexBasedDetector], ...] = (AWSKeyDetector, NpmDetector)
 
 
 def _name_of(plugin: type[RegexBasedDetector]) -> str:
@@ -319,9 +329,10 @@ def _name_of(plugin: type[RegexBasedDetector]) -> str:
 
 _JWT = _name_of(JwtTokenDetector)
 _JWT_REST = re.compile(r"[A-Za-z0-9_.=-]*")  # the plugin's pattern stops before the signature
+# The secret is the whole match, but for AWS's pattern that also matches the name that a key is given.
 _TOKEN_PATTERNS = tuple(
-    (_name_of(plugin), pattern, 1 if plugin in _GROUPED and pattern.groups else 0)
-    for plugin in (*_WHOLE, *_GROUPED)
+    (_name_of(plugin), pattern, 1 if plugin is AWSKeyDetector and pattern.groups else 0)
+    for plugin in _ISSUERS
     for pattern in plugin().denylist
 )
 

@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cert_ray.errors import ConfigError, InputError
 
 _CHECKSUM_BLOCK_BYTES = 4 << 20
+_PARTIAL_SUFFIX = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def _open_write(url: str) -> Iterator[IO[bytes]]:
         return
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_PARTIAL_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -163,6 +164,13 @@ def _open_write(url: str) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_partial_files(url: str) -> None:
+    """Remove what writers that were killed left below the local folder `url`; nobody may be writing there."""
+    if is_local(url):
+        for path in local_path(url).rglob(f".*{_PARTIAL_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(url: str, payload: bytes) -> Written:

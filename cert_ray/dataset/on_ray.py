@@ -35,9 +35,9 @@ STAGE = "dataset"
 
 
 class AnnotateUnit(Config):
-    """Payload of one unit: what the shard counted so far, and the digests of what it is made from."""
+    """Payload of one unit: what the shard counted so far, and the checksums of what it is made from."""
 
-    documents_digest: str
+    documents_checksum: str
     clusters_checksum: str
     rows_read: int
     dropped: dict[str, int] = pydantic.Field(default_factory=dict)
@@ -50,7 +50,9 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     name = f"{unit.name}.parquet"
     documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
     clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
+    manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(clusters))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
+    manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(rows) + len(drops))
     files = (write_table(folder, name, rows), write_table(folder, f"drops/{name}", drops))
     dropped = Counter(payload.dropped) + Counter(drops.column("reason").to_pylist())
     return ShardReport(
@@ -80,14 +82,19 @@ def preprocess(config: PreprocessConfig, output: str, workers: int | None = None
         workers,
     )
     clusters = deduplicate(
-        storage.join(output, DOCUMENTS_STAGE), documents, storage.join(output, "dedup"), config.minhash, workers
+        storage.join(output, DOCUMENTS_STAGE),
+        documents,
+        storage.join(output, "dedup"),
+        config.minhash,
+        workers,
+        config.dedup_quality,
     )
     options = AnnotateConfig(weights=config.weights, sketch_kind=config.sketch_kind)
     units = [
         WorkUnit(
             name=before.shard,
             payload=AnnotateUnit(
-                documents_digest=before.unit_digest,
+                documents_checksum=before.files[0].checksum,
                 clusters_checksum=after.files[0].checksum,
                 rows_read=before.rows_read,
                 dropped=before.dropped,
@@ -101,6 +108,9 @@ def preprocess(config: PreprocessConfig, output: str, workers: int | None = None
         units, work, folder=folder, config_digest=options.digest(), stage=STAGE, verb="preprocess", workers=workers
     )
     manifest = manifests.summarize(STAGE, config, clusters.inputs_digest, reports)
+    manifests.check_handover(STAGE, documents.rows_read, manifest.rows_read)
+    for reason, rows in (Counter(documents.dropped) + Counter(clusters.dropped)).items():
+        manifests.check_handover(f"{STAGE}: {reason}", rows, manifest.dropped.get(reason, 0))
     if manifest.rows_kept == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.dropped.items()) or "no file matched"
         raise InputError(

@@ -6,6 +6,7 @@ from cert_ray.config import Config
 from cert_ray.corpus.cleaning import CleaningConfig
 from cert_ray.corpus.sources import SourceConfig
 from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.dedup.quality import QualityConfig
 from cert_ray.quality.weights import WeightConfig
 from cert_ray.sketching.anonymize import SketchKind
 
@@ -16,6 +17,7 @@ class PreprocessConfig(Config):
     sources: SourceConfig
     cleaning: CleaningConfig = CleaningConfig()
     minhash: MinHashConfig = MinHashConfig()
+    dedup_quality: QualityConfig | None = QualityConfig()  # None does not measure it
     weights: WeightConfig = WeightConfig()
     sketch_kind: SketchKind = SketchKind.CONSTANTS
 

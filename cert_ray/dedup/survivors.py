@@ -9,15 +9,16 @@ Documents are numbered by (shard, row), made dense by prefix sums of the shards'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from cert_ray import storage
-from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, equal_edges
-from cert_ray.dedup.minhash import I64, U32, MinHashConfig, band_keys, signatures
+from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, first_of_equal, sharing, tie
+from cert_ray.dedup.minhash import I64, U32, U64, MinHashConfig, band_keys, signatures
 from cert_ray.manifests import ShardReport
 from cert_ray.schemas import DropReason
 from cert_ray.shards.units import WorkUnit, write_table
@@ -44,61 +45,65 @@ def write_keys(unit: WorkUnit, documents: str, folder: str, config: MinHashConfi
     return ShardReport(shard=unit.name, unit_digest="", files=files, rows_read=len(table), rows_kept=len(table))
 
 
-def exact_edges(folder: str, shards: Sequence[str]) -> I64:
-    """Edges between documents of equal content hash; 16 bytes per document in memory."""
-    hashes = [_fixed_rows(_read_keys(folder, shard, "content_hash")).view("V16")[:, 0] for shard in shards]
-    return equal_edges(np.concatenate(hashes)) if hashes else np.zeros((0, 2), np.int64)
+def exact_firsts(folder: str, shards: Sequence[str], rows: Sequence[int]) -> I64:
+    """For every document the least number with the same content."""
+    return first_of_equal(_content_hashes(folder, shards, rows))
 
 
 def band_edges(folder: str, shards: Sequence[str], band: int, skip: Bits, config: MinHashConfig) -> I64:
     """Verified edges of one band among the documents that `skip` leaves (exact duplicates need no second look)."""
-    keys = [_read_keys(folder, shard, _band_column(band)).to_numpy() for shard in shards]
-    shingled = [_read_keys(folder, shard, "has_shingle").to_numpy(zero_copy_only=False) for shard in shards]
-    rows = [len(column) for column in keys]
-    members = np.flatnonzero(np.concatenate([*shingled, np.zeros(0, bool)]) & ~skip)
-    member_keys = np.concatenate([*keys, np.zeros(0, np.uint64)])[members]
-    _, inverse, counts = np.unique(member_keys, return_inverse=True, return_counts=True)
-    shared = counts[inverse] > 1
+    members, member_keys, rows = _band_members(folder, shards, band, skip)
+    shared = sharing(member_keys)
+    shared.sort()  # by number, as files are read
     members, member_keys = members[shared], member_keys[shared]
+    hashes_M2 = _content_hashes(folder, shards, rows, members)
     signature_MH = _read_signatures(folder, shards, rows, members, config)
-    ranks = np.arange(len(members))
-    return members[candidate_edges(member_keys, ranks, signature_MH, config.threshold)].astype(np.int64)
+    return members[candidate_edges(member_keys, hashes_M2, signature_MH, config.threshold)]
 
 
-def cluster_documents(documents: str, shards: Sequence[str], edges: I64) -> Clusters:
-    """The clusters of the whole corpus; survivors by stars (unknown counts as 0), then size, then number."""
-    tables = [
-        storage.read_parquet(storage.join(documents, f"{shard}.parquet"), ["stars", "size_bytes"]) for shard in shards
-    ]
-    stars = np.concatenate([np.zeros(0), *(table.column("stars").fill_null(0).to_numpy() for table in tables)])
-    sizes = np.concatenate([np.zeros(0), *(table.column("size_bytes").to_numpy() for table in tables)])
-    return clusters_of(len(stars), edges, stars.astype(np.int64), sizes.astype(np.int64))
+def cluster_documents(
+    documents: str, folder: str, shards: Sequence[str], rows: Sequence[int], first_D: I64, edges: Iterable[I64]
+) -> Clusters:
+    """The clusters of the whole corpus from exact duplicates (`first_D`) and every band's `edges`, in any order.
+
+    A cluster's survivor has the most stars (unknown counts as 0), then the most bytes, then the least content hash.
+    Copies of the surviving content that still tie are told apart by their number alone.
+    """
+    label_D = functools.reduce(tie, edges, first_D)
+    return clusters_of(label_D, _precedence(documents, folder, shards, rows))
+
+
+def _precedence(documents: str, folder: str, shards: Sequence[str], rows: Sequence[int]) -> Iterator[I64 | U64]:
+    for column in ("stars", "size_bytes"):
+        values = np.empty(sum(rows), np.int64)
+        for shard, part in _parts(shards, rows):
+            read = storage.read_parquet(storage.join(documents, f"{shard}.parquet"), [column]).column(column)
+            np.negative(read.fill_null(0).to_numpy(), out=values[part])
+        yield values
+    for half in range(2):
+        yield np.ascontiguousarray(_content_hashes(folder, shards, rows)[:, half])
 
 
 def write_clusters(
-    folder: str, shards: Sequence[str], rows: Sequence[int], clusters: Clusters, exact: I64, digest: str
+    folder: str, shards: Sequence[str], rows: Sequence[int], clusters: Clusters, first_D: I64, digest: str
 ) -> list[ShardReport]:
     """One clusters file per shard, and the drops by reason.
 
     A dropped document is an exact duplicate when another document with its content stands for it or survives.
     """
-    is_copy = np.zeros(len(clusters.survivor_D), bool)
-    is_copy[exact[:, 1]] = True
-    group = np.arange(len(is_copy))
-    group[exact[:, 1]] = exact[:, 0]
-    is_copy |= group == group[clusters.survivor_D]
-    reports, first = [], 0
-    for shard, count in zip(shards, rows, strict=True):
-        part = slice(first, first + count)
-        keep = clusters.keep[part]
-        copies = is_copy[part] & ~keep
+    reports = []
+    for shard, part in _parts(shards, rows):
+        numbers = np.arange(part.start, part.stop)
+        survivor, size, first = clusters.survivor_D[part], clusters.size_D[part], first_D[part]
+        keep = survivor == numbers
+        copies = ((first != numbers) | (first == first_D[survivor])) & ~keep
         reason = np.where(copies, DropReason.EXACT_DUPLICATE, DropReason.NEAR_DUPLICATE)
         table = pa.table(
             {
                 "keep": pa.array(keep),
                 "reason": pa.array(reason.astype(object), pa.string(), mask=keep),
-                "survivor": pa.array(clusters.survivor_D[part]),
-                "cluster_size": pa.array(clusters.size_D[part], pa.int32()),
+                "survivor": pa.array(survivor),
+                "cluster_size": pa.array(size, pa.int32()),
             }
         )
         file = write_table(folder, f"clusters/{shard}.parquet", table)
@@ -108,12 +113,19 @@ def write_clusters(
         }
         reports.append(
             ShardReport(
-                shard=shard, unit_digest=digest, files=(file,), rows_read=count, rows_kept=int(keep.sum()),
+                shard=shard, unit_digest=digest, files=(file,), rows_read=len(keep), rows_kept=int(keep.sum()),
                 dropped={str(name): number for name, number in dropped.items() if number},
             )
         )  # fmt: skip
-        first += count
     return reports
+
+
+def _parts(shards: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[str, slice]]:
+    """Every shard with the range of its documents' numbers."""
+    first = 0
+    for shard, count in zip(shards, rows, strict=True):
+        yield shard, slice(first, first + count)
+        first += count
 
 
 def _band_column(band: int) -> str:
@@ -131,15 +143,45 @@ def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     return values[array.offset * width : (array.offset + len(array)) * width].reshape(len(array), width)
 
 
+def _band_members(folder: str, shards: Sequence[str], band: int, skip: Bits) -> tuple[I64, U64, list[int]]:
+    """Numbers and keys of the documents with a key that `skip` leaves, and the rows of each shard."""
+    members, keys, rows = np.empty(len(skip), np.int64), np.empty(len(skip), np.uint64), []
+    first = filled = 0
+    for shard in shards:
+        table = storage.read_parquet(
+            storage.join(folder, "keys", f"{shard}.parquet"), [_band_column(band), "has_shingle"]
+        )
+        shingled = table.column("has_shingle").to_numpy()
+        chosen = np.flatnonzero(shingled & ~skip[first : first + len(table)])
+        part = slice(filled, filled + len(chosen))
+        members[part] = chosen + first
+        keys[part] = table.column(_band_column(band)).to_numpy()[chosen]
+        rows.append(len(table))
+        first, filled = first + len(table), part.stop
+    return members[:filled], keys[:filled], rows
+
+
+def _content_hashes(folder: str, shards: Sequence[str], rows: Sequence[int], members: I64 | None = None) -> U64:
+    """uint64[members, 2], the halves of content hashes: of every document, or of `members` (sorted)."""
+    hashes_M2 = np.empty((sum(rows) if members is None else len(members), 2), np.uint64)
+    for shard, part in _parts(shards, rows):
+        wanted = part if members is None else slice(*np.searchsorted(members, (part.start, part.stop)))
+        if wanted.start == wanted.stop:
+            continue
+        column = _read_keys(folder, shard, "content_hash")
+        of_shard = _fixed_rows(column).view(">u8")
+        hashes_M2[wanted] = of_shard if members is None else of_shard[members[wanted] - part.start]
+    return hashes_M2
+
+
 def _read_signatures(
     folder: str, shards: Sequence[str], rows: Sequence[int], members: I64, config: MinHashConfig
 ) -> U32:
     """uint32[members, hashes], reading only the shards that hold one of `members` (sorted)."""
-    parts, first = [np.zeros((0, config.hashes), np.uint32)], 0
-    for shard, count in zip(shards, rows, strict=True):
-        wanted = members[np.searchsorted(members, first) : np.searchsorted(members, first + count)] - first
-        if len(wanted):
+    signature_MH = np.empty((len(members), config.hashes), np.uint32)
+    for shard, part in _parts(shards, rows):
+        wanted = slice(*np.searchsorted(members, (part.start, part.stop)))
+        if wanted.start < wanted.stop:
             column = storage.read_parquet(storage.join(folder, "signatures", f"{shard}.parquet")).column("signature")
-            parts.append(_fixed_rows(column.take(pa.array(wanted))).view(np.uint32))
-        first += count
-    return np.concatenate(parts)
+            signature_MH[wanted] = _fixed_rows(column).view(np.uint32)[members[wanted] - part.start]
+    return signature_MH

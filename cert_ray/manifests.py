@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pydantic
+import xxhash
 
 from cert_ray import storage
 from cert_ray.config import Config
@@ -69,6 +70,20 @@ class Manifest(Config):
         """Every file of every shard, in shard order."""
         return [file for shard in self.shards for file in shard.files]
 
+    def files_digest(self) -> str:
+        """xxh3-128 over the names and checksums of every file, in order: equal bytes, equal digest."""
+        lines = "".join(f"{file.name} {file.checksum}\n" for file in self.files)
+        return str(xxhash.xxh3_128_hexdigest(lines.encode()))
+
+    def check(self) -> None:
+        """Raise `ConservationError` unless every shard and the total add up."""
+        for shard in self.shards:
+            shard.check(self.stage)
+        dropped = sum(self.dropped.values())
+        if self.rows_read != self.rows_kept + dropped:
+            raise ConservationError(self.stage, self.rows_read, self.rows_kept, dropped)
+        check_handover(f"{self.stage}: its shards", sum(shard.rows_read for shard in self.shards), self.rows_read)
+
 
 def summarize(
     stage: str,
@@ -102,8 +117,22 @@ def summarize(
     )
 
 
+def check_handover(stage: str, given: int, taken: int) -> None:
+    """Raise `ConservationError` unless `stage` took every one of the rows that the step before it gave."""
+    if given != taken:
+        raise ConservationError(f"{stage} (rows handed over)", given, taken, 0)
+
+
 def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Write `manifest` into `folder`: from now on the stage counts as finished."""
+    """Write `manifest` into `folder`: from now on the stage counts as finished.
+
+    What killed tasks left half written is removed first.
+
+    Raises:
+        ConservationError: when its rows do not add up; nothing is written then.
+    """
+    manifest.check()
+    storage.remove_partial_files(folder)
     storage.write_text(storage.join(folder, MANIFEST_NAME), manifest.model_dump_json(indent=1) + "\n")
 
 

@@ -27,7 +27,7 @@ from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
 from cert_ray.dataset.annotate import annotate
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
-from cert_ray.dedup.on_ray import clusters_digest, deduplicate
+from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
@@ -41,9 +41,9 @@ Intermediates = Literal["keep", "remove"]
 
 
 class AnnotateUnit(Config):
-    """Payload of one unit: what the shard counted so far, and the digests of what it is made from."""
+    """Payload of one unit: what the shard counted so far, and the checksums of what it is made from."""
 
-    documents_digest: str
+    documents_checksum: str
     clusters_checksum: str
     rows_read: int
     dropped: dict[str, int] = pydantic.Field(default_factory=dict)
@@ -57,7 +57,9 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     name = f"{unit.name}.parquet"
     documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
     clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
+    manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(clusters))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
+    manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(rows) + len(drops))
     files = (write_table(folder, name, rows), write_table(folder, f"drops/{name}", drops))
     dropped = Counter(payload.dropped) + Counter(drops.column("reason").to_pylist())
     return ShardReport(
@@ -91,12 +93,12 @@ def preprocess(
     output = storage.absolute(output)
     documents_config = DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields})
     plan = plan_documents(documents_config)
-    inputs = clusters_digest(plan.inputs_digest, config.minhash)
+    inputs = plan.inputs_digest
     manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
     else:
-        manifest = _preprocess(config, documents_config, plan, output, workers)
+        manifest = _preprocess(config, documents_config, plan, inputs, output, workers)
     if intermediates == "remove":
         _remove_intermediates(output, manifest)
     return manifest
@@ -111,18 +113,28 @@ def _remove_intermediates(output: str, manifest: Manifest) -> None:
 
 
 def _preprocess(
-    config: PreprocessConfig, documents_config: DocumentsConfig, plan: Plan, output: str, workers: int | None
+    config: PreprocessConfig,
+    documents_config: DocumentsConfig,
+    plan: Plan,
+    inputs: str,
+    output: str,
+    workers: int | None,
 ) -> Manifest:
     documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers)
     clusters = deduplicate(
-        storage.join(output, DOCUMENTS_STAGE), documents, storage.join(output, "dedup"), config.minhash, workers
+        storage.join(output, DOCUMENTS_STAGE),
+        documents,
+        storage.join(output, "dedup"),
+        config.minhash,
+        workers,
+        config.dedup_quality,
     )
     options = AnnotateConfig(weights=config.weights, sketch_kind=config.sketch_kind)
     units = [
         WorkUnit(
             name=before.shard,
             payload=AnnotateUnit(
-                documents_digest=before.unit_digest,
+                documents_checksum=before.files[0].checksum,
                 clusters_checksum=after.files[0].checksum,
                 rows_read=before.rows_read,
                 dropped=before.dropped,
@@ -137,7 +149,10 @@ def _preprocess(
         units, work, folder=folder, config_digest=options.digest(), stage=STAGE, verb="preprocess", workers=workers
     )
     notes = {**documents.notes, **clusters.notes}
-    manifest = manifests.summarize(STAGE, config, clusters.inputs_digest, reports, notes=notes)
+    manifest = manifests.summarize(STAGE, config, inputs, reports, notes=notes)
+    manifests.check_handover(STAGE, documents.rows_read, manifest.rows_read)
+    for reason, rows in (Counter(documents.dropped) + Counter(clusters.dropped)).items():
+        manifests.check_handover(f"{STAGE}: {reason}", rows, manifest.dropped.get(reason, 0))
     if manifest.rows_kept == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.dropped.items()) or "no file matched"
         raise InputError(

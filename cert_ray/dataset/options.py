@@ -9,6 +9,7 @@ from cert_ray.corpus.licences import AllowedLicences
 from cert_ray.corpus.secrets import SecretsConfig
 from cert_ray.corpus.sources import SourceConfig
 from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.dedup.quality import QualityConfig
 from cert_ray.quality.weights import WeightConfig
 from cert_ray.sketching.anonymize import SketchKind
 
@@ -24,6 +25,7 @@ class PreprocessConfig(Config):
     licences: AllowedLicences = None  # SPDX ids; None keeps every file
     decontaminate: DecontaminationConfig = DecontaminationConfig()  # or a list of problem files
     minhash: MinHashConfig = MinHashConfig()
+    dedup_quality: QualityConfig | None = QualityConfig()  # None does not measure it
     weights: WeightConfig = WeightConfig()
     sketch_kind: SketchKind = SketchKind.CONSTANTS
 

@@ -73,6 +73,22 @@ class StageClock:
 
         return clocked
 
+    def on_each(self, name: str, work: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        """`work`, each of its items as a part of the stage."""
+
+        @functools.wraps(work)
+        def clocked(*args: Any, **options: Any) -> Iterator[Any]:
+            items = work(*args, **options)
+            end = object()
+            while True:
+                with self.stage(name):
+                    item = next(items, end)
+                if item is end:
+                    return
+                yield item
+
+        return clocked
+
     def _close(self) -> None:
         now = self._watch.usage()
         if self._running:
@@ -102,9 +118,10 @@ def preprocess(config: PreprocessConfig, output: Path, workers: int, pool: bool)
             (dataset_on_ray, "clean", "documents", dataset_on_ray.clean),
             (dataset_on_ray, "deduplicate", "dedup clusters", dataset_on_ray.deduplicate),
             (dedup_on_ray, "run_units", "dedup keys", run_units),
-            (dedup_on_ray, "_near_edges", "dedup edges", dedup_on_ray._near_edges),
         ):
             stack.enter_context(mock.patch.object(module, attribute, clock.on(name, work)))
+        near_edges = clock.on_each("dedup edges", dedup_on_ray._near_edges)
+        stack.enter_context(mock.patch.object(dedup_on_ray, "_near_edges", near_edges))
         stack.enter_context(mock.patch.object(dataset_on_ray, "run_units", run_units))
         with clock.stage("dataset"):
             manifest = dataset_on_ray.preprocess(config, str(output), workers)

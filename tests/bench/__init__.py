@@ -1,0 +1,1 @@
+"""Benchmarks against named peers, run by hand: pytest does not collect them."""

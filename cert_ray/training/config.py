@@ -11,6 +11,7 @@ from typing import Literal, Self
 import pydantic
 
 from cert_ray.config import Config
+from cert_ray.training.schedule import Schedule, decay_start
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # What does not change the trained weights, or is covered by the digest of the inputs.
@@ -45,7 +46,8 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float | None = pydantic.Field(default=1.0, gt=0)  # assumed: PAPER does not say
     warmup_steps: int = pydantic.Field(default=1_000, ge=0)
-    schedule: Literal["cosine"] = "cosine"
+    schedule: Schedule = "cosine"
+    decay_share: float = pydantic.Field(default=0.2, gt=0, le=1)  # of the steps, with schedule wsd
     precision: Precision = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = pydantic.Field(default=1, gt=0)
@@ -65,6 +67,11 @@ class TrainConfig(Config):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps; lower it or raise steps"
+            )
+        if self.schedule == "wsd" and decay_start(self.steps, self.decay_share) < self.warmup_steps:
+            raise ValueError(
+                f"decay_share {self.decay_share} of {self.steps} steps begins before warmup_steps {self.warmup_steps} "
+                "end; lower one of them"
             )
         if self.precision != "fp32" and self.zero_stage == 0:
             raise ValueError(

@@ -122,7 +122,13 @@ class _Rank:
         started = time.perf_counter()
         positions = step_positions(step, self._rank, self._world_size, config.micro_batch, config.gradient_accumulation)
         rate = learning_rate(
-            step, config.steps, config.warmup_steps, config.learning_rate, config.final_learning_rate_share
+            step,
+            config.steps,
+            config.warmup_steps,
+            config.learning_rate,
+            config.final_learning_rate_share,
+            config.schedule,
+            config.decay_share,
         )
         torch.manual_seed((config.seed << 40) ^ (step * self._world_size + self._rank))  # dropout, where a base has it
         loss, tokens, norm = self._engine.train_step([_tensors(*self._rows.read(row)) for row in positions], rate)

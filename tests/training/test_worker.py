@@ -41,6 +41,14 @@ def test_learns_what_can_be_learned(make_config, copy_report):
     assert sum(loss is not None for loss in held_out) == 2
 
 
+def test_a_llama_learns_it_too_with_the_other_schedule(make_config, copy_report):
+    outcome = _run(make_config(base="modern-tiny", steps=60, warmup_steps=5, schedule="wsd", zero_stage=0), copy_report)
+    assert outcome.records[-1].loss < 1.5
+    rates = [record.learning_rate for record in outcome.records]
+    assert rates[5:49] == [3e-3] * 44
+    assert rates[49] > rates[50] > rates[59] > 0
+
+
 def test_every_zero_stage_gives_the_same_losses(make_config, copy_report, tmp_path):
     losses = [
         _losses(_run(make_config(steps=5, zero_stage=stage, output=str(tmp_path / f"zero{stage}")), copy_report))

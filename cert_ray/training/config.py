@@ -12,6 +12,7 @@ import pydantic
 
 from cert_ray.config import Config
 from cert_ray.training.schedule import Schedule, decay_start
+from cert_ray.training.stability import SpikePolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # What does not change the trained weights, or is covered by the digest of the inputs.
@@ -22,6 +23,8 @@ _NOT_OF_THE_RESULT = {
     "output",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "keep_best_checkpoint",
+    "on_spike",
     "log_every_steps",
     "max_failures",
 }
@@ -54,12 +57,14 @@ class TrainConfig(Config):
     use_gpu: bool = False  # one GPU per worker and NCCL; else gloo
     cpus_per_worker: int = pydantic.Field(default=1, gt=0)  # reserved in Ray, and PyTorch's threads
     checkpoint_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
-    keep_checkpoints: int = pydantic.Field(default=2, gt=0)
+    keep_checkpoints: int = pydantic.Field(default=2, gt=0)  # the newest
+    keep_best_checkpoint: bool = True  # beside them, the one with the lowest held-out loss, where it was measured
     eval_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
     eval_rows: int | None = pydantic.Field(default=None, gt=0)  # None: every held-out row
     log_every_steps: int = pydantic.Field(default=10, gt=0)
     resampling: Literal["weighted", "uniform"] = "weighted"
     seed: int = pydantic.Field(default=0, ge=0)
+    on_spike: SpikePolicy | None = SpikePolicy()  # None: only a loss that is not finite ends the run
     max_failures: int = pydantic.Field(default=2, ge=0)  # worker deaths that one call recovers from
 
     @pydantic.model_validator(mode="after")

@@ -81,8 +81,12 @@ PRESETS: dict[str, GPTNeoPreset | LlamaPreset] = {
     ),
     # GPT-Neo 125M (12 layers, 768 wide, 12 heads, window 256) with PyCodeGPT's positions
     "pycodegpt-110m": GPTNeoPreset(layers=12, hidden=768, heads=12, local_window_tokens=256, max_context_tokens=1024),
+    # Measured as `tiny`, 154,000 tokens in bf16: held-out loss 6.13 with an initial deviation of 0.05, 6.35 and 6.58
+    # (learning rates 3e-3 and 6e-3) with 0.02; `tiny` beside it 6.32 and 6.28.
+    "modern-tiny": LlamaPreset(
+        layers=4, hidden=192, heads=6, feed_forward=512, max_context_tokens=None, initializer_range=0.05
+    ),
     # A feed-forward of 8/3 of the width, as in Llama, has GPT-Neo's parameters in three matrices instead of two.
-    "modern-tiny": LlamaPreset(layers=4, hidden=192, heads=6, feed_forward=512, max_context_tokens=None),
     "modern-110m": LlamaPreset(layers=12, hidden=768, heads=12, feed_forward=2048, max_context_tokens=1024),
 }
 

@@ -1,6 +1,7 @@
 """Preprocessing on Ray, whole: inputs -> documents -> clusters -> annotated dataset -> card.
 
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
+                         and, with `decontaminate`, `contamination/report.md`
     <output>/dedup       keys, signatures and clusters
     <output>/dataset     the annotated dataset, `drops/`, `manifest.json` and `card/`
 
@@ -20,8 +21,9 @@ import pydantic
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
+from cert_ray.corpus.documents import DocumentsConfig
+from cert_ray.corpus.on_ray import REDACTED, Plan, clean, plan_documents
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
-from cert_ray.corpus.on_ray import DocumentsConfig, Plan, clean
 from cert_ray.dataset.annotate import annotate
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
@@ -45,6 +47,7 @@ class AnnotateUnit(Config):
     clusters_checksum: str
     rows_read: int
     dropped: dict[str, int] = pydantic.Field(default_factory=dict)
+    redacted: dict[str, int] = pydantic.Field(default_factory=dict)  # in all documents, duplicates included
 
 
 def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> ShardReport:
@@ -67,6 +70,7 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
         counts={
             "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
             "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
+            **payload.redacted,
         },
     )
 
@@ -85,9 +89,9 @@ def preprocess(
         StorageFullError: before the disk is full.
     """
     output = storage.absolute(output)
-    documents_config = DocumentsConfig(sources=config.sources, appended=config.appended, cleaning=config.cleaning)
-    plan = documents_config.plan()
-    inputs = clusters_digest(plan.digest, config.minhash)
+    documents_config = DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields})
+    plan = plan_documents(documents_config)
+    inputs = clusters_digest(plan.inputs_digest, config.minhash)
     manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
@@ -122,6 +126,7 @@ def _preprocess(
                 clusters_checksum=after.files[0].checksum,
                 rows_read=before.rows_read,
                 dropped=before.dropped,
+                redacted={name: count for name, count in before.counts.items() if name.startswith(REDACTED)},
             ).model_dump(mode="json"),
         )
         for before, after in zip(documents.shards, clusters.shards, strict=True)

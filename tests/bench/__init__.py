@@ -1,1 +1,1 @@
-"""Benchmarks against named peers, run by hand: pytest does not collect them."""
+"""Benchmarks against named peers, and the makers of their input. Not part of the test suite: see README.md."""

@@ -19,6 +19,7 @@ FOUNDATION = {
     "manifests",
     "python_source",
     "libraries",
+    "gpt_neo",
     "telemetry",
     "shards",
 }

@@ -4,15 +4,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# The peers' environment, and where the benchmarks put corpora, runs and results.
+BENCH_VENV ?= .venv-bench
+BENCH_WORK ?= build/bench
+BENCH_RUNS ?= 5
 # Input bytes, models and steps of the demo: see `cert-ray demo --help`.
 DEMO_ARGS ?=
 
-.PHONY: demo test test-quick check format clean help
+.PHONY: demo test test-quick check bench bench-env format clean help
 
 help:
 	@echo "make demo        the whole pipeline on the Python files of this machine, about four minutes on two cores"
 	@echo "make test        every test; make test-quick: those without a Ray cluster"
 	@echo "make check       ruff and mypy"
+	@echo "make bench       every benchmark beside its peers, hours: see tests/bench/README.md; make bench-env: the peers"
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +41,25 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+$(BENCH_VENV)/installed: tests/bench/requirements.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
+	@touch $@
+
+bench-env: $(BENCH_VENV)/installed
+
+BENCH := PYTHONPATH=$(CURDIR) $(BIN)/python -m tests.bench
+BENCH_SIDES = --tables $(BENCH_WORK)/tables --peers $(BENCH_VENV)/bin/python --output $(BENCH_WORK)/results --runs $(BENCH_RUNS)
+
+bench: $(VENV)/installed-dev bench-env
+	$(BENCH).fetch_corpus --output $(BENCH_WORK)/corpus
+	$(BENCH).tabulate_corpus --output $(BENCH_WORK)/tables $(BENCH_WORK)/corpus/sdists
+	$(BENCH).bench_sketch $(BENCH_SIDES) --all
+	$(BENCH).bench_dedup $(BENCH_SIDES) --work $(BENCH_WORK)/dedup
+	$(BENCH).bench_preprocess $(BENCH_SIDES) --work $(BENCH_WORK)/preprocess
+	$(BENCH).bench_growth --output $(BENCH_WORK)/results --work $(BENCH_WORK)/growth --runs $(BENCH_RUNS) \
+		--write-costs $(BENCH_WORK)/results/costs.yaml
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .

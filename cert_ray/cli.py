@@ -35,6 +35,12 @@ RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="the run'
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace one value of the recipe, e.g. workers=2")
 ]
+Libraries = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--library", metavar="NAME", help="the library to make models for, instead of the recipe's; repeatable"
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, with every option, and stop")]
 Address = Annotated[
     str | None, typer.Option(help="a running Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine")
@@ -72,10 +78,12 @@ def _options(
 ) -> None: ...
 
 
-def _load(url: str, overrides: list[str] | None, extra: dict[str, Any] | None = None) -> Recipe:
+def _load(
+    url: str, overrides: list[str] | None, libraries: list[str] | None, extra: dict[str, Any] | None = None
+) -> Recipe:
     from cert_ray.operations.recipe import load_recipe
 
-    return load_recipe(url, overrides or (), extra)
+    return load_recipe(url, overrides or (), {**({"libraries": libraries} if libraries else {}), **(extra or {})})
 
 
 def _perform(recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
@@ -98,6 +106,7 @@ def _show(figures: dict[str, Any]) -> None:
 def preprocess(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    library: Libraries = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     address: Address = None,
@@ -106,7 +115,7 @@ def preprocess(
 
     Example: cert-ray preprocess jobs/numpy.yaml --set run=runs/numpy --limit 1000
     """
-    resolved = _load(recipe, overrides, {"preprocess.sources.limit": limit} if limit else None)
+    resolved = _load(recipe, overrides, library, {"preprocess.sources.limit": limit} if limit else None)
     from cert_ray.operations import pipeline
 
     what = f"preprocess {', '.join(resolved.preprocess.sources.inputs)} into {resolved.run}"
@@ -118,6 +127,7 @@ def preprocess(
 def tokenizer(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    library: Libraries = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     address: Address = None,
@@ -126,7 +136,7 @@ def tokenizer(
 
     Example: cert-ray tokenizer jobs/numpy.yaml --set tokenizer.vocab_size=8000
     """
-    resolved = _load(recipe, overrides, {"tokenizer.sample_bytes": limit} if limit else None)
+    resolved = _load(recipe, overrides, library, {"tokenizer.sample_bytes": limit} if limit else None)
     from cert_ray.operations import pipeline
 
     what = f"train a tokenizer of {resolved.tokenizer.vocab_size} entries on {resolved.run}"
@@ -141,15 +151,16 @@ def pack(
         list[str] | None, typer.Option(help="base, xl, sketcher or generator; default: all it needs")
     ] = None,
     overrides: Overrides = None,
+    library: Libraries = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
     """Encode the dataset into the token shards that training reads, one folder per view (--limit: documents read).
 
-    Example: cert-ray pack jobs/numpy.yaml --view base --view sketcher
+    Example: cert-ray pack jobs/numpy.yaml --view base --view sketcher --library numpy --library scipy
     """
-    resolved = _load(recipe, overrides)
+    resolved = _load(recipe, overrides, library)
     from cert_ray.operations import pipeline
     from cert_ray.tokens.encoding import View
 
@@ -169,6 +180,7 @@ def train(
     recipe: RecipeFile,
     model: Annotated[list[str] | None, typer.Option(help="a model of the recipe; default: all, in order")] = None,
     overrides: Overrides = None,
+    library: Libraries = None,
     limit: Limit = None,
     dry_run: DryRun = False,
     address: Address = None,
@@ -177,10 +189,10 @@ def train(
 
     Example: cert-ray train jobs/numpy.yaml --model base
     """
-    first = _load(recipe, overrides)
+    first = _load(recipe, overrides, library)
     names = model or list(first.models)
     steps = {f"models.{name}.train.{key}": value for name in names for key, value in _limited(limit)}
-    resolved = _load(recipe, overrides, steps)
+    resolved = _load(recipe, overrides, library, steps)
     for name in names:
         resolved.train_config(name)
     from cert_ray.operations import pipeline
@@ -273,6 +285,35 @@ def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")
         if finding.advice:
             typer.echo(f"{'':26} -> {finding.advice}")
     raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
+
+
+plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
+app.add_typer(plan, name="plan")
+
+
+@plan.callback()
+def _plans() -> None: ...  # keeps `corpus` a word of its own while it is the only plan
+
+
+@plan.command("corpus")
+def plan_corpus(
+    files: Annotated[float, typer.Option(help="files of the raw corpus, e.g. 60.6e6")],
+    size_bytes: Annotated[float, typer.Option("--bytes", help="bytes of the raw corpus, e.g. 330e9")],
+    cores: Annotated[int, typer.Option(help="cores of each node")],
+    nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
+    storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
+) -> None:
+    """Predict time, memory, bytes moved and disk of preprocessing, per stage, from measured costs.
+
+    Example: cert-ray plan corpus --files 60.6e6 --bytes 330e9 --nodes 16 --cores 32
+    """
+    from cert_ray.operations.plan import PlanConfig, load_costs, make_plan, render_plan
+
+    options = {"files": files, "size_bytes": size_bytes, "nodes": nodes, "cores": cores}
+    if storage_mb_per_s is not None:
+        options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
+    typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))
 
 
 @app.command()

@@ -12,8 +12,9 @@
     |-- StorageFullError        a disk with too little room for what is to be written
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
-    |-- CheckpointError         a checkpoint that is damaged, or belongs to another run
-    |-- TrainingDivergedError   a loss that is not finite
+    |-- CheckpointError         a checkpoint that belongs to another run
+    |   `-- DamagedCheckpointError    a checkpoint with a file that is missing or not what was written
+    |-- TrainingDivergedError   a loss that is not finite, or has left where it was
     |-- TrainingFailedError     training workers died more often than the run allows
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
@@ -124,11 +125,15 @@ class TokenizerMismatchError(CertRayError):
 
 
 class CheckpointError(CertRayError):
-    """A checkpoint that is damaged, incomplete, or belongs to another run."""
+    """A checkpoint that cannot be gone on from: damaged, or another run's."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint has a file that is missing or not what was written."""
 
 
 class TrainingDivergedError(CertRayError):
-    """The loss stopped being finite."""
+    """The loss stopped being finite, or rose and stayed there."""
 
 
 class TrainingFailedError(CertRayError):

@@ -2,7 +2,7 @@
 
 In: the `libraries` column of documents (top-level packages that a file imports, guarded and local imports included).
 A library's files are those that import it, by that name; this is the project's definition, for the paper's filter was
-not published. What a file uses through another package, or by a string, is not seen.
+not published. `importlib.import_module("x")` counts, too; what a file uses through another package is not seen.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pydantic
+import xxhash
 
 from cert_ray import storage
 from cert_ray.config import Config
@@ -29,6 +30,13 @@ class WrittenFile(Config):
     rows: int
     size_bytes: int
     checksum: str
+    # The checksum before rows were emptied on request: what was made from it stays valid but for these rows.
+    stands_for: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What later stages know the file by."""
+        return self.stands_for or self.checksum
 
 
 class ShardReport(Config):
@@ -68,6 +76,20 @@ class Manifest(Config):
     def files(self) -> list[WrittenFile]:
         """Every file of every shard, in shard order."""
         return [file for shard in self.shards for file in shard.files]
+
+    def files_digest(self) -> str:
+        """xxh3-128 over the names and identities of every file, in order: equal bytes, equal digest."""
+        lines = "".join(f"{file.name} {file.identity}\n" for file in self.files)
+        return str(xxhash.xxh3_128_hexdigest(lines.encode()))
+
+    def check(self) -> None:
+        """Raise `ConservationError` unless every shard and the total add up."""
+        for shard in self.shards:
+            shard.check(self.stage)
+        dropped = sum(self.dropped.values())
+        if self.rows_read != self.rows_kept + dropped:
+            raise ConservationError(self.stage, self.rows_read, self.rows_kept, dropped)
+        check_handover(f"{self.stage}: its shards", sum(shard.rows_read for shard in self.shards), self.rows_read)
 
 
 def summarize(
@@ -119,8 +141,22 @@ def with_shards(manifest: Manifest, shards: Iterable[ShardReport]) -> Manifest:
     return manifest.model_copy(update=_sums(manifest.stage, ordered))
 
 
+def check_handover(stage: str, given: int, taken: int) -> None:
+    """Raise `ConservationError` unless `stage` took every one of the rows that the step before it gave."""
+    if given != taken:
+        raise ConservationError(f"{stage} (rows handed over)", given, taken, 0)
+
+
 def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Write `manifest` into `folder`: from now on the stage counts as finished."""
+    """Write `manifest` into `folder`: from now on the stage counts as finished.
+
+    What killed tasks left half written is removed first.
+
+    Raises:
+        ConservationError: when its rows do not add up; nothing is written then.
+    """
+    manifest.check()
+    storage.remove_partial_files(folder)
     storage.write_text(storage.join(folder, MANIFEST_NAME), manifest.model_dump_json(indent=1) + "\n")
 
 

@@ -50,7 +50,11 @@ class FunctionFacts:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """Everything one parse tells. `imports` are top-level package names of absolute imports, sorted and unique."""
+    """Everything one parse tells. `imports` are top-level package names, sorted and unique.
+
+    They are those of absolute imports anywhere in the file (guarded, local, `TYPE_CHECKING`), and of `import_module`
+    and `__import__` with a constant.
+    """
 
     statements: tuple[Statement, ...]
     functions: tuple[FunctionFacts, ...]
@@ -111,8 +115,11 @@ def collector_paused() -> Iterator[None]:
 
 def _read_source(source: str) -> SourceFacts | Dropped:
     tree = parse(source)
-    if isinstance(tree, Dropped):
-        return tree
+    return tree if isinstance(tree, Dropped) else facts_of(source, tree)
+
+
+def facts_of(source: str, tree: ast.Module) -> SourceFacts:
+    """Blocks, functions and imports of `source`, which parses as `tree`."""
     imports: set[str] = set()
     functions: list[FunctionFacts] = []
     may_assert = _ASSERT_METHOD.search(source) is not None
@@ -125,7 +132,28 @@ def _read_source(source: str) -> SourceFacts | Dropped:
         elif isinstance(statement, FunctionNode):
             asserts = may_assert and _calls_unittest_assert(statement)
             functions.append(FunctionFacts(statement.name, _body(statement), asserts))
+    imports.update(_imported_by_name(source, tree))
     return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)))
+
+
+def _imported_by_name(source: str, tree: ast.Module) -> Iterator[str]:
+    """Packages of `importlib.import_module("x.y")`, `import_module("x")` and `__import__("x")`, wherever they stand."""
+    if "import_module" not in source and "__import__" not in source:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and _name_of(node.func) in ("import_module", "__import__"):
+            name = node.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                package = name.value.partition(".")[0]  # empty for a relative one
+                if package.isidentifier():
+                    yield package
+
+
+def _name_of(function: ast.expr) -> str | None:
+    """The last name of a called function, however it is reached."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else None
 
 
 def byte_offsets(source: str, offsets: Sequence[int]) -> list[int]:

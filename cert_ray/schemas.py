@@ -28,6 +28,9 @@ class DropReason(StrEnum):
     UNSAFE_MEMBER_PATH = "unsafe_member_path"
     DAMAGED_ARCHIVE = "damaged_archive"
     BAD_RECORD = "bad_record"
+    # Licences: the file may not be used.
+    LICENCE_NOT_ALLOWED = "licence_not_allowed"
+    LICENCE_UNKNOWN = "licence_unknown"
     # Cleaning: the text is not worth training on.
     EMPTY = "empty"
     PATH_EXCLUDED = "path_excluded"
@@ -40,6 +43,8 @@ class DropReason(StrEnum):
     # Parsing: the running interpreter refuses it.
     NOT_PYTHON_3 = "not_python_3"
     TOO_DEEPLY_NESTED = "too_deeply_nested"
+    # Decontamination: it holds a problem that models are scored on.
+    CONTAMINATED = "contaminated"
     # Dedup.
     EXACT_DUPLICATE = "exact_duplicate"
     NEAR_DUPLICATE = "near_duplicate"
@@ -77,7 +82,7 @@ DOCUMENTS = pa.schema(
         ("source", pa.string()),  # the input it was read from: a folder, an archive, a table
         ("repository", pa.string()),  # null when the input does not say
         ("stars", pa.int64()),  # null when the input does not say
-        ("licence", pa.string()),  # null when the input does not say
+        ("licence", pa.string()),  # of the repository, else of the SPDX header; null when neither says
         ("content", pa.string()),  # null once it is removed on request
         ("size_bytes", pa.int32()),
         ("content_hash", pa.binary(16)),  # xxh3-128 of the normalised content
@@ -89,6 +94,21 @@ DOCUMENTS = pa.schema(
 )
 
 DROPS = pa.schema([("path", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+
+# Why files were dropped as contaminated: one row for each problem and way that a file matched.
+CONTAMINATION = pa.schema(
+    [
+        ("path", pa.string()),
+        ("source", pa.string()),
+        ("problems", pa.string()),  # the problem file
+        ("task_id", pa.string()),
+        ("part", pa.string()),  # prompt or solution
+        ("how", pa.string()),  # words or tree
+        ("line", pa.int32()),  # of the cleaned file, from 1; the first match's
+        ("matches", pa.int32()),  # n-grams, or runs of statements
+        ("text", pa.string()),  # what matched first, as the document has it
+    ]
+)
 
 # One row per surviving file. A placeholder is [start, end) in the UTF-8 bytes of `sketch`, and its kind.
 PLACEHOLDER = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("kind", pa.string())])

@@ -24,6 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from cert_ray.errors import ConfigError, InputError, StorageFullError
 
 _CHECKSUM_BLOCK_BYTES = 4 << 20
+_PARTIAL_SUFFIX = ".partial"
 # Left free on a local disk, for logs and for others; assumed.
 _RESERVE_BYTES = 256 << 20
 
@@ -167,7 +168,7 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
     free_bytes = shutil.disk_usage(target.parent).free
     if free_bytes < size_bytes + _RESERVE_BYTES:
         raise StorageFullError(url, size_bytes + _RESERVE_BYTES, free_bytes)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_PARTIAL_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
@@ -176,6 +177,13 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def remove_partial_files(url: str) -> None:
+    """Remove what writers that were killed left below the local folder `url`; nobody may be writing there."""
+    if is_local(url):
+        for path in local_path(url).rglob(f".*{_PARTIAL_SUFFIX}"):
+            path.unlink(missing_ok=True)
 
 
 def write_bytes(url: str, payload: bytes | pa.Buffer) -> Written:

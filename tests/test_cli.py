@@ -91,7 +91,21 @@ def test_dry_run_prints_every_option_and_writes_nothing(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     printed = yaml.safe_load(result.output)
+    assert printed["libraries"] == ["x"]
     assert printed["preprocess"]["sources"]["limit"] == 7
     assert printed["tokenizer"]["vocab_size"] == 999
     assert printed["preprocess"]["minhash"]["bands"] == 14
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml"]
+
+
+@pytest.mark.parametrize("verb", ["preprocess", "tokenizer", "pack", "train"])
+@pytest.mark.parametrize("given", [None, ["x"]])
+def test_libraries_of_the_recipe_can_be_named_on_the_command_line(
+    tmp_path: Path, verb: str, given: list[str] | None
+) -> None:
+    recipe = {"run": str(tmp_path / "run"), "preprocess": {"sources": {"inputs": [str(tmp_path)]}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, **({"libraries": given} if given else {})}))
+    arguments = [verb, str(tmp_path / "r.yaml"), "--library", "polars", "--library", "duckdb", "--dry-run"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.output)["libraries"] == ["polars", "duckdb"]

@@ -19,13 +19,15 @@ FOUNDATION = {
     "manifests",
     "python_source",
     "libraries",
+    "gpt_neo",
     "telemetry",
     "shards",
 }
 # Beside itself and the foundation, a stage imports only what the flow needs.
 EDGES: dict[str, set[str]] = {
     "errors": set(),
-    "corpus": {"quality"},  # one parse gives a file's facts and its scores
+    # One parse gives a file's facts and its scores. Decontamination reads problems, and hashes words as dedup does.
+    "corpus": {"quality", "evaluation.benchmarks", "dedup.minhash"},
     "dedup": set(),
     "quality": set(),
     "sketching": set(),

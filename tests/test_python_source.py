@@ -159,3 +159,39 @@ def test_node_positions_become_code_points_on_lines_beyond_ascii() -> None:
     lines = LineIndex(source)
     names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
     assert [source[lines.offset(node.lineno, node.col_offset)] for node in names] == ["ä", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize(
+    ("source", "imports"),
+    [
+        ("import polars", ("polars",)),
+        ("import polars as pl, duckdb", ("duckdb", "polars")),
+        ("import polars.selectors as cs", ("polars",)),
+        ("from polars import col as c, lit", ("polars",)),
+        ("from polars.testing.asserts import assert_frame_equal", ("polars",)),
+        ("from polars import *", ("polars",)),
+        ("try:\n    import polars\nexcept ImportError:\n    import pandas", ("pandas", "polars")),
+        (
+            "try:\n    pass\nexcept* OSError:\n    import a\nelse:\n    import b\nfinally:\n    import c",
+            ("a", "b", "c"),
+        ),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import polars", ("polars", "typing")),
+        ("if x:\n    pass\nelif y:\n    import a\nelse:\n    import b", ("a", "b")),
+        ("def f():\n    for x in y:\n        with z:\n            import polars", ("polars",)),
+        ("class A:\n    async def f(self):\n        while x:\n            from polars import col", ("polars",)),
+        ("match x:\n    case 1:\n        import polars", ("polars",)),
+        ("import importlib\npl = importlib.import_module('polars.selectors')", ("importlib", "polars")),
+        ("from importlib import import_module\nf(x=[import_module('polars')])", ("importlib", "polars")),
+        ("pl = __import__('polars')", ("polars",)),
+        ("def f(): return builtins.__import__('polars.x', globals())", ("polars",)),
+        ("from . import polars", ()),
+        ("from .polars import col", ()),
+        ("from ..polars import col", ()),
+        ("import importlib\nimportlib.import_module('.polars', __package__)", ("importlib",)),
+        ("import importlib\nimportlib.import_module(name)\nimportlib.import_module(f'{x}.y')", ("importlib",)),
+        ("import importlib\nimportlib.import_module('not a name')\nimport_module()", ("importlib",)),
+        ("polars = 1\nx = 'import polars'\n# import_module('polars')", ()),
+    ],
+)
+def test_imports_are_found_however_they_are_written(source: str, imports: tuple[str, ...]) -> None:
+    assert read(source).imports == imports

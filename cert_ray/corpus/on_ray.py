@@ -6,13 +6,16 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from cert_ray import manifests
-from cert_ray.config import Config
-from cert_ray.corpus.cleaning import CleaningConfig
-from cert_ray.corpus.documents import documents_of_unit
+import pyarrow as pa
+
+from cert_ray import manifests, storage
+from cert_ray.corpus.decontamination import ProblemIndex
+from cert_ray.corpus.decontamination_report import write_report
+from cert_ray.corpus.documents import DocumentsConfig, documents_of_unit
 from cert_ray.corpus.removals import Removal, blank, content_bytes
-from cert_ray.corpus.sources import SourceConfig, plan_units
+from cert_ray.corpus.sources import plan_units
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit, inputs_digest, write_table
@@ -20,76 +23,99 @@ from cert_ray.shards.units import WorkUnit, inputs_digest, write_table
 logger = logging.getLogger(__name__)
 
 STAGE = "documents"
+REDACTED = "redacted_"  # counts: secrets in the documents, by kind
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All units, how many of them each generation has, and the digest of what they read."""
+    """All units, how many of them each generation has, what they are cleaned of, and digests of these."""
 
     units: list[WorkUnit]
     generations: tuple[int, ...]
-    digest: str
+    problems: ProblemIndex | None
+    inputs_digest: str  # of everything that is read
+    options_digest: str  # of what decides a unit's outcome beside the unit: not which other inputs there are
 
 
-class DocumentsConfig(Config):
-    """What is read, and what is kept of it."""
+def plan_documents(config: DocumentsConfig) -> Plan:
+    """The units of all generations.
 
-    sources: SourceConfig
-    appended: tuple[tuple[str, ...], ...] = ()  # the inputs of each later generation
-    cleaning: CleaningConfig = CleaningConfig()
-
-    def unit_options(self) -> str:
-        """The digest of what decides a unit's outcome beside the unit: not which other inputs there are."""
-        planned = {"inputs": (), "limit": None, "max_input_bytes": None}
-        return self.model_copy(update={"sources": self.sources.model_copy(update=planned), "appended": ()}).digest()
-
-    def plan(self) -> Plan:
-        """The units of all generations."""
-        units: list[WorkUnit] = []
-        counts = []
-        for inputs in (self.sources.inputs, *self.appended):
-            planned = plan_units(self.sources.model_copy(update={"inputs": inputs}), len(units))
-            units += planned
-            counts.append(len(planned))
-        return Plan(units, tuple(counts), inputs_digest(units))
+    Raises:
+        InputError: for an input that cannot be read, or a problem file that cannot be used.
+    """
+    units: list[WorkUnit] = []
+    counts = []
+    for inputs in (config.sources.inputs, *config.appended):
+        planned = plan_units(config.sources.model_copy(update={"inputs": inputs}), len(units))
+        units += planned
+        counts.append(len(planned))
+    elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}  # what the units say themselves
+    options = config.model_copy(
+        update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}
+    ).digest()
+    problems = ProblemIndex.read(config.decontaminate) if config.decontaminate.problems else None
+    if problems is None:
+        return Plan(units, tuple(counts), None, inputs_digest(units), options)
+    checksums = "-".join(problems.checksums.values())
+    return Plan(units, tuple(counts), problems, f"{inputs_digest(units)}-{checksums}", f"{options}-{checksums}")
 
 
 def write_documents(
-    unit: WorkUnit, config: DocumentsConfig, folder: str, removals: Sequence[Removal] = ()
+    unit: WorkUnit,
+    config: DocumentsConfig,
+    problems: ProblemIndex | None,
+    folder: str,
+    removals: Sequence[Removal] = (),
 ) -> ShardReport:
-    """Read, clean and parse one unit; writes `<shard>.parquet` and `drops/<shard>.parquet`."""
-    documents, drops, rows_read = documents_of_unit(unit, config.sources, config.cleaning)
-    documents = blank(documents, removals)
+    """Read, clean and parse one unit; writes `<shard>.parquet`, its `drops/` and, if asked for, `contamination/`."""
+    result = documents_of_unit(unit, config, problems)
+    documents = blank(result.documents, removals)
     name = f"{unit.name}.parquet"
-    files = (write_table(folder, name, documents), write_table(folder, f"drops/{name}", drops))
-    reasons = drops.column("reason").value_counts().to_pylist()
+    files = [write_table(folder, name, documents), write_table(folder, f"drops/{name}", result.drops)]
+    if problems:
+        files.append(write_table(folder, f"contamination/{name}", result.contamination))
+    reasons = result.drops.column("reason").value_counts().to_pylist()
     return ShardReport(
         shard=unit.name,
         unit_digest="",
-        files=files,
-        rows_read=rows_read,
+        files=tuple(files),
+        rows_read=result.rows_read,
         rows_kept=len(documents),
         dropped={entry["values"]: entry["counts"] for entry in reasons},
-        counts={"content_bytes": content_bytes(documents)},
+        counts={
+            "content_bytes": content_bytes(documents),
+            **{f"{REDACTED}{kind}": count for kind, count in sorted(result.redacted.items())},
+        },
     )
 
 
 def clean(
     config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None, removals: Sequence[Removal] = ()
 ) -> Manifest:
-    """Run the stage into `folder` on `config.plan()`; finished shards are reused.
+    """Run the stage into `folder` on the plan of `config`; finished shards are reused.
 
     Args:
         removals: files whose text is left out of every shard made now. Shards made earlier are brought in line by
             `dataset.removal`, so a takedown makes no other shard again.
     """
-    units, counts = plan.units, list(plan.generations)
-    work = functools.partial(write_documents, config=config, folder=folder, removals=removals)
+    problems = plan.problems
+    work = functools.partial(write_documents, config=config, problems=problems, folder=folder, removals=removals)
     reports = run_units(
-        units, work, folder=folder, config_digest=config.unit_options(), stage=STAGE, verb="preprocess", workers=workers
+        plan.units,
+        work,
+        folder=folder,
+        config_digest=plan.options_digest,
+        stage=STAGE,
+        verb="preprocess",
+        workers=workers,
     )
-    notes = {"generations": counts}
-    manifest = manifests.summarize(STAGE, config, plan.digest, reports, notes=notes)
+    notes: dict[str, Any] = {"generations": list(plan.generations)}
+    if problems:
+        notes["problem_files"] = problems.checksums
+    manifest = manifests.summarize(STAGE, config, plan.inputs_digest, reports, notes)
+    if problems:
+        tables = [storage.read_parquet(storage.join(folder, "contamination", f"{r.shard}.parquet")) for r in reports]
+        write_report(folder, pa.concat_tables(tables), problems)
     manifests.write_manifest(folder, manifest)
     logger.info("documents: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest

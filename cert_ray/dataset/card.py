@@ -170,7 +170,7 @@ def write_card(folder: str, manifest: Manifest) -> None:
         "statistics": statistics,
         "figures": _figures(manifest, statistics),
         "steps": funnel(manifest),
-        "counts": {name: count for name, count in manifest.counts.items() if name not in _SHOWN_COUNTS},
+        "counts": {_label(name): count for name, count in manifest.counts.items() if name not in _SHOWN_COUNTS},
         "notes": dict(_flat(manifest.notes)),
         "pictures": {name: Markup(svg[svg.index("<svg") :]) for name, svg in pictures.items()},
         "libraries": top_libraries,
@@ -193,6 +193,12 @@ def _figures(manifest: Manifest, statistics: Statistics) -> dict[str, str]:
         "lexical tokens": f"{statistics.tokens_total:,}",
         "placeholders": f"{manifest.counts.get('placeholders', 0):,}",
     }
+
+
+def _label(count: str) -> str:
+    """The name of a count of the manifest, for people."""
+    kind = count.removeprefix("redacted_")
+    return kind.replace("_", " ") if kind == count else f"secrets redacted: {kind.replace('_', ' ')}"
 
 
 def _bytes(count: int) -> str:

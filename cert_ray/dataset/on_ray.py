@@ -1,6 +1,7 @@
 """Preprocessing on Ray, whole: inputs -> documents -> clusters -> annotated dataset -> card.
 
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
+                         and, with `decontaminate`, `contamination/report.md`
     <output>/dedup       keys, signatures and clusters
     <output>/removals.jsonl   files that `cert-ray remove` took out, and that no later run brings back
     <output>/dataset     the annotated dataset, `drops/`, `statistics/`, `manifest.json` and `card/`
@@ -20,15 +21,16 @@ import pydantic
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
+from cert_ray.corpus.documents import DocumentsConfig
+from cert_ray.corpus.on_ray import REDACTED, Plan, clean, plan_documents
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
-from cert_ray.corpus.on_ray import DocumentsConfig, Plan, clean
 from cert_ray.corpus.removals import read_removals
 from cert_ray.dataset.annotate import annotate, row_counts
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
 from cert_ray.dataset.removal import apply_removals
 from cert_ray.dataset.statistics import largest_clusters, shard_statistics, write_statistics
-from cert_ray.dedup.on_ray import clusters_digest, deduplicate
+from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
@@ -42,12 +44,13 @@ Intermediates = Literal["keep", "remove"]
 
 
 class AnnotateUnit(Config):
-    """Payload of one unit: what the shard counted so far, and the digests of what it is made from."""
+    """Payload of one unit: what the shard counted so far, and the checksums of what it is made from."""
 
-    documents_digest: str
+    documents_checksum: str
     clusters_checksum: str
     rows_read: int
     dropped: dict[str, int] = pydantic.Field(default_factory=dict)
+    redacted: dict[str, int] = pydantic.Field(default_factory=dict)  # in all documents, duplicates included
 
 
 def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> ShardReport:
@@ -57,7 +60,9 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     name = f"{unit.name}.parquet"
     documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
     clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
+    manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(clusters))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
+    manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(rows) + len(drops))
     files = (
         write_table(folder, name, rows),
         write_table(folder, f"drops/{name}", drops),
@@ -71,7 +76,7 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
         rows_read=payload.rows_read,
         rows_kept=len(rows),
         dropped=dict(sorted(dropped.items())),
-        counts=row_counts(rows),
+        counts={**row_counts(rows), **payload.redacted},
     )
 
 
@@ -89,16 +94,16 @@ def preprocess(
         StorageFullError: before the disk is full.
     """
     output = storage.absolute(output)
-    documents_config = DocumentsConfig(sources=config.sources, appended=config.appended, cleaning=config.cleaning)
-    plan = documents_config.plan()
+    documents_config = DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields})
+    plan = plan_documents(documents_config)
     if not all(removal.finished for removal in read_removals(output)):
         apply_removals(output)
-    inputs = clusters_digest(plan.digest, config.minhash)
+    inputs = plan.inputs_digest
     manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
     else:
-        manifest = _preprocess(config, documents_config, plan, output, workers)
+        manifest = _preprocess(config, documents_config, plan, inputs, output, workers)
     if intermediates == "remove":
         _remove_intermediates(output, manifest)
     return manifest
@@ -113,21 +118,32 @@ def _remove_intermediates(output: str, manifest: Manifest) -> None:
 
 
 def _preprocess(
-    config: PreprocessConfig, documents_config: DocumentsConfig, plan: Plan, output: str, workers: int | None
+    config: PreprocessConfig,
+    documents_config: DocumentsConfig,
+    plan: Plan,
+    inputs: str,
+    output: str,
+    workers: int | None,
 ) -> Manifest:
     documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers, read_removals(output))
     clusters = deduplicate(
-        storage.join(output, DOCUMENTS_STAGE), documents, storage.join(output, "dedup"), config.minhash, workers
+        storage.join(output, DOCUMENTS_STAGE),
+        documents,
+        storage.join(output, "dedup"),
+        config.minhash,
+        workers,
+        config.dedup_quality,
     )
     options = AnnotateConfig(weights=config.weights, sketch_kind=config.sketch_kind)
     units = [
         WorkUnit(
             name=before.shard,
             payload=AnnotateUnit(
-                documents_digest=before.unit_digest,
+                documents_checksum=before.files[0].identity,
                 clusters_checksum=after.files[0].checksum,
                 rows_read=before.rows_read,
                 dropped=before.dropped,
+                redacted={name: count for name, count in before.counts.items() if name.startswith(REDACTED)},
             ).model_dump(mode="json"),
         )
         for before, after in zip(documents.shards, clusters.shards, strict=True)
@@ -138,7 +154,10 @@ def _preprocess(
         units, work, folder=folder, config_digest=options.digest(), stage=STAGE, verb="preprocess", workers=workers
     )
     notes = {**documents.notes, **clusters.notes}
-    manifest = manifests.summarize(STAGE, config, clusters.inputs_digest, reports, notes=notes)
+    manifest = manifests.summarize(STAGE, config, inputs, reports, notes=notes)
+    manifests.check_handover(STAGE, documents.rows_read, manifest.rows_read)
+    for reason, rows in (Counter(documents.dropped) + Counter(clusters.dropped)).items():
+        manifests.check_handover(f"{STAGE}: {reason}", rows, manifest.dropped.get(reason, 0))
     if manifest.rows_kept == 0:
         reasons = ", ".join(f"{reason} {count}" for reason, count in manifest.dropped.items()) or "no file matched"
         raise InputError(

@@ -104,6 +104,7 @@ def apply_removals(run: str) -> None:
             table = _read_selectors(folder, f"{report.shard}.parquet")
             if table is not None and pc.any(selected(table, removals)).as_py():
                 rewritten(folder, report, removals)
+        storage.remove_partial_files(folder)
         _remove_leftovers(folder)
         if manifests.is_finished(folder):
             manifest = manifests.read_manifest(folder, stage, VERB)
@@ -235,6 +236,11 @@ def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, An
         for name, rows, payload in contents
     }
     files = tuple(written.get(file.name, file) for file in report.files)
+    if storage.name_of(folder) == DOCUMENTS:  # keys, clusters and sketches made from the rows that stay are still right
+        files = tuple(
+            old if new.checksum == old.checksum else new.model_copy(update={"stands_for": old.identity})
+            for new, old in zip(files, report.files, strict=True)
+        )
     after = report.model_copy(update={"files": files, **updates})
     if after == report:
         if manifests.are_whole(folder, report.files, VERB):
@@ -249,12 +255,12 @@ def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, An
 
 
 def _remove_leftovers(folder: str) -> None:
-    """Delete shards that no report tells of, and what killed writes left: they too may hold text."""
+    """Delete shards that no report tells of: they too may hold text."""
     if not storage.exists(folder):
         return
     known = {f"{report.shard}.parquet" for report in _reports(folder)}
     for entry in storage.list_files(folder):
         name = storage.name_of(entry.url)
         is_shard = entry.url == storage.join(folder, name) and name.endswith(".parquet")
-        if (name.startswith(".") and ".parquet." in name) or (is_shard and name not in known):
+        if is_shard and name not in known:
             storage.remove(entry.url)

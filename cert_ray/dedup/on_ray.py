@@ -7,70 +7,104 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import ray
 
 from cert_ray import manifests
+from cert_ray.config import Config
 from cert_ray.dedup import survivors
 from cert_ray.dedup.minhash import I64, MinHashConfig
+from cert_ray.dedup.quality import QualityConfig, measure_quality
 from cert_ray.manifests import Manifest
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit
 
 logger = logging.getLogger(__name__)
 
+STAGE = "dedup"
+VERB = "preprocess"
+
+
+class DedupConfig(Config):
+    """How duplicates are found, and how well that is measured."""
+
+    minhash: MinHashConfig
+    quality: QualityConfig | None
+
 
 def deduplicate(
-    documents: str, manifest: Manifest, folder: str, config: MinHashConfig, workers: int | None = None
+    documents: str,
+    manifest: Manifest,
+    folder: str,
+    config: MinHashConfig,
+    workers: int | None = None,
+    quality: QualityConfig | None = None,
 ) -> Manifest:
     """Exact and near duplicates of the documents that `manifest` lists; writes `folder`, see `dedup.survivors`.
 
-    Its note "generations" says how many shards each generation has; what one decided, later ones leave.
+    A finished and whole `folder` that was made from the same documents by the same options is reused as it is. The note
+    "generations" of `manifest` says how many shards each generation has; what one decided, later ones leave.
+
+    Args:
+        quality: how near-dedup is measured against brute force, into the manifest's notes; None does not measure it.
+
+    Raises:
+        ConservationError: when a shard's keys are not those of as many documents as `manifest` says.
     """
-    units = [WorkUnit(name=shard.shard, payload={"digest": shard.unit_digest}) for shard in manifest.shards]
+    options = DedupConfig(minhash=config, quality=quality)
+    generations = manifest.notes["generations"]
+    inputs = "-".join([manifest.files_digest(), config.digest(), *map(str, generations)])
+    if (finished := manifests.finished_manifest(folder, STAGE, VERB, options, inputs)) is not None:
+        logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
+        return finished
+    units = [WorkUnit(name=shard.shard, payload={"documents": shard.files[0].identity}) for shard in manifest.shards]
     work = functools.partial(survivors.write_keys, documents=documents, folder=folder, config=config)
-    keys = run_units(
-        units, work, folder=folder, config_digest=config.digest(), stage="dedup", verb="preprocess", workers=workers
-    )
+    keys = run_units(units, work, folder=folder, config_digest=config.digest(), stage=STAGE, verb=VERB, workers=workers)
+    for before, after in zip(manifest.shards, keys, strict=True):
+        manifests.check_handover(f"{STAGE}/{after.shard}", before.rows_kept, after.rows_read)
     shards, rows = [report.shard for report in keys], [report.rows_kept for report in keys]
-    ends = _documents_after(manifest.notes["generations"], rows)
-    inputs = clusters_digest(manifest.inputs_digest, config)
-    exact = survivors.exact_edges(folder, shards)
-    skip = np.zeros(sum(rows), bool)
-    skip[exact[:, 1]] = True
-    edges = np.unique(np.concatenate([exact, *_near_edges(folder, shards, skip, config, workers)]), axis=0)
-    clusters, differences = survivors.cluster_documents(documents, shards, edges, ends)
-    reports = survivors.write_clusters(folder, shards, rows, clusters, exact, inputs)
-    result = manifests.summarize("dedup", config, inputs, reports, notes=differences)
+    first_D = survivors.exact_firsts(folder, shards, rows)
+    skip = np.not_equal(first_D, np.arange(len(first_D)))
+    ends = _documents_after(generations, rows)
+    edges = _near_edges(folder, shards, skip, ends, config, workers)
+    clusters, differences = survivors.cluster_documents(documents, folder, shards, rows, first_D, edges, ends)
+    reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
+    notes: dict[str, Any] = {**differences}
+    if quality is not None:
+        notes["near_dedup_quality"] = measure_quality(documents, shards, rows, clusters, config, quality)
+    result = manifests.summarize(STAGE, options, inputs, reports, notes)
+    manifests.check_handover(STAGE, manifest.rows_kept, result.rows_read)
     manifests.write_manifest(folder, result)
     logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
     return result
 
 
-def clusters_digest(documents_digest: str, config: MinHashConfig) -> str:
-    """What the clusters are made from: the documents' inputs, and how they are compared."""
-    return f"{documents_digest}-{config.digest()}"
-
-
 def _documents_after(shards_of_generation: Sequence[int], rows: Sequence[int]) -> list[int]:
     """Documents after each generation, from its shards' counts."""
-    ends = np.cumsum([0, *rows])
-    return [int(ends[last]) for last in np.cumsum(shards_of_generation)]
+    after = np.cumsum([0, *rows])
+    return [int(after[last]) for last in np.cumsum(shards_of_generation)]
 
 
 def _near_edges(
-    folder: str, shards: Sequence[str], skip: survivors.Bits, config: MinHashConfig, workers: int | None
-) -> list[I64]:
+    folder: str,
+    shards: Sequence[str],
+    skip: survivors.Bits,
+    ends: Sequence[int],
+    config: MinHashConfig,
+    workers: int | None,
+) -> Iterator[I64]:
     """Every band's edges, in band order, at most `workers` tasks at a time."""
     task = ray.remote(survivors.band_edges)
     skip_ref = ray.put(skip)
     pending: list[ray.ObjectRef] = []
-    edges: list[I64] = []
     for band in range(config.bands):
-        if workers and len(pending) - len(edges) >= workers:
-            edges.append(ray.get(pending[len(edges)]))
-        pending.append(task.options(num_cpus=1).remote(folder, shards, band, skip_ref, config))
-    edges.extend(ray.get(pending[len(edges) :]))
-    return edges
+        if workers and len(pending) >= workers:
+            yield ray.get(pending.pop(0))
+        # Like Ray Data's tasks, run again whenever a worker or node is lost; an error of the task itself ends the run.
+        options = {"num_cpus": 1, "max_retries": -1, "name": f"{STAGE} band {band}"}
+        pending.append(task.options(**options).remote(folder, shards, band, skip_ref, ends, config))
+    while pending:
+        yield ray.get(pending.pop(0))

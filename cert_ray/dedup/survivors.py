@@ -9,15 +9,16 @@ Documents are numbered by (shard, row), made dense by prefix sums of the shards'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from cert_ray import storage
-from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, equal_edges, generations_of
-from cert_ray.dedup.minhash import I64, U32, MinHashConfig, band_keys, signatures
+from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, first_of_equal, sharing, tie
+from cert_ray.dedup.minhash import I64, U32, U64, MinHashConfig, band_keys, signatures
 from cert_ray.manifests import ShardReport
 from cert_ray.schemas import DropReason
 from cert_ray.shards.units import WorkUnit, write_table
@@ -44,78 +45,106 @@ def write_keys(unit: WorkUnit, documents: str, folder: str, config: MinHashConfi
     return ShardReport(shard=unit.name, unit_digest="", files=files, rows_read=len(table), rows_kept=len(table))
 
 
-def exact_edges(folder: str, shards: Sequence[str]) -> I64:
-    """Edges between documents of equal content hash; 16 bytes per document in memory."""
-    hashes = [_fixed_rows(_read_keys(folder, shard, "content_hash")).view("V16")[:, 0] for shard in shards]
-    return equal_edges(np.concatenate(hashes)) if hashes else np.zeros((0, 2), np.int64)
+def exact_firsts(folder: str, shards: Sequence[str], rows: Sequence[int]) -> I64:
+    """For every document the least number with the same content."""
+    return first_of_equal(_content_hashes(folder, shards, rows))
 
 
-def band_edges(folder: str, shards: Sequence[str], band: int, skip: Bits, config: MinHashConfig) -> I64:
-    """Verified edges of one band among the documents that `skip` leaves (exact duplicates need no second look)."""
-    keys = [_read_keys(folder, shard, _band_column(band)).to_numpy() for shard in shards]
-    shingled = [_read_keys(folder, shard, "has_shingle").to_numpy(zero_copy_only=False) for shard in shards]
-    rows = [len(column) for column in keys]
-    members = np.flatnonzero(np.concatenate([*shingled, np.zeros(0, bool)]) & ~skip)
-    member_keys = np.concatenate([*keys, np.zeros(0, np.uint64)])[members]
-    _, inverse, counts = np.unique(member_keys, return_inverse=True, return_counts=True)
-    shared = counts[inverse] > 1
-    members, member_keys = members[shared], member_keys[shared]
-    signature_MH = _read_signatures(folder, shards, rows, members, config)
-    ranks = np.arange(len(members))
-    return members[candidate_edges(member_keys, ranks, signature_MH, config.threshold)].astype(np.int64)
-
-
-def cluster_documents(
-    documents: str, shards: Sequence[str], edges: I64, ends: Sequence[int]
-) -> tuple[Clusters, dict[str, int]]:
-    """The clusters of the whole corpus; survivors by stars (unknown counts as 0), then size, then number.
+def band_edges(
+    folder: str, shards: Sequence[str], band: int, skip: Bits, ends: Sequence[int], config: MinHashConfig
+) -> I64:
+    """Verified edges of one band among the documents that `skip` leaves (exact duplicates need no second look).
 
     Args:
         ends: documents after each generation.
+    """
+    members, member_keys, rows = _band_members(folder, shards, band, skip)
+    shared = sharing(member_keys)
+    shared.sort()  # by number, as files are read
+    members, member_keys = members[shared], member_keys[shared]
+    hashes_M2 = _content_hashes(folder, shards, rows, members)
+    signature_MH = _read_signatures(folder, shards, rows, members, config)
+    generation_M = np.searchsorted(ends, members, side="right")
+    return members[candidate_edges(member_keys, hashes_M2, signature_MH, config.threshold, generation_M)]
+
+
+def cluster_documents(
+    documents: str,
+    folder: str,
+    shards: Sequence[str],
+    rows: Sequence[int],
+    first_D: I64,
+    edges: Iterable[I64],
+    ends: Sequence[int],
+) -> tuple[Clusters, dict[str, int]]:
+    """The clusters of the whole corpus from exact duplicates (`first_D`) and every band's `edges`, in any order.
+
+    A cluster's survivor has the most stars (unknown counts as 0), then the most bytes, then the least content hash.
+    Copies of the surviving content that still tie are told apart by their number alone.
+
+    What was decided in a generation stays: its documents keep their survivors and cluster sizes, and a later document
+    in the cluster of an old survivor is dropped for it. So two old survivors stay where a new document joins them.
+
+    Args:
+        ends: documents after each generation. Each generation takes 8 bytes per document up to its end.
 
     Returns:
         The clusters, and how many documents are kept that a rebuild in one generation would drop, and the reverse.
     """
-    tables = [
-        storage.read_parquet(storage.join(documents, f"{shard}.parquet"), ["stars", "size_bytes"]) for shard in shards
-    ]
-    stars = np.concatenate([np.zeros(0), *(table.column("stars").fill_null(0).to_numpy() for table in tables)])
-    sizes = np.concatenate([np.zeros(0), *(table.column("size_bytes").to_numpy() for table in tables)])
-    quality = stars.astype(np.int64), sizes.astype(np.int64)
-    clusters = generations_of(ends, edges, *quality)
-    if len(ends) == 1:
-        return clusters, {}
-    rebuilt = clusters_of(len(stars), edges, *quality).keep
-    return clusters, {
-        "kept_unlike_a_rebuild": int((clusters.keep & ~rebuilt).sum()),
-        "dropped_unlike_a_rebuild": int((rebuilt & ~clusters.keep).sum()),
+    labels = [first_D[:end] for end in ends]
+    for batch in edges:
+        last = batch.max(axis=1, initial=-1)
+        labels = [tie(label, batch[last < end]) for label, end in zip(labels, ends, strict=True)]
+    survivor_D, size_D = np.zeros(0, np.int64), np.zeros(0, np.int64)
+    for label in labels:
+        start, end = len(survivor_D), len(label)
+        new = np.ones(end, np.int64)
+        new[:start] = survivor_D != np.arange(start)  # dropped before, and so are not to stand for anything
+        precedence = (column[:end] for column in _precedence(documents, folder, shards, rows))
+        clusters = clusters_of(label, itertools.chain([new], precedence) if start else precedence)
+        survivor_D = np.concatenate([survivor_D, clusters.survivor_D[start:]])
+        size_D = np.concatenate([size_D, clusters.size_D[start:]])
+    decided = Clusters(survivor_D, size_D)
+    if len(labels) == 1:
+        return decided, {}
+    rebuilt = clusters_of(labels[-1], _precedence(documents, folder, shards, rows)).keep
+    return decided, {
+        "kept_unlike_a_rebuild": int((decided.keep & ~rebuilt).sum()),
+        "dropped_unlike_a_rebuild": int((rebuilt & ~decided.keep).sum()),
     }
 
 
+def _precedence(documents: str, folder: str, shards: Sequence[str], rows: Sequence[int]) -> Iterator[I64 | U64]:
+    for column in ("stars", "size_bytes"):
+        values = np.empty(sum(rows), np.int64)
+        for shard, part in _parts(shards, rows):
+            read = storage.read_parquet(storage.join(documents, f"{shard}.parquet"), [column]).column(column)
+            np.negative(read.fill_null(0).to_numpy(), out=values[part])
+        yield values
+    for half in range(2):
+        yield np.ascontiguousarray(_content_hashes(folder, shards, rows)[:, half])
+
+
 def write_clusters(
-    folder: str, shards: Sequence[str], rows: Sequence[int], clusters: Clusters, exact: I64, digest: str
+    folder: str, shards: Sequence[str], rows: Sequence[int], clusters: Clusters, first_D: I64, digest: str
 ) -> list[ShardReport]:
     """One clusters file per shard, and the drops by reason.
 
     A dropped document is an exact duplicate when another document with its content stands for it or survives.
     """
-    is_copy = np.zeros(len(clusters.survivor_D), bool)
-    is_copy[exact[:, 1]] = True
-    group = np.arange(len(is_copy))
-    group[exact[:, 1]] = exact[:, 0]
-    is_copy |= group == group[clusters.survivor_D]
-    reports, first = [], 0
-    for shard, count in zip(shards, rows, strict=True):
-        part = slice(first, first + count)
-        keep = clusters.keep[part]
-        copies = is_copy[part] & ~keep
+    reports = []
+    for shard, part in _parts(shards, rows):
+        numbers = np.arange(part.start, part.stop)
+        survivor, size, first = clusters.survivor_D[part], clusters.size_D[part], first_D[part]
+        keep = survivor == numbers
+        copies = ((first != numbers) | (first == first_D[survivor])) & ~keep
         reason = np.where(copies, DropReason.EXACT_DUPLICATE, DropReason.NEAR_DUPLICATE)
         table = pa.table(
             {
                 "keep": pa.array(keep),
                 "reason": pa.array(reason.astype(object), pa.string(), mask=keep),
-                "survivor": pa.array(clusters.survivor_D[part]),
-                "cluster_size": pa.array(clusters.size_D[part], pa.int32()),
+                "survivor": pa.array(survivor),
+                "cluster_size": pa.array(size, pa.int32()),
             }
         )
         file = write_table(folder, f"clusters/{shard}.parquet", table)
@@ -125,12 +154,19 @@ def write_clusters(
         }
         reports.append(
             ShardReport(
-                shard=shard, unit_digest=digest, files=(file,), rows_read=count, rows_kept=int(keep.sum()),
+                shard=shard, unit_digest=digest, files=(file,), rows_read=len(keep), rows_kept=int(keep.sum()),
                 dropped={str(name): number for name, number in dropped.items() if number},
             )
         )  # fmt: skip
-        first += count
     return reports
+
+
+def _parts(shards: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[str, slice]]:
+    """Every shard with the range of its documents' numbers."""
+    first = 0
+    for shard, count in zip(shards, rows, strict=True):
+        yield shard, slice(first, first + count)
+        first += count
 
 
 def _band_column(band: int) -> str:
@@ -148,15 +184,45 @@ def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     return values[array.offset * width : (array.offset + len(array)) * width].reshape(len(array), width)
 
 
+def _band_members(folder: str, shards: Sequence[str], band: int, skip: Bits) -> tuple[I64, U64, list[int]]:
+    """Numbers and keys of the documents with a key that `skip` leaves, and the rows of each shard."""
+    members, keys, rows = np.empty(len(skip), np.int64), np.empty(len(skip), np.uint64), []
+    first = filled = 0
+    for shard in shards:
+        table = storage.read_parquet(
+            storage.join(folder, "keys", f"{shard}.parquet"), [_band_column(band), "has_shingle"]
+        )
+        shingled = table.column("has_shingle").to_numpy()
+        chosen = np.flatnonzero(shingled & ~skip[first : first + len(table)])
+        part = slice(filled, filled + len(chosen))
+        members[part] = chosen + first
+        keys[part] = table.column(_band_column(band)).to_numpy()[chosen]
+        rows.append(len(table))
+        first, filled = first + len(table), part.stop
+    return members[:filled], keys[:filled], rows
+
+
+def _content_hashes(folder: str, shards: Sequence[str], rows: Sequence[int], members: I64 | None = None) -> U64:
+    """uint64[members, 2], the halves of content hashes: of every document, or of `members` (sorted)."""
+    hashes_M2 = np.empty((sum(rows) if members is None else len(members), 2), np.uint64)
+    for shard, part in _parts(shards, rows):
+        wanted = part if members is None else slice(*np.searchsorted(members, (part.start, part.stop)))
+        if wanted.start == wanted.stop:
+            continue
+        column = _read_keys(folder, shard, "content_hash")
+        of_shard = _fixed_rows(column).view(">u8")
+        hashes_M2[wanted] = of_shard if members is None else of_shard[members[wanted] - part.start]
+    return hashes_M2
+
+
 def _read_signatures(
     folder: str, shards: Sequence[str], rows: Sequence[int], members: I64, config: MinHashConfig
 ) -> U32:
     """uint32[members, hashes], reading only the shards that hold one of `members` (sorted)."""
-    parts, first = [np.zeros((0, config.hashes), np.uint32)], 0
-    for shard, count in zip(shards, rows, strict=True):
-        wanted = members[np.searchsorted(members, first) : np.searchsorted(members, first + count)] - first
-        if len(wanted):
+    signature_MH = np.empty((len(members), config.hashes), np.uint32)
+    for shard, part in _parts(shards, rows):
+        wanted = slice(*np.searchsorted(members, (part.start, part.stop)))
+        if wanted.start < wanted.stop:
             column = storage.read_parquet(storage.join(folder, "signatures", f"{shard}.parquet")).column("signature")
-            parts.append(_fixed_rows(column.take(pa.array(wanted))).view(np.uint32))
-        first += count
-    return np.concatenate(parts)
+            signature_MH[wanted] = _fixed_rows(column).view(np.uint32)[members[wanted] - part.start]
+    return signature_MH

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.errors import InputError, RequestError
+from cert_ray.gpt_neo import fuse_attention
 from cert_ray.manifests import is_finished, read_manifest
 from cert_ray.serving.boundaries import FirstTokens, StopWatch, cut_at, drop_start
 from cert_ray.serving.sampling import draw_tokens, token_logprobs, uniform_streams
@@ -268,7 +269,7 @@ def _load_local(path: Path, folder: str, dtype: torch.dtype, cure: str) -> tuple
     vocab_size, known = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab_size(with_added_tokens=True)
     if known > vocab_size:
         raise InputError(folder, f"its tokenizer has {known} tokens, its model only {vocab_size}", cure)
-    return model, tokenizer
+    return fuse_attention(model), tokenizer
 
 
 def _window(folder: str, model_config: Any) -> int:

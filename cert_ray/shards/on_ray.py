@@ -36,6 +36,7 @@ def run_units(
 ) -> list[ShardReport]:
     """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
 
+    A manifest of other units in `folder` is removed first, so none stands while its shards are redone.
     An error raised on purpose in a task comes back as itself, without Ray's wrapping.
 
     Args:
@@ -44,6 +45,7 @@ def run_units(
         memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
 
     Raises:
+        SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
     """
 
@@ -56,6 +58,7 @@ def run_units(
             reports.append({"report": report.model_dump_json(), "reused": done is not None})
         return pa.Table.from_pylist(reports)
 
+    units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
     if not units:
         return []
     context = ray.data.DataContext.get_current()

@@ -17,6 +17,7 @@ import xxhash
 from cert_ray import manifests, storage
 from cert_ray.config import Config
 from cert_ray.manifests import ShardReport, WrittenFile
+from cert_ray.schemas import SCHEMA_VERSION
 
 REPORTS_FOLDER = "reports"
 
@@ -29,8 +30,9 @@ class WorkUnit(Config):
     rows: int = 0
 
     def unit_digest(self, config_digest: str) -> str:
-        """xxh3-128 of the unit and of the stage's config: a report with another one belongs to another run."""
-        return str(xxhash.xxh3_128_hexdigest(f"{config_digest}\n{self.model_dump_json()}".encode()))
+        """xxh3-128 of the unit, the stage's config and the schema: a report with another one belongs to another run."""
+        lines = f"{SCHEMA_VERSION}\n{config_digest}\n{self.model_dump_json()}"
+        return str(xxhash.xxh3_128_hexdigest(lines.encode()))
 
 
 Work = Callable[[WorkUnit], ShardReport]
@@ -78,10 +80,26 @@ def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) 
     return report if manifests.are_whole(folder, report.files, verb) else None
 
 
+def withdraw_manifest(units: Sequence[WorkUnit], folder: str, config_digest: str, stage: str, verb: str) -> None:
+    """Remove the manifest of `folder` unless its shards are those of `units`: they are about to change.
+
+    Units that are only damaged are rebuilt with the same bytes, so a manifest of the same units may stand meanwhile.
+
+    Raises:
+        SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
+    """
+    if not manifests.is_finished(folder):
+        return
+    standing = [(shard.shard, shard.unit_digest) for shard in manifests.read_manifest(folder, stage, verb).shards]
+    if standing != [(unit.name, unit.unit_digest(config_digest)) for unit in units]:
+        storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
+
+
 def run_in_process(
     units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
 ) -> list[ShardReport]:
     """Every unit's report, one after the other in this process: what the run on Ray must equal."""
+    withdraw_manifest(units, folder, config_digest, stage, verb)
     return [
         finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage)
         for unit in units

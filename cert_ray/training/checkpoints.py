@@ -6,13 +6,15 @@
                             complete.json     last, once every part has arrived
 
 A folder without `complete.json` was cut short by a kill: it counts as absent, and is removed when a run starts. One
-that has it but disagrees with its parts is damaged, and is refused by name. Who writes where and when is `worker`'s.
+that has it but disagrees with its parts is damaged: it is refused by name, and the one before it used. Who writes where
+and when is `worker`'s.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import CheckpointError, ConfigError
+from cert_ray.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from cert_ray.manifests import WrittenFile
 
 _log = logging.getLogger(__name__)
@@ -92,10 +94,56 @@ def remove_incomplete(folder: str) -> None:
             storage.remove(url)
 
 
-def keep_newest(folder: str, count: int) -> None:
-    """Remove all complete checkpoints below `folder` but the newest `count`."""
-    for _, url in complete_checkpoints(folder)[:-count]:
-        storage.remove(url)
+def newest_whole(folder: str, run_digest: str) -> tuple[int, str] | None:
+    """Step and URL of the newest checkpoint below `folder` whose files are what was written, or `None` without any.
+
+    Damaged ones after it are named in a warning and removed. All are read: this belongs on one worker.
+
+    Raises:
+        CheckpointError: when a checkpoint is another run's, or every one is damaged; then none is removed.
+    """
+    refused: list[str] = []
+    damage: CheckpointError | None = None
+    for step, url in reversed(complete_checkpoints(folder)):
+        try:
+            verify(url, run_digest)
+        except DamagedCheckpointError as error:
+            refused.append(url)
+            damage = error
+            _log.warning("refusing %s", error)
+        else:
+            for damaged in refused:
+                _log.warning("going on from %s, and removing %s", url, damaged)
+                _remove(damaged)
+            return step, url
+    if damage is not None:
+        raise damage
+    return None
+
+
+def to_remove(steps: Sequence[int], keep_newest: int, held_out: Mapping[int, float] | None) -> list[int]:
+    """Which of the checkpoints of `steps`, oldest first, need not be kept: not the newest, not the best.
+
+    The best has the lowest of the `held_out` losses, given by step, the earlier one of equals; `None`: it is not kept.
+    """
+    kept = set(steps[-keep_newest:])
+    measured = [step for step in steps if held_out and step in held_out]
+    if held_out and measured:
+        kept.add(min(measured, key=lambda step: held_out[step]))
+    return [step for step in steps if step not in kept]
+
+
+def prune(folder: str, keep_newest: int, held_out: Mapping[int, float] | None) -> None:
+    """Remove the complete checkpoints below `folder` that `to_remove` names. The newest should have been verified."""
+    found = dict(complete_checkpoints(folder))
+    for step in to_remove(list(found), keep_newest, held_out):
+        _remove(found[step])
+
+
+def _remove(checkpoint: str) -> None:
+    """Killed in between, this leaves one that counts as absent, not one that is damaged."""
+    storage.remove(storage.join(checkpoint, _COMPLETE))
+    storage.remove(checkpoint)
 
 
 def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None = None) -> Part:
@@ -105,15 +153,20 @@ def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None
         CheckpointError: naming the file that is missing or damaged, or when `run_digest` is another run's.
     """
     first = _read_part(checkpoint, 0)
-    if run_digest is not None and first.run_digest != run_digest:
-        raise CheckpointError(
-            f"{checkpoint} belongs to a run with other options or inputs (digest {first.run_digest}, this one has "
-            f"{run_digest}). Choose another output, or delete that run's folder."
-        )
+    if run_digest is not None:
+        _check_run(checkpoint, first, run_digest)
     for rank in range(first.world_size) if only_rank is None else [only_rank]:
         for file in (first if rank == 0 else _read_part(checkpoint, rank)).files:
             _check(checkpoint, file)
     return first
+
+
+def _check_run(checkpoint: str, part: Part, run_digest: str) -> None:
+    if part.run_digest != run_digest:
+        raise CheckpointError(
+            f"{checkpoint} belongs to a run with other options or inputs (digest {part.run_digest}, this one has "
+            f"{run_digest}). Choose another output, or delete that run's folder."
+        )
 
 
 def _found(folder: str) -> list[tuple[int, str, bool]]:
@@ -151,8 +204,8 @@ def _check(checkpoint: str, file: WrittenFile) -> None:
         raise _damaged(checkpoint, url, problem)
 
 
-def _damaged(checkpoint: str, url: str, problem: str) -> CheckpointError:
-    return CheckpointError(
+def _damaged(checkpoint: str, url: str, problem: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"damaged checkpoint: {url} {problem}. Delete {checkpoint} and train again: "
-        "the run goes on from the checkpoint before it, or from the start."
+        "the run goes on from the checkpoint before it, or from the start where there is none."
     )

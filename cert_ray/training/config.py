@@ -11,6 +11,8 @@ from typing import Literal, Self
 import pydantic
 
 from cert_ray.config import Config
+from cert_ray.training.schedule import Schedule, decay_start
+from cert_ray.training.stability import SpikePolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
 # What does not change the trained weights, or is covered by the digest of the inputs.
@@ -21,6 +23,8 @@ _NOT_OF_THE_RESULT = {
     "output",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "keep_best_checkpoint",
+    "on_spike",
     "log_every_steps",
     "max_failures",
 }
@@ -45,19 +49,22 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.95)
     max_gradient_norm: float | None = pydantic.Field(default=1.0, gt=0)  # assumed: PAPER does not say
     warmup_steps: int = pydantic.Field(default=1_000, ge=0)
-    schedule: Literal["cosine"] = "cosine"
+    schedule: Schedule = "cosine"
+    decay_share: float = pydantic.Field(default=0.2, gt=0, le=1)  # of the steps, with schedule wsd
     precision: Precision = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = pydantic.Field(default=1, gt=0)
     use_gpu: bool = False  # one GPU per worker and NCCL; else gloo
     cpus_per_worker: int = pydantic.Field(default=1, gt=0)  # reserved in Ray, and PyTorch's threads
     checkpoint_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
-    keep_checkpoints: int = pydantic.Field(default=2, gt=0)
+    keep_checkpoints: int = pydantic.Field(default=2, gt=0)  # the newest
+    keep_best_checkpoint: bool = True  # beside them, the one with the lowest held-out loss, where it was measured
     eval_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
     eval_rows: int | None = pydantic.Field(default=None, gt=0)  # None: every held-out row
     log_every_steps: int = pydantic.Field(default=10, gt=0)
     resampling: Literal["weighted", "uniform"] = "weighted"
     seed: int = pydantic.Field(default=0, ge=0)
+    on_spike: SpikePolicy | None = SpikePolicy()  # None: only a loss that is not finite ends the run
     max_failures: int = pydantic.Field(default=2, ge=0)  # worker deaths that one call recovers from
 
     @pydantic.model_validator(mode="after")
@@ -65,6 +72,11 @@ class TrainConfig(Config):
         if self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps {self.warmup_steps} leaves none of the {self.steps} steps; lower it or raise steps"
+            )
+        if self.schedule == "wsd" and decay_start(self.steps, self.decay_share) < self.warmup_steps:
+            raise ValueError(
+                f"decay_share {self.decay_share} of {self.steps} steps begins before warmup_steps {self.warmup_steps} "
+                "end; lower one of them"
             )
         if self.precision != "fp32" and self.zero_stage == 0:
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
+from cert_ray.gpt_neo import fuse_attention
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.presets import PRESETS, preset_config
@@ -79,7 +80,7 @@ def parameter_count(model: torch.nn.Module) -> int:
 def _from_scratch(config: TrainConfig, pack: PackFacts) -> Any:
     shape = preset_config(config.base, pack.vocab_size, pack.context_tokens, pack.end_id, pack.pad_id)
     torch.manual_seed(config.seed)
-    return AutoModelForCausalLM.from_config(shape, dtype=torch.float32, attn_implementation="eager")
+    return fuse_attention(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
 
 
 def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: PackFacts) -> Any:
@@ -101,7 +102,7 @@ def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: Pa
     )
     added = range(_base_vocabulary(config, base, tokenizer_folder), pack.vocab_size)
     add_tokens(model, added)
-    return model
+    return fuse_attention(model)
 
 
 def add_tokens(model: Any, ids: range) -> None:

@@ -52,8 +52,8 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
 
     Raises:
         ConfigError, InputError, NotFinishedError, ...: before any worker starts, when an input cannot be used.
-        CheckpointError: when the checkpoint to go on from is damaged or another run's.
-        TrainingDivergedError: when the loss stops being finite.
+        CheckpointError: when every checkpoint is damaged, or they are another run's.
+        TrainingDivergedError: when the loss stops being finite, or spikes for longer than `config.on_spike` allows.
         TrainingFailedError: when workers died more than `config.max_failures` times.
     """
     checked = inputs.check(config)
@@ -64,16 +64,13 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     folder = checkpoints.folder_of(checked.config.output)
     _tidy(folder, checked)
     returned = _fit(checked, folder, after_step)
-    checkpoints.keep_newest(folder, checked.config.keep_checkpoints)
     return _result(checked.config, _finish(checked, returned), reused=False)
 
 
 def _tidy(folder: str, checked: inputs.Checked) -> None:
     """Leave only whole checkpoints of this run below `folder`, the newest of them verified."""
     checkpoints.remove_incomplete(folder)
-    found = checkpoints.newest(folder)
-    if found is not None:
-        checkpoints.verify(found[1], checked.run_digest)
+    checkpoints.newest_whole(folder, checked.run_digest)
     if storage.exists(folder):
         # Ray Train's own list of checkpoints refuses to start when one of them was deleted; `worker` looks for itself.
         for entry in storage.list_files(folder):
@@ -100,7 +97,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
             name=storage.name_of(folder),
             storage_path=config.output,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),  # `worker` removes, after verifying
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # our own lines say what happens
         ),
     )

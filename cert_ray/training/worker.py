@@ -15,13 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from cert_ray import storage
-from cert_ray.errors import InputError, TrainingDivergedError
+from cert_ray.errors import CheckpointError, InputError, TrainingDivergedError
 from cert_ray.manifests import WrittenFile
 from cert_ray.tokens.packing import plan_rows
 from cert_ray.tokens.shards import PackedTokens
@@ -31,10 +31,12 @@ from cert_ray.training.deepspeed_engine import Engine
 from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
 from cert_ray.training.sampling import IntArray, Rows, RowStream, epoch_documents, shuffled_documents, step_positions
 from cert_ray.training.schedule import learning_rate
+from cert_ray.training.stability import spike_limit, spiking_steps
 
 _log = logging.getLogger(__name__)
 
 _RECORDS = "records.jsonl"
+_T = TypeVar("_T")
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and mask, [B, T + 1]
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
@@ -62,7 +64,8 @@ def run(
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
     Raises:
-        TrainingDivergedError: on every rank, when a step's loss is not finite.
+        TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
+        CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
     """
     torch.set_num_threads(config.cpus_per_worker)
     packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
@@ -104,6 +107,7 @@ class _Rank:
         """Train to the last step; a record per step, after its checkpoint where it has one."""
         config = self._config
         lines = _Lines(config, self.records[-1].tokens if self.records else 0)
+        owed = False  # a checkpoint that a spike put off
         for step in range(len(self.records), config.steps):
             record = self._step(step)
             done = step + 1
@@ -113,24 +117,69 @@ class _Rank:
             if self._rank == 0:
                 lines.show(record)
             every = config.checkpoint_every_steps
-            if done == config.steps or (every and done % every == 0):
+            owed = owed or bool(every and done % every == 0)
+            if (not self._spikes() and owed) or done == config.steps:
                 self._save(done)
+                owed = False
             yield record
+
+    def _spikes(self) -> bool:
+        """Whether the last step's loss is part of a spike; raises once the policy's patience is over."""
+        policy = self._config.on_spike
+        if policy is None:
+            return False
+        losses = [record.loss for record in self.records[-(policy.window_steps + policy.patience_steps) :]]
+        count = spiking_steps(losses, policy)
+        if count == 0:
+            return False
+        step = len(self.records)
+        limit = spike_limit(losses[:-1], policy)
+        if count == policy.patience_steps and policy.action == "stop":
+            raise self._diverged(
+                f"step {step}: the losses of {count} steps in a row, the last {losses[-1]:.4f} nats/token, are above "
+                f"the limit ({limit:.4f}) that the {policy.window_steps} steps before set",
+                "To let the run go on from there as it is, set on_spike.action to warn.",
+            )
+        if self._rank == 0 and count in (1, policy.patience_steps):
+            _log.warning(
+                "step %d: the loss spikes, %.4f nats/token (limit %.4f); no checkpoint is written until it has fallen",
+                step,
+                losses[-1],
+                limit,
+            )
+        return True
+
+    def _diverged(self, what: str, more: str) -> TrainingDivergedError:
+        config = self._config
+        found = checkpoints.newest(checkpoints.folder_of(config.output))
+        last = "There is no checkpoint." if found is None else f"The last good checkpoint is {found[1]}: export it and "
+        if found is not None:
+            last += "start from that folder, into another output, with a lower rate."
+        return TrainingDivergedError(
+            f"{what}. Lower learning_rate ({config.learning_rate}), raise warmup_steps ({config.warmup_steps}), or use "
+            f"precision fp32 or bf16 (now {config.precision}). {last} {more}".rstrip()
+        )
 
     def _step(self, step: int) -> StepRecord:
         config = self._config
         started = time.perf_counter()
         positions = step_positions(step, self._rank, self._world_size, config.micro_batch, config.gradient_accumulation)
         rate = learning_rate(
-            step, config.steps, config.warmup_steps, config.learning_rate, config.final_learning_rate_share
+            step,
+            config.steps,
+            config.warmup_steps,
+            config.learning_rate,
+            config.final_learning_rate_share,
+            config.schedule,
+            config.decay_share,
         )
         torch.manual_seed((config.seed << 40) ^ (step * self._world_size + self._rank))  # dropout, where a base has it
         loss, tokens, norm = self._engine.train_step([_tensors(*self._rows.read(row)) for row in positions], rate)
         if not math.isfinite(loss):
-            raise TrainingDivergedError(
-                f"step {step + 1}: the loss is {loss}. Lower learning_rate ({config.learning_rate}), raise "
-                f"warmup_steps ({config.warmup_steps}), or use precision fp32 or bf16 (now {config.precision})."
-            )
+            raise self._diverged(f"step {step + 1}: the loss is {loss}", "")
+        # In fp16 a step whose gradients overflow is left out, and the next one is scaled down.
+        if norm is not None and not math.isfinite(norm) and config.precision != "fp16":
+            raise self._diverged(f"step {step + 1}: the gradient's norm is {norm}", "")
         epoch, _ = self._rows.locate(step * config.rows_per_step)
         before = self.records[-1].tokens if self.records else 0
         return StepRecord(
@@ -180,8 +229,31 @@ class _Rank:
             )
             self._report(self.records[-1].model_dump(), folder, name)
         self._engine.barrier()  # every part has arrived
+        self._decide(lambda: self._complete(name))
+
+    def _complete(self, name: str) -> None:
+        """Read the checkpoint back; only then it counts, and only then older ones go."""
+        config = self._config
+        folder = checkpoints.folder_of(config.output)
+        checkpoint = storage.join(folder, name)
+        checkpoints.verify(checkpoint)
+        checkpoints.mark_complete(checkpoint, self._world_size)
+        losses = {record.step: record.held_out_loss for record in self.records if record.held_out_loss is not None}
+        checkpoints.prune(folder, config.keep_checkpoints, losses if config.keep_best_checkpoint else None)
+
+    def _decide(self, decision: Callable[[], _T]) -> _T:
+        """What rank 0 finds by `decision`, on every rank; its error is raised on every rank too."""
+        answer: list[Any] = [None]
         if self._rank == 0:
-            checkpoints.mark_complete(storage.join(checkpoints.folder_of(config.output), name), self._world_size)
+            try:
+                answer = [decision()]
+            except CheckpointError as error:
+                answer = [error]
+        torch.distributed.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], CheckpointError):
+            raise answer[0]
+        found: _T = answer[0]
+        return found
 
     def _save_shared(self, folder: Path) -> None:
         self._loaded.model.config.save_pretrained(folder / export.MODEL_FOLDER)
@@ -193,7 +265,8 @@ class _Rank:
         (folder / _RECORDS).write_text(to_json_lines(self.records))
 
     def _resume(self) -> None:
-        found = checkpoints.newest(checkpoints.folder_of(self._config.output))
+        folder_url = checkpoints.folder_of(self._config.output)
+        found = self._decide(lambda: checkpoints.newest_whole(folder_url, self._run_digest))
         if found is None:
             return
         step, url = found

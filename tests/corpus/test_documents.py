@@ -9,8 +9,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from cert_ray.corpus.cleaning import CleaningConfig
-from cert_ray.corpus.documents import documents_of_unit
+from cert_ray.corpus.documents import DocumentsConfig, UnitDocuments, documents_of_unit
 from cert_ray.corpus.sources import SourceConfig, plan_units
 from cert_ray.errors import MissingColumnsError
 from cert_ray.schemas import DOCUMENTS, DROPS
@@ -24,10 +23,15 @@ from tests.corpus.hostile import (
 )
 
 
-def documents(config: SourceConfig, cleaning: CleaningConfig | None = None) -> tuple[pa.Table, pa.Table, int]:
-    results = [documents_of_unit(unit, config, cleaning or CleaningConfig()) for unit in plan_units(config)]
-    kept, dropped, read = zip(*results, strict=True)
-    return pa.concat_tables(kept), pa.concat_tables(dropped), sum(read)
+def units(sources: SourceConfig, **options: object) -> list[UnitDocuments]:
+    config = DocumentsConfig.model_validate({"sources": sources, **options})
+    return [documents_of_unit(unit, config) for unit in plan_units(sources)]
+
+
+def documents(sources: SourceConfig, **options: object) -> tuple[pa.Table, pa.Table, int]:
+    results = units(sources, **options)
+    kept, dropped = [unit.documents for unit in results], [unit.drops for unit in results]
+    return pa.concat_tables(kept), pa.concat_tables(dropped), sum(unit.rows_read for unit in results)
 
 
 @pytest.fixture
@@ -90,3 +94,44 @@ def test_doc_id_does_not_depend_on_what_else_is_dropped(tmp_path: Path) -> None:
     (tmp_path / "b.py").write_text(good_source(1))
     kept, _, _ = documents(SourceConfig(inputs=(str(tmp_path),)))
     assert kept.column("doc_id").to_pylist() == ["shard-00000-0000001"]
+
+
+def test_batches_of_a_unit_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        (tmp_path / f"{number}.py").write_text(good_source(number) + "# ann@corp.com\n" * number)
+    (tmp_path / "3_bad.py").write_text("x = 1\n")
+    config = SourceConfig(inputs=(str(tmp_path),))
+    (whole,) = units(config)
+    monkeypatch.setattr("cert_ray.corpus.documents._BATCH_CHARS", 1)
+    (single,) = units(config)
+    assert single.documents.equals(whole.documents)
+    assert single.drops.equals(whole.drops)
+    assert single.redacted == whole.redacted == {"email": 10}
+
+
+def test_secrets_are_redacted_before_facts_are_taken(tmp_path: Path) -> None:
+    source = f'{GOOD}\n\nMAIL = "an-address-that-is-long@corp.com"\n\nif MAIL:\n    pass\n'
+    (tmp_path / "a.py").write_text(source)
+    config = SourceConfig(inputs=(str(tmp_path),))
+    kept, _, _ = documents(config)
+    (row,) = kept.to_pylist()
+    expected = source.replace("an-address-that-is-long@corp.com", "redacted@example.com")
+    assert row["content"] == expected
+    assert row["content_hash"] == xxhash.xxh3_128_digest(expected.encode())
+    assert row["statements"][-1]["end"] == len(expected.encode().rstrip())
+    (kept_as_it_is,) = documents(config, secrets=None)[0].to_pylist()
+    assert kept_as_it_is["content"] == source
+
+
+def test_licences_are_judged_and_the_header_fills_the_column(tmp_path: Path) -> None:
+    headers = {"a.py": "MIT", "b.py": "GPL-3.0-only", "c.py": None, "d.py": "Apache-2.0 OR GPL-3.0-only"}
+    for number, (name, header) in enumerate(headers.items()):
+        top = f"# SPDX-License-Identifier: {header}\n\n" if header else ""
+        (tmp_path / name).write_text(top + good_source(number))
+    config = SourceConfig(inputs=(str(tmp_path),))
+    kept, dropped, _ = documents(config, licences=["mit", "Apache-2.0"])
+    assert kept.column("licence").to_pylist() == ["MIT", "Apache-2.0 OR GPL-3.0-only"]
+    assert "SPDX" not in kept.column("content")[0].as_py()  # the column keeps what cleaning takes away
+    reasons = dict(zip(dropped.column("path").to_pylist(), dropped.column("reason").to_pylist(), strict=True))
+    assert reasons == {"b.py": "licence_not_allowed", "c.py": "licence_unknown"}
+    assert documents(config)[0].column("licence").to_pylist() == list(headers.values())

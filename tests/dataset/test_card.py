@@ -78,7 +78,7 @@ def test_card_is_whole_without_a_network_and_the_same_each_time(tmp_path: Path) 
     assert html.count('<details class="example"') == 5
     markdown = (tmp_path / "card" / "card.md").read_text()
     for text in (html, markdown):
-        for figure in ("1.2 MB", "redacted email", "41", "recall: value", "0.97", "copy.py", "6 (66.7%)"):
+        for figure in ("1.2 MB", "secrets redacted: email", "41", "recall: value", "0.97", "copy.py", "6 (66.7%)"):
             assert figure in text
     pictures = re.findall(r"\]\((\w+\.svg)\)", markdown)
     assert len(pictures) == html.count("<figure") == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -134,3 +135,40 @@ def test_corpus_with_nothing_to_keep_is_an_error_that_counts(tmp_path: Path) -> 
     (tmp_path / "corpus" / "empty.py").write_text("")
     with pytest.raises(InputError, match=r"none of 1 files is left \(empty 1\)"):
         preprocess(config(tmp_path / "corpus"), str(tmp_path / "out"))
+
+
+def test_problem_file_is_part_of_what_a_dataset_is_made_from(tmp_path: Path) -> None:
+    """A leak is dropped, counted and told; a changed problem file, under the same name, is looked for anew."""
+    corpus, problems = tmp_path / "corpus", tmp_path / "problems.jsonl"
+    write_corpus(corpus, files=3)
+    leak, other = LEAK.format(verb="sorted"), LEAK.format(verb="reversed")
+    (corpus / "leak.py").write_text(f"# ann@corp.com\n{leak}")
+    (corpus / "other.py").write_text(other)
+    options = config(corpus, decontaminate=[str(problems)])
+    names = {}
+    for source in (leak, other):
+        head, _, body = source.partition("\n\n\n")[2].partition("\n")
+        problem = {"task_id": "T/0", "prompt": head + "\n", "canonical_solution": body, "test": "", "entry_point": "f"}
+        problems.write_text(json.dumps(problem) + "\n")
+        made = preprocess(options, str(tmp_path / "out"))
+        assert made.dropped["contaminated"] == 1
+        assert (made.rows_read, made.rows_kept + sum(made.dropped.values())) == (8, 8)
+        report = json.loads((tmp_path / "out" / "documents" / "contamination" / "report.json").read_text())
+        (names[source],) = {match["path"] for match in report["matches"]}
+        assert made.counts.get("redacted_email", 0) == (source == other)
+        assert ("secrets redacted: email" in (tmp_path / "out" / "dataset" / "card" / "card.md").read_text()) == (
+            source == other
+        )
+    assert names == {leak: "leak.py", other: "other.py"}
+
+
+LEAK = """import os
+
+
+def f({verb}_values, {verb}_limit):
+    {verb}_chosen = [{verb}_value for {verb}_value in {verb}({verb}_values) if {verb}_value > {verb}_limit]
+    for {verb}_place, {verb}_value in enumerate({verb}_chosen):
+        if {verb}_place % 2:
+            {verb}_chosen[{verb}_place] = {verb}_value + {verb}_limit
+    return {{{verb}_key: len({verb}_chosen) for {verb}_key in os.listdir({verb}_chosen[0])}}
+"""

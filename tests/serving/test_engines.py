@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cert_ray.errors import InputError, RequestError
+from cert_ray.gpt_neo import FusedSelfAttention
 from cert_ray.serving.engines import Completion, EngineConfig, TransformersEngine
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import save_model
@@ -46,6 +47,11 @@ def test_greedy_equals_transformers_greedy(engine: TransformersEngine, folder: s
         ours = generate(engine, text, n=1, temperature=0.0, max_tokens=20)[0][0]
         theirs = [token for token in expected[0, ids.shape[1] :].tolist() if token != 0]
         assert list(ours.ids) == theirs
+
+
+def test_gpt_neo_is_served_with_fused_attention(engine: TransformersEngine) -> None:
+    blocks = getattr(engine._model, "transformer", None)
+    assert {type(block.attn.attention) for block in (blocks.h if blocks else ())} <= {FusedSelfAttention}
 
 
 def test_mean_logprob_is_that_of_a_full_forward_pass(engine: TransformersEngine, folder: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cert_ray.errors import CheckpointError
+from cert_ray.errors import CheckpointError, DamagedCheckpointError
 from cert_ray.training import checkpoints
 
 
@@ -40,8 +40,68 @@ def test_the_newest_is_the_one_of_the_highest_step_that_was_finished(tmp_path):
     _write(tmp_path, 2_000_000, complete=False)
     assert checkpoints.newest(str(tmp_path)) == (1_000_000, str(tmp_path / "step-1000000"))
     checkpoints.remove_incomplete(str(tmp_path))
-    checkpoints.keep_newest(str(tmp_path), 2)
+    checkpoints.prune(str(tmp_path), 2, None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-1000000", "step-999999"]
+
+
+@pytest.mark.parametrize(
+    ("keep_newest", "held_out", "removed"),
+    [
+        (1, None, [10, 20, 30]),
+        (2, None, [10, 20]),
+        (9, None, []),
+        (2, {}, [10, 20]),
+        (2, {10: 1.0, 20: 2.0, 40: 3.0}, [20]),
+        (1, {10: 2.0, 20: 1.0, 30: 1.0}, [10, 30]),  # the earlier of equals
+        (2, {40: 1.0, 10: 2.0}, [10, 20]),  # the best is among the newest
+        (1, {15: 0.5, 20: 1.0}, [10, 30]),  # no checkpoint was written where the loss was lowest
+    ],
+)
+def test_the_newest_and_the_best_are_kept(keep_newest, held_out, removed):
+    assert checkpoints.to_remove([10, 20, 30, 40], keep_newest, held_out) == removed
+
+
+def test_removal_cut_short_leaves_one_that_counts_as_absent(tmp_path, monkeypatch):
+    for step in (1, 2):
+        _write(tmp_path, step)
+    removed = []
+
+    def remove_once(url):
+        assert not removed, "killed"
+        removed.append(url)
+        Path(url).unlink()
+
+    monkeypatch.setattr(checkpoints.storage, "remove", remove_once)
+    with pytest.raises(AssertionError, match="killed"):
+        checkpoints.prune(str(tmp_path), 1, None)
+    assert [step for step, _ in checkpoints.complete_checkpoints(str(tmp_path))] == [2]
+
+
+def test_damaged_ones_are_named_and_the_whole_one_before_them_is_used(tmp_path, caplog):
+    for step in (1, 2, 3):
+        _write(tmp_path, step)
+    (tmp_path / "step-000003" / "engine" / "rank-1.pt").unlink()
+    (tmp_path / "step-000002" / "engine" / "rank-0.pt").write_bytes(b"x" * 100)
+    assert checkpoints.newest_whole(str(tmp_path), "mine") == (1, str(tmp_path / "step-000001"))
+    for name in ("step-000003/engine/rank-1.pt is missing", "step-000002/engine/rank-0.pt has 100 bytes"):
+        assert name in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_when_every_one_is_damaged_none_is_removed_and_the_start_is_not_taken_in_silence(tmp_path):
+    for step in (1, 2):
+        (_write(tmp_path, step) / "engine" / "rank-0.pt").unlink()
+    with pytest.raises(DamagedCheckpointError, match="or from the start where there is none"):
+        checkpoints.newest_whole(str(tmp_path), "mine")
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoints.newest_whole(str(tmp_path / "absent"), "mine") is None
+
+
+def test_another_runs_newest_is_refused_not_skipped(tmp_path):
+    _write(tmp_path, 3)
+    with pytest.raises(CheckpointError, match="other options or inputs"):
+        checkpoints.newest_whole(str(tmp_path), "theirs")
+    assert (tmp_path / "step-000003").exists()
 
 
 def test_a_whole_checkpoint_verifies(tmp_path):

@@ -17,6 +17,7 @@ REQUIRED = {"base": "tiny", "tokens": "tokens", "output": "model", "steps": 2_00
         ({"precision": "bf16", "zero_stage": 0}, "needs zero_stage 1, 2 or 3"),
         ({"precision": "fp16"}, "needs use_gpu"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"schedule": "wsd", "decay_share": 0.6}, "before warmup_steps 1000 end; lower one of them"),
         ({"steps": 0}, "steps"),
         ({"zero_stage": 4}, "zero_stage"),
         ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are base"),
@@ -36,6 +37,7 @@ def test_refuses_what_cannot_work(options, named):
         ({"seed": 1}, False),
         ({"workers": 2}, False),
         ({"learning_rate": 1e-3}, False),
+        ({"schedule": "wsd"}, False),
     ],
 )
 def test_the_digest_follows_what_the_weights_depend_on(options, same):

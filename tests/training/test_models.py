@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
-from cert_ray.tokens.vocabulary import tokenizer_digest
+from cert_ray.gpt_neo import FusedSelfAttention
+from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training import models
 from cert_ray.training.presets import preset_config
 from tests.training.conftest import WORDS, write_tokenizer
@@ -72,6 +73,16 @@ def test_a_base_with_the_packs_tokenizer_is_taken_as_it_is(tmp_path, make_config
         assert torch.equal(weight, model.state_dict()[name]), name
 
 
+def test_gpt_neo_trains_with_fused_attention_from_scratch_and_from_a_folder(tmp_path, make_config, tokenizer_folder):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    scratch = models.load(make_config(), _pack(tokenizer)).model
+    scratch.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    continued = models.load(make_config(base=str(tmp_path / "base"), tokenizer=None), _pack(tokenizer)).model
+    for model in (scratch, continued):
+        assert {type(block.attn.attention) for block in model.transformer.h} == {FusedSelfAttention}
+
+
 def test_a_pack_of_another_tokenizer_is_refused(base, make_config, tmp_path):
     folder, _ = base
     other = write_tokenizer(tmp_path / "other", words=WORDS - 1)
@@ -87,7 +98,7 @@ def test_refuses_bases_that_cannot_be_used(base, make_config, tmp_path):
     pack = _pack(tokenizer)
     with pytest.raises(ConfigError, match="tokenizer: required with the preset tiny"):
         models.load(make_config(tokenizer=None), pack)
-    with pytest.raises(ConfigError, match=r"a preset \(tiny, pycodegpt-110m\), a folder that exists"):
+    with pytest.raises(ConfigError, match=r"a preset \(tiny, .*modern-110m\), a folder that exists"):
         models.load(make_config(base="tniy"), pack)
     with pytest.raises(ConfigError, match="window of 16 tokens"):
         models.load(make_config(base=str(folder), tokenizer=None), _pack(tokenizer, context_tokens=17))

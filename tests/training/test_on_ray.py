@@ -87,14 +87,19 @@ def test_bad_inputs_end_before_a_worker_starts(undisturbed, make_config, tmp_pat
     with pytest.raises(NotFinishedError, match="cert-ray pack"):
         train(make_config(tokens=str(tmp_path)))
     (Path(undisturbed.folder) / "manifest.json").rename(tmp_path / "manifest.json")
-    newest = Path(checkpoints.newest(checkpoints.folder_of(undisturbed.folder))[1])
-    next(newest.glob("engine/engine/*optim_states.pt")).unlink()
+    folder = Path(checkpoints.folder_of(undisturbed.folder))
+    whole = [next((folder / name).glob("engine/engine/*optim_states.pt")) for name in ("step-000009", "step-000010")]
     try:
-        with pytest.raises(CheckpointError, match="is missing"):
-            train(make_config(**OPTIONS, output=undisturbed.folder))
         with pytest.raises(CheckpointError, match="other options"):
             train(make_config(**OPTIONS, output=undisturbed.folder, seed=9))
+        for state in whole:
+            state.rename(state.with_suffix(".away"))
+        with pytest.raises(CheckpointError, match="is missing"):
+            train(make_config(**OPTIONS, output=undisturbed.folder))
     finally:
+        for state in whole:
+            if not state.exists():
+                state.with_suffix(".away").rename(state)
         (tmp_path / "manifest.json").rename(Path(undisturbed.folder) / "manifest.json")
 
 

@@ -1,4 +1,4 @@
-"""PyCodeGPT's size against its paper, without allocating it."""
+"""Sizes by hand and against PyCodeGPT's paper, without allocating them."""
 
 from __future__ import annotations
 
@@ -43,8 +43,36 @@ def test_tiny_is_a_few_million_parameters_and_takes_any_window():
     assert preset_config("tiny", 4_096, 2_048, 0, 1).max_position_embeddings == 2_048
 
 
+def test_modern_has_the_parameters_of_pycodegpt_within_one_percent():
+    """By hand: 32,000 x 768 embeddings, tied; 12 layers of 4 x 768^2 attention and 3 x 768 x 2,048 feed-forward weights
+    and two norms, no biases; one norm at the end."""
+    layer = 4 * 768**2 + 3 * 768 * 2_048 + 2 * 768
+    found = _parameters("modern-110m", 32_000, 1024)
+    assert found == 32_000 * 768 + 12 * layer + 768
+    assert found == pytest.approx(_parameters("pycodegpt-110m", 32_000, 1024), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["modern-110m", "modern-tiny"])
+def test_modern_is_a_plain_llama_that_other_runtimes_know(name):
+    config = preset_config(name, 4_096, 256, end_id=0, pad_id=1)
+    assert config.model_type == "llama"
+    assert config.rope_parameters["rope_type"] == "default"
+    assert (config.hidden_act, config.attention_bias, config.mlp_bias) == ("silu", False, False)
+    assert config.hidden_size % config.num_attention_heads == 0
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert model.config._attn_implementation == "sdpa"
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_modern_tiny_takes_any_window():
+    assert 2e6 < _parameters("modern-tiny", 4_096, 256) < 4e6
+    assert preset_config("modern-tiny", 4_096, 2_048, 0, 1).max_position_embeddings == 2_048
+
+
 def test_refuses_an_unknown_name_and_rows_longer_than_the_window():
     with pytest.raises(ConfigError, match=", ".join(PRESETS)):
         preset_config("huge", 100, 16, 0, 1)
-    with pytest.raises(ConfigError, match="--context-tokens 1024"):
-        preset_config("pycodegpt-110m", 32_000, 2_048, 0, 1)
+    for name in ("pycodegpt-110m", "modern-110m"):
+        with pytest.raises(ConfigError, match="--context-tokens 1024"):
+            preset_config(name, 32_000, 2_048, 0, 1)

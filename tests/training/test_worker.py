@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cert_ray.errors import CheckpointError, InputError
+from cert_ray.errors import CheckpointError, DamagedCheckpointError, InputError, TrainingDivergedError
 from cert_ray.training import checkpoints, worker
 
 pytestmark = [
@@ -39,6 +39,14 @@ def test_learns_what_can_be_learned(make_config, copy_report):
     assert held_out[29] is not None
     assert held_out[59] < 1.5
     assert sum(loss is not None for loss in held_out) == 2
+
+
+def test_a_llama_learns_it_too_with_the_other_schedule(make_config, copy_report):
+    outcome = _run(make_config(base="modern-tiny", steps=60, warmup_steps=5, schedule="wsd", zero_stage=0), copy_report)
+    assert outcome.records[-1].loss < 1.5
+    rates = [record.learning_rate for record in outcome.records]
+    assert rates[5:49] == [3e-3] * 44
+    assert rates[49] > rates[50] > rates[59] > 0
 
 
 def test_every_zero_stage_gives_the_same_losses(make_config, copy_report, tmp_path):
@@ -75,18 +83,99 @@ def test_a_run_cut_short_goes_on_to_the_same_losses(make_config, copy_report, tm
     assert [file.checksum for file in resumed.files] == [file.checksum for file in undisturbed.files]
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(make_config, copy_report):
-    config = make_config(steps=4, checkpoint_every_steps=2)
-    _run(config, copy_report)
-    newest = Path(config.output) / "checkpoints" / "step-000004"
-    damaged = next((newest / "engine" / "engine").glob("*optim_states.pt"))
+def _damage(checkpoint: Path) -> str:
+    """Flip one bit of the optimizer's state; returns the file's name."""
+    damaged = next((checkpoint / "engine" / "engine").glob("*optim_states.pt"))
     payload = bytearray(damaged.read_bytes())
     payload[len(payload) // 2] ^= 1
     damaged.write_bytes(payload)
-    with pytest.raises(CheckpointError, match=damaged.name):
+    return damaged.name
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(make_config, copy_report, caplog):
+    config = make_config(steps=4, checkpoint_every_steps=2)
+    undisturbed = _run(config, copy_report)
+    folder = Path(config.output) / "checkpoints"
+    name = _damage(folder / "step-000004")
+    seen: list[int] = []
+    resumed = _run(config, copy_report, lambda step, rank: seen.append(step))
+    assert seen == [3, 4]
+    assert f"step-000004/engine/engine/{name} has" in caplog.text
+    assert _losses(resumed) == _losses(undisturbed)
+    for checkpoint in folder.iterdir():
+        _damage(checkpoint)
+    with pytest.raises(DamagedCheckpointError, match=name):
         _run(config, copy_report)
-    shutil.rmtree(newest)  # the cure that the message names
+    shutil.rmtree(folder)  # the cure that the message names
     assert len(_run(config, copy_report).records) == 4
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(make_config, copy_report, monkeypatch):
+    """The rate becomes absurd after step 8, so the held-out loss is lowest there."""
+    monkeypatch.setattr(worker, "learning_rate", lambda step, *_: 3e-3 if step < 8 else 3.0)
+    config = make_config(steps=16, checkpoint_every_steps=4, eval_every_steps=4, keep_checkpoints=1, on_spike=None)
+    outcome = _run(config, copy_report)
+    losses = {record.step: record.held_out_loss for record in outcome.records if record.held_out_loss is not None}
+    assert min(losses, key=losses.__getitem__) == 8
+    kept = [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))]
+    assert kept == [8, 16]
+
+
+def test_what_cannot_be_read_back_does_not_count_and_removes_nothing(make_config, copy_report):
+    config = make_config(steps=4, checkpoint_every_steps=2, keep_checkpoints=1)
+
+    def report(metrics, part, name):
+        copy_report(config.output)(metrics, part, name)
+        if name == "step-000004":
+            _damage(Path(config.output) / "checkpoints" / name)
+
+    with pytest.raises(DamagedCheckpointError, match="step-000004"):
+        worker.run(config, "digest", 0, 1, report)
+    assert checkpoints.newest(checkpoints.folder_of(config.output))[0] == 2
+
+
+def test_a_spike_that_stays_stops_the_run_and_names_the_last_good_checkpoint(
+    make_config, copy_report, caplog, monkeypatch
+):
+    """From step 15 on, the rate is a thousand times what it was: the loss of step 16 is the first to show it."""
+    monkeypatch.setattr(worker, "learning_rate", lambda step, *_: 3e-3 if step < 14 else 3.0)
+    policy = {"window_steps": 8, "patience_steps": 3, "minimum_rise_nats": 1.0}
+    config = make_config(steps=22, checkpoint_every_steps=5, keep_checkpoints=9, on_spike=policy)
+    with pytest.raises(TrainingDivergedError, match="step 18: the losses of 3 steps in a row") as raised:
+        _run(config, copy_report)
+    folder = checkpoints.folder_of(config.output)
+    assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [5, 10, 15]
+    assert "The last good checkpoint is " + checkpoints.newest(folder)[1] in str(raised.value)
+    with pytest.raises(TrainingDivergedError, match="step 18: "):  # resumed, it decides alike
+        _run(config, copy_report)
+    warned = config.model_copy(update={"on_spike": config.on_spike.model_copy(update={"action": "warn"})})
+    caplog.clear()
+    assert len(_run(warned, copy_report).records) == 22
+    assert "step 16: the loss spikes" in caplog.text
+    assert 20 not in [step for step, _ in checkpoints.complete_checkpoints(folder)]
+
+
+def test_a_checkpoint_that_a_spike_put_off_is_written_when_the_loss_has_fallen(make_config, copy_report, monkeypatch):
+    found = iter([0] * 3 + [1, 2] + [0] * 3)
+    monkeypatch.setattr(worker, "spiking_steps", lambda losses, policy: next(found))
+    config = make_config(steps=8, checkpoint_every_steps=4, keep_checkpoints=9)
+    _run(config, copy_report)
+    steps = [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))]
+    assert steps == [6, 8]  # due after step 4, which spiked, as did step 5
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf"))])
+def test_what_is_not_finite_stops_the_run_before_it_is_kept(make_config, copy_report, monkeypatch, loss, norm):
+    taken = worker.Engine.train_step
+
+    def train_step(engine, batches, rate):
+        return (loss, 100, norm) if rate == 6.0 else taken(engine, batches, rate)
+
+    monkeypatch.setattr(worker, "learning_rate", lambda step, *_: float(step + 1) if step == 5 else 1e-3)
+    monkeypatch.setattr(worker.Engine, "train_step", train_step)
+    config = make_config(steps=8, checkpoint_every_steps=2, on_spike=None)
+    with pytest.raises(TrainingDivergedError, match=r"step 6: the .* is (nan|inf)\. .*checkpoints/step-000004"):
+        _run(config, copy_report)
 
 
 def test_another_runs_checkpoint_is_refused(make_config, copy_report):

@@ -1,0 +1,192 @@
+"""Near-dedup against brute force: recall and precision of its clusters on a seeded sample, with intervals.
+
+In: the finished clusters, and the documents' shards. Out: a mapping for the manifest's notes, which the card shows.
+
+The sample is drawn by content hash: about half of it whole clusters, half documents of any kind, no two of equal
+content. Every pair of it is judged by the exact Jaccard similarity of the two shingle sets, hashed to 64 bits. A pair
+is *similar* at the threshold and above, and *found* when its documents are in one cluster.
+
+    recall = found and similar / similar        precision = found and similar / found
+
+A corpus that is no larger than the sample is judged whole. In a larger one, similar documents that dedup did not tie
+are seldom sampled together, so recall is an upper estimate; `uniform_similar_pairs` and `uniform_found_similar_pairs`
+count the pairs that no choice of clusters brought in. Clusters grow by chains (a like b, b like c), so precision is
+also that of pairs that no edge claimed. Intervals are Wilson's, as if pairs were independent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+import pydantic
+from scipy import stats
+from scipy.sparse import csr_array
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.dedup.components import Clusters
+from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
+
+_BLOCK_ROWS = 256  # of the sample, compared with all others at a time: bounds the products in memory
+
+
+class QualityConfig(Config):
+    """How much of the corpus near-dedup is measured on; the bounds make it seconds on a corpus of any size."""
+
+    documents: int = pydantic.Field(2_000, ge=2)  # assumed: two million pairs
+    cluster_documents: int = pydantic.Field(32, ge=2)  # of one cluster at most; assumed, so that none fills the sample
+    sample_bytes: int = pydantic.Field(64 << 20, ge=1)  # of text at most; assumed: 32 kB a document
+    shards: int = pydantic.Field(32, ge=1)  # read at most; assumed: 1 GB of text
+    seed: int = pydantic.Field(1, ge=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Documents to compare, in the order of their numbers."""
+
+    numbers: I64
+    cluster: I64  # the number of the cluster's survivor
+    uniform: npt.NDArray[np.bool_]  # drawn whatever its cluster
+
+
+def measure_quality(
+    documents: str,
+    shards: Sequence[str],
+    rows: Sequence[int],
+    clusters: Clusters,
+    minhash: MinHashConfig,
+    config: QualityConfig,
+) -> dict[str, Any]:
+    """Recall and precision of `clusters` on a sample; None where there was no pair to judge.
+
+    Returns:
+        Counts of documents and pairs, and `recall` and `precision`, each with `_low` and `_high` of its 95% interval.
+    """
+    firsts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+    chosen = _choose_shards(firsts, clusters, config)
+    sample = _draw(documents, shards, firsts, chosen, clusters, config)
+    sets = _shingle_sets(_texts(documents, shards, firsts, sample.numbers), minhash.shingle_tokens)
+    counts = _count_pairs(sets, sample, minhash.threshold)
+    return {
+        "documents": len(sample.numbers),
+        "uniform_documents": int(sample.uniform.sum()),
+        "threshold": minhash.threshold,
+        **counts,
+        **_share("recall", counts["found_similar_pairs"], counts["similar_pairs"]),
+        **_share("precision", counts["found_similar_pairs"], counts["found_pairs"]),
+    }
+
+
+def _share(name: str, hits: int, total: int) -> dict[str, float | None]:
+    if not total:
+        return {name: None, f"{name}_low": None, f"{name}_high": None}
+    interval = stats.binomtest(hits, total).proportion_ci(0.95, method="wilson")
+    return {name: hits / total, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
+
+
+def _count_pairs(sets: csr_array, sample: _Sample, threshold: float) -> dict[str, int]:
+    """Pairs of the sample that are similar, found, or both; and those among its uniform documents."""
+    names = ("similar_pairs", "found_pairs", "found_similar_pairs")
+    counts = dict.fromkeys([*names, "uniform_similar_pairs", "uniform_found_similar_pairs"], 0)
+    sizes = np.diff(sets.indptr)
+    for first in range(0, len(sizes), _BLOCK_ROWS):
+        block = slice(first, min(first + _BLOCK_ROWS, len(sizes)))
+        common = (sets[block] @ sets.T).toarray()
+        union = np.maximum(sizes[block, None] + sizes[None, :] - common, 1)
+        later = np.arange(len(sizes))[None, :] > np.arange(block.start, block.stop)[:, None]  # each pair once
+        similar = (common / union >= threshold) & later
+        found = (sample.cluster[block, None] == sample.cluster[None, :]) & later
+        uniform = sample.uniform[block, None] & sample.uniform[None, :]
+        kinds = (similar, found, similar & found, similar & uniform, similar & found & uniform)
+        for name, pairs in zip(counts, kinds, strict=True):
+            counts[name] += int(pairs.sum())
+    return counts
+
+
+def _shingle_sets(texts: Iterator[str], shingle_tokens: int) -> csr_array:
+    """One row per text, one column per shingle that any of them holds."""
+    sets = []
+    for text in texts:
+        buffer = np.frombuffer(text.encode(), np.uint8)
+        hashes, _ = shingle_hashes(buffer, np.array([0, len(buffer)]), shingle_tokens)
+        sets.append(np.unique(hashes))
+    _, columns = np.unique(np.concatenate([np.zeros(0, np.uint64), *sets]), return_inverse=True)
+    starts = np.concatenate([[0], np.cumsum([len(hashes) for hashes in sets], dtype=np.int64)])
+    shape = (len(sets), int(columns.max(initial=-1)) + 1)
+    return csr_array((np.ones(len(columns), np.int32), columns, starts), shape=shape)
+
+
+def _choose_shards(firsts: I64, clusters: Clusters, config: QualityConfig) -> list[int]:
+    """At most `config.shards` of the shards: some of any kind, and those where the rest of their clusters lies."""
+    count = len(firsts) - 1
+    if count <= config.shards:
+        return list(range(count))
+    generator = np.random.default_rng(config.seed)
+    chosen = set(generator.permutation(count)[: max(1, config.shards // 4)].tolist())
+    touched = np.zeros(len(clusters.survivor_D), bool)  # by survivor: clusters that reach into the shards so far
+    for shard in chosen:
+        touched[clusters.survivor_D[firsts[shard] : firsts[shard + 1]]] = True
+    touched &= clusters.size_D > 1
+    members = np.flatnonzero(touched[clusters.survivor_D])
+    members = members[np.argsort(clusters.survivor_D[members], kind="stable")]
+    shard_of = np.searchsorted(firsts, members, side="right") - 1
+    borders = np.flatnonzero(np.diff(clusters.survivor_D[members])) + 1
+    families = np.split(shard_of, borders)
+    for index in generator.permutation(len(families))[: config.documents]:
+        more = chosen | set(families[index].tolist())
+        if len(more) <= config.shards:
+            chosen = more
+    return sorted(chosen)
+
+
+def _draw(
+    documents: str, shards: Sequence[str], firsts: I64, chosen: list[int], clusters: Clusters, config: QualityConfig
+) -> _Sample:
+    """Half of the documents as clusters in the order of their least hash, the others in the order of their own."""
+    numbers, ranks, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
+    for shard in chosen:
+        url = storage.join(documents, f"{shards[shard]}.parquet")
+        table = storage.read_parquet(url, ["content_hash", "size_bytes", "content"])
+        present = pc.is_valid(table.column("content"))  # what was removed on request has no text to judge
+        table = table.filter(present)
+        numbers.append(firsts[shard] + np.flatnonzero(present.to_numpy()))
+        sizes.append(table.column("size_bytes").to_numpy().astype(np.int64))
+        hashes = np.frombuffer(b"".join(table.column("content_hash").to_pylist()), ">u8")
+        ranks.append(hashes[::2].astype(np.uint64))
+    scramble = np.random.default_rng(config.seed).integers(1 << 62, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    rank, first = np.unique(np.concatenate(ranks) * scramble, return_index=True)  # ascending, and no copies
+    number, size = np.concatenate(numbers)[first], np.concatenate(sizes)[first]
+    cluster = clusters.survivor_D[number]
+    whole = _whole_clusters(cluster, config.cluster_documents)[: config.documents // 2]
+    whole = whole[np.cumsum(size[whole]) <= config.sample_bytes // 2]
+    further = ~np.isin(np.arange(len(rank)), whole)
+    uniform = (np.cumsum(further) <= config.documents - len(whole)) & (np.cumsum(size) <= config.sample_bytes // 2)
+    taken = np.union1d(whole, np.flatnonzero(uniform))
+    taken = taken[np.argsort(number[taken])]
+    return _Sample(number[taken], cluster[taken], uniform[taken])
+
+
+def _whole_clusters(cluster: I64, most: int) -> I64:
+    """Positions in `cluster` of those that it holds more than once, one cluster after the other, `most` of each."""
+    _, first, inverse, count = np.unique(cluster, return_index=True, return_inverse=True, return_counts=True)
+    order = np.lexsort((np.arange(len(cluster)), first[inverse]))  # clusters by their first position
+    order = order[count[inverse[order]] > 1]
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(inverse[order]) != 0])[: len(order)])
+    place = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    return order[place < most]
+
+
+def _texts(documents: str, shards: Sequence[str], firsts: I64, numbers: I64) -> Iterator[str]:
+    """The content of each of `numbers` (sorted), one shard in memory at a time."""
+    for shard in np.unique(np.searchsorted(firsts, numbers, side="right") - 1):
+        wanted = numbers[slice(*np.searchsorted(numbers, firsts[shard : shard + 2]))] - firsts[shard]
+        column = storage.read_parquet(storage.join(documents, f"{shards[shard]}.parquet"), ["content"]).column(
+            "content"
+        )
+        for row in wanted.tolist():
+            yield column[row].as_py()

@@ -1,0 +1,242 @@
+"""`cert-ray plan corpus`: what preprocessing so many files would take, stage by stage, before a cluster is paid for.
+
+In: the size of the corpus and of the cluster, and `Costs`: what a document and a byte cost each stage, as data measured
+by `tests/bench/bench_growth.py --write-costs`. Out: time, memory, bytes moved and disk. Nothing is read or started.
+
+A stage takes its fixed seconds, and its core-seconds shared by as many cores as it can use: work units share them all,
+near edges at most one core per band, clusters are the driver's alone. It cannot be faster than storage moves its bytes.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pydantic
+import yaml
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.corpus.inputs import SourceConfig
+from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.errors import InputError
+
+_SHIPPED = "corpus_costs.yaml"
+_UNIT_BYTES = int(SourceConfig.model_fields["unit_bytes"].default)
+_BANDS = int(MinHashConfig.model_fields["bands"].default)
+
+
+class Cost(Config):
+    """An amount that grows with the corpus: `fixed + per_document * documents + per_byte * bytes`."""
+
+    fixed: float = pydantic.Field(default=0.0, ge=0)
+    per_document: float = pydantic.Field(default=0.0, ge=0)
+    per_byte: float = pydantic.Field(default=0.0, ge=0)
+
+    def growing(self, documents: float, size_bytes: float) -> float:
+        """What the corpus adds to the fixed part."""
+        return self.per_document * documents + self.per_byte * size_bytes
+
+    def of(self, documents: float, size_bytes: float) -> float:
+        """The whole amount."""
+        return self.fixed + self.growing(documents, size_bytes)
+
+
+class StageCost(Config):
+    """What one stage costs. Documents and bytes are those of the raw input, so what cleaning drops is in the costs."""
+
+    name: str
+    shared_by: Literal["units", "bands", "driver"]  # how many cores the stage can use
+    seconds: Cost  # fixed: wall seconds, whatever the cluster; the others: core-seconds
+    read_bytes: Cost
+    written_bytes: Cost
+    worker_memory_bytes: Cost  # the largest process beside the driver, at its peak
+    driver_memory_bytes: Cost
+
+
+class Costs(Config):
+    """A measurement: every stage's costs, and where, when, on what and by which command they were taken."""
+
+    machine: str
+    cores: int = pydantic.Field(ge=1)
+    date: str
+    command: str
+    corpus: str
+    runs: int = pydantic.Field(ge=1)
+    versions: dict[str, str]
+    stages: tuple[StageCost, ...] = pydantic.Field(min_length=1)
+
+
+class PlanConfig(Config):
+    """What is planned: a corpus and a cluster of equal nodes."""
+
+    files: float = pydantic.Field(gt=0)
+    size_bytes: float = pydantic.Field(gt=0)
+    nodes: int = pydantic.Field(default=1, ge=1)
+    cores: int = pydantic.Field(ge=1)  # of each node
+    storage_bytes_per_s: float = pydantic.Field(default=200e6, gt=0)  # each node's, reads and writes; assumed
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """The prediction for one stage. Memory is of one worker and of the driver, at their peaks."""
+
+    name: str
+    seconds: float
+    core_hours: float
+    cores_used: int
+    bound_by_storage: bool
+    read_bytes: float
+    written_bytes: float
+    worker_memory_bytes: float
+    driver_memory_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The prediction for a whole run; stages follow each other."""
+
+    config: PlanConfig
+    costs: Costs
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From start to end."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def disk_bytes(self) -> float:
+        """On storage at the end, intermediates included, beside the input."""
+        return sum(stage.written_bytes for stage in self.stages)
+
+    @property
+    def moved_bytes(self) -> float:
+        """Read from and written to storage."""
+        return sum(stage.read_bytes + stage.written_bytes for stage in self.stages)
+
+    @property
+    def node_memory_bytes(self) -> float:
+        """What the fullest node needs: the driver and a worker on each core, at the worst stage."""
+        cores = self.config.cores
+        return max(
+            stage.driver_memory_bytes + min(cores, stage.cores_used) * stage.worker_memory_bytes
+            for stage in self.stages
+        )
+
+
+def load_costs(url: str | None = None) -> Costs:
+    """The costs at `url`, or those that come with cert-ray.
+
+    Raises:
+        InputError: when there is no such file, or it is not YAML.
+        ConfigError: naming each field that cannot be used.
+    """
+    if url is None:
+        shipped = importlib.resources.files("cert_ray.operations") / _SHIPPED
+        return Costs.from_mapping(yaml.safe_load(shipped.read_text(encoding="utf-8")), _SHIPPED)
+    cure = "Write one with `python -m tests.bench.bench_growth --write-costs FILE`."
+    if not storage.exists(url) or storage.is_folder(url):
+        raise InputError(url, "no such file of costs", cure)
+    try:
+        loaded = yaml.safe_load(storage.read_text(url))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(url, f"not YAML: {error}", cure) from error
+    if not isinstance(loaded, dict):
+        raise InputError(url, "not a YAML mapping", cure)
+    return Costs.from_mapping(loaded, url)
+
+
+def make_plan(config: PlanConfig, costs: Costs) -> Plan:
+    """Predict every stage."""
+    return Plan(config, costs, tuple(_plan_stage(stage, config) for stage in costs.stages))
+
+
+def cores_used(shared_by: str, cores: int, size_bytes: float) -> int:
+    """How many of `cores` a stage can use: one per work unit, one per band, or the driver's own."""
+    limits = {"units": math.ceil(size_bytes / _UNIT_BYTES), "bands": _BANDS, "driver": 1}
+    return max(1, min(cores, limits[shared_by]))
+
+
+def _plan_stage(stage: StageCost, config: PlanConfig) -> StagePlan:
+    size = (config.files, config.size_bytes)
+    used = cores_used(stage.shared_by, config.nodes * config.cores, config.size_bytes)
+    core_seconds = stage.seconds.growing(*size)
+    read_bytes, written_bytes = stage.read_bytes.of(*size), stage.written_bytes.of(*size)
+    nodes_used = min(config.nodes, used)
+    compute_s = core_seconds / used
+    storage_s = (read_bytes + written_bytes) / (nodes_used * config.storage_bytes_per_s)
+    return StagePlan(
+        name=stage.name,
+        seconds=stage.seconds.fixed + max(compute_s, storage_s),
+        core_hours=core_seconds / 3600,
+        cores_used=used,
+        bound_by_storage=storage_s > compute_s,
+        read_bytes=read_bytes,
+        written_bytes=written_bytes,
+        worker_memory_bytes=stage.worker_memory_bytes.of(*size),
+        driver_memory_bytes=stage.driver_memory_bytes.of(*size),
+    )
+
+
+_HEADERS = ("stage", "time", "core-hours", "cores", "read", "written", "worker memory", "driver memory")
+
+
+def render_plan(plan: Plan) -> str:
+    """The plan as an aligned table, its sums, and what it assumes."""
+    config, costs = plan.config, plan.costs
+    rows = [
+        (
+            stage.name,
+            _duration(stage.seconds) + (" (storage)" if stage.bound_by_storage else ""),
+            f"{stage.core_hours:,.1f}",
+            str(stage.cores_used),
+            _size(stage.read_bytes),
+            _size(stage.written_bytes),
+            _size(stage.worker_memory_bytes),
+            _size(stage.driver_memory_bytes),
+        )
+        for stage in plan.stages
+    ]
+    lines = [
+        f"{config.files:,.0f} files, {_size(config.size_bytes)}, on {config.nodes} x {config.cores} cores",
+        "",
+        *_aligned([_HEADERS, *rows]),
+        "",
+        f"time {_duration(plan.seconds)}; disk {_size(plan.disk_bytes)} beside the input, intermediates included; "
+        f"moved {_size(plan.moved_bytes)}; memory of the fullest node {_size(plan.node_memory_bytes)}",
+        "",
+        "Assumed: every core is as fast as the measured ones, and none waits for another; "
+        f"storage moves {_size(config.storage_bytes_per_s)}/s per node, reads and writes together; "
+        "the corpus is cleaned and deduplicated at the measured corpus's rates.",
+        f"Measured: {costs.date}, {costs.machine}, {costs.cores} cores, {costs.corpus}, "
+        f"{costs.runs} run{'s' if costs.runs > 1 else ''}: {costs.command}",
+    ]
+    return "\n".join(lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) if place == 0 else cell.rjust(width) for place, (cell, width) in enumerate(cells))
+        for cells in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:,.1f} h"
+
+
+def _size(size_bytes: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.3g} {unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:,.2f} TB"

@@ -1,0 +1,69 @@
+"""Documents shards from plain texts, and dedup over them in this process: what the run on Ray must equal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from cert_ray import storage
+from cert_ray.dedup import survivors
+from cert_ray.dedup.components import Clusters
+from cert_ray.dedup.minhash import I64, MinHashConfig
+from cert_ray.shards.units import WorkUnit, shard_name
+
+
+@dataclass(frozen=True)
+class Deduplicated:
+    """What one run in this process found."""
+
+    shards: list[str]
+    rows: list[int]
+    first_D: I64
+    clusters: Clusters
+    edges: list[I64]
+    differences: dict[str, int]  # from a rebuild in one generation
+
+
+def write_documents(folder: Path, texts: Sequence[str], stars: Sequence[int | None], shard_rows: int) -> list[str]:
+    """`texts` as documents shards of `shard_rows` rows, with the columns that dedup reads; returns the names."""
+    names = []
+    for start in range(0, len(texts), shard_rows):
+        part = texts[start : start + shard_rows]
+        encoded = [text.encode() for text in part]
+        table = pa.table(
+            {
+                "content": pa.array(part, pa.string()),
+                "content_hash": pa.array([xxhash.xxh3_128_digest(text) for text in encoded], pa.binary(16)),
+                "stars": pa.array(stars[start : start + shard_rows], pa.int64()),
+                "size_bytes": pa.array([len(text) for text in encoded], pa.int32()),
+            }
+        )
+        names.append(shard_name(len(names)))
+        storage.write_parquet(table, str(folder / f"{names[-1]}.parquet"))
+    return names
+
+
+def deduplicate_in_process(
+    folder: Path,
+    texts: Sequence[str],
+    stars: Sequence[int | None],
+    config: MinHashConfig,
+    shard_rows: int = 1_000,
+    ends: Sequence[int] | None = None,
+) -> Deduplicated:
+    """Every step of `dedup.on_ray.deduplicate`, one after the other; `ends` are documents after each generation."""
+    documents, output = str(folder / "documents"), str(folder / "dedup")
+    shards = write_documents(Path(documents), texts, stars, shard_rows)
+    reports = [survivors.write_keys(WorkUnit(name=name, payload={}), documents, output, config) for name in shards]
+    rows = [report.rows_kept for report in reports]
+    first_D = survivors.exact_firsts(output, shards, rows)
+    skip = first_D != np.arange(len(first_D))
+    ends = [len(texts)] if ends is None else ends
+    edges = [survivors.band_edges(output, shards, band, skip, ends, config) for band in range(config.bands)]
+    clusters, differences = survivors.cluster_documents(documents, output, shards, rows, first_D, edges, ends)
+    return Deduplicated(shards, rows, first_D, clusters, edges, differences)

@@ -217,6 +217,35 @@ def _figures_of(result: Any) -> dict[str, Any]:
 
 
 @app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="a run's folder, or its dataset")],
+    dropped: Annotated[
+        str | None, typer.Option(metavar="REASON", help="files dropped for it, e.g. not_python_3")
+    ] = None,
+    doc: Annotated[str | None, typer.Option(metavar="ID", help="one file beside its sketch")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="show only so many")] = 20,
+) -> None:
+    """Show rows of a dataset, why files were dropped, or a file beside its sketch; plain lines when not at a terminal.
+
+    Example: cert-ray inspect runs/numpy --dropped near_duplicate
+    """
+    import rich.console
+
+    from cert_ray.operations import inspect as inspecting
+
+    if dropped is not None and doc is not None:
+        raise ConfigError("give either --dropped or --doc")
+    console = rich.console.Console()
+    opened = inspecting.open_run(dataset)
+    if doc is not None:
+        inspecting.show_document(console, opened, inspecting.document_of(opened, doc))
+    elif dropped is not None:
+        inspecting.show_drops(console, opened, inspecting.drops_of(opened, dropped, limit))
+    else:
+        inspecting.show_rows(console, opened, inspecting.rows_of(opened, limit))
+
+
+@app.command()
 def remove(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the run's folder, which holds `dataset`")],
     repository: Annotated[

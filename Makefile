@@ -6,12 +6,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Input bytes, models and steps of the demo: see `cert-ray demo --help`.
 DEMO_ARGS ?=
+# Workers, nodes and drivers that `make chaos` kills; about ten seconds each on two cores.
+CHAOS_KILLS ?= 100
+CHAOS_SEED ?= 1
 
-.PHONY: demo test test-quick check format clean help
+.PHONY: demo test test-quick chaos check format clean help
 
 help:
 	@echo "make demo        the whole pipeline on the Python files of this machine, about four minutes on two cores"
 	@echo "make test        every test; make test-quick: those without a Ray cluster"
+	@echo "make chaos       preprocessing under CHAOS_KILLS=$(CHAOS_KILLS) kills; summary in chaos/summary.md"
 	@echo "make check       ruff and mypy"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -32,6 +36,9 @@ test: $(VENV)/installed-dev
 test-quick: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not ray and not slow"
 
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m tests.chaos.run --kills $(CHAOS_KILLS) --seed $(CHAOS_SEED) --output chaos
+
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +49,4 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf demo chaos .pytest_cache .mypy_cache .ruff_cache build dist

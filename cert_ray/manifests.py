@@ -30,6 +30,13 @@ class WrittenFile(Config):
     rows: int
     size_bytes: int
     checksum: str
+    # The checksum before rows were emptied on request: what was made from it stays valid but for these rows.
+    stands_for: str | None = None
+
+    @property
+    def identity(self) -> str:
+        """What later stages know the file by."""
+        return self.stands_for or self.checksum
 
 
 class ShardReport(Config):
@@ -71,8 +78,8 @@ class Manifest(Config):
         return [file for shard in self.shards for file in shard.files]
 
     def files_digest(self) -> str:
-        """xxh3-128 over the names and checksums of every file, in order: equal bytes, equal digest."""
-        lines = "".join(f"{file.name} {file.checksum}\n" for file in self.files)
+        """xxh3-128 over the names and identities of every file, in order: equal bytes, equal digest."""
+        lines = "".join(f"{file.name} {file.identity}\n" for file in self.files)
         return str(xxhash.xxh3_128_hexdigest(lines.encode()))
 
     def check(self) -> None:
@@ -98,23 +105,40 @@ def summarize(
         ConservationError: when a shard, and so the total, does not add up.
     """
     ordered = sorted(shards, key=lambda shard: shard.shard)
-    dropped: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for shard in ordered:
-        shard.check(stage)
-        dropped.update(shard.dropped)
-        counts.update(shard.counts)
     return Manifest(
         stage=stage,
         config=config.model_dump(mode="json"),
         inputs_digest=inputs_digest,
-        shards=tuple(ordered),
-        rows_read=sum(shard.rows_read for shard in ordered),
-        rows_kept=sum(shard.rows_kept for shard in ordered),
-        dropped=dict(sorted(dropped.items())),
-        counts=dict(sorted(counts.items())),
         notes=notes or {},
+        **_sums(stage, ordered),
     )
+
+
+def _sums(stage: str, shards: list[ShardReport]) -> dict[str, Any]:
+    """What a manifest says of its shards."""
+    dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        shard.check(stage)
+        dropped.update(shard.dropped)
+        counts.update(shard.counts)
+    return {
+        "shards": tuple(shards),
+        "rows_read": sum(shard.rows_read for shard in shards),
+        "rows_kept": sum(shard.rows_kept for shard in shards),
+        "dropped": dict(sorted(dropped.items())),
+        "counts": dict(sorted(counts.items())),
+    }
+
+
+def with_shards(manifest: Manifest, shards: Iterable[ShardReport]) -> Manifest:
+    """`manifest` with other reports, added up again: same stage, options, inputs and notes.
+
+    Raises:
+        ConservationError: as `summarize`.
+    """
+    ordered = sorted(shards, key=lambda shard: shard.shard)
+    return manifest.model_copy(update=_sums(manifest.stage, ordered))
 
 
 def check_handover(stage: str, given: int, taken: int) -> None:

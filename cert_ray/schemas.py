@@ -50,6 +50,8 @@ class DropReason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"
     # Sketching.
     UNSKETCHABLE = "unsketchable"
+    # After the fact: a takedown (`cert-ray remove`).
+    REMOVED_ON_REQUEST = "removed_on_request"
     # Packing: the view is of files that use certain libraries.
     OTHER_LIBRARY = "other_library"
 
@@ -81,7 +83,7 @@ DOCUMENTS = pa.schema(
         ("repository", pa.string()),  # null when the input does not say
         ("stars", pa.int64()),  # null when the input does not say
         ("licence", pa.string()),  # of the repository, else of the SPDX header; null when neither says
-        ("content", pa.string()),
+        ("content", pa.string()),  # null once it is removed on request
         ("size_bytes", pa.int32()),
         ("content_hash", pa.binary(16)),  # xxh3-128 of the normalised content
         ("libraries", pa.list_(pa.string())),  # top-level packages imported, sorted

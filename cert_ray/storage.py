@@ -133,6 +133,14 @@ def _list_local(root: str) -> Iterator[FileEntry]:
                 yield FileEntry(path, 0)
 
 
+def list_folders(url: str) -> list[str]:
+    """The names of the folders that stand directly below `url`, sorted; none where nothing stands there."""
+    filesystem, path = resolve(url)
+    if not filesystem.exists(path):
+        return []
+    return sorted(name_of(entry["name"]) for entry in filesystem.ls(path, detail=True) if entry["type"] == "directory")
+
+
 @contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open `url` for reading bytes."""
@@ -178,7 +186,7 @@ def remove_partial_files(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_bytes(url: str, payload: bytes) -> Written:
+def write_bytes(url: str, payload: bytes | pa.Buffer) -> Written:
     """Write `payload` to `url`, whole or not at all."""
     with _open_write(url, len(payload)) as stream:
         stream.write(payload)
@@ -195,14 +203,16 @@ def read_text(url: str) -> str:
     return read_bytes(url).decode()
 
 
-def write_parquet(table: pa.Table, url: str) -> Written:
-    """Write `table` to `url` as one Parquet file. The same table gives the same bytes."""
+def parquet_bytes(table: pa.Table) -> pa.Buffer:
+    """`table` as the bytes of one Parquet file; equal tables in equal chunks give equal bytes."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", compression_level=3, row_group_size=4096)
-    payload = sink.getvalue()
-    with _open_write(url, payload.size) as stream:
-        stream.write(payload)
-    return Written(payload.size, str(xxhash.xxh3_128_hexdigest(payload)))
+    return sink.getvalue()
+
+
+def write_parquet(table: pa.Table, url: str) -> Written:
+    """Write `table` to `url` as one Parquet file. The same table gives the same bytes."""
+    return write_bytes(url, parquet_bytes(table))
 
 
 def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cert_ray import manifests, storage
 from cert_ray.corpus.decontamination import ProblemIndex
 from cert_ray.corpus.decontamination_report import write_report
 from cert_ray.corpus.documents import DocumentsConfig, documents_of_unit
+from cert_ray.corpus.removals import Removal, blank, content_bytes
 from cert_ray.corpus.sources import plan_units
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
@@ -59,11 +60,18 @@ def plan_documents(config: DocumentsConfig) -> Plan:
     return Plan(units, tuple(counts), problems, f"{inputs_digest(units)}-{checksums}", f"{options}-{checksums}")
 
 
-def write_documents(unit: WorkUnit, config: DocumentsConfig, problems: ProblemIndex | None, folder: str) -> ShardReport:
+def write_documents(
+    unit: WorkUnit,
+    config: DocumentsConfig,
+    problems: ProblemIndex | None,
+    folder: str,
+    removals: Sequence[Removal] = (),
+) -> ShardReport:
     """Read, clean and parse one unit; writes `<shard>.parquet`, its `drops/` and, if asked for, `contamination/`."""
     result = documents_of_unit(unit, config, problems)
+    documents = blank(result.documents, removals)
     name = f"{unit.name}.parquet"
-    files = [write_table(folder, name, result.documents), write_table(folder, f"drops/{name}", result.drops)]
+    files = [write_table(folder, name, documents), write_table(folder, f"drops/{name}", result.drops)]
     if problems:
         files.append(write_table(folder, f"contamination/{name}", result.contamination))
     reasons = result.drops.column("reason").value_counts().to_pylist()
@@ -72,19 +80,26 @@ def write_documents(unit: WorkUnit, config: DocumentsConfig, problems: ProblemIn
         unit_digest="",
         files=tuple(files),
         rows_read=result.rows_read,
-        rows_kept=len(result.documents),
+        rows_kept=len(documents),
         dropped={entry["values"]: entry["counts"] for entry in reasons},
         counts={
-            "content_bytes": pc.sum(result.documents.column("size_bytes"), min_count=0).as_py(),
+            "content_bytes": content_bytes(documents),
             **{f"{REDACTED}{kind}": count for kind, count in sorted(result.redacted.items())},
         },
     )
 
 
-def clean(config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None) -> Manifest:
-    """Run the stage into `folder` on the plan of `config`; finished shards are reused."""
+def clean(
+    config: DocumentsConfig, folder: str, plan: Plan, workers: int | None = None, removals: Sequence[Removal] = ()
+) -> Manifest:
+    """Run the stage into `folder` on the plan of `config`; finished shards are reused.
+
+    Args:
+        removals: files whose text is left out of every shard made now. Shards made earlier are brought in line by
+            `dataset.removal`, so a takedown makes no other shard again.
+    """
     problems = plan.problems
-    work = functools.partial(write_documents, config=config, problems=problems, folder=folder)
+    work = functools.partial(write_documents, config=config, problems=problems, folder=folder, removals=removals)
     reports = run_units(
         plan.units,
         work,

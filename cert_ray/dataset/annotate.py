@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from cert_ray.python_source import Statement, byte_offsets, code_points, collector_paused
 from cert_ray.quality.weights import WeightConfig, sampling_weights
-from cert_ray.schemas import ANNOTATED, DROPS, PLACEHOLDER, SEGMENT, Dropped, StatementKind
+from cert_ray.schemas import ANNOTATED, DROPS, PLACEHOLDER, SEGMENT, Dropped, DropReason, StatementKind
 from cert_ray.sketching.anonymize import Sketched, SketchKind, sketch_source
 from cert_ray.sketching.segments import align_segments
 
@@ -27,6 +27,9 @@ def annotate(
     keep = clusters.column("keep").combine_chunks()
     duplicates = documents.filter(pc.invert(keep)).select(["path", "source"])
     duplicate_reasons = clusters.filter(pc.invert(keep))
+    present = pc.is_valid(documents.column("content")).combine_chunks()
+    removed = documents.filter(pc.and_not(keep, present)).select(["path", "source"])
+    keep = pc.and_(keep, present)
     survivors = documents.filter(keep)
     with collector_paused():
         sketched = [sketch_source(content, kind) for content in survivors.column("content").to_pylist()]
@@ -53,9 +56,21 @@ def annotate(
             rejected.append_column("reason", pa.array([str(r.reason) for r in reasons], pa.string())).append_column(
                 "detail", pa.array([r.detail for r in reasons], pa.string())
             ),
+            removed.append_column(
+                "reason", pa.array([str(DropReason.REMOVED_ON_REQUEST)] * len(removed), pa.string())
+            ).append_column("detail", pa.array([""] * len(removed), pa.string())),
         ]
     )
-    return annotated.select(ANNOTATED.names).cast(ANNOTATED), drops.select(DROPS.names).cast(DROPS)
+    annotated, drops = annotated.select(ANNOTATED.names).cast(ANNOTATED), drops.select(DROPS.names).cast(DROPS)
+    return annotated.combine_chunks(), drops.combine_chunks()
+
+
+def row_counts(rows: pa.Table) -> dict[str, int]:
+    """What a shard's report counts of its `rows` (ANNOTATED) beside their number."""
+    return {
+        "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
+        "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
+    }
 
 
 def _weights(survivors: pa.Table, config: WeightConfig) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -3,7 +3,8 @@
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
                          and, with `decontaminate`, `contamination/report.md`
     <output>/dedup       keys, signatures and clusters
-    <output>/dataset     the annotated dataset, `drops/`, `manifest.json` and `card/`
+    <output>/removals.jsonl   files that `cert-ray remove` took out, and that no later run brings back
+    <output>/dataset     the annotated dataset, `drops/`, `statistics/`, `manifest.json` and `card/`
 
 The dataset's manifest counts from the raw files on: read = kept + dropped by every reason of every stage.
 """
@@ -16,7 +17,6 @@ import logging
 from collections import Counter
 from typing import Literal
 
-import pyarrow.compute as pc
 import pydantic
 
 from cert_ray import manifests, storage
@@ -24,9 +24,12 @@ from cert_ray.config import Config
 from cert_ray.corpus.documents import DocumentsConfig
 from cert_ray.corpus.on_ray import REDACTED, Plan, clean, plan_documents
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
-from cert_ray.dataset.annotate import annotate
+from cert_ray.corpus.removals import read_removals
+from cert_ray.dataset.annotate import annotate, row_counts
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
+from cert_ray.dataset.removal import apply_removals
+from cert_ray.dataset.statistics import largest_clusters, shard_statistics, write_statistics
 from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
@@ -60,7 +63,11 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(clusters))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
     manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(rows) + len(drops))
-    files = (write_table(folder, name, rows), write_table(folder, f"drops/{name}", drops))
+    files = (
+        write_table(folder, name, rows),
+        write_table(folder, f"drops/{name}", drops),
+        write_statistics(folder, unit.name, shard_statistics(rows, largest_clusters(documents, clusters))),
+    )
     dropped = Counter(payload.dropped) + Counter(drops.column("reason").to_pylist())
     return ShardReport(
         shard=unit.name,
@@ -69,11 +76,7 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
         rows_read=payload.rows_read,
         rows_kept=len(rows),
         dropped=dict(sorted(dropped.items())),
-        counts={
-            "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
-            "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
-            **payload.redacted,
-        },
+        counts={**row_counts(rows), **payload.redacted},
     )
 
 
@@ -93,6 +96,8 @@ def preprocess(
     output = storage.absolute(output)
     documents_config = DocumentsConfig(**{name: getattr(config, name) for name in DocumentsConfig.model_fields})
     plan = plan_documents(documents_config)
+    if not all(removal.finished for removal in read_removals(output)):
+        apply_removals(output)
     inputs = plan.inputs_digest
     manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
@@ -120,7 +125,7 @@ def _preprocess(
     output: str,
     workers: int | None,
 ) -> Manifest:
-    documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers)
+    documents = clean(documents_config, storage.join(output, DOCUMENTS_STAGE), plan, workers, read_removals(output))
     clusters = deduplicate(
         storage.join(output, DOCUMENTS_STAGE),
         documents,
@@ -134,7 +139,7 @@ def _preprocess(
         WorkUnit(
             name=before.shard,
             payload=AnnotateUnit(
-                documents_checksum=before.files[0].checksum,
+                documents_checksum=before.files[0].identity,
                 clusters_checksum=after.files[0].checksum,
                 rows_read=before.rows_read,
                 dropped=before.dropped,

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 import pydantic
 from scipy import stats
 from scipy.sparse import csr_array
@@ -150,8 +151,10 @@ def _draw(
     numbers, ranks, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for shard in chosen:
         url = storage.join(documents, f"{shards[shard]}.parquet")
-        table = storage.read_parquet(url, ["content_hash", "size_bytes"])
-        numbers.append(firsts[shard] + np.arange(len(table)))
+        table = storage.read_parquet(url, ["content_hash", "size_bytes", "content"])
+        present = pc.is_valid(table.column("content"))  # what was removed on request has no text to judge
+        table = table.filter(present)
+        numbers.append(firsts[shard] + np.flatnonzero(present.to_numpy()))
         sizes.append(table.column("size_bytes").to_numpy().astype(np.int64))
         hashes = np.frombuffer(b"".join(table.column("content_hash").to_pylist()), ">u8")
         ranks.append(hashes[::2].astype(np.uint64))

@@ -62,13 +62,13 @@ def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: 
     """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished."""
     report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
     report.check(stage)
-    storage.write_text(_report_url(folder, unit.name), report.model_dump_json() + "\n")
+    storage.write_text(report_url(folder, unit.name), report.model_dump_json() + "\n")
     return report
 
 
 def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
     """The report of `unit` if it was finished from the same input and config and its files are whole, else None."""
-    url = _report_url(folder, unit.name)
+    url = report_url(folder, unit.name)
     if not storage.exists(url):
         return None
     try:
@@ -106,5 +106,6 @@ def run_in_process(
     ]
 
 
-def _report_url(folder: str, name: str) -> str:
+def report_url(folder: str, name: str) -> str:
+    """Where the report of the unit `name` stands."""
     return storage.join(folder, REPORTS_FOLDER, f"{name}.json")

@@ -47,12 +47,29 @@ def open_dataset(url: str) -> Dataset:
         NotFinishedError, SchemaVersionError: when `url` is no finished dataset of this version.
         InputError: when it holds no document.
     """
-    manifest = manifests.read_manifest(url, STAGE, VERB)
-    shards = tuple(file for file in manifest.files if _SHARD_NAME.fullmatch(file.name))
+    shards = _shards(url)
     if not sum(shard.rows for shard in shards):
         raise InputError(url, "the dataset holds no document", "Preprocess more input; its manifest counts the drops.")
+    return Dataset(url, shards, _digest(shards))
+
+
+def digest_of(url: str) -> str:
+    """The digest that `open_dataset` gives the dataset at `url`, which may hold no document.
+
+    Raises:
+        NotFinishedError, SchemaVersionError: as `open_dataset`.
+    """
+    return _digest(_shards(url))
+
+
+def _shards(url: str) -> tuple[WrittenFile, ...]:
+    manifest = manifests.read_manifest(url, STAGE, VERB)
+    return tuple(file for file in manifest.files if _SHARD_NAME.fullmatch(file.name))
+
+
+def _digest(shards: Sequence[WrittenFile]) -> str:
     lines = "\n".join(f"{shard.name} {shard.checksum}" for shard in shards)
-    return Dataset(url, shards, xxhash.xxh3_128_hexdigest(lines.encode()))
+    return str(xxhash.xxh3_128_hexdigest(lines.encode()))
 
 
 def uniform_of_hash(content_hash: str, seed: int) -> float:

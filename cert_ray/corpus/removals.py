@@ -1,0 +1,132 @@
+"""Takedowns: which files a run must not hold, and what becomes of them in the documents.
+
+In: `RUN/removals.jsonl`, one `Removal` a line, written by `cert-ray remove` and read by preprocessing. Out: documents
+whose removed rows keep their number, name and hashes, and lose everything that was read from the file. The row stays
+because documents are numbered by it: no other file's number, cluster or shard changes. So a copy of a removed file that
+was dropped for it stays dropped, and a takedown never lets another copy in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pydantic
+
+from cert_ray import storage
+from cert_ray.config import Config
+from cert_ray.errors import InputError
+
+RECORD_NAME = "removals.jsonl"
+SELECTORS = ("repository", "source", "path_prefix")
+COLUMNS = ["repository", "source", "path"]  # what selecting needs of a table
+_READ_FROM_FILE = ("content", "libraries", "statements")
+
+
+class RewrittenFile(Config):
+    """A shard that held rows to remove. Checksums are xxh3-128; `after` is None until it is rewritten."""
+
+    file: str  # below the run
+    rows: int
+    before: str
+    after: str | None = None
+
+
+class Removal(Config):
+    """A request, and what was done about it. A file is removed when everything that is given holds of it."""
+
+    repository: str | None = None  # whatever its case: forges tell names apart without it
+    source: str | None = None  # the input as it was given
+    path_prefix: str | None = None  # of the path inside the input
+    asked: str = pydantic.Field(pattern=r"^\d{4}-\d\d-\d\d$")
+    reason: str = ""
+    files: tuple[RewrittenFile, ...] = ()
+    finished: bool = False
+
+    @pydantic.model_validator(mode="after")
+    def _selects_something(self) -> Self:
+        if not any(self.selector):
+            raise ValueError(f"give one of {', '.join(SELECTORS)}, and not an empty one")
+        return self
+
+    @property
+    def selector(self) -> tuple[str | None, ...]:
+        """What makes this request another one than others."""
+        repository = self.repository.lower() if self.repository else None
+        return repository, self.source or None, self.path_prefix or None
+
+    def __str__(self) -> str:
+        given = ((name, getattr(self, name)) for name in SELECTORS)
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in given if value)
+
+
+def read_removals(run: str) -> tuple[Removal, ...]:
+    """The requests that stand in `run`, oldest first.
+
+    Raises:
+        InputError: when a line is no request.
+    """
+    url = storage.join(run, RECORD_NAME)
+    if not storage.exists(url):
+        return ()
+    try:
+        return tuple(Removal.model_validate_json(line) for line in storage.read_text(url).splitlines() if line.strip())
+    except pydantic.ValidationError as error:
+        problem = f"not a list of removals: {error.errors(include_url=False)[0]['msg']}"
+        raise InputError(
+            url, problem, "Mend the line by hand: it keeps files out that someone asked to remove."
+        ) from error
+
+
+def write_removals(run: str, removals: Iterable[Removal]) -> None:
+    """Write the whole record, or leave the old one."""
+    lines = (removal.model_dump_json() + "\n" for removal in removals)
+    storage.write_text(storage.join(run, RECORD_NAME), "".join(lines))
+
+
+def selected(table: pa.Table, removals: Sequence[Removal]) -> pa.ChunkedArray:
+    """bool[rows]: which rows of `table` one of `removals` names."""
+    nothing = pa.chunked_array([pa.repeat(pa.scalar(False), len(table))])
+    return _any_of([nothing, *(_selected_by(table, removal) for removal in removals)])
+
+
+def _any_of(masks: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+    result = masks[0]
+    for mask in masks[1:]:
+        result = pc.or_(result, mask)
+    return result
+
+
+def _selected_by(table: pa.Table, removal: Removal) -> pa.ChunkedArray:
+    repository, source, prefix = removal.selector
+    masks = []
+    if repository:
+        masks.append(pc.equal(pc.utf8_lower(table.column("repository")), repository))
+    if source:
+        masks.append(pc.equal(table.column("source"), source))
+    if prefix:
+        masks.append(pc.starts_with(table.column("path"), prefix))
+    result = masks[0]
+    for mask in masks[1:]:
+        result = pc.and_(result, mask)
+    return pc.fill_null(result, False)
+
+
+def blank(documents: pa.Table, removals: Sequence[Removal]) -> pa.Table:
+    """`documents` (DOCUMENTS) with null for all that was read from the files that `removals` name."""
+    mask = selected(documents, removals)
+    if not pc.any(mask).as_py():
+        return documents
+    for name in _READ_FROM_FILE:
+        column = documents.column(name)
+        blanked = pc.if_else(mask, pa.scalar(None, column.type), column)
+        documents = documents.set_column(documents.schema.get_field_index(name), documents.field(name), blanked)
+    return documents.combine_chunks()  # the same bytes, however the table came to be
+
+
+def content_bytes(documents: pa.Table) -> int:
+    """Bytes of the texts that `documents` still hold."""
+    present = pc.is_valid(documents.column("content"))
+    return int(pc.sum(documents.column("size_bytes").filter(present), min_count=0).as_py())

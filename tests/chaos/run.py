@@ -34,6 +34,8 @@ from tests.chaos.corpus import write_corpus
 ROOT = Path(__file__).resolve().parents[2]
 UNIT_BYTES = 240_000  # tens of milliseconds of work
 KINDS = ("worker", "worker", "node", "driver")  # every four kills
+# Ray notices a dead node after 15 s; here after 5 s, which a busy machine of two cores still answers in.
+HEALTH_CHECK = {"health_check_period_ms": 1_000, "health_check_failure_threshold": 5}
 STALLED_S = 150  # without an event: assumed, several times the slowest start of a driver
 MOMENT_S = 0.3  # a kill comes up to so much later than its place in the run; a few tasks' length
 KILLS_PER_RUN = (3, 7)  # then the run is left alone, so that it ends and can be compared
@@ -118,7 +120,9 @@ def started_cluster(folder: Path) -> Iterator[Nodes]:
 
     cluster = Cluster()
     try:
-        cluster.add_node(num_cpus=0, object_store_memory=200 << 20, include_dashboard=False)
+        cluster.add_node(
+            num_cpus=0, object_store_memory=200 << 20, include_dashboard=False, _system_config=HEALTH_CHECK
+        )
         nodes = Nodes(cluster)
         for _ in range(2):
             nodes.add(cpus=1)

@@ -10,12 +10,16 @@ BENCH_WORK ?= build/bench
 BENCH_RUNS ?= 5
 # Input bytes, models and steps of the demo: see `cert-ray demo --help`.
 DEMO_ARGS ?=
+# Workers, nodes and drivers that `make chaos` kills; about ten seconds each on two cores.
+CHAOS_KILLS ?= 100
+CHAOS_SEED ?= 1
 
-.PHONY: demo test test-quick check bench bench-env format clean help
+.PHONY: demo test test-quick chaos check bench bench-env format clean help
 
 help:
 	@echo "make demo        the whole pipeline on the Python files of this machine, about four minutes on two cores"
 	@echo "make test        every test; make test-quick: those without a Ray cluster"
+	@echo "make chaos       preprocessing under CHAOS_KILLS=$(CHAOS_KILLS) kills; summary in chaos/summary.md"
 	@echo "make check       ruff and mypy"
 	@echo "make bench       every benchmark beside its peers, hours: see tests/bench/README.md; make bench-env: the peers"
 
@@ -36,6 +40,9 @@ test: $(VENV)/installed-dev
 
 test-quick: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not ray and not slow"
+
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m tests.chaos.run --kills $(CHAOS_KILLS) --seed $(CHAOS_SEED) --output chaos
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -66,4 +73,4 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf demo .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf demo chaos .pytest_cache .mypy_cache .ruff_cache build dist

@@ -321,7 +321,7 @@ app.add_typer(plan, name="plan")
 
 
 @plan.callback()
-def _plans() -> None: ...  # keeps `corpus` a word of its own while it is the only plan
+def _plans() -> None: ...
 
 
 @plan.command("corpus")
@@ -343,6 +343,26 @@ def plan_corpus(
     if storage_mb_per_s is not None:
         options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
     typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))
+
+
+@plan.command("train")
+def plan_train(
+    recipe: RecipeFile,
+    model: Annotated[list[str] | None, typer.Option(help="a model of the recipe; default: all")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, a10, h100, h200, l4 or rtx4090")] = "h100",
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak; default: 0.4, assumed")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Predict memory per worker and time per step of each model, with and without activation checkpointing.
+
+    Example: cert-ray plan train jobs/numpy.yaml --model base --gpu a100
+    """
+    resolved = _load(recipe, overrides, None)
+    from cert_ray.operations.plan_train import render_training
+
+    typer.echo(render_training(resolved, model or list(resolved.models), gpu, mfu))
 
 
 @app.command()

@@ -15,6 +15,7 @@
     |-- CheckpointError         a checkpoint that belongs to another run
     |   `-- DamagedCheckpointError    a checkpoint with a file that is missing or not what was written
     |-- TrainingDivergedError   a loss that is not finite, or has left where it was
+    |-- TrainingMemoryError     a training worker without enough memory, with the estimate
     |-- TrainingFailedError     training workers died more often than the run allows
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
@@ -134,6 +135,10 @@ class DamagedCheckpointError(CheckpointError):
 
 class TrainingDivergedError(CertRayError):
     """The loss stopped being finite, or rose and stayed there."""
+
+
+class TrainingMemoryError(CertRayError):
+    """A training worker ran out of memory: says what the run was estimated to take, and what to lower."""
 
 
 class TrainingFailedError(CertRayError):

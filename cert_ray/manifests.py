@@ -216,10 +216,12 @@ def finished_manifest(folder: str, stage: str, verb: str, config: Config, inputs
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
+        ConservationError: when its rows do not add up.
     """
     if not is_finished(folder):
         return None
     manifest = read_manifest(folder, stage, verb)
     if (manifest.config, manifest.inputs_digest) != (config.model_dump(mode="json"), inputs_digest):
         return None
+    manifest.check()
     return manifest if are_whole(folder, manifest.files, verb) else None

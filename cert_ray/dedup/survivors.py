@@ -93,20 +93,21 @@ def cluster_documents(
     """
     labels = [first_D[:end] for end in ends]
     for batch in edges:
-        last = batch.max(axis=1, initial=-1)
-        labels = [tie(label, batch[last < end]) for label, end in zip(labels, ends, strict=True)]
+        last = batch.max(axis=1, initial=-1) if len(ends) > 1 else None
+        for index, end in enumerate(ends):
+            labels[index] = tie(labels[index], batch if last is None else batch[last < end])
+    if len(labels) == 1:
+        return clusters_of(labels[0], _precedence(documents, folder, shards, rows)), {}
     survivor_D, size_D = np.zeros(0, np.int64), np.zeros(0, np.int64)
     for label in labels:
         start, end = len(survivor_D), len(label)
         new = np.ones(end, np.int64)
         new[:start] = survivor_D != np.arange(start)  # dropped before, and so are not to stand for anything
         precedence = (column[:end] for column in _precedence(documents, folder, shards, rows))
-        clusters = clusters_of(label, itertools.chain([new], precedence) if start else precedence)
+        clusters = clusters_of(label, itertools.chain([new], precedence))
         survivor_D = np.concatenate([survivor_D, clusters.survivor_D[start:]])
         size_D = np.concatenate([size_D, clusters.size_D[start:]])
     decided = Clusters(survivor_D, size_D)
-    if len(labels) == 1:
-        return decided, {}
     rebuilt = clusters_of(labels[-1], _precedence(documents, folder, shards, rows)).keep
     return decided, {
         "kept_unlike_a_rebuild": int((decided.keep & ~rebuilt).sum()),

@@ -25,6 +25,7 @@ _NOT_OF_THE_RESULT = {
     "keep_checkpoints",
     "keep_best_checkpoint",
     "on_spike",
+    "activation_checkpointing",
     "log_every_steps",
     "max_failures",
 }
@@ -52,6 +53,7 @@ class TrainConfig(Config):
     schedule: Schedule = "cosine"
     decay_share: float = pydantic.Field(default=0.2, gt=0, le=1)  # of the steps, with schedule wsd
     precision: Precision = "fp32"
+    activation_checkpointing: bool = False  # keep each layer's input only: less memory, a second forward pass
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = pydantic.Field(default=1, gt=0)
     use_gpu: bool = False  # one GPU per worker and NCCL; else gloo

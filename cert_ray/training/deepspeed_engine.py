@@ -26,6 +26,7 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.step import predicted_tokens, summed_loss
 
 _TAG = "engine"
+_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
 _QUIET_STEPS = 1 << 62  # DeepSpeed's own progress lines: never
 
 
@@ -38,13 +39,14 @@ def avoid_op_compilation() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def engine_options(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration for `config`."""
+def engine_options(config: TrainConfig, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `config` and a model of so many parameters."""
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.gradient_accumulation,
         "gradient_clipping": config.max_gradient_norm or 0.0,
-        "zero_optimization": {"stage": config.zero_stage},
+        # The bucket is allocated whole: DeepSpeed's own default would take 1 or 2 GB for a model of any size.
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS)},
         "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's own AdamW
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
@@ -62,9 +64,10 @@ class Engine:
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
         )
+        options = engine_options(config, sum(parameter.numel() for parameter in model.parameters()))
         with warnings.catch_warnings():  # it imports torch's compiler, which uses what torch deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_options(config))
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
         self.device: torch.device = self._engine.device
         self.world_size: int = torch.distributed.get_world_size()
 

@@ -58,6 +58,21 @@ def load(config: TrainConfig, pack: PackFacts) -> Loaded:
         TokenizerMismatchError: when the pack was made with another tokenizer, or that one does not extend the base's.
         ConfigError, InputError: when base or tokenizer cannot be used.
     """
+    loaded = _load(config, pack)
+    if config.activation_checkpointing:
+        _checkpoint_activations(loaded.model, config)
+    return loaded
+
+
+def _checkpoint_activations(model: Any, config: TrainConfig) -> None:
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.23 on
+    try:
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"activation_checkpointing: {config.base} cannot do it: {error}") from error
+
+
+def _load(config: TrainConfig, pack: PackFacts) -> Loaded:
     if config.base in PRESETS:
         if config.tokenizer is None:
             raise ConfigError(
@@ -81,6 +96,20 @@ def _from_scratch(config: TrainConfig, pack: PackFacts) -> Any:
     shape = preset_config(config.base, pack.vocab_size, pack.context_tokens, pack.end_id, pack.pad_id)
     torch.manual_seed(config.seed)
     return fuse_attention(AutoModelForCausalLM.from_config(shape, dtype=torch.float32))
+
+
+def base_shape(base: str, vocab_size: int, context_tokens: int) -> Any:
+    """The Hugging Face config of a preset, or of a folder's or hub id's model, without its weights.
+
+    Raises:
+        ConfigError: when there is no such preset, folder or hub id.
+    """
+    if base in PRESETS:
+        return preset_config(base, vocab_size, context_tokens, 0, 0)
+    try:
+        return AutoConfig.from_pretrained(storage.local_path(base) if storage.is_folder(base) else base)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"base: {base!r} is no preset, and its config.json cannot be had: {error}") from error
 
 
 def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: PackFacts) -> Any:

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import psutil
 import torch
 
 from cert_ray import storage
-from cert_ray.errors import CheckpointError, InputError, TrainingDivergedError
+from cert_ray.errors import CheckpointError, InputError, TrainingDivergedError, TrainingMemoryError
 from cert_ray.manifests import WrittenFile
 from cert_ray.tokens.packing import plan_rows
 from cert_ray.tokens.shards import PackedTokens
-from cert_ray.training import checkpoints, export, models
+from cert_ray.training import checkpoints, export, memory, models
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine
 from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
@@ -65,6 +66,7 @@ def run(
 
     Raises:
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
+        TrainingMemoryError: on the rank whose memory does not suffice.
         CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
     """
     torch.set_num_threads(config.cpus_per_worker)
@@ -72,14 +74,32 @@ def run(
     loaded = models.load(config, packed)
     parameters = models.parameter_count(loaded.model)
     trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
-    for record in trainer.steps():
-        if after_step is not None:
-            after_step(record.step, rank)
+    try:
+        for record in trainer.steps():
+            if after_step is not None:
+                after_step(record.step, rank)
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not _is_out_of_memory(error):
+            raise
+        size = memory.measure(loaded.model.config, config.precision, packed.context_tokens)
+        step = f"step {len(trainer.records) + 1}: "
+        raise TrainingMemoryError(step + memory.explain_shortage(size, config, _memory_bytes(config))) from error
     files: tuple[WrittenFile, ...] = ()
     if rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
     return Outcome(tuple(trainer.records), parameters, files)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # GPU, CPU
+
+
+def _memory_bytes(config: TrainConfig) -> float:
+    """What a worker has: its GPU's memory, or its share of this machine's."""
+    if config.use_gpu:
+        return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    return psutil.virtual_memory().total / config.workers
 
 
 class _Rank:

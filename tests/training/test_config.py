@@ -20,7 +20,7 @@ REQUIRED = {"base": "tiny", "tokens": "tokens", "output": "model", "steps": 2_00
         ({"schedule": "wsd", "decay_share": 0.6}, "before warmup_steps 1000 end; lower one of them"),
         ({"steps": 0}, "steps"),
         ({"zero_stage": 4}, "zero_stage"),
-        ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are base"),
+        ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are activation_checkpointing, base"),
     ],
 )
 def test_refuses_what_cannot_work(options, named):

@@ -6,8 +6,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from cert_ray.errors import CheckpointError, DamagedCheckpointError, InputError, TrainingDivergedError
+from cert_ray.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    InputError,
+    TrainingDivergedError,
+    TrainingMemoryError,
+)
 from cert_ray.training import checkpoints, worker
 
 pytestmark = [
@@ -176,6 +183,24 @@ def test_what_is_not_finite_stops_the_run_before_it_is_kept(make_config, copy_re
     config = make_config(steps=8, checkpoint_every_steps=2, on_spike=None)
     with pytest.raises(TrainingDivergedError, match=r"step 6: the .* is (nan|inf)\. .*checkpoints/step-000004"):
         _run(config, copy_report)
+
+
+def test_running_out_of_memory_says_what_to_lower(make_config, copy_report, monkeypatch):
+    def train_step(engine, batches, rate):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(worker.Engine, "train_step", train_step)
+    monkeypatch.setattr(worker, "_memory_bytes", lambda config: 2.07e9)
+    with pytest.raises(TrainingMemoryError, match=r"step 1: out of memory: .* Set .*micro_batch: ") as raised:
+        _run(make_config(micro_batch=64), copy_report)
+    assert "CUDA out of memory" in str(raised.value.__cause__)
+
+
+def test_activation_checkpointing_gives_the_same_losses(make_config, copy_report, tmp_path):
+    options = {"steps": 4, "base": "modern-tiny"}
+    plain = _run(make_config(**options, output=str(tmp_path / "plain")), copy_report)
+    again = make_config(**options, activation_checkpointing=True, output=str(tmp_path / "again"))
+    assert _losses(_run(again, copy_report)) == _losses(plain)
 
 
 def test_another_runs_checkpoint_is_refused(make_config, copy_report):

@@ -1,0 +1,275 @@
+"""What a training run takes, before it starts. In: a `TrainConfig`, a model's config, a GPU. Out: bytes and seconds.
+
+State follows ZeRO's accounting (Rajbhandari et al. 2020, arXiv:1910.02054): per parameter, mixed precision keeps 2
+bytes of weights, 2 of gradients and 12 of optimizer (an fp32 copy and Adam's two moments), split over the workers as
+the stage says. Activations are counted, not guessed: the model runs once on tensors without storage, and what autograd
+would keep is added up. Work is 6 x weights + 12 x layers x width x context FLOPs per token (PaLM, Chowdhery et al.
+2022, arXiv:2204.02311, appendix B). Time between workers is not counted. Nothing is allocated, no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from cert_ray.errors import ConfigError
+from cert_ray.gpt_neo import fuse_attention
+from cert_ray.training.config import TrainConfig
+
+_GB = 1e9
+# Kernels, workspaces, NCCL and what the allocator cannot use; assumed.
+_RESERVED_BYTES = 2 * _GB
+# Share of the peak that training reaches; assumed: llm.c reports about 40% for a model of this size on an H100.
+DEFAULT_MFU = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A device by its data sheet: dense matrix products per second, without structured sparsity."""
+
+    memory_bytes: float
+    half_flops: float  # bf16 and fp16
+    fp32_flops: float  # not TF32, which PyTorch leaves off
+
+
+# NVIDIA's data sheets, SXM versions where there are two; they print H100 and H200 with sparsity, which is twice this.
+GPUS: dict[str, Gpu] = {
+    "a100": Gpu(80e9, 312e12, 19.5e12),
+    "a100-40gb": Gpu(40e9, 312e12, 19.5e12),
+    "a10": Gpu(24e9, 125e12, 31.2e12),
+    "h100": Gpu(80e9, 989.4e12, 67e12),
+    "h200": Gpu(141e9, 989.4e12, 67e12),
+    "l4": Gpu(24e9, 121e12, 30.3e12),
+    "rtx4090": Gpu(24e9, 165.2e12, 82.6e12),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What a model takes per parameter and per row of `context_tokens`, in one precision."""
+
+    context_tokens: int
+    parameters: int
+    flops_per_token: float  # forward and backward
+    activation_bytes: int  # per row, kept between forward and backward; logits apart
+    checkpointed_bytes: int  # the same when each layer keeps its input only, and one at a time is done again
+    logit_bytes: int  # per row: logits and softmax at their fullest
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes of one worker at its fullest, and the work of one step over all workers."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    activations: float
+    logits: float
+    tokens_per_step: int
+    flops_per_step: float
+
+    @property
+    def state(self) -> float:
+        """What does not depend on the micro batch."""
+        return self.weights + self.gradients + self.optimizer + self.buffers + _RESERVED_BYTES
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.state + self.activations + self.logits
+
+
+def gpu_named(name: str) -> Gpu:
+    """The device of the table.
+
+    Raises:
+        ConfigError: for a name that is not in it.
+    """
+    if name not in GPUS:
+        raise ConfigError(f"--gpu {name}: unknown; known are {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+def measure(shape: Any, precision: str, context_tokens: int) -> ModelSize:
+    """The size of the causal language model with the Hugging Face config `shape`; takes about a second.
+
+    Activations include a causal mask per layer that real runs do without: up to 3% too much.
+    """
+    shape = type(shape).from_dict(shape.to_dict())  # without the choice of an attention that a loaded model left in it
+    dtype = torch.float32 if precision == "fp32" else getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])
+    with FakeTensorMode():
+        model = fuse_attention(AutoModelForCausalLM.from_config(shape, dtype=dtype)).train()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        with saved_bytes(model) as saved:
+            logits = model(input_ids=torch.zeros(1, context_tokens, dtype=torch.long), use_cache=False).logits
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inside = sum(saved.by_layer)
+    layer_input = context_tokens * shape.hidden_size * dtype.itemsize
+    checkpointed = saved.total - inside + len(layers) * layer_input + max(saved.by_layer, default=0)
+    # In half precision: the logits, their fp32 copy and its softmax; else the logits and the softmax.
+    per_logit = 8 if precision == "fp32" else 10
+    return ModelSize(
+        context_tokens=context_tokens,
+        parameters=parameters,
+        flops_per_token=6 * _multiplied(model) + 12 * shape.num_hidden_layers * shape.hidden_size * context_tokens,
+        activation_bytes=saved.total,
+        checkpointed_bytes=checkpointed if layers else saved.total,
+        logit_bytes=logits.numel() * per_logit,
+    )
+
+
+def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
+    """What one worker of the run `config` holds, and what a step computes."""
+    element = 4 if config.precision == "fp32" else 2
+    parameters, workers, stage = size.parameters, config.workers, config.zero_stage
+    rows = config.micro_batch
+    per_row = size.checkpointed_bytes if config.activation_checkpointing else size.activation_bytes
+    tokens = config.rows_per_step * size.context_tokens
+    return Estimate(
+        weights=element * parameters / (workers if stage == 3 else 1),
+        gradients=element * parameters / (workers if stage >= 2 else 1),
+        optimizer=8 * parameters if stage == 0 else 12 * parameters / workers,
+        buffers=0.0 if stage == 0 else element * parameters,  # DeepSpeed's bucket, at most as long as the gradients
+        activations=per_row * rows,
+        logits=size.logit_bytes * rows,
+        tokens_per_step=tokens,
+        flops_per_step=size.flops_per_token * tokens,
+    )
+
+
+def step_seconds(found: Estimate, config: TrainConfig, gpu: Gpu, mfu: float) -> float:
+    """Seconds of a step on `config.workers` of `gpu`; a second forward pass, with checkpointing, is no useful work."""
+    peak = gpu.fp32_flops if config.precision == "fp32" else gpu.half_flops
+    again = 4 / 3 if config.activation_checkpointing else 1
+    return found.flops_per_step * again / (config.workers * peak * mfu)
+
+
+def advice(size: ModelSize, config: TrainConfig, memory_bytes: float) -> str:
+    """What to change so that the run fits into `memory_bytes` per worker, reading the same rows per step."""
+    rows = config.micro_batch * config.gradient_accumulation
+    smaller = [count for count in range(config.micro_batch, 0, -1) if rows % count == 0]
+    for checkpointing in sorted({config.activation_checkpointing, True}):
+        for micro_batch in smaller:
+            options = {
+                "micro_batch": micro_batch,
+                "gradient_accumulation": rows // micro_batch,
+                "activation_checkpointing": checkpointing,
+            }
+            if estimate(size, config.model_copy(update=options)).total <= memory_bytes:
+                return _changes(config, options)
+    split = config.model_copy(update={"zero_stage": 3, "micro_batch": 1, "activation_checkpointing": True})
+    if config.zero_stage < 3 and estimate(size, split).total <= memory_bytes:
+        return "Raise zero_stage to 3, lower micro_batch to 1, and set activation_checkpointing: true."
+    return "No setting makes it fit: use more workers with zero_stage 3, a GPU with more memory, or a smaller model."
+
+
+def _changes(config: TrainConfig, options: dict[str, Any]) -> str:
+    changed = [f"{name}: {str(new).lower()}" for name, new in options.items() if getattr(config, name) != new]
+    if not changed:
+        return "By this estimate it fits: something else takes memory too, or it is in pieces; lower micro_batch."
+    return f"Set {', '.join(changed)}."
+
+
+def explain_shortage(size: ModelSize, config: TrainConfig, memory_bytes: float) -> str:
+    """For a worker that ran out of memory: the estimate and what to lower."""
+    found = estimate(size, config)
+    return (
+        f"out of memory: estimated {_gb(found.total)} per worker ({_gb(found.state)} of weights, gradients, optimizer "
+        f"and buffers; {_gb(found.activations + found.logits)} of activations and logits for micro_batch "
+        f"{config.micro_batch}), and there are {_gb(memory_bytes)}. {advice(size, config, memory_bytes)}"
+    )
+
+
+def render(name: str, size: ModelSize, config: TrainConfig, gpu_name: str, mfu: float) -> str:
+    """The plan of one model as text: memory with and without activation checkpointing, time, and what it assumes."""
+    gpu = gpu_named(gpu_name)
+    both = [config.model_copy(update={"activation_checkpointing": on}) for on in (False, True)]
+    found = [estimate(size, variant) for variant in both]
+    seconds = [step_seconds(one, variant, gpu, mfu) for one, variant in zip(found, both, strict=True)]
+    lines = [
+        f"{name}: {config.base}, {size.parameters / 1e6:,.1f}M parameters, {config.precision}, "
+        f"ZeRO {config.zero_stage}, {config.workers} workers; {config.micro_batch} x {size.context_tokens:,} tokens "
+        f"per pass, {config.gradient_accumulation} passes per step",
+        f"  {'GB per worker':24}{'plain':>10}{'activation_checkpointing':>28}",
+    ]
+    parts = ("weights", "gradients", "optimizer", "buffers", "activations", "logits")
+    lines += [_row(part, [getattr(one, part) / _GB for one in found]) for part in parts]
+    lines.append(_row("reserved (assumed)", [_RESERVED_BYTES / _GB] * 2))
+    lines.append(_row(f"total, of {gpu.memory_bytes / _GB:,.0f} ({gpu_name})", [one.total / _GB for one in found]))
+    lines.append(_row("seconds per step", seconds))
+    lines.append(_row(f"hours, {config.steps:,} steps", [one * config.steps / 3600 for one in seconds]))
+    chosen = found[config.activation_checkpointing]
+    lines.append(
+        f"  a step: {chosen.tokens_per_step:,} tokens, {chosen.flops_per_step:.2e} FLOPs; "
+        f"assumed: {mfu:.0%} of the peak, no waiting for other workers or storage"
+    )
+    if chosen.total > gpu.memory_bytes:
+        lines.append(f"  does not fit. {advice(size, config, gpu.memory_bytes)}")
+    return "\n".join(lines)
+
+
+@dataclass(slots=True)
+class Saved:
+    """Bytes that autograd keeps: all of them, and of each decoder layer."""
+
+    total: int
+    by_layer: list[int]
+
+
+@contextlib.contextmanager
+def saved_bytes(model: Any) -> Iterator[Saved]:
+    """Count what a forward pass inside keeps for its backward pass, each storage once, parameters apart.
+
+    Works on real and on fake tensors. The result is filled in at the end.
+    """
+    # Storages are held: a freed one's address could come back and be taken for the same.
+    seen: dict[int, Any] = {parameter.untyped_storage()._cdata: None for parameter in model.parameters()}
+    counted = Saved(0, [])
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen[storage._cdata] = storage
+            counted.total += storage.nbytes()
+        return tensor
+
+    def enter(*_: Any) -> None:
+        counted.by_layer.append(-counted.total)
+
+    def leave(*_: Any) -> None:
+        counted.by_layer[-1] += counted.total
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield counted
+    for handle in handles:
+        handle.remove()
+
+
+def _multiplied(model: Any) -> int:
+    """Weights that every token is multiplied with: all matrices but look-up tables, and the output's."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    matrices = sum(int(weight.numel()) for weight in model.parameters() if weight.ndim > 1 and id(weight) not in tables)
+    output = model.get_output_embeddings()
+    tied = output is not None and id(output.weight) in tables
+    return matrices + (int(output.weight.numel()) if tied else 0)
+
+
+def _row(name: str, values: list[float]) -> str:
+    plain, checkpointed = (f"{value:,.2f}" for value in values)
+    return f"  {name:24}{plain:>10}{checkpointed:>28}"
+
+
+def _gb(size_bytes: float) -> str:
+    return f"{size_bytes / _GB:,.1f} GB"

@@ -1,0 +1,57 @@
+"""Hugging Face Trainer's side: a causal language model on rows of token ids, bf16 autocast, fused AdamW.
+
+Imports nothing of cert-ray; wants torch, transformers and accelerate. In: a folder with config.json and rows.npy
+[rows, context + 1]. Out: one JSON line, the seconds of each measured step.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+
+class Clock(TrainerCallback):
+    """Notes the time after every step."""
+
+    def __init__(self):
+        self.ends = []
+
+    def on_step_end(self, *_, **__):
+        """One optimizer step is done."""
+        self.ends.append(time.perf_counter())
+
+
+def main():
+    """Train, and print how long the steps after the warm-up took."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument("--warmup-steps", type=int, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(given.threads)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(given.folder), dtype=torch.float32)
+    ids = torch.from_numpy(np.load(f"{given.folder}/rows.npy"))[:, :-1]
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as output:
+        options = TrainingArguments(
+            output_dir=output, max_steps=given.warmup_steps + given.steps, per_device_train_batch_size=given.rows,
+            bf16=True, use_cpu=True, optim="adamw_torch_fused", learning_rate=5e-4, weight_decay=0.1, adam_beta2=0.95,
+            torch_compile=given.compile, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+        )  # fmt: skip
+        Trainer(model=model, args=options, train_dataset=rows, callbacks=[clock]).train()
+    print(json.dumps(np.diff(clock.ends[given.warmup_steps - 1 :]).tolist()))
+
+
+if __name__ == "__main__":
+    main()

@@ -206,7 +206,9 @@ def read_text(url: str) -> str:
 def parquet_bytes(table: pa.Table) -> pa.Buffer:
     """`table` as the bytes of one Parquet file; equal tables in equal chunks give equal bytes."""
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", compression_level=3, row_group_size=4096)
+    with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
+        if len(table):  # Hugging Face's `datasets` refuses a file whose first row group is empty
+            writer.write_table(table, row_group_size=4096)
     return sink.getvalue()
 
 

@@ -16,28 +16,68 @@ import pydantic
 from cert_ray.config import Config
 from cert_ray.schemas import Dropped
 
+Names = str | tuple[str, ...]
+
+# Names as they are found: The Stack's first version, its second, and others that people use.
+_PATHS = ("max_stars_repo_path", "path")
+_REPOSITORIES = ("max_stars_repo_name", "repo_name", "repository")
+_STARS = ("max_stars_count", "star_events_count", "stars")
+_LICENCES = ("max_stars_repo_licenses", "detected_licenses", "licenses", "license")
+
+
+def _nested(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"metadata.{name}" for name in names)
+
 
 class Columns(Config):
-    """Where a Parquet or JSONL input keeps what we read. The defaults are The Stack's names.
+    """Where a Parquet or JSONL input keeps what we read: a column, `a.b` for a field inside one, or several names.
 
-    `content` and `path` must be there. The others may be missing unless you name them yourself; null means that the
-    input has no such column. Without `path`, a row is called by its number, and nothing counts as a test file.
+    Of several names the first that a row has counts. The defaults know the shapes of `PRESETS` apart by themselves.
+    `content` and `path` must be there. The others may be missing unless you name a single column yourself; null means
+    that the input has no such column. Without `path`, a row is called by its number, and nothing counts as a test file.
     """
 
-    content: str = "content"
-    path: str | None = "max_stars_repo_path"
-    repository: str | None = "max_stars_repo_name"
-    stars: str | None = "max_stars_count"
-    licence: str | None = "max_stars_repo_licenses"
+    content: Names = ("content", "text")
+    path: Names | None = (*_PATHS, *_nested(_PATHS), "id")
+    repository: Names | None = (*_REPOSITORIES, *_nested(_REPOSITORIES))
+    stars: Names | None = (*_STARS, *_nested(_STARS))
+    licence: Names | None = (*_LICENCES, *_nested(_LICENCES))
 
-    def required(self) -> list[str]:
-        """The columns that an input must have."""
-        asked_for = {"content", "path"} | self.model_fields_set
-        return [name for field, name in self.named().items() if field in asked_for]
+    def required(self) -> dict[str, tuple[str, ...]]:
+        """The fields that an input must have, with the names that they may have."""
+        named = self.named()
+        return {
+            field: names
+            for field, names in named.items()
+            if field in ("content", "path") or (field in self.model_fields_set and len(names) == 1)
+        }
 
-    def named(self) -> dict[str, str]:
-        """Column by field, without those that the input does not have."""
-        return {field: name for field, name in self.model_dump().items() if name is not None}
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """Names by field, without the fields that the input does not have."""
+        fields = ((field, getattr(self, field)) for field in type(self).model_fields)
+        return {field: (names,) if isinstance(names, str) else names for field, names in fields if names is not None}
+
+
+# `columns: NAME` in a recipe. The sources: the dataset cards of The Stack and The Stack v2 (with their content filled
+# in), datatrove's `Document` as its JSONL and Parquet writers put it down, dolma's document format.
+PRESETS = {
+    "auto": Columns(),
+    "the-stack": Columns(content="content", path=_PATHS, repository=_REPOSITORIES, stars=_STARS, licence=_LICENCES),
+    "datatrove": Columns(
+        content="text",
+        path=(*_nested(_PATHS), *_PATHS, "id"),  # without `metadata.` where its writer was told to expand metadata
+        repository=(*_nested(_REPOSITORIES), *_REPOSITORIES),
+        stars=(*_nested(_STARS), *_STARS),
+        licence=(*_nested(_LICENCES), *_LICENCES),
+    ),
+    "dolma": Columns(
+        content="text",
+        path=(*_nested(_PATHS), "id"),
+        repository=_nested(_REPOSITORIES),
+        stars=_nested(_STARS),
+        licence=_nested(_LICENCES),
+    ),
+}
 
 
 class SourceConfig(Config):
@@ -49,13 +89,22 @@ class SourceConfig(Config):
     # Archives and tables found in a folder: True reads them, False leaves them closed, None reads them only where no
     # file of the folder matches `include` (a store of archives, as against a source tree with archives as test data).
     open_containers: bool | None = None
-    columns: Columns = Columns()
+    columns: Columns = Columns()  # or one of PRESETS by its name
     max_file_bytes: int = pydantic.Field(default=1_000_000, gt=0)  # PAPER.md: files under 1 MB
     unit_bytes: int = pydantic.Field(default=32 << 20, gt=0)  # assumed: tens of seconds of work, little to lose
     # Reading stops after so many files, or before the file that would make it more bytes. Loose files and row groups
     # count by their size; an archive or JSONL file by its size on disk, and gives at most the bytes that were left.
     limit: int | None = pydantic.Field(default=None, gt=0)
     max_input_bytes: int | None = pydantic.Field(default=None, gt=0)
+
+    @pydantic.field_validator("columns", mode="before")
+    @classmethod
+    def _preset(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        if value not in PRESETS:
+            raise ValueError(f"unknown; known are {', '.join(PRESETS)}, or a mapping of fields to columns")
+        return PRESETS[value]
 
     def matcher(self) -> Matcher:
         """`include` and `exclude`, compiled."""

@@ -1,4 +1,4 @@
-"""Rows of tables as records: JSONL (plain, gzip, zstd) and Parquet, with The Stack's column names unless configured.
+"""Rows of tables as records: JSONL (plain, gzip, zstd) and Parquet, as The Stack, datatrove and dolma write them.
 
 In: the URL of a table and `Columns`. Out: one record per row, in row order; all rows are read, whatever their path.
 A row without text is a `BAD_RECORD` drop, a damaged file one `DAMAGED_ARCHIVE` drop after the rows before the damage.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import IO, Any, cast
 
 import pyarrow as pa
@@ -38,19 +38,37 @@ def check_jsonl(url: str, source: str, config: SourceConfig) -> None:
     except (*DAMAGE, RecursionError):
         return
     if isinstance(first, dict):
-        _check_columns(list(first), source, config.columns)
+        _check_columns(list(_keys(first)), source, config.columns)
+
+
+def _keys(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys of `row`, those of a mapping inside it with its own and a dot before them."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:
+    """The same of a table's schema."""
+    for field in fields:
+        if pa.types.is_struct(field.type):
+            yield from _leaves(field.type, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
 
 
 def _check_columns(found: list[str], source: str, columns: Columns) -> None:
-    missing = [name for name in columns.required() if name not in found]
+    missing = {field: names for field, names in columns.required().items() if not set(names) & set(found)}
     if missing:
-        fields = [field for field, name in columns.named().items() if name in missing]
         raise MissingColumnsError(
             source,
-            f"no column {', '.join(missing)}; its columns are {', '.join(map(str, found)) or 'none'}",
+            f"no column {', nor '.join(' or '.join(names) for names in missing.values())}; "
+            f"its columns are {', '.join(map(str, found)) or 'none'}",
             "Name the right ones in "
-            + ", ".join(f"sources.columns.{field}" for field in fields)
-            + (" (null where it has none)." if "content" not in fields else "."),
+            + ", ".join(f"sources.columns.{field}" for field in missing)
+            + (" (null where it has none)." if "content" not in missing else "."),
         )
 
 
@@ -97,22 +115,35 @@ def _record_of_line(line: bytes | None, name: str, source: str, config: SourceCo
 
 def _record(row: Mapping[str, Any], name: str, source: str, config: SourceConfig) -> Record:
     """A row as a document; `name` stands in for a path that it does not have."""
-    columns = config.columns
-    path = row.get(columns.path) if columns.path else None
-    path = _text(path) or name
-    content = row.get(columns.content)
+    values = {field: _value(row, names) for field, names in config.columns.named().items()}
+    path = _text(values.get("path")) or name
+    content = values["content"]
     if not isinstance(content, str | bytes):
-        return path, source, Dropped(DropReason.BAD_RECORD, f"{columns.content} is {type(content).__name__}, not text")
+        column = " or ".join(config.columns.named()["content"])
+        return path, source, Dropped(DropReason.BAD_RECORD, f"{column} is {type(content).__name__}, not text")
     if len(content) > config.max_file_bytes:
         return path, source, Dropped(DropReason.TOO_LARGE)
     return RawDocument(
         path,
         source,
         content,
-        repository=_text(row.get(columns.repository)) if columns.repository else None,
-        stars=_count(row.get(columns.stars)) if columns.stars else None,
-        licence=_text(row.get(columns.licence)) if columns.licence else None,
+        repository=_text(values.get("repository")),
+        stars=_count(values.get("stars")),
+        licence=_text(values.get("licence")),
     )
+
+
+def _value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The value of the first of `names` that `row` has one for; dots lead into mappings."""
+    for name in names:
+        value: Any = row.get(name)
+        if value is None and "." in name:
+            value = row
+            for part in name.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None
 
 
 def _text(value: object) -> str | None:
@@ -143,7 +174,7 @@ def row_groups(url: str, source: str, config: SourceConfig) -> Iterator[tuple[li
     except DAMAGE:
         yield None, 0, 0
         return
-    _check_columns(metadata.schema.to_arrow_schema().names, source, config.columns)
+    _check_columns(list(_leaves(metadata.schema.to_arrow_schema())), source, config.columns)
     run: list[int] = []
     rows = size_bytes = 0
     for index in range(metadata.num_row_groups):
@@ -163,8 +194,9 @@ def read_parquet(url: str, source: str, groups: list[int] | None, config: Source
     try:
         with open_bytes(url) as stream:
             table = pq.ParquetFile(stream)
-            present = set(table.schema_arrow.names)
-            columns = [name for name in config.columns.named().values() if name in present]
+            present = set(_leaves(table.schema_arrow))
+            wanted = (name for names in config.columns.named().values() for name in names if name in present)
+            columns = list(dict.fromkeys(wanted))
             row = sum(table.metadata.row_group(index).num_rows for index in range(groups[0] if groups else 0))
             for batch in table.iter_batches(_BATCH_ROWS, row_groups=groups or [], columns=columns):
                 for record in _rows(batch):

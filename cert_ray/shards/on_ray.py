@@ -83,7 +83,13 @@ def run_units(
                 reports[report.shard] = report
                 reused += bool(row["reused"])
                 count_report(stage, report)
-                progress.advance(1, rows=report.rows_read, kept=report.rows_kept)
+                progress.advance(
+                    rows=report.rows_read,
+                    kept=report.rows_kept,
+                    size_bytes=report.counts.get("content_bytes", 0),
+                    dropped=report.dropped,
+                    reused=bool(row["reused"]),
+                )
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             while cause is not None and not isinstance(cause, CertRayError):

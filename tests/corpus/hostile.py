@@ -57,7 +57,7 @@ def build_hostile_corpus(folder: Path) -> dict[str, int]:
 def build_table_without_columns(folder: Path) -> Path:
     """A Parquet file that has nothing to read: not a drop, but one clear error."""
     path = folder / "other.parquet"
-    pq.write_table(pa.table({"text": [GOOD], "label": [1]}), path)
+    pq.write_table(pa.table({"body": [GOOD], "label": [1]}), path)
     return path
 
 

@@ -13,7 +13,7 @@ import zstandard
 
 from cert_ray.corpus.inputs import RawDocument
 from cert_ray.corpus.sources import SourceConfig, plan_units
-from cert_ray.errors import MissingColumnsError
+from cert_ray.errors import ConfigError, MissingColumnsError
 from cert_ray.schemas import DropReason
 from tests.corpus.test_sources import read_all
 
@@ -123,3 +123,67 @@ def test_damaged_parquet_is_one_drop(tmp_path: Path) -> None:
     (record,) = read_all(SourceConfig(inputs=(str(path),)))
     assert not isinstance(record, RawDocument)
     assert record[2].reason is DropReason.DAMAGED_ARCHIVE
+
+
+IN_METADATA = {name: value for name, value in ROW.items() if name != "content"}
+STACK_V2 = {
+    "content": ROW["content"],
+    "path": "src/a.py",
+    "repo_name": "someone/something",
+    "star_events_count": 12,
+    "detected_licenses": ["MIT", "Apache-2.0"],
+    "blob_id": "0a1b",
+    "license_type": "permissive",
+}
+# datatrove leaves out what is empty, here `media`; dolma wants `source`, and dates if it has them.
+DATATROVE = {"text": ROW["content"], "id": "shard/3", "metadata": {"file_path": "data/0.parquet", **IN_METADATA}}
+EXPANDED = {"text": ROW["content"], "id": "shard/3", "file_path": "data/0.parquet", **IN_METADATA}
+DOLMA = {"id": "3", "text": ROW["content"], "source": "stack", "added": "2023-01-01", "metadata": IN_METADATA}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet"])
+@pytest.mark.parametrize(
+    ("row", "preset"),
+    [(ROW, "the-stack"), (STACK_V2, "the-stack"), (DATATROVE, "datatrove"), (EXPANDED, "datatrove"), (DOLMA, "dolma")],
+    ids=["the-stack", "the-stack-v2", "datatrove", "datatrove-expanded", "dolma"],
+)
+def test_what_others_write_is_read_with_and_without_naming_it(
+    tmp_path: Path, name: str, row: dict[str, object], preset: str
+) -> None:
+    url = write(tmp_path / name, [row])
+    for columns in ({}, {"columns": "auto"}, {"columns": preset}):
+        (record,) = read_all(SourceConfig.from_mapping({"inputs": [url], **columns}, "test"))
+        assert as_dict(record) == DOCUMENT
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.parquet"])
+def test_a_document_without_metadata_is_called_by_its_id(tmp_path: Path, name: str) -> None:
+    url = write(tmp_path / name, [{"id": "the-stack/17.py", "text": "x = 1\n", "source": "stack"}])
+    (record,) = read_all(SourceConfig(inputs=(url,)))
+    assert as_dict(record) == {
+        **DOCUMENT,
+        "path": "the-stack/17.py",
+        **dict.fromkeys(("repository", "stars", "licence")),
+    }
+
+
+def test_rows_may_differ_in_what_their_metadata_holds(tmp_path: Path) -> None:
+    rows: list[object] = [DOLMA, {**DOLMA, "metadata": {"path": "b.py"}}, {**DOLMA, "metadata": None}, {"id": "9"}]
+    *records, rejected = read_all(SourceConfig(inputs=(write(tmp_path / "x.jsonl", rows),)))
+    assert [as_dict(record)["path"] for record in records] == ["src/a.py", "b.py", "3"]
+    assert not isinstance(rejected, RawDocument)
+    assert rejected[0] == "9"
+    assert rejected[2].detail == "content or text is NoneType, not text"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.parquet"])
+def test_a_shape_that_is_not_known_is_refused_with_the_columns_found(tmp_path: Path, name: str) -> None:
+    url = write(tmp_path / name, [{"body": "x", "metadata": {"language": "py"}}])
+    with pytest.raises(MissingColumnsError, match=r"no column content or text, nor .*are body, metadata\.language\."):
+        plan_units(SourceConfig(inputs=(url,)))
+    columns = {"content": "body", "path": None, "repository": "metadata.name"}
+    named = SourceConfig.from_mapping({"inputs": [url], "columns": columns}, "test")
+    with pytest.raises(MissingColumnsError, match=r"no column metadata\.name; .*sources\.columns\.repository \(null"):
+        plan_units(named)
+    with pytest.raises(ConfigError, match=r"columns.*unknown; known are auto, the-stack, datatrove, dolma"):
+        SourceConfig.from_mapping({"inputs": [url], "columns": "the-pile"}, "test")

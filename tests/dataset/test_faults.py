@@ -17,16 +17,9 @@ from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError
 from cert_ray.manifests import Manifest, ShardReport
 from tests.chaos.run import tree
 from tests.dataset.builders import write_corpus
+from tests.ray_marks import RAY_DATA
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_cluster"),
-    # Ray Data leaves the closing of its sockets and logs to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-]
+pytestmark = RAY_DATA
 
 SHARD = "shard-00001"
 

@@ -15,16 +15,9 @@ from cert_ray.errors import InputError, SchemaVersionError, ShardCorruptError
 from cert_ray.manifests import Manifest
 from tests.corpus.hostile import GOOD_FILES, build_hostile_corpus, good_source, hostile_inputs
 from tests.dataset.builders import write_corpus
+from tests.ray_marks import RAY_DATA
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_cluster"),
-    # Ray Data leaves the closing of its sockets and logs to the garbage collector.
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-]
+pytestmark = RAY_DATA
 
 
 def config(corpus: Path, **options: object) -> PreprocessConfig:

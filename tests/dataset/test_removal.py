@@ -26,15 +26,9 @@ from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.pack import pack_in_process
 from cert_ray.tokens.vocabulary import TokenizerConfig, train_on_dataset
 from tests.dataset.builders import FILE
+from tests.ray_marks import RAY_DATA
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-]
+pytestmark = RAY_DATA
 
 GONE = "Someone/Secret"
 ASKED = Removal(repository=GONE.lower(), asked="2026-01-02", reason="request 17")

@@ -26,15 +26,9 @@ from cert_ray.operations.inspect import (
     show_rows,
 )
 from tests.dataset.builders import write_corpus
+from tests.ray_marks import RAY_DATA
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.usefixtures("ray_cluster"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-]
+pytestmark = RAY_DATA
 
 
 @pytest.fixture(scope="module")

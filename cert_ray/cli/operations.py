@@ -1,0 +1,96 @@
+"""Verbs that cross stages: `demo`, `doctor`, `plan corpus`, `plan train`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform
+
+
+@app.command()
+def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")] = ".") -> None:
+    """Check versions, accelerator, memory, disk, Ray's authentication and the sandbox, and say what to do.
+
+    Example: cert-ray doctor
+    """
+    from cert_ray.operations.doctor import Level, examine
+
+    findings = examine(folder)
+    for finding in findings:
+        typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
+        if finding.advice:
+            typer.echo(f"{'':26} -> {finding.advice}")
+    raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
+
+
+plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
+app.add_typer(plan, name="plan")
+
+
+@plan.callback()
+def _plans() -> None: ...
+
+
+@plan.command("corpus")
+def plan_corpus(
+    files: Annotated[float, typer.Option(help="files of the raw corpus, e.g. 60.6e6")],
+    size_bytes: Annotated[float, typer.Option("--bytes", help="bytes of the raw corpus, e.g. 330e9")],
+    cores: Annotated[int, typer.Option(help="cores of each node")],
+    nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
+    storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
+) -> None:
+    """Predict time, memory, bytes moved and disk of preprocessing, per stage, from measured costs.
+
+    Example: cert-ray plan corpus --files 60.6e6 --bytes 330e9 --nodes 16 --cores 32
+    """
+    from cert_ray.operations.plan import PlanConfig, load_costs, make_plan, render_plan
+
+    options = {"files": files, "size_bytes": size_bytes, "nodes": nodes, "cores": cores}
+    if storage_mb_per_s is not None:
+        options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
+    typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))
+
+
+@plan.command("train")
+def plan_train(
+    recipe: RecipeFile,
+    model: Annotated[list[str] | None, typer.Option(help="a model of the recipe; default: all")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, a10, h100, h200, l4 or rtx4090")] = "h100",
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak; default: 0.4, assumed")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Predict memory per worker and time per step of each model, with and without activation checkpointing.
+
+    Example: cert-ray plan train jobs/numpy.yaml --model base --gpu a100
+    """
+    resolved = load(recipe, overrides, None)
+    from cert_ray.operations.plan_train import render_training
+
+    typer.echo(render_training(resolved, model or list(resolved.models), gpu, mfu))
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",
+    small: Annotated[bool, typer.Option("--small", help="less input and fewer steps, for a quick look")] = False,
+    max_input_bytes: Annotated[int | None, typer.Option(help="read at most so many bytes of Python files")] = None,
+    base_steps: Annotated[int | None, typer.Option(help="training steps of the base model")] = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Run everything, small: this machine's Python files to a dataset, three models, a served answer and pass@k.
+
+    Example: cert-ray demo --output demo
+    """
+    from cert_ray.operations.demo import SMALL, DemoConfig, demo_recipe, render_summary, run_demo
+
+    given = {"output": output, "max_input_bytes": max_input_bytes, "base_steps": base_steps}
+    options = SMALL.model_dump() if small else {}
+    config = DemoConfig.from_mapping({**options, **{k: v for k, v in given.items() if v is not None}}, "demo")
+    summary = perform(demo_recipe(config), address, dry_run, f"run the demo into {output}", lambda: run_demo(config))
+    typer.echo(render_summary(summary))

@@ -25,6 +25,17 @@ def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")
     raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
 
 
+@app.command()
+def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show how far a run is, read off its folder, and the command that goes on with it.
+
+    Example: cert-ray status jobs/numpy.yaml --set run=s3://bucket/runs/numpy
+    """
+    from cert_ray.operations.status import render_status, run_status
+
+    typer.echo(render_status(run_status(load(recipe, overrides, None)), recipe))
+
+
 plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
 app.add_typer(plan, name="plan")
 

@@ -10,14 +10,26 @@ from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, 
 
 
 @app.command()
-def doctor(folder: Annotated[str, typer.Option(help="look at the disk below it")] = ".") -> None:
+def doctor(
+    folder: Annotated[str, typer.Option(help="look at the disk below it")] = ".",
+    cluster: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="ask every node of this Ray cluster instead, e.g. auto")
+    ] = None,
+) -> None:
     """Check versions, accelerator, memory, disk, Ray's authentication and the sandbox, and say what to do.
 
-    Example: cert-ray doctor
+    Example: cert-ray doctor --cluster auto
     """
     from cert_ray.operations.doctor import Level, examine
 
-    findings = examine(folder)
+    if cluster is None:
+        findings = examine(folder)
+    else:
+        from cert_ray.operations.nodes import judge_nodes, versions_here
+        from cert_ray.operations.on_ray import ask_nodes, ray_session
+
+        with ray_session(cluster):
+            findings = judge_nodes(ask_nodes(), versions_here())
     for finding in findings:
         typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
         if finding.advice:

@@ -19,6 +19,8 @@
     |-- TrainingFailedError     training workers died more often than the run allows
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
+        |-- RequestCancelledError   nobody waits for the answer any more
+        `-- DeadlineError           the answer was not ready by the time it was wanted
 
 Expected bad data is not an error: it is a `schemas.Dropped`, and it is counted.
 """
@@ -158,3 +160,11 @@ class RequestError(CertRayError):
 
     def __str__(self) -> str:
         return self.message
+
+
+class RequestCancelledError(RequestError):
+    """Whoever asked is gone, so the work was ended. `status` is nginx's 499: nobody is there to read it."""
+
+
+class DeadlineError(RequestError):
+    """The answer was not ready by its deadline, so the work was ended; 504."""

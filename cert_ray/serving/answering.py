@@ -6,16 +6,19 @@ give the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Self
 
 import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import ConfigError, TokenizerMismatchError
+from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError, TokenizerMismatchError
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, run_cascade, run_single
 from cert_ray.serving.engines import Engine, EngineConfig, TransformersEngine
+from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Sampling
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
 
@@ -70,15 +73,47 @@ class Answerer:
         sketcher, generator = (_load_stage(folder, config.engine) for folder in (config.sketcher, config.generator))
         return cls(sketcher, generator, config.cascade)
 
-    def answer(self, prompts: Sequence[str], sampling: Sampling) -> list[CascadeAnswer]:
-        """One answer per prompt, in order.
+    def answer(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        cancelled: threading.Event | None = None,
+        deadline_s: float | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[CascadeAnswer]:
+        """One answer per prompt, in order. Calls from many threads are decoded together.
+
+        `deadline_s` is a reading of `time.monotonic`. `on_event` is called with the prompt's place and the event, in
+        order for each prompt, from the calling thread or, for several prompts, from threads of this answerer; what it
+        raises ends the request. Every choice's last `TextDrawn` comes before this returns.
 
         Raises:
-            RequestError: 400, for a prompt that does not fit the window.
+            RequestError: 400, for a prompt that does not fit the window, or an option that these models cannot serve.
+            RequestCancelledError: `cancelled` was set. The work ends with the token being drawn.
+            DeadlineError: the deadline passed. The work ends with the token being drawn.
         """
-        if self._sketcher is None:
-            return [run_single(prompt, sampling, self._generator) for prompt in prompts]
-        return [run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade) for prompt in prompts]
+        answers = []
+        for place, prompt in enumerate(prompts):
+            check_wanted(cancelled, deadline_s)
+            if self._sketcher is None:
+                answer = run_single(prompt, sampling, self._generator)
+            else:
+                answer = run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade)
+            if on_event is not None:
+                for index, choice in enumerate(answer.choices):
+                    on_event(place, TextDrawn(index, choice.text, choice.finish_reason))
+            answers.append(answer)
+        check_wanted(cancelled, deadline_s)
+        return answers
+
+
+def check_wanted(cancelled: threading.Event | None, deadline_s: float | None) -> None:
+    """Raise what ends the work, if it is not wanted any more."""
+    if cancelled is not None and cancelled.is_set():
+        raise RequestCancelledError(499, "The request was cancelled.", None, "cancelled")
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        raise DeadlineError(504, "No answer by the deadline. Ask for fewer tokens or samples.", None, "timeout")
 
 
 def _load_stage(folder: str, config: EngineConfig) -> TransformersEngine:

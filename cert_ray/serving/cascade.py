@@ -27,7 +27,8 @@ import pydantic
 from cert_ray.config import Config
 from cert_ray.serving.boundaries import PAPER_STOPS, drop_start, first_stop, split_trailing_blanks
 from cert_ray.serving.contexts import sketch_context
-from cert_ray.serving.engines import Completion, Engine, check_length
+from cert_ray.serving.engines import Completion, Engine, TokenLogprobs, check_length
+from cert_ray.serving.events import SketchChosen
 from cert_ray.serving.sampling import Sampling
 from cert_ray.sketching import Placeholder, Sketched, SketchKind, prompt_format
 
@@ -56,7 +57,13 @@ class CascadeConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class CascadeAnswer:
-    """The completions of one prompt, and how they came about. `timings_s` is in seconds by stage."""
+    """The completions of one prompt, and how they came about.
+
+    `timings_s` is in seconds by stage: `sketch` and `generate`, waiting for a place in the batch included.
+    `prompt_tokens` are those of the prompt as the model that is asked first reads it; `cached_tokens` of them were not
+    read again. `completion_tokens` are all tokens drawn for the choices, those of `best_of` that are not given
+    included; `sketch_tokens` those drawn for sketches.
+    """
 
     choices: tuple[Completion, ...]
     route: Route
@@ -65,6 +72,14 @@ class CascadeAnswer:
     vote_share: float = 0.0
     prompt_tokens: int = 0
     timings_s: dict[str, float] = field(default_factory=dict)
+    chosen: SketchChosen | None = None  # the whole vote; `sketch`, `sketch_votes` and `vote_share` are taken from it
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    sketch_tokens: int = 0
+    prompt_logprobs: TokenLogprobs | None = (
+        None  # with `echo` and `logprobs`, where one model reads the prompt as it is
+    )
+    from_cache: bool = False  # the same request was answered before; `timings_s` are of that answer
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,16 +37,33 @@ _Draw = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits [B, V], u
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Natural log-probabilities of a text's tokens, in the fields of OpenAI's `logprobs` object, all equally long.
+
+    `token_logprobs` are under the model itself (temperature 1, no nucleus); None for a prompt's first token.
+    `top_logprobs` hold the alternatives asked for and the token itself. `text_offset` counts characters from the
+    beginning of the text that the tokens belong to (the answer, or the prompt).
+    """
+
+    tokens: tuple[str, ...]
+    token_logprobs: tuple[float | None, ...]
+    top_logprobs: tuple[dict[str, float] | None, ...]
+    text_offset: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample. `text` is cut at the stop string; `ids` are all tokens drawn, end of text and stop string apart.
+    """One sample. `text` is cut at the stop string; `ids` are all tokens drawn, end of text apart.
 
     `mean_logprob` is the mean natural log-probability of the tokens drawn, end of text included, under the model.
+    `logprobs` is None unless asked for; its tokens are those that `text` begins in.
     """
 
     ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason
     mean_logprob: float
+    logprobs: TokenLogprobs | None = None
 
 
 class Engine(Protocol):

@@ -12,6 +12,8 @@ Shapes: B rows (samples), V vocabulary, K candidates, T tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
+from typing import Self
 
 import numpy as np
 import pydantic
@@ -19,21 +21,52 @@ import torch
 import xxhash
 
 from cert_ray.config import Config
+from cert_ray.errors import ConfigError
 
 # Nucleus sampling sorts this many candidates, and all of them only when these hold less than top_p. Assumed: code is
 # predictable, and 0.9 of the mass sits in far fewer tokens once a model is trained.
 _CANDIDATES = 512
 
 
+class Mode(StrEnum):
+    """Which models take part in an answer."""
+
+    CASCADE = "cascade"  # sketch, vote, fill in
+    SKETCH_ONLY = "sketch_only"  # the sketches are the answers, the winner's first; placeholders stay words
+    GENERATOR_ONLY = "generator_only"  # the generator is given the context alone
+    SINGLE = "single"  # one plain model, cut at the request's stop strings only
+
+
 class Sampling(Config):
     """What a request asks for, in OpenAI's terms and with its defaults; only the seed is never left open."""
 
     n: int = pydantic.Field(default=1, ge=1)
-    max_tokens: int = pydantic.Field(default=16, ge=1)
+    best_of: int | None = pydantic.Field(default=None, ge=1)  # drawn; the n likeliest per token are given. None: n
+    max_tokens: int = pydantic.Field(default=16, ge=0)  # 0 only with echo: score the prompt
     temperature: float = pydantic.Field(default=1.0, ge=0, le=2)  # 0 is greedy
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # each ends a sample as the end of text does, and is not part of it
+    logprobs: int | None = pydantic.Field(default=None, ge=0, le=5)  # alternatives told per token; None: nothing
+    # The prompt stands before each choice's text, by whoever writes the response: `Completion.text` never holds it.
+    # Together with `logprobs`, `CascadeAnswer.prompt_logprobs` is filled.
+    echo: bool = False
+    suffix: str | None = None  # text behind the answer; for models that were trained to fill in the middle
+    mode: Mode | None = None  # None: the deployment's own
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ConfigError(f"best_of={self.best_of}: must not be less than n={self.n}.")
+        if self.max_tokens == 0 and not self.echo:
+            raise ConfigError("max_tokens=0: only with echo=true, which scores the prompt; ask for one token or more.")
+        return self
+
+    @property
+    def drawn(self) -> int:
+        """Samples that are drawn."""
+        return self.best_of or self.n
 
 
 def uniform_streams(seed: int, prompt: Sequence[int], samples: range, length: int) -> torch.Tensor:

@@ -154,9 +154,17 @@ class SandboxError(CertRayError):
 class RequestError(CertRayError):
     """An HTTP request that is refused, in the fields of OpenAI's error object."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message, param, code)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(status, message, param, code, retry_after_s)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s  # for 429 and 503: how long to wait before asking again
 
     def __str__(self) -> str:
         return self.message

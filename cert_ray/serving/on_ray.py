@@ -19,7 +19,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError, RayTaskError
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
+_REFUSALS = 200  # at the same moment
 _FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
 
 
@@ -209,11 +210,13 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
         health_check_period_s=config.health_check_period_s,
+        max_surge_percent=config.surge_percent,
         **_replicas(config),
         **stopping,
     ).bind(options)
-    # The front door only waits: it must hold all that the engines work on and queue, and as many again to refuse.
-    waiting = 2 * config.max_in_flight
+    # The front door only waits: it must hold all that the engines work on and queue, and more, to refuse it in OpenAI's
+    # words. What comes beyond that is refused by Serve's proxy.
+    waiting = 2 * config.max_in_flight + _REFUSALS
     front_door = serve.deployment(
         serve.ingress(_front_door(options))(),
         name=_FRONT_DOOR,
@@ -221,7 +224,9 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=waiting,
         max_queued_requests=waiting,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         health_check_period_s=config.health_check_period_s,
+        max_surge_percent=100,
         **stopping,
     )
     application: serve.Application = front_door.bind(engines)

@@ -46,8 +46,8 @@ from cert_ray.serving.resolving import resolve
 from cert_ray.serving.sampling import Sampling
 
 _SHOWN_VALUE_CHARACTERS = 80
-_PAGE = {"/": "index.html", "/playground.js": "playground.js", "/playground.css": "playground.css"}
-_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
+_PAGE = {"/": "index.html", **{f"/{name}": name for name in ("playground.js", "playground.css", "playground.svg")}}
+_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 _PUBLIC = frozenset({"/health", *_PAGE})  # the page holds no secret: it asks for a key where one is wanted
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused, in OpenAI's shape"},

@@ -48,7 +48,8 @@ class FrontDoorConfig(Config):
     """What the HTTP front door allows, and says."""
 
     limits: RequestLimits = RequestLimits()
-    request_timeout_s: float = pydantic.Field(default=300.0, gt=0)  # waiting included; then the work ends, with a 504
+    # Waiting included; then the work ends, with a 504.
+    request_timeout_s: float = pydantic.Field(default=300.0, gt=0)
     rate: str | None = None  # per key, as 60/minute; a key file may give a key its own
     log_prompts: bool = False
     playground: bool = True  # the page at /

@@ -30,7 +30,7 @@ from cert_ray.serving.answering import Answerer
 from cert_ray.serving.api_keys import read_key_file
 from cert_ray.serving.backends import Bridge, Served, Told
 from cert_ray.serving.cascade import CascadeAnswer
-from cert_ray.serving.deployment import ServeConfig, ServerConfig
+from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
 from cert_ray.serving.sampling import Sampling
 from cert_ray.telemetry import on_ray as telemetry
@@ -56,11 +56,15 @@ class Engines:
         self._only: Answerer | None = None
         if len(self._models) == 1:  # now, so that the replica is ready when it says so
             (model,) = self._models.values()
-            self._only = Answerer.load(model)
+            self._only = self.load_now(model)
+
+    def load_now(self, model: ServedModel) -> Answerer:
+        """The answerer of `model`."""
+        return Answerer.load(model)
 
     async def load(self, name: str) -> Answerer:
         """The answerer of one of several models; `multiplexed` keeps the last ones that were asked for."""
-        return await asyncio.to_thread(Answerer.load, self._models[name])
+        return await asyncio.to_thread(self.load_now, self._models[name])
 
     async def answer(
         self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
@@ -98,13 +102,14 @@ class Engines:
             raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
 
 
-def _multiplexed(max_models: int) -> type[Engines]:
-    """`Engines` for several models, `max_models` of them in memory. Serve wants that number when a class is made."""
+def _multiplexed(engines: type[Engines], max_models: int) -> type[Engines]:
+    """`engines` for several models, `max_models` of them in memory. Serve wants that number when a class is made."""
 
-    class MultiplexedEngines(Engines):
+    class MultiplexedEngines(engines):  # type: ignore[valid-type,misc]
         @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
         async def load(self, name: str) -> Answerer:
-            return await super().load(name)
+            answerer: Answerer = await super().load(name)
+            return answerer
 
     return MultiplexedEngines
 
@@ -190,7 +195,15 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
     Raises:
         ConfigError: when an option cannot be used.
     """
-    config = args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app")
+    return application(args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app"))
+
+
+def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.Application:
+    """The Serve application for `config`. Tests give `engines` without models.
+
+    Raises:
+        ConfigError: when the key file cannot be used.
+    """
     config = config.model_copy(
         update={"models": {name: model.model_copy(update=model.folders) for name, model in config.models.items()}}
     )
@@ -203,8 +216,8 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
     }
     drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
     stopping = {"graceful_shutdown_timeout_s": drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2}
-    engines = serve.deployment(
-        Engines if len(config.models) == 1 else _multiplexed(config.models_per_engine),
+    engine = serve.deployment(
+        engines if len(config.models) == 1 else _multiplexed(engines, config.models_per_engine),
         name=_ENGINE,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         max_ongoing_requests=config.max_ongoing_requests,
@@ -229,8 +242,8 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
         max_surge_percent=100,
         **stopping,
     )
-    application: serve.Application = front_door.bind(engines)
-    return application
+    bound: serve.Application = front_door.bind(engine)
+    return bound
 
 
 def _replicas(config: ServeConfig) -> dict[str, Any]:
@@ -298,7 +311,7 @@ class ServedApp:
         self.stop()
 
 
-def start_server(config: ServerConfig) -> ServedApp:
+def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> ServedApp:
     """Serve `config` on the connected Ray, and return when it answers.
 
     Raises:
@@ -312,7 +325,7 @@ def start_server(config: ServerConfig) -> ServedApp:
         for folder in model.folders.values():
             if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
                 raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
-    application = build_app(config)
+    app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))
     if running is None:
@@ -324,7 +337,7 @@ def start_server(config: ServerConfig) -> ServedApp:
         )
     served = ServedApp(f"http://{host}:{port}", config.app_name, owns_serve=running is None)
     try:
-        serve.run(application, name=config.app_name, route_prefix="/", blocking=False)
+        serve.run(app, name=config.app_name, route_prefix="/", blocking=False)
     except RuntimeError as error:  # a model that cannot be loaded, a front door that cannot be built
         served.stop()
         raise CertRayError(f"{config.model_name} cannot be served: {error}") from error

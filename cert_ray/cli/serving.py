@@ -30,7 +30,8 @@ def serve(
     Example: cert-ray serve --sketcher demo/models/sketcher --generator demo/models/generator
     """
     from cert_ray.operations.on_ray import ray_session
-    from cert_ray.serving.on_ray import ServerConfig, start_server
+    from cert_ray.serving.deployment import ServerConfig
+    from cert_ray.serving.on_ray import start_server
 
     options = {"host": host, "port": port, "model_name": name, "api_keys_file": api_keys_file}
     models = model_options(model, sketcher, generator)

@@ -217,13 +217,14 @@ def test_the_example_recipe_is_valid() -> None:
 def test_the_services_serve_config_is_valid() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from cert_ray.serving.on_ray import ServeConfig
+    from cert_ray.serving.deployment import ServeConfig
 
     config = yaml.safe_load(of_kind("service", "RayService")["spec"]["serveConfigV2"])
     ServeDeploySchema.model_validate(config)
     (application,) = config["applications"]
     served = ServeConfig.from_mapping(application["args"], "serve.yaml")
-    assert served.replicas >= 2, "an upgrade or a lost node would be an outage"
+    assert served.autoscaling is not None
+    assert served.autoscaling.min_replicas >= 2, "a lost node would be an outage"
     assert served.api_keys_file == "/etc/cert-ray-keys/keys"
     mounts = [m for _, pod in pod_specs(of_kind("service", "RayService")) for m in pod["containers"][0]["volumeMounts"]]
     assert [mount["mountPath"] for mount in mounts if mount["name"] == "api-keys"] == ["/etc/cert-ray-keys"] * 2

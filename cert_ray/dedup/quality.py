@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.dedup.components import Clusters
+from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
 
 _BLOCK_ROWS = 256  # of the sample, compared with all others at a time: bounds the products in memory

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cert_ray.dedup.components import Clusters
+from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
 from tests.dedup.builders import deduplicate_in_process, write_documents

@@ -53,13 +53,13 @@ def sharing(places: U64) -> U64:
     return places[equal[1:] | equal[:-1]]
 
 
-def bucket_edges(places: U64, read_signatures: Callable[[U32], U8], verified_from: float, at_a_time: int) -> U64:
+def bucket_edges(places: U64, read_signatures: Callable[[U32], U8], threshold: float, at_a_time: int) -> U64:
     """Verified edges within the buckets of `places`.
 
     Args:
         places: key and rank of every document, as `sharing` gives them.
         read_signatures: the signatures of the documents of some ranks, a row each.
-        verified_from: the least estimate of a similar pair.
+        threshold: the least estimated Jaccard similarity of a similar pair.
         at_a_time: signatures in memory, besides those of one bucket's hubs.
 
     Returns:
@@ -70,7 +70,7 @@ def bucket_edges(places: U64, read_signatures: Callable[[U32], U8], verified_fro
     for start in range(0, len(places), at_a_time):
         part = np.concatenate([hubs, places[start : start + at_a_time]])
         ranks = second_of(part)
-        found, is_hub = _similar_to_hubs(first_of(part), read_signatures(ranks), verified_from)
+        found, is_hub = _similar_to_hubs(first_of(part), read_signatures(ranks), threshold)
         edges = np.unique(np.concatenate([edges, *(joined(ranks[hub], ranks[member]) for hub, member in found)]))
         goes_on = first_of(part) == first_of(places[start + at_a_time : start + at_a_time + 1]).max(initial=0)
         hubs = part[is_hub & goes_on]
@@ -78,7 +78,7 @@ def bucket_edges(places: U64, read_signatures: Callable[[U32], U8], verified_fro
 
 
 def _similar_to_hubs(
-    keys: U32, signature_MK: U8, verified_from: float
+    keys: U32, signature_MK: U8, threshold: float
 ) -> tuple[list[tuple[I64, I64]], npt.NDArray[np.bool_]]:
     """Positions of hubs and of members that are similar to them, hub by hub of all buckets at once; who is a hub."""
     found, is_hub_M, ties_M = [], np.zeros(len(keys), bool), np.zeros(len(keys), np.int8)
@@ -89,7 +89,7 @@ def _similar_to_hubs(
         first = np.concatenate([[True], keys[left[1:]] != keys[left[:-1]]])
         is_hub_M[left[first]] = True
         hub, member = left[first][np.cumsum(first) - 1][~first], left[~first]
-        similar = agreement(signature_MK, hub, member) >= verified_from
+        similar = agreement(signature_MK, hub, member) >= threshold
         found.append((hub[similar], member[similar]))
         ties_M[member[similar]] += 1
         left = member[ties_M[member] < TIES]

@@ -50,7 +50,7 @@ class MinHashConfig(Config):
     # 0.990 of the pairs of Jaccard 0.7 share a band of these; of 14 x 8, datatrove's default, 0.565.
     bands: int = pydantic.Field(25, ge=1, le=256)
     rows_per_band: int = pydantic.Field(5, ge=1, le=64)
-    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # Jaccard similarity of near duplicates; datatrove's knee
+    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # estimated Jaccard of near duplicates; datatrove's knee is 0.72
     seed: int = pydantic.Field(1, ge=0)
     # What a task that looks for edges holds at a time; neither changes the outcome. Of more documents, keys are cut
     # into ranges, and signatures wait in a temporary file.
@@ -70,14 +70,6 @@ class MinHashConfig(Config):
     def hashes(self) -> int:
         """Hashes that the bands are made of."""
         return self.bands * self.rows_per_band
-
-    @property
-    def verified_from(self) -> float:
-        """The least estimate that counts as similar: one standard error of the estimate below the threshold.
-
-        So that most pairs right at the threshold count; what lies below it and counts, lies close to it.
-        """
-        return self.threshold - float(np.sqrt(self.threshold * (1 - self.threshold) / BINS))
 
 
 def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U8, U32, npt.NDArray[np.bool_]]:

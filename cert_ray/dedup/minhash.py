@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pydantic
+import xxhash
 
 from cert_ray.config import Config
 
@@ -39,6 +40,7 @@ _MIX_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
 _CHUNK_BYTES = 512 << 10
 _CHUNK_DOCUMENTS = 1_024  # as many have 2 MB of bins
 _EMPTY = np.uint32(0xFFFFFFFF)
+_LONG_WORD_BYTES = 64  # a longer word is hashed in one call: encoded data may be a megabyte without a border
 _PROBES = 64  # bins that an empty one asks at random before its neighbours; assumed
 _LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 
@@ -153,10 +155,14 @@ def _token_hashes(text: U8, offsets: I64) -> tuple[U64, I64]:
     eight_at = np.ndarray((size + 1,), "<u8", padded, strides=(1,))
     hashes = eight_at[starts] & _LOW_BYTES[np.minimum(length, 8)]
     longer, done = np.flatnonzero(length > 8), 8
-    while len(longer):
+    while len(longer) and done < _LONG_WORD_BYTES:
         left = length[longer] - done
-        hashes[longer] = _half_mix(hashes[longer]) + (eight_at[starts[longer] + done] & _LOW_BYTES[np.minimum(left, 8)])
+        eight = eight_at[starts[longer] + done] & _LOW_BYTES[np.minimum(left, 8)]
+        hashes[longer] = _half_mix(hashes[longer]) + eight
         longer, done = longer[left > 8], done + 8
+    for place in longer.tolist():
+        start = int(starts[place])
+        hashes[place] = xxhash.xxh3_64_intdigest(text[start : start + int(length[place])].tobytes())
     return _mix(hashes), starts.astype(np.int64, copy=False)
 
 

@@ -66,11 +66,25 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000, help="documents of the timed runs, about")
     parser.add_argument("--more", type=int, default=None, help="also time ours alone on so many documents")
     parser.add_argument("--agreement-documents", type=int, default=4_000)
+    parser.add_argument("--only", choices=("speed", "agreement"), default=None, help="one of the two measurements")
     parser.add_argument("--threshold", type=float, default=0.7)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    tables: list[str] = []
+    figures_out: dict[str, Any] = {}
+    if given.only != "agreement":
+        tables, figures_out = measure_speed(given)
+    if given.only != "speed":
+        figures_out["agreement"], text = measure_agreement(given)
+        tables.append(text)
+    command = "python -m tests.bench.bench_dedup " + " ".join(sys.argv[1:])
+    publish(given.output, "dedup", command, tables, figures_out)
+
+
+def measure_speed(given: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Both sides' time and memory on the same files, and ours on more of them."""
     timed = prepare(given.tables, given.work / "timed", given.documents, 2 * given.cores)
     sides: dict[str, list[Usage]] = {"cert-ray": [], "datatrove": []}
     seconds: dict[str, list[float]] = {"cert-ray": [], "datatrove": []}
@@ -80,8 +94,8 @@ def main() -> None:
             sides[side].append(usage)
             seconds[side].append(figures["seconds"])
     rows = count_rows(timed)
+    figures_out: dict[str, Any] = {"documents": rows, "seconds": seconds, "usage": sides}
     tables = [speed_table(sides, seconds, rows)]
-    figures_out: dict[str, Any] = {"documents": rows, "usage": sides, "seconds": seconds}
     if given.more:
         more = prepare(given.tables, given.work / "more", given.more, 2 * given.cores)
         usage, figures = run_side("cert-ray", given.peers, more, given.work / "run", given.cores)
@@ -90,11 +104,7 @@ def main() -> None:
             f"cert-ray alone on {count_rows(more):,} documents, one run: {figures['seconds']:.1f} s, "
             f"{count_rows(more) / figures['seconds']:,.0f} documents/s, peak {usage.peak_bytes / 1e6:,.0f} MB"
         )
-    agreement, text = measure_agreement(given)
-    publish(
-        given.output, "dedup", "python -m tests.bench.bench_dedup " + " ".join(sys.argv[1:]),
-        [*tables, text], {**figures_out, "agreement": agreement},
-    )  # fmt: skip
+    return tables, figures_out
 
 
 def prepare(tables: Path, folder: Path, documents: int, parts: int) -> Path:

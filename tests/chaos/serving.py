@@ -1,8 +1,8 @@
 """Serving under faults: engines, front doors, the controller, proxies and nodes are killed while clients ask.
 
-In: how many rounds of kills, and a seed. Out: `summary.md` and `faults.jsonl` below `--output`; the exit status is 0 when
-no client that retries as the `openai` client does by default saw an error, and the service was whole again by itself
-after every fault. Each round has one of `KINDS`, in seeded order. Engines have no model (`tests.serving.paced`).
+In: how many rounds of kills, and a seed. Out: `summary.md` and `faults.jsonl` below `--output`; the exit status is 0
+when no client that retries as the `openai` client does by default saw an error, and the service was whole again by
+itself after every fault. Each round has one of `KINDS`, in seeded order. Engines have no model (`tests.serving.paced`).
 
 A proxy is where clients connect to: on one machine there is one, and while it is gone there is nothing to connect to,
 for longer than the client's default retries last. Kills of it are reported, and do not decide the exit status; on a
@@ -44,7 +44,7 @@ TITLES = {
     "controller": "ServeController",
     "proxy": "ProxyActor",
 }
-WHOLE_S = 120  # assumed: several times the slowest start of a replica
+WHOLE_S = 400  # assumed: several times the slowest start of a replica, on a machine that does other things, too
 QUIET_S = 3.0  # of load before and after a fault
 ENGINES = 2
 CONTROLLER_BACK_S = 1.0
@@ -90,9 +90,9 @@ def deploy(config: ServeConfig) -> None:
 @contextmanager
 def connected(folder: Path) -> Iterator[Nodes]:
     """A cluster of a head and two nodes, room for two engines and one more, with this process as its driver."""
-    import ray
+    with started_cluster(folder) as nodes:  # before Ray is imported, which reads then whether a token is wanted
+        import ray
 
-    with started_cluster(folder) as nodes:
         nodes.add(cpus=1)
         ray.init(address=nodes.cluster.address, log_to_driver=False, configure_logging=False)
         try:

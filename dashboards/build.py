@@ -129,9 +129,20 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
             {"{{model}} {{stage}}": quantile(0.5, name(metrics.STAGE_SECONDS), "model, stage")},
         ),
         Panel("Answers per second, by route", "ops", {"{{model}} {{route}}": rate(metrics.ANSWERS, "model, route")}),
-        Panel("Vote share, median", "percentunit", {"{{model}}": quantile(0.5, name(metrics.VOTE_SHARE), "model")}),
+        Panel(
+            "Share of the votes for the winning sketch",
+            "percentunit",
+            {
+                "{{model}} median": quantile(0.5, name(metrics.VOTE_SHARE), "model"),
+                "{{model}} p10": quantile(0.1, name(metrics.VOTE_SHARE), "model"),
+            },
+        ),
         Panel("Tokens per second, by kind", "short", {"{{model}} {{kind}}": rate(metrics.TOKENS, "model, kind")}),
-        Panel("Answers from the cache, per second", "ops", {"{{model}}": rate(metrics.CACHE_HITS, "model")}),
+        Panel(
+            "Share of answers from the cache",
+            "percentunit",
+            {"{{model}}": f"{rate(metrics.CACHE_HITS, 'model')} / {rate(metrics.ANSWERS, 'model')}"},
+        ),
         Panel(
             "Waiting",
             "short",

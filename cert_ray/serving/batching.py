@@ -71,6 +71,7 @@ class Request:
         self.parents: list[int] = []
         self.prompt_logprobs: list[tuple[float, Top]] = []
         self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
+        self.given_up = False  # nobody waits any more
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -83,6 +84,12 @@ class Request:
         Raises:
             BaseException: what ended the work.
         """
+        try:
+            return self._wait()
+        finally:
+            self.given_up = True
+
+    def _wait(self) -> Drawn:
         while True:
             told = self.mailbox.get()
             for index, text, reason in told.news:
@@ -175,6 +182,8 @@ class Batch:
             rows += 1
 
     def _still_wanted(self, request: Request) -> bool:
+        if request.given_up:
+            return False
         try:
             request.hooks.check()
         except Exception as error:  # noqa: BLE001 - whoever waits gets it

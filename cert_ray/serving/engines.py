@@ -24,7 +24,8 @@ FinishReason = Literal["stop", "length"]
 class TokenLogprobs:
     """Natural log-probabilities of a text's tokens, in the fields of OpenAI's `logprobs` object, all equally long.
 
-    `token_logprobs` are under the model itself (temperature 1, no nucleus); None for a prompt's first token.
+    `token_logprobs` are under the model itself (temperature 1, no nucleus; while a sample must still begin with blanks,
+    among the tokens that may come); None for a prompt's first token.
     `top_logprobs` hold the alternatives asked for and the token itself. `text_offset` counts characters from the
     beginning of the text that the tokens belong to (the answer, or the prompt). A character that several tokens spell
     belongs to the last of them.

@@ -84,7 +84,7 @@ def main() -> None:
         print(rows[-1], file=sys.stderr, flush=True)
     heads = ["work", "ours, requests/s", "released way", "times", "ours, requests/CPU-s", "released way", "times",
              "reach stage two: ours, theirs", "requests: ours, theirs"]  # fmt: skip
-    tables = [markdown(heads, rows)]
+    tables = [markdown(heads, rows)] if rows else []
     if given.latency:
         latency, raw = _latency(ours, peer, fresh(given.latency))
         figures["latency"] = raw
@@ -101,7 +101,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--requests", type=int, default=32, help="ours, n = 20")
+    parser.add_argument("--requests", type=int, default=32, help="ours, n = 20; 0: leave those rows out")
     parser.add_argument("--peer-requests", type=int, default=2, help="the peer's, n = 20")
     parser.add_argument("--evaluation", type=int, default=4, help="ours, n = 200; 0: leave that row out")
     parser.add_argument("--latency", type=int, default=0, help="answers whose latency is measured; 0: none")
@@ -118,6 +118,7 @@ def _work(given: argparse.Namespace) -> list[tuple[str, int, float, int, int, in
         (f"n = 20, {given.clients} clients, temperature {temperature}{forced}", 20, temperature, given.clients,
          given.requests, given.peer_requests)
         for temperature in given.temperature or (0.2, 0.8)
+        if given.requests
     ]  # fmt: skip
     if given.evaluation:
         name = f"evaluation, n = 200, temperature 0.2{forced}"

@@ -23,7 +23,7 @@ PROMPT = "def head(df, n):\n    return"
 
 @pytest.fixture(scope="module", params=["gpt_neo", "llama"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_model(tmp_path_factory.mktemp(request.param), request.param, spread=0.12)
+    return save_model(tmp_path_factory.mktemp(request.param), request.param, spread=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_each_sample_is_what_it_would_be_if_drawn_by_itself(
         assert list(sample.ids) == draw_apart(model, prompt, number, options)
 
 
-@pytest.mark.parametrize("temperature", [0.2, 0.8])
+@pytest.mark.parametrize("temperature", [0.2, 0.4])
 def test_pairs_of_tokens_follow_the_models_own_distribution(
     engine: TransformersEngine, folder: str, temperature: float
 ) -> None:
@@ -116,22 +116,24 @@ def test_streams_may_be_used_again_as_the_released_code_does(engine: Transformer
     assert [sample.ids for sample in again] == [fresh[place % 3].ids for place in range(7)]
 
 
+@pytest.mark.parametrize("start", ["", " "])
 def test_logprobs_are_those_of_a_full_forward_pass_and_their_tokens_spell_the_text(
-    engine: TransformersEngine, folder: str
+    engine: TransformersEngine, folder: str, start: str
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = prompt_format.encode_code(engine.tokenizer, PROMPT)
-    for sample in samples(engine, n=4, max_tokens=10, temperature=1.0, logprobs=3, start=" "):
-        assert sample.logprobs is not None
+    for sample in samples(engine, n=4, max_tokens=10, temperature=1.0, logprobs=3, start=start):
         told = sample.logprobs
+        assert told is not None
         with torch.no_grad():
             rows = torch.log_softmax(model(torch.tensor([[*prompt, *sample.ids]])).logits[0], -1)[len(prompt) - 1 :]
         count = len(told.tokens)
+        free = len(start)  # the first token is drawn among those that begin with the blank
         expected = [float(rows[place, token]) for place, token in enumerate(sample.ids[:count])]
-        assert list(told.token_logprobs) == pytest.approx(expected, abs=1e-4)
+        assert list(told.token_logprobs)[free:] == pytest.approx(expected[free:], abs=1e-4)
         assert "".join(told.tokens) == sample.text.rstrip("\N{REPLACEMENT CHARACTER}")
         assert list(told.text_offset) == [len("".join(told.tokens[:place])) for place in range(count)]
-        for place, top in enumerate(told.top_logprobs):
+        for place, top in enumerate(told.top_logprobs[free:], free):
             assert top is not None
             assert max(top.values()) == pytest.approx(float(rows[place].max()), abs=1e-4)
             assert len(top) <= 4

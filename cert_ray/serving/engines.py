@@ -2,7 +2,7 @@
 
 In: `Work`, which is all that an answer may depend on, and `Hooks`, which say who is listening. Out: `Drawn`. An engine
 knows nothing of sketches: `cascade.py` gives it prompts and reads its tokens. `transformers_engine.py` runs any causal
-language model of transformers.
+language model of transformers, `vllm_engine.py` what vLLM runs.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Engine(Protocol):
 class EngineConfig(Config):
     """How a model is held in memory and run."""
 
+    kind: Literal["transformers", "vllm"] = "transformers"  # vllm: NVIDIA GPUs only, the extra `vllm`
     device: str | None = None  # None: the first GPU, else the CPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int | None = pydantic.Field(default=None, ge=1)  # torch's intra-op threads; None leaves torch's choice

@@ -8,13 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
 
 from cert_ray.errors import RequestCancelledError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.answering import check_wanted
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
-from cert_ray.serving.packed_attention import Feed
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import save_model
@@ -118,18 +116,17 @@ def test_a_cancelled_request_ends_and_the_others_go_on(engine: TransformersEngin
     assert not engine._batch.has_work
 
 
-def test_a_step_that_fails_fails_its_requests_alone(engine: TransformersEngine, alone: list[Any]) -> None:
-    whole = engine._batch._model.forward
-
-    def broken(feeds: Sequence[Feed]) -> list[torch.Tensor]:
+@pytest.mark.parametrize("where", ["forward", "begin"])
+def test_a_step_that_fails_fails_its_requests_alone(
+    engine: TransformersEngine, alone: list[Any], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
         raise MemoryError("no room for a step")
 
-    engine._batch._model.forward = broken  # type: ignore[method-assign]
-    try:
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._batch._model, where, broken)
         with pytest.raises(MemoryError, match="no room"):
-            engine.draw(work(engine, TEXTS[0]))
-    finally:
-        engine._batch._model.forward = whole  # type: ignore[method-assign]
+            engine.draw(work(engine, "a text that nothing before began like"))
     assert ids(engine.draw(work(engine, TEXTS[0]))) == alone[0]
 
 

@@ -84,14 +84,19 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
     if config.use_gpu:
         resources["GPU"] = 1
     storage.make_folder(config.output)
-    if len(ray.nodes()) == 1:  # one process less to start; a node that goes away takes everything with it here
+    if (
+        len(ray.nodes()) == 1 and config.min_workers is None
+    ):  # one process less to start; a node that goes away takes everything with it here
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config.model_dump(), "run_digest": checked.run_digest, "after_step": after_step},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            num_workers=config.workers if config.min_workers is None else (config.min_workers, config.workers),
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.resize_check_s,
         ),
         run_config=ray.train.RunConfig(
             name=storage.name_of(folder),

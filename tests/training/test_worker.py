@@ -15,7 +15,7 @@ from cert_ray.errors import (
     TrainingDivergedError,
     TrainingMemoryError,
 )
-from cert_ray.training import checkpoints, worker
+from cert_ray.training import batches, checkpoints, worker
 
 pytestmark = [
     pytest.mark.slow,
@@ -228,4 +228,4 @@ def test_a_pack_of_held_out_documents_only_is_refused(make_config, tmp_path, tok
     write_pack(tmp_path / "pack", load_tokenizer(str(tokenizer_folder)), documents=1)
     config = make_config(tokens=str(tmp_path / "pack"))
     with pytest.raises(InputError, match="none of its 1 documents"):
-        worker.training_rows(PackedTokens.open(config.tokens), config)
+        batches.training_rows(PackedTokens.open(config.tokens), config)

@@ -73,6 +73,7 @@ class Engine:
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
         )
+        self._universal = universal
         self.world_size: int = torch.distributed.get_world_size()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         options = engine_options(config, parameters, self.world_size) | {"checkpoint": {"load_universal": universal}}
@@ -129,8 +130,8 @@ class Engine:
     def load(self, folder: Path) -> None:
         """Go on from the state below `folder`: the parts of as many workers, or, if told so, a universal state.
 
-        The groups' settings stay as they are: DeepSpeed 0.19 gives those of the first group to all when it loads a
-        universal state of ZeRO 3, and then vectors would decay.
+        Two faults of DeepSpeed 0.19 with a universal state of ZeRO 3 are undone here: all groups get the first one's
+        settings (so vectors would decay), and share one step counter (which each of them would then raise).
         """
         settings = [
             {name: value for name, value in group.items() if name != "params"}
@@ -139,6 +140,9 @@ class Engine:
         self._engine.load_checkpoint(str(folder), tag=_TAG)
         for group, kept in zip(self._engine.optimizer.param_groups, settings, strict=True):
             group.update(kept)
+        if self._universal:
+            for state in self._engine.optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
 
     def _sum(self, value: torch.Tensor) -> float:
         total = value.detach().to(self.device, torch.float64)

@@ -2,9 +2,10 @@
 
 In: a finished annotated dataset (`cert-ray preprocess`). `train`: a vocabulary by `train_vocabulary` and by
 the library's own trainer with the same settings. `encode`: a shard's documents, by `encode_shard` (arrays, pieces and
-counts included) and by one `encode_batch_fast` call. Both on one thread. `scale`: a pack on Ray with one worker and with
-two, start-up apart. `packing`: per view and window, the share of row positions that hold tokens, pairs that lie in two
-rows, pairs too long for a row; beside it concatenating the same pieces and cutting. Contenders take turns.
+counts included) and by one `encode_batch_fast` call whose ids are read. Both on one thread. `scale`: a pack on Ray with
+one worker and with two, start-up apart. `packing`: per view and window, the share of row positions that hold tokens,
+pairs that lie in two rows, pairs too long for a row; beside it concatenating the same pieces and cutting. Contenders
+take turns.
 
 Example: python -m tests.bench.bench_tokens --dataset run/dataset --output results --work /tmp/tokens
 """
@@ -155,7 +156,7 @@ def encode(
         made["ours"] = len(encode_shard(table, tokenizer, config).tokens)
 
     def plain() -> None:
-        made["plain"] = sum(map(len, tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
+        made["plain"] = sum(len(one.ids) for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
 
     spreads = _turns(given.runs, megabytes, {"`encode_shard`, view base": ours, "`encode_batch_fast`": plain})
     assert made["ours"] - len(texts) == made["plain"], "the same tokens, and one end per document"

@@ -76,7 +76,8 @@ def peak_flops(precision: str) -> float | None:
 def flops_per_token(model: Any, context_tokens: int) -> float:
     """Useful work of forward and backward pass per token, of a Hugging Face causal language model."""
     shape = model.config
-    return 6.0 * _multiplied(model) + 12 * shape.num_hidden_layers * shape.hidden_size * context_tokens
+    attention = 12.0 * int(shape.num_hidden_layers) * int(shape.hidden_size) * context_tokens
+    return 6.0 * _multiplied(model) + attention
 
 
 def utilization(tokens_per_s: float, token_flops: float, peak: float | None, devices: int = 1) -> float | None:

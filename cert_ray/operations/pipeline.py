@@ -46,7 +46,7 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
         libraries=recipe.view_libraries(view),
         held_out_fraction=recipe.held_out_fraction,
         seed=recipe.seed,
-        limit=limit,
+        limit=limit or recipe.pack_documents,
     )
     return pack_dataset(folders.dataset, folders.tokenizer, folders.tokens(view), config, recipe.workers)
 

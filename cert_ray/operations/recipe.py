@@ -15,6 +15,7 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import ConfigError, InputError
+from cert_ray.operations.claim import ClaimConfig
 from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import TrainConfig
@@ -42,8 +43,10 @@ class Recipe(Config):
     intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
+    pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read the dataset's first so many; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
+    claim: ClaimConfig | None = None  # what `cert-ray reproduce` compares
     seed: int = pydantic.Field(default=0, ge=0)  # of the tokenizer's sample and of the held-out files
     workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
 

@@ -19,6 +19,8 @@
     |-- TrainingFailedError     training workers died more often than the run allows
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
+        |-- RequestCancelledError   nobody waits for the answer any more
+        `-- DeadlineError           the answer was not ready by the time it was wanted
 
 Expected bad data is not an error: it is a `schemas.Dropped`, and it is counted.
 """
@@ -152,9 +154,25 @@ class SandboxError(CertRayError):
 class RequestError(CertRayError):
     """An HTTP request that is refused, in the fields of OpenAI's error object."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(status, message, param, code)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(status, message, param, code, retry_after_s)
         self.status, self.message, self.param, self.code = status, message, param, code
+        self.retry_after_s = retry_after_s  # for 429 and 503: how long to wait before asking again
 
     def __str__(self) -> str:
         return self.message
+
+
+class RequestCancelledError(RequestError):
+    """Whoever asked is gone, so the work was ended. `status` is nginx's 499: nobody is there to read it."""
+
+
+class DeadlineError(RequestError):
+    """The answer was not ready by its deadline, so the work was ended; 504."""

@@ -97,7 +97,8 @@ def refusal(source: str) -> Dropped | None:
 def read_source(source: str) -> SourceFacts | Dropped:
     """Parse once and read blocks, functions and imports off the tree."""
     with collector_paused():
-        return _read_source(source)
+        tree = parse(source)
+        return tree if isinstance(tree, Dropped) else facts_of(source, tree)
 
 
 @contextmanager
@@ -111,11 +112,6 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-def _read_source(source: str) -> SourceFacts | Dropped:
-    tree = parse(source)
-    return tree if isinstance(tree, Dropped) else facts_of(source, tree)
 
 
 def facts_of(source: str, tree: ast.Module) -> SourceFacts:

@@ -134,9 +134,9 @@ _GAP = re.compile(rb"[\s\"'\\,()b]*+\Z")
 _MAX_GAP_BYTES = 200  # assumed: an indented line end with quotes
 _HEX_RUN = re.compile(r"(?:\\x[0-9A-Fa-f]{2}|\b0x[0-9A-Fa-f]{1,16}\b[\s,]*){16,}+")
 _KEYWORDS = re.compile(r"\b(?:def|if|return|for)\b")
-_ALPHANUMERICS = b"0123456789" + bytes(range(65, 91)) + bytes(range(97, 123))
-_BLANKS = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # those of str.split
 _LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
+_BLANKS = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # those of str.split
+_BLANKS_AND_ALPHANUMERICS = _BLANKS + _LETTERS + b"0123456789"
 
 
 def _judge_raw(text: str, config: CleaningConfig) -> Dropped | None:
@@ -260,7 +260,7 @@ def _is_poor(comment: str, config: CleaningConfig) -> bool:
         return False
     if comment.isascii():
         encoded = comment.encode()
-        signs, others = len(encoded.translate(None, _BLANKS)), len(encoded.translate(None, _ALPHANUMERICS + _BLANKS))
+        signs, others = (len(encoded.translate(None, left_out)) for left_out in (_BLANKS, _BLANKS_AND_ALPHANUMERICS))
         return signs - others < config.min_comment_alphanumeric_share * signs
     found = "".join(comment.split())
     return sum(map(str.isalnum, found)) < config.min_comment_alphanumeric_share * len(found)

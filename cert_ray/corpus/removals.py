@@ -8,6 +8,7 @@ was dropped for it stays dropped, and a takedown never lets another copy in.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Self
 
@@ -89,14 +90,7 @@ def write_removals(run: str, removals: Iterable[Removal]) -> None:
 def selected(table: pa.Table, removals: Sequence[Removal]) -> pa.ChunkedArray:
     """bool[rows]: which rows of `table` one of `removals` names."""
     nothing = pa.chunked_array([pa.repeat(pa.scalar(False), len(table))])
-    return _any_of([nothing, *(_selected_by(table, removal) for removal in removals)])
-
-
-def _any_of(masks: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
-    result = masks[0]
-    for mask in masks[1:]:
-        result = pc.or_(result, mask)
-    return result
+    return functools.reduce(pc.or_, (_selected_by(table, removal) for removal in removals), nothing)
 
 
 def _selected_by(table: pa.Table, removal: Removal) -> pa.ChunkedArray:
@@ -108,10 +102,7 @@ def _selected_by(table: pa.Table, removal: Removal) -> pa.ChunkedArray:
         masks.append(pc.equal(table.column("source"), source))
     if prefix:
         masks.append(pc.starts_with(table.column("path"), prefix))
-    result = masks[0]
-    for mask in masks[1:]:
-        result = pc.and_(result, mask)
-    return pc.fill_null(result, False)
+    return pc.fill_null(functools.reduce(pc.and_, masks), False)
 
 
 def blank(documents: pa.Table, removals: Sequence[Removal]) -> pa.Table:

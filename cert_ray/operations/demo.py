@@ -173,7 +173,8 @@ def _serve_and_ask(folders: RunFolders, summary: Summary) -> None:
         import openai
     except ImportError as error:
         raise ConfigError("the demo asks through the OpenAI client: pip install 'cert-ray[client]'") from error
-    from cert_ray.serving.on_ray import ServerConfig, start_server
+    from cert_ray.serving.deployment import ServerConfig
+    from cert_ray.serving.on_ray import start_server
 
     models = {"sketcher": folders.model("sketcher"), "generator": folders.model("generator")}
     with start_server(ServerConfig.from_mapping(models, "demo")) as served:

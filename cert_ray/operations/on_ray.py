@@ -1,4 +1,4 @@
-"""Joining or starting Ray, for the verbs that need it."""
+"""Joining or starting Ray, for the verbs that need it; and asking the nodes of a cluster what they are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cert_ray.operations.nodes import NodeFacts, facts_of_this_node
 
 logger = logging.getLogger(__name__)
 
@@ -50,3 +53,26 @@ def ray_session(address: str | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def ask_nodes(timeout_s: float = 60.0) -> list[NodeFacts]:
+    """What every living node of the connected cluster says of itself, by address; one that does not answer, and why."""
+    task = ray.remote(facts_of_this_node)
+    asked = {}
+    for node in sorted(ray.nodes(), key=lambda node: str(node["NodeManagerAddress"])):
+        if node["Alive"]:
+            pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            name, resources = str(node["NodeManagerAddress"]), node["Resources"]
+            reference = task.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote()
+            asked[reference] = NodeFacts(address=name, cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
+    ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    answers = []
+    for reference, node in asked.items():
+        try:
+            answers.append(node.answered(ray.get(reference, timeout=0)))
+        except ray.exceptions.GetTimeoutError:
+            ray.cancel(reference, force=True)
+            answers.append(node.silent(f"no answer within {timeout_s:g} s"))
+        except ray.exceptions.RayError as error:
+            answers.append(node.silent(str(error).strip().splitlines()[-1]))
+    return answers

@@ -110,15 +110,15 @@ def _describe(folder: str) -> str:
 
 def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str, Any]], Complete]:
     """A maker of `complete`s with given sampling options, over models that are loaded once."""
-    from cert_ray.serving.answering import ModelConfig
-    from cert_ray.serving.completers import CompleterConfig
-    from cert_ray.serving.lockstep import LockstepCompleter
+    from cert_ray.serving.answering import Answerer, ModelConfig
+    from cert_ray.serving.completers import CompleterConfig, LocalCompleter
     from cert_ray.training.models import local_folder
 
     found = {option: str(local_folder(folder, option)) for option, folder in model_folders(recipe, part).items()}
-    models = ModelConfig.from_mapping({**found, "engine": {"dtype": claim.dtype, "threads": claim.threads}}, "claim")
-    completer = LockstepCompleter(models, width=claim.prompts_together)
-    return lambda sampling: completer.with_config(CompleterConfig.from_mapping(sampling, "claim"))
+    engine = {"dtype": claim.dtype, "threads": claim.threads}
+    options = {**found, "engine": engine, "answer_cache": 0, "prompts_at_once": claim.prompts_together}
+    answerer = Answerer.load(ModelConfig.from_mapping(options, "claim"))
+    return lambda sampling: LocalCompleter(answerer, CompleterConfig.from_mapping(sampling, "claim"))
 
 
 def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, make: Callable[[dict[str, Any]], Complete]) -> None:

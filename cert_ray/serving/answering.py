@@ -6,17 +6,26 @@ give the same answers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import partial
 from typing import Self
 
 import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import ConfigError, TokenizerMismatchError
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, run_cascade, run_single
-from cert_ray.serving.engines import Engine, EngineConfig, TransformersEngine
+from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError, TokenizerMismatchError
+from cert_ray.serving.batching import Turns
+from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, run_cascade, run_single
+from cert_ray.serving.engines import Engine, EngineConfig
+from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Sampling
+from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
 
 
@@ -28,6 +37,8 @@ class ModelConfig(Config):
     generator: str | None = None
     cascade: CascadeConfig = CascadeConfig()
     engine: EngineConfig = EngineConfig()
+    answer_cache: int = pydantic.Field(default=1024, ge=0)  # answers kept for requests that come again, seed and all
+    prompts_at_once: int = pydantic.Field(default=16, ge=1)  # of calls with several prompts
 
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> Self:
@@ -49,10 +60,19 @@ class ModelConfig(Config):
 class Answerer:
     """Completes prompts with models that are loaded once. Safe to call from several threads."""
 
-    def __init__(self, sketcher: Engine | None, generator: Engine, cascade: CascadeConfig | None = None) -> None:
-        """Without a `sketcher`, `generator` is a plain model."""
+    def __init__(
+        self,
+        sketcher: Engine | None,
+        generator: Engine,
+        cascade: CascadeConfig | None = None,
+        answer_cache: int = 0,
+        prompts_at_once: int = 16,
+    ) -> None:
+        """Without a `sketcher`, `generator` is a plain model. `answer_cache` answers are kept."""
         self._sketcher, self._generator = sketcher, generator
         self._cascade = cascade or CascadeConfig()
+        self._answers = AnswerCache(answer_cache)
+        self._pool = ThreadPoolExecutor(prompts_at_once, thread_name_prefix="cert-ray-prompt")
 
     @classmethod
     def load(cls, config: ModelConfig) -> Answerer:
@@ -62,28 +82,133 @@ class Answerer:
             InputError: when a folder holds no model that can be served.
             SchemaVersionError: when a folder was written by another version.
             TokenizerMismatchError: when a stage of the cascade does not know the special tokens.
+            ConfigError: when an engine option does not suit a model.
         """
+        turns = Turns()
+        kept = (config.cascade, config.answer_cache, config.prompts_at_once)
         if config.model is not None:
-            return cls(None, TransformersEngine(config.model, config.engine), config.cascade)
+            return cls(None, load_engine(config.model, config.engine, turns), *kept)
         assert config.sketcher is not None
         assert config.generator is not None
-        sketcher, generator = (_load_stage(folder, config.engine) for folder in (config.sketcher, config.generator))
-        return cls(sketcher, generator, config.cascade)
+        folders = (config.sketcher, config.generator)
+        sketcher, generator = (_load_stage(folder, config.engine, turns) for folder in folders)
+        return cls(sketcher, generator, *kept)
 
-    def answer(self, prompts: Sequence[str], sampling: Sampling) -> list[CascadeAnswer]:
-        """One answer per prompt, in order.
+    @property
+    def cache_hits(self) -> int:
+        """Prompts that were answered from what is kept."""
+        return self._answers.hits
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        cancelled: threading.Event | None = None,
+        deadline_s: float | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[CascadeAnswer]:
+        """One answer per prompt, in order. Calls from many threads are decoded together.
+
+        `deadline_s` is a reading of `time.monotonic`. `on_event` is called with the prompt's place and the event, in
+        order for each prompt, from the calling thread or, for several prompts, from threads of this answerer; what it
+        raises ends the request. Every choice's last `TextDrawn` comes before this returns.
 
         Raises:
-            RequestError: 400, for a prompt that does not fit the window.
+            RequestError: 400, for a prompt that does not fit the window, or an option that these models cannot serve.
+            RequestCancelledError: `cancelled` was set. The work ends with the token being drawn.
+            DeadlineError: the deadline passed. The work ends with the token being drawn.
         """
+        given_up = threading.Event()  # one prompt's failure ends the others
+
+        def check() -> None:
+            check_wanted(cancelled, deadline_s)
+            check_wanted(given_up, None)
+
+        def answer_one(place: int, prompt: str) -> CascadeAnswer:
+            try:
+                return self._answer_one(prompt, sampling, Listener(check, on_event and partial(on_event, place)))
+            except BaseException:
+                given_up.set()
+                raise
+
+        if len(prompts) == 1:
+            return [answer_one(0, prompts[0])]
+        futures = [self._pool.submit(answer_one, place, prompt) for place, prompt in enumerate(prompts)]
+        wait(futures)
+        errors = [error for error in (future.exception() for future in futures) if error is not None]
+        if errors:  # the first that is a cause and no consequence
+            raise next((error for error in errors if not isinstance(error, RequestCancelledError)), errors[0])
+        return [future.result() for future in futures]
+
+    def _answer_one(self, prompt: str, sampling: Sampling, listener: Listener) -> CascadeAnswer:
+        listener.check()
+        known = self._answers.find(prompt, sampling)
+        if known is not None:
+            _tell_again(known, listener)
+            return known
         if self._sketcher is None:
-            return [run_single(prompt, sampling, self._generator) for prompt in prompts]
-        return [run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade) for prompt in prompts]
+            answer = run_single(prompt, sampling, self._generator, listener)
+        else:
+            answer = run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade, listener)
+        self._answers.keep(prompt, sampling, answer)
+        return answer
 
 
-def _load_stage(folder: str, config: EngineConfig) -> TransformersEngine:
+class AnswerCache:
+    """The answers given last, by prompt and options, seed included: the same request is the same answer."""
+
+    def __init__(self, most: int) -> None:
+        self.hits = 0
+        self._most = most
+        self._kept: OrderedDict[tuple[str, Sampling], CascadeAnswer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, prompt: str, sampling: Sampling) -> CascadeAnswer | None:
+        """The answer that was given to this request, marked as such; counted."""
+        with self._lock:
+            answer = self._kept.get((prompt, sampling))
+            if answer is None:
+                return None
+            self.hits += 1
+            self._kept.move_to_end((prompt, sampling))
+            return replace(answer, from_cache=True)
+
+    def keep(self, prompt: str, sampling: Sampling, answer: CascadeAnswer) -> None:
+        """Keep `answer`; the least recently used goes."""
+        if self._most == 0:
+            return
+        with self._lock:
+            self._kept[prompt, sampling] = answer
+            while len(self._kept) > self._most:
+                self._kept.popitem(last=False)
+
+
+def _tell_again(answer: CascadeAnswer, listener: Listener) -> None:
+    if listener.tell is None:
+        return
+    if answer.chosen is not None:
+        listener.tell(answer.chosen)
+    for index, choice in enumerate(answer.choices):
+        listener.tell(TextDrawn(index, choice.text, choice.finish_reason))
+
+
+def check_wanted(cancelled: threading.Event | None, deadline_s: float | None) -> None:
+    """Raise what ends the work, if it is not wanted any more."""
+    if cancelled is not None and cancelled.is_set():
+        raise RequestCancelledError(499, "The request was cancelled.", None, "cancelled")
+    if deadline_s is not None and time.monotonic() >= deadline_s:
+        raise DeadlineError(504, "No answer by the deadline. Ask for fewer tokens or samples.", None, "timeout")
+
+
+def load_engine(folder: str, config: EngineConfig, turns: Turns | None = None) -> Engine:
+    """The engine that the configuration names, over the model in `folder`."""
+    return TransformersEngine(folder, config, turns)
+
+
+def _load_stage(folder: str, config: EngineConfig, turns: Turns) -> Engine:
     """A model of the cascade: one that does not know the special tokens cannot have been trained for it."""
-    engine = TransformersEngine(folder, config)
+    engine = load_engine(folder, config, turns)
     needed = (prompt_format.SEPARATOR, *(prompt_format.special_token(kind) for kind in PLACEHOLDER_KINDS))
     missing = [token for token in needed if engine.tokenizer.token_to_id(token) is None]
     if missing:

@@ -45,6 +45,16 @@ def drop_start(text: str, start: str) -> str:
     return text[len(start) :] if text.startswith(start) else text.removeprefix(text if start.startswith(text) else "")
 
 
+def settled(text: str, stops: Sequence[str]) -> str:
+    """The part of a growing `text` that more of it cannot take back, by completing a stop string or a character."""
+    text = cut_at(text, stops).rstrip("\N{REPLACEMENT CHARACTER}")
+    longest = max(map(len, stops), default=0)
+    for size in range(min(longest - 1, len(text)), 0, -1):
+        if any(stop.startswith(text[-size:]) for stop in stops):
+            return text[:-size]
+    return text
+
+
 class StopWatch:
     """Sees a stop string as soon as the tokens that complete it are there, by decoding only the last few."""
 

@@ -2,7 +2,8 @@
 
 In: a context and sampling options. Out: a `CascadeAnswer`: the choices, the sketch that won, its votes, the route.
 No HTTP, no Ray. Whether stage two is needed is read from special token ids, never from the spelling of a word: code
-that says `float` or `to_string` is code.
+that says `float` or `to_string` is code. The vote ends as soon as no other sketch can win, if the sketch that won needs
+stage two or has as many samples as answers are asked for.
 
 What each model is given:
   sketcher   the sketch of the context (`contexts.sketch_context`), as in its training text, which is sketches of files;
@@ -16,26 +17,30 @@ Blanks at the end of the context are handled by `boundaries`; answers are what c
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Literal
 
 import pydantic
 
 from cert_ray.config import Config
-from cert_ray.serving.boundaries import PAPER_STOPS, drop_start, first_stop, split_trailing_blanks
+from cert_ray.errors import RequestError
+from cert_ray.serving.boundaries import PAPER_STOPS, split_trailing_blanks
 from cert_ray.serving.contexts import sketch_context
-from cert_ray.serving.engines import Completion, Engine, check_length
-from cert_ray.serving.sampling import Sampling
-from cert_ray.sketching import Placeholder, Sketched, SketchKind, prompt_format
+from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, TokenLogprobs, Work, check_length
+from cert_ray.serving.events import Event, SketchChosen, TextDrawn
+from cert_ray.serving.sampling import Mode, Sampling
+from cert_ray.serving.voting import Ballot, Sketch, read_sketch
+from cert_ray.sketching import Placeholder, SketchKind, prompt_format
 
 
 class Route(StrEnum):
     """Who gave the answer, and why."""
 
     MODEL = "model"  # one plain model: there is no cascade
+    SKETCH_ONLY = "sketch_only"  # the request asked for sketches
+    GENERATOR_ONLY = "generator_only"  # the request asked for the generator alone
     SKETCHER = "sketcher"  # the sketch holds no placeholder, so it is the answer
     GENERATOR = "generator"
     GENERATOR_EMPTY_SKETCH = "generator_empty_sketch"  # it saw the context alone: the sketch is empty
@@ -50,13 +55,27 @@ class CascadeConfig(Config):
     sketches: int | None = pydantic.Field(default=None, ge=1)  # None: as many as completions are asked for
     sketch_scope: Literal["answer", "file"] = "answer"
     stop: tuple[str, ...] = PAPER_STOPS  # both stages are cut here, and at the request's own stop strings
+    # Whether a sketch needs stage two: by its special tokens, or as the authors' code did, which looked for the words
+    # in the text, and so takes `astype(float)` for a placeholder (PAPER.md). `released` also gives the models plain
+    # text instead of special tokens, and goes with `kind: released` and models trained on that.
+    routing: Literal["special_tokens", "released"] = "special_tokens"
+    # Draw the same samples again after so many, as the authors' code did after 50. None: every sample its own.
+    reseed_every: int | None = pydantic.Field(default=None, ge=1)
+    rank: Literal["drawn", "likelihood"] = "drawn"  # answers in the order drawn, or the likeliest per token first
+    mode: Literal[Mode.CASCADE, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE  # unless a request asks otherwise
     # Three newlines end a block of the generator's training text: behind them the next block's sketch begins.
     generator_stop: tuple[str, ...] = ("\n\n\n",)
 
 
 @dataclass(frozen=True, slots=True)
 class CascadeAnswer:
-    """The completions of one prompt, and how they came about. `timings_s` is in seconds by stage."""
+    """The completions of one prompt, and how they came about.
+
+    `timings_s` is in seconds by stage: `sketch` and `generate`, waiting for a place in the batch included.
+    `prompt_tokens` are those of the prompt as the model that is asked first reads it; `cached_tokens` of them were not
+    read again. `completion_tokens` are all tokens drawn for the choices, those of `best_of` that are not given
+    included; `sketch_tokens` those drawn for sketches.
+    """
 
     choices: tuple[Completion, ...]
     route: Route
@@ -65,25 +84,37 @@ class CascadeAnswer:
     vote_share: float = 0.0
     prompt_tokens: int = 0
     timings_s: dict[str, float] = field(default_factory=dict)
+    chosen: SketchChosen | None = None  # the whole vote; `sketch`, `sketch_votes` and `vote_share` are taken from it
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    sketch_tokens: int = 0
+    prompt_logprobs: TokenLogprobs | None = (
+        None  # with `echo` and `logprobs`, where one model reads the prompt as it is
+    )
+    from_cache: bool = False  # the same request was answered before; `timings_s` are of that answer
 
 
 @dataclass(frozen=True, slots=True)
-class _Sketch:
-    """One sample of the sketcher, read: its text as a vote counts it, and the sample with its text cut."""
+class Listener:
+    """Who waits for an answer: `check` raises what ends the work, `tell` hears events as they come."""
 
-    text: str
-    placeholders: tuple[Placeholder, ...]
-    completion: Completion
+    check: Callable[[], None] = lambda: None
+    tell: Callable[[Event], None] | None = None
 
 
-def run_single(context: str, sampling: Sampling, engine: Engine) -> CascadeAnswer:
-    """Complete `context` with one plain model, cut at the request's stop strings only."""
+NOBODY = Listener()
+
+
+def run_single(context: str, sampling: Sampling, engine: Engine, listener: Listener = NOBODY) -> CascadeAnswer:
+    """Complete `context` with one plain model, cut at the request's stop strings only.
+
+    Raises:
+        RequestError: 400, when the context does not fit the window, or for a mode or suffix that the model cannot do.
+    """
+    if sampling.mode not in (None, Mode.SINGLE):
+        raise _unsupported("mode", f"{sampling.mode}: one plain model is served here, without a sketcher")
     began = time.perf_counter()
-    body, blanks = split_trailing_blanks(context)
-    prompt = prompt_format.encode_code(engine.tokenizer, body)
-    choices = _generate(engine, prompt, sampling, sampling.stop, blanks)
-    timings_s = {"generate": time.perf_counter() - began}
-    return CascadeAnswer(tuple(choices), Route.MODEL, prompt_tokens=len(prompt), timings_s=timings_s)
+    return _alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began)
 
 
 def run_cascade(
@@ -92,106 +123,284 @@ def run_cascade(
     sketcher: Engine,
     generator: Engine,
     config: CascadeConfig | None = None,
+    listener: Listener = NOBODY,
 ) -> CascadeAnswer:
     """Complete `context` by sketching first.
 
     Where the sketcher's samples are the answer, those that voted for the winner come first. A function of its arguments
-    alone, timings apart, if the engines are.
+    alone, timings and cached tokens apart, if the engines are.
 
     Raises:
-        RequestError: 400, when the context does not fit a model's window.
+        RequestError: 400, when the context does not fit a model's window, or for what a cascade cannot do.
     """
     config = config or CascadeConfig()
+    mode = sampling.mode or config.mode
+    if mode is Mode.SINGLE:
+        raise _unsupported("mode", "single: a sketcher and a generator are served here")
     began = time.perf_counter()
-    body, blanks = split_trailing_blanks(context)
-    # Before sketching, whose cost grows with a prompt that would be refused anyway.
-    alone = prompt_format.encode_code(generator.tokenizer, body)
-    check_length(len(alone), generator.context_tokens)
-    seen = sketch_context(body, config.kind)
     stops = (*config.stop, *sampling.stop)
-    prompt = prompt_format.encode_sketch(sketcher.tokenizer, seen.text, seen.placeholders)
-    wanted = sampling.model_copy(update={"n": config.sketches or sampling.n})
-    samples = _generate(sketcher, prompt, wanted, stops, blanks)
-    sketches = [_read_sketch(sketcher, sample, blanks, stops) for sample in samples]
-    winner, votes = _vote(sketches)
-    timings_s = {"sketch": time.perf_counter() - began}
-
-    def answer(choices: Sequence[Completion], route: Route) -> CascadeAnswer:
-        share = votes / len(sketches)
-        return CascadeAnswer(tuple(choices), route, winner.text, votes, share, len(prompt), timings_s)
-
-    if winner.text.strip() and not winner.placeholders:
-        return answer(_samples_of(sketches, winner, sampling.n), Route.SKETCHER)
-    began = time.perf_counter()
-    above = seen if config.sketch_scope == "file" else None
-    pair = _pair(generator, above, body, blanks, winner, sampling.max_tokens) if winner.text.strip() else None
-    route = Route.GENERATOR_EMPTY_SKETCH
-    if winner.text.strip():
-        route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
-    choices = _generate(generator, alone if pair is None else pair, sampling, (*stops, *config.generator_stop), blanks)
-    timings_s["generate"] = time.perf_counter() - began
-    if all(not choice.text.strip() for choice in choices):
-        return answer(_samples_of(sketches, winner, sampling.n), Route.SKETCHER_EMPTY_GENERATOR)
-    return answer(choices, route)
+    if mode is Mode.GENERATOR_ONLY:
+        stops = (*stops, *config.generator_stop)
+        return _alone(context, sampling, generator, stops, Route.GENERATOR_ONLY, listener, began, config)
+    if sampling.suffix is not None:
+        raise _unsupported("suffix", "a cascade has no sketch of what stands behind; ask for mode=generator_only")
+    if sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0):
+        problem = "with logprobs or max_tokens=0: two models read the prompt here; ask for mode=generator_only"
+        raise _unsupported("echo", problem)
+    return _Cascade(context, sampling, sketcher, generator, config, listener).run(mode, began)
 
 
-def _generate(
-    engine: Engine, prompt: Sequence[int], sampling: Sampling, stops: Sequence[str], blanks: str
-) -> list[Completion]:
-    return engine.generate(
-        [prompt],
-        n=sampling.n,
+def _alone(
+    context: str,
+    sampling: Sampling,
+    engine: Engine,
+    stops: Sequence[str],
+    route: Route,
+    listener: Listener,
+    began: float,
+    config: CascadeConfig | None = None,
+) -> CascadeAnswer:
+    """Complete `context`, or what stands between it and the suffix, with one model."""
+    body, blanks = split_trailing_blanks(context)
+    scored = sampling.echo and sampling.logprobs is not None
+    if sampling.suffix is not None:
+        body, blanks = context, ""
+    elif scored or sampling.max_tokens == 0:
+        body, blanks = context, ""  # the prompt's tokens are told, so they must be the whole prompt
+    prompt = prompt_format.encode_code(engine.tokenizer, body)
+    if sampling.suffix is not None:
+        prompt = _infill(engine, prompt, sampling.suffix)
+    # Room is needed for an answer, if one is asked for.
+    check_length(len(prompt) - (sampling.max_tokens == 0), engine.context_tokens)
+    work = _work(sampling, prompt, stops, blanks, config)
+    teller = _Teller(listener, sampling, config)
+    drawn = engine.draw(replace(work, score_prompt=scored), teller.hooks())
+    choices = _best(_complete(drawn.samples), sampling, config)
+    teller.finish(choices)
+    return CascadeAnswer(
+        tuple(choices),
+        route,
+        prompt_tokens=len(prompt),
+        timings_s={"generate": time.perf_counter() - began},
+        cached_tokens=drawn.cached_tokens,
+        completion_tokens=drawn.tokens,
+        prompt_logprobs=drawn.prompt_logprobs,
+    )
+
+
+class _Cascade:
+    """One context on its way through both stages."""
+
+    def __init__(
+        self,
+        context: str,
+        sampling: Sampling,
+        sketcher: Engine,
+        generator: Engine,
+        config: CascadeConfig,
+        listener: Listener,
+    ) -> None:
+        self._sampling, self._sketcher, self._generator = sampling, sketcher, generator
+        self._config, self._listener = config, listener
+        self._body, self._blanks = split_trailing_blanks(context)
+        self._stops = (*config.stop, *sampling.stop)
+        # Before sketching, whose cost grows with a prompt that would be refused anyway.
+        self._alone = prompt_format.encode_code(generator.tokenizer, self._body)
+        check_length(len(self._alone), generator.context_tokens)
+        self._seen = sketch_context(self._body, config.kind)
+
+    def run(self, mode: Mode, began: float) -> CascadeAnswer:
+        """Both stages, as far as they are needed."""
+        prompt = self._sketcher_prompt()
+        ballot, drawn = self._sketch(prompt, mode)
+        winner, chosen = ballot.winner, ballot.result()
+        timings_s = {"sketch": time.perf_counter() - began}
+        answer = CascadeAnswer(
+            (),
+            Route.SKETCH_ONLY,
+            chosen.text,
+            chosen.votes,
+            chosen.vote_share,
+            len(prompt),
+            timings_s,
+            chosen,
+            cached_tokens=drawn.cached_tokens,
+            sketch_tokens=drawn.tokens,
+        )
+        if self._listener.tell is not None:
+            self._listener.tell(chosen)
+        if mode is Mode.SKETCH_ONLY:
+            return self._answer_with_sketches(answer, ballot, answer.route)
+        if winner.text.strip() and not self._is_open(winner):
+            return self._answer_with_sketches(answer, ballot, Route.SKETCHER)
+        began = time.perf_counter()
+        choices, second, route = self._fill_in(winner)
+        timings_s["generate"] = time.perf_counter() - began
+        if choices is None:
+            return self._answer_with_sketches(answer, ballot, Route.SKETCHER_EMPTY_GENERATOR)
+        return replace(answer, choices=tuple(choices), route=route, completion_tokens=second.tokens)
+
+    def _sketcher_prompt(self) -> list[int]:
+        if self._config.routing == "released":
+            return prompt_format.encode_code(self._sketcher.tokenizer, self._seen.text)
+        return prompt_format.encode_sketch(self._sketcher.tokenizer, self._seen.text, self._seen.placeholders)
+
+    def _is_open(self, sketch: Sketch) -> bool:
+        """Whether stage two is needed to fill the sketch in."""
+        if self._config.routing == "released":
+            return prompt_format.released_has_placeholder(sketch.text)
+        return bool(sketch.placeholders)
+
+    def _sketch(self, prompt: list[int], mode: Mode) -> tuple[Ballot, Drawn]:
+        wanted = self._config.sketches or self._sampling.drawn
+        needed = self._sampling.n
+        tokenizer, blanks, stops = self._sketcher.tokenizer, self._blanks, self._stops
+        known: dict[tuple[tuple[int, ...], float], Sketch] = {}  # read once, though asked about at every step
+
+        def count(ended: Sequence[tuple[Completion, int]]) -> Ballot:
+            ballot = Ballot(wanted)
+            for sample, votes in ended:
+                key = (sample.ids, sample.mean_logprob)
+                if key not in known:
+                    known[key] = read_sketch(tokenizer, sample, blanks, stops)
+                ballot.add(known[key], votes)
+            return ballot
+
+        def enough(ended: Sequence[tuple[Completion, int]]) -> bool:
+            ballot = count(ended)
+            if not ballot.is_decided:
+                return False
+            fills_in = self._is_open(ballot.winner) or not ballot.winner.text.strip()
+            return (mode is Mode.CASCADE and fills_in) or ballot.votes_of(ballot.winner) >= needed
+
+        work = _work(self._sampling, prompt, stops, blanks, self._config)
+        work = replace(work, n=wanted, logprobs=self._sampling.logprobs)
+        drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
+        return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
+
+    def _fill_in(self, winner: Sketch) -> tuple[list[Completion] | None, Drawn, Route]:
+        """The generator's answers, None if all are empty."""
+        pair = self._pair(winner) if winner.text.strip() else None
+        route = Route.GENERATOR_EMPTY_SKETCH
+        if winner.text.strip():
+            route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
+        stops = (*self._stops, *self._config.generator_stop)
+        work = _work(self._sampling, self._alone if pair is None else pair, stops, self._blanks, self._config)
+        teller = _Teller(self._listener, self._sampling, self._config, holds_blanks=True)
+        drawn = self._generator.draw(work, teller.hooks())
+        choices = _best(_complete(drawn.samples), self._sampling, self._config)
+        if all(not choice.text.strip() for choice in choices):
+            return None, drawn, route
+        teller.finish(choices)
+        return choices, drawn, route
+
+    def _answer_with_sketches(self, answer: CascadeAnswer, ballot: Ballot, route: Route) -> CascadeAnswer:
+        choices = ballot.samples(self._sampling.n)
+        _Teller(self._listener, self._sampling, self._config).finish(choices)
+        tokens = sum(len(choice.ids) for choice in choices)
+        return replace(answer, choices=tuple(choices), route=route, completion_tokens=tokens)
+
+    def _pair(self, winner: Sketch) -> list[int] | None:
+        """The generator's prompt of sketch and context; None when the window cannot hold them and an answer."""
+        tokenizer = self._generator.tokenizer
+        text, placeholders = winner.text, winner.placeholders
+        own = len(prompt_format.encode_sketch(tokenizer, text, placeholders))
+        if self._config.sketch_scope == "file":
+            above = self._seen
+            shift = len(above.text) + len(self._blanks)
+            moved = (Placeholder(place.start + shift, place.end + shift, place.kind) for place in placeholders)
+            text, placeholders = above.text + self._blanks + text, (*above.placeholders, *moved)
+        if self._config.routing == "released":
+            pair = prompt_format.encode_code(tokenizer, prompt_format.released_pair(text, self._body))
+        else:
+            pair = prompt_format.encode_pair(tokenizer, text, placeholders, self._body)
+        # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
+        room = min(self._sampling.max_tokens, 2 * own)
+        return pair if len(pair) + room <= self._generator.context_tokens else None
+
+
+class _Teller:
+    """Passes the text of choices on as events, as it is drawn where that can be, and whole at the end."""
+
+    def __init__(
+        self, listener: Listener, sampling: Sampling, config: CascadeConfig | None, *, holds_blanks: bool = False
+    ) -> None:
+        """With `holds_blanks`, nothing is told before some text is more than blanks."""
+        self._listener = listener
+        ranked = config is not None and config.rank == "likelihood"
+        # Which samples will be given, and in what order, is known only at the end.
+        self._streams = listener.tell is not None and sampling.drawn == sampling.n and not ranked
+        self._holds = holds_blanks
+        self._held: list[TextDrawn] = []
+        self._ended: set[int] = set()
+
+    def hooks(self) -> Hooks:
+        """What the engine is to call."""
+        return Hooks(check=self._listener.check, on_text=self._on_text, streams_text=self._streams)
+
+    def _on_text(self, index: int, text: str, reason: str | None) -> None:
+        if reason is not None:
+            self._ended.add(index)
+        self._held.append(TextDrawn(index, text, reason))
+        self._holds = self._holds and not text.strip()
+        if not self._holds:
+            self._flush()
+
+    def _flush(self) -> None:
+        held, self._held = self._held, []
+        for event in held:
+            assert self._listener.tell is not None
+            self._listener.tell(event)
+
+    def finish(self, choices: Sequence[Completion]) -> None:
+        """Tell what was not told yet of `choices`, which are final."""
+        if self._listener.tell is None:
+            return
+        self._flush()
+        for index, choice in enumerate(choices):
+            if index not in self._ended:
+                self._listener.tell(TextDrawn(index, choice.text, choice.finish_reason))
+
+
+def _work(
+    sampling: Sampling, prompt: Sequence[int], stops: Sequence[str], blanks: str, config: CascadeConfig | None
+) -> Work:
+    return Work(
+        tuple(prompt),
+        n=sampling.drawn,
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=sampling.seed,
-        stop=stops,
-        starts=[blanks],
-    )[0]
-
-
-def _read_sketch(sketcher: Engine, sample: Completion, blanks: str, stops: Sequence[str]) -> _Sketch:
-    """The sample's tokens as text and placeholder spans, cut; the blanks that the prompt ended in are not its own."""
-    decoded = prompt_format.decode_sketch(sketcher.tokenizer, sample.ids)
-    start = len(decoded.text) - len(drop_start(decoded.text, blanks))
-    shown = decoded.text[start:]
-    shown = shown[: first_stop(shown, stops)]
-    text = shown.rstrip()  # trailing blanks make no other sketch
-    placeholders = tuple(
-        Placeholder(place.start - start, place.end - start, place.kind)
-        for place in decoded.placeholders
-        if place.end - start <= len(text)
+        stop=tuple(stop for stop in stops if stop),
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        start=blanks,
+        logprobs=sampling.logprobs,
+        streams=None if config is None else config.reseed_every,
     )
-    return _Sketch(text, placeholders, Completion(sample.ids, shown, sample.finish_reason, sample.mean_logprob))
 
 
-def _vote(sketches: Sequence[_Sketch]) -> tuple[_Sketch, int]:
-    """The most frequent sketch and its votes; among equals the likeliest by its best sample, then the first drawn."""
-    votes = Counter((sketch.text, sketch.placeholders) for sketch in sketches)
-    winner = max(sketches, key=lambda sketch: (votes[sketch.text, sketch.placeholders], sketch.completion.mean_logprob))
-    return winner, votes[winner.text, winner.placeholders]
+def _complete(samples: Sequence[Completion | None]) -> list[Completion]:
+    complete = [sample for sample in samples if sample is not None]
+    assert len(complete) == len(samples), "only a vote may leave samples undrawn"
+    return complete
 
 
-def _samples_of(sketches: Sequence[_Sketch], winner: _Sketch, n: int) -> list[Completion]:
-    """`n` of the sketcher's samples, the winner's first; repeated when fewer sketches than answers were drawn."""
-    elected = (winner.text, winner.placeholders)
-    ordered = sorted(sketches, key=lambda sketch: (sketch.text, sketch.placeholders) != elected)
-    return [ordered[place % len(ordered)].completion for place in range(n)]
+def _best(samples: list[Completion], sampling: Sampling, config: CascadeConfig | None) -> list[Completion]:
+    """The samples that are given: of more than are asked for the likeliest, in the order that the operator chose."""
+    ranked = sorted(samples, key=lambda sample: -sample.mean_logprob)[: sampling.n]
+    if len(samples) > sampling.n or (config is not None and config.rank == "likelihood"):
+        return ranked
+    return samples
 
 
-def _pair(
-    generator: Engine, above: Sketched | None, body: str, blanks: str, winner: _Sketch, max_tokens: int
-) -> list[int] | None:
-    """The generator's prompt of sketch and context; None when the window cannot hold them and an answer.
+def _infill(engine: Engine, prefix: Sequence[int], suffix: str) -> list[int]:
+    if engine.infill_tokens is None:
+        raise _unsupported("suffix", "this model was not trained to fill in the middle")
+    before_prefix, before_suffix, before_middle = engine.infill_tokens
+    behind = prompt_format.encode_code(engine.tokenizer, suffix)
+    return [before_prefix, *prefix, before_suffix, *behind, before_middle]
 
-    `above` is the context's own sketch where the generator is to see it before the answer's.
-    """
-    text, placeholders = winner.text, winner.placeholders
-    if above is not None:
-        shift = len(above.text) + len(blanks)
-        moved = (Placeholder(place.start + shift, place.end + shift, place.kind) for place in placeholders)
-        text, placeholders = above.text + blanks + text, (*above.placeholders, *moved)
-    pair = prompt_format.encode_pair(generator.tokenizer, text, placeholders, body)
-    # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
-    room = min(max_tokens, 2 * len(prompt_format.encode_sketch(generator.tokenizer, winner.text, winner.placeholders)))
-    return pair if len(pair) + room <= generator.context_tokens else None
+
+def _unsupported(param: str, problem: str) -> RequestError:
+    return RequestError(400, f"{param} {problem}.", param, "unsupported_value")

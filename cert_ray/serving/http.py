@@ -1,97 +1,319 @@
-"""The HTTP front door: `POST /v1/completions`, `GET /v1/models[/NAME]`, `GET /health`.
+"""The HTTP front door: `POST /v1/completions`, `GET /v1/models[/NAME]`, `GET /health`, and the playground at `/`.
 
 In: a `Backend` that answers prompts. Out: a FastAPI application, to be served by anything that speaks ASGI. Every
 refusal, also that of a path or a body nobody knows, is OpenAI's error object. No model and no Ray in here, and no TLS.
+
+Work ends when nobody waits for it: at the deadline, and when the client goes away.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
-from typing import Any, Protocol
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from cert_ray.errors import RequestError
+from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
+from cert_ray.serving.admission import Admission
+from cert_ray.serving.api_keys import KeyRing, RateLimiter
+from cert_ray.serving.backends import Backend, Served, Told
 from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.deployment import FrontDoorConfig
+from cert_ray.serving.middleware import BodyLimit, Keys, SecurityHeaders, error_response
+from cert_ray.serving.openai_responses import CompletionResponse, ResponseWriter
 from cert_ray.serving.openai_schema import (
+    NOT_DONE,
     CompletionRequest,
-    CompletionResponse,
-    RequestLimits,
+    ErrorBody,
+    ModelCard,
+    ModelList,
     error_body,
-    model_card,
     read_request,
-    write_response,
 )
+from cert_ray.serving.resolving import resolve
 from cert_ray.serving.sampling import Sampling
 
-_RETRY_AFTER_S = 1  # assumed: what a client waits when the queue is full
 _SHOWN_VALUE_CHARACTERS = 80
+_PAGE = {"/": "index.html", **{f"/{name}": name for name in ("playground.js", "playground.css", "playground.svg")}}
+_MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
+_PUBLIC = frozenset({"/health", *_PAGE})  # the page holds no secret: it asks for a key where one is wanted
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "Refused, in OpenAI's shape"},
+    "5XX": {"model": ErrorBody, "description": "Busy, late or failed, in OpenAI's shape"},
+}
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 
-class Backend(Protocol):
-    """What answers prompts; `complete` raises `RequestError` for what it refuses."""
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request that was understood: what is asked of which model, and of whom the log may tell."""
 
-    @property
-    def model_name(self) -> str: ...
+    model: str
+    prompts: list[str]
+    sampling: Sampling
+    key_name: str | None
+    began: float
 
-    async def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[CascadeAnswer]: ...
 
+def create_app(
+    backend: Backend,
+    config: FrontDoorConfig | None = None,
+    *,
+    any_library: str | None = None,
+    keys: KeyRing | None = None,
+    admission: Admission | None = None,
+    observe: Callable[[Served], None] | None = None,
+) -> FastAPI:
+    """The application over `backend`.
 
-def create_app(backend: Backend, limits: RequestLimits | None = None, api_keys: Sequence[str] = ()) -> FastAPI:
-    """The application over `backend`. With `api_keys`, every path but `/health` wants one as a bearer token."""
-    limits = limits or RequestLimits()
+    `any_library` is a model name that stands for all: see `resolving`. With `keys`, every path but `/health` and the
+    page wants one as a bearer token. `observe` is called once for every completion request that was understood.
+    """
+    config = config or FrontDoorConfig()
+    any_library = any_library or next(iter(backend.served))
+    admission = admission or Admission(1_000, 1_000, config.request_timeout_s)
     app = FastAPI(title="cert-ray", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
-    app.add_middleware(_BodyLimit, max_body_bytes=limits.max_body_bytes)
-    if api_keys:
-        app.add_middleware(_ApiKeys, api_keys=api_keys)
+    app.add_middleware(BodyLimit, max_body_bytes=config.limits.max_body_bytes)
+    if keys is not None:
+        app.add_middleware(Keys, keys=keys, rates=RateLimiter(config.rate), public=_PUBLIC)
+    app.add_middleware(SecurityHeaders)
     _add_error_handlers(app)
+    _add_models(app, backend, any_library)
+    if config.playground:
+        _add_page(app)
+    _add_completions(app, _Completions(backend, config, any_library, admission, observe or (lambda _: None)))
+    return app
 
+
+def _add_models(app: FastAPI, backend: Backend, any_library: str) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model_card(backend.model_name)]}
+    @app.get("/v1/models", responses=_ERRORS)
+    async def models() -> ModelList:
+        cards = [ModelCard(id=name, library=library) for name, library in backend.served.items()]
+        if any_library not in backend.served:
+            cards.insert(0, ModelCard(id=any_library))
+        return ModelList(data=cards)
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        _check_model(name, backend.model_name)
-        return model_card(name)
-
-    @app.post("/v1/completions")
-    async def completions(request: CompletionRequest) -> CompletionResponse:
-        _check_model(request.model, backend.model_name)
-        prompts, sampling = read_request(request, limits)
-        return write_response(request.model, sampling, await backend.complete(prompts, sampling))
-
-    return app
+    @app.get("/v1/models/{name:path}", responses=_ERRORS)
+    async def model(name: str) -> ModelCard:
+        resolve(name, (), backend.served, any_library)
+        return ModelCard(id=name, library=backend.served.get(name))
 
 
-def _check_model(asked: str, served: str) -> None:
-    if asked != served:
-        problem = f"The model {asked!r} does not exist here; this server has {served!r}."
-        raise RequestError(404, problem, "model", "model_not_found")
+def _add_page(app: FastAPI) -> None:
+    folder = resources.files("cert_ray.serving") / "playground"
+    for path, name in _PAGE.items():
+        app.add_route(path, _file(folder / name), include_in_schema=False)
+
+
+def _file(file: Traversable) -> Callable[[Request], Response]:
+    content, media_type = file.read_bytes(), _MEDIA_TYPES[file.name.rpartition(".")[2]]
+    return lambda _: Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
+
+
+def _add_completions(app: FastAPI, completions: _Completions) -> None:
+    events = {"text/event-stream": {"schema": {"type": "string", "description": "with stream=true: OpenAI's chunks"}}}
+
+    @app.post("/v1/completions", response_model=CompletionResponse, responses={200: {"content": events}, **_ERRORS})
+    async def complete(request: Request, body: CompletionRequest) -> Response:
+        return await completions.answer(request, body)
+
+
+class _Completions:
+    """`POST /v1/completions`."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        config: FrontDoorConfig,
+        any_library: str,
+        admission: Admission,
+        observe: Callable[[Served], None],
+    ) -> None:
+        self._backend, self._config, self._any_library = backend, config, any_library
+        self._admission, self._observe = admission, observe
+
+    async def answer(self, request: Request, body: CompletionRequest) -> Response:
+        """The response, whole or as a stream whose first event is there already."""
+        began = time.perf_counter()
+        prompts, sampling = read_request(body, self._config.limits)
+        model = resolve(body.model, prompts, self._backend.served, self._any_library)
+        asked = _Asked(model, prompts, sampling, getattr(request.state, "key_name", None), began)
+        writer = ResponseWriter(body.model, [model] * len(prompts), prompts, sampling)
+        if not body.stream:
+            return await self._whole(request, asked, writer)
+        events = self._events(asked, writer, body.include_usage)
+        # Whatever is refused is refused before the first event, with a status of its own.
+        first = await _while_connected(request, anext(events))
+        return _EventStream(_chain(first, events))
+
+    async def _whole(self, request: Request, asked: _Asked, writer: ResponseWriter) -> Response:
+        timeout_s = self._config.request_timeout_s
+        try:
+            with self._admission.admit():
+                work = self._backend.answer(asked.model, asked.prompts, asked.sampling, timeout_s)
+                answers = await _while_connected(request, _until(work, timeout_s))
+        except RequestError as error:
+            self._tell(asked, error.status)
+            raise
+        self._tell(asked, 200, answers=answers)
+        return Response(writer.whole(answers).model_dump_json(), media_type="application/json")
+
+    async def _events(self, asked: _Asked, writer: ResponseWriter, include_usage: bool) -> AsyncGenerator[str, None]:
+        """Server-sent events. What goes wrong before the first is raised, afterwards it is an event itself."""
+        first_s: float | None = None
+        answers: tuple[CascadeAnswer, ...] = ()
+        status = 499  # unless it comes to another end, the client went away
+        timeout_s = self._config.request_timeout_s
+        try:
+            with self._admission.admit():
+                told = self._backend.stream(asked.model, asked.prompts, asked.sampling, timeout_s)
+                async with aclosing(_each_until(told, timeout_s)) as batches:
+                    async for batch in batches:
+                        text = "".join(_sse(chunk, include_usage) for chunk in _chunks(writer, batch, include_usage))
+                        if text:
+                            first_s = first_s or time.perf_counter() - asked.began
+                            yield text
+                        answers = batch.answers or ()
+            status = 200
+            yield "data: [DONE]\n\n"
+        except RequestError as error:
+            status = error.status
+            if first_s is None:
+                raise
+            yield f"data: {json.dumps(error_body(error))}\n\n"
+        finally:
+            self._tell(asked, status, first_s, answers if status == 200 else ())
+
+    def _tell(
+        self, asked: _Asked, status: int, first_s: float | None = None, answers: Sequence[CascadeAnswer] = ()
+    ) -> None:
+        seconds = time.perf_counter() - asked.began
+        in_flight = self._admission.in_flight
+        self._observe(Served(asked.model, status, seconds, first_s, in_flight, tuple(answers)))
+        _log.info(
+            "completion %d %.3f s model %s key %s prompts %d n %d max_tokens %d route %s%s",
+            status,
+            seconds,
+            asked.model,
+            asked.key_name or "-",
+            len(asked.prompts),
+            asked.sampling.drawn,
+            asked.sampling.max_tokens,
+            ",".join(answer.route.value for answer in answers) or "-",
+            f" prompts {asked.prompts!r}" if self._config.log_prompts else "",
+        )
+
+
+class _EventStream(StreamingResponse):
+    """A stream of server-sent events, which no cache keeps and no proxy collects."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Starlette stops iterating when the client goes away; closing is what ends the work.
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    async with aclosing(rest):
+        yield first
+        async for event in rest:
+            yield event
+
+
+def _chunks(writer: ResponseWriter, batch: Told, include_usage: bool) -> Iterator[CompletionResponse]:
+    for prompt, event in batch.events:
+        yield from writer.chunks(prompt, event)
+    if batch.answers is not None:
+        yield from writer.last_chunks(batch.answers, include_usage)
+
+
+def _sse(chunk: CompletionResponse, include_usage: bool) -> str:
+    """One server-sent event. Usage is null before the end, or absent where it was not asked for, as OpenAI does."""
+    absent = {name for name, there in (("cert", chunk.cert), ("usage", chunk.usage or include_usage)) if not there}
+    return f"data: {chunk.model_dump_json(exclude=absent)}\n\n"
+
+
+async def _until(work: Awaitable[_T], timeout_s: float) -> _T:
+    """What `work` gives; `DeadlineError` when it takes longer."""
+    try:
+        return await asyncio.wait_for(work, timeout_s)
+    except TimeoutError as error:
+        problem = f"No answer within {timeout_s:g} s. Ask for fewer tokens or samples."
+        raise DeadlineError(504, problem, None, "timeout") from error
+
+
+async def _each_until(told: AsyncGenerator[Told, None], timeout_s: float) -> AsyncGenerator[Told, None]:
+    """What is told until the answers are, or until `timeout_s` are over: then `DeadlineError`."""
+    ends = time.monotonic() + timeout_s
+    async with aclosing(told):
+        while True:
+            batch = await _until(anext(told), max(0.0, ends - time.monotonic()))
+            yield batch
+            if batch.answers is not None:
+                return
+
+
+async def _while_connected(request: Request, work: Awaitable[_T]) -> _T:
+    """What `work` gives; when the client goes away first, `work` is cancelled and `RequestCancelledError` raised."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = (asyncio.ensure_future(work), asyncio.ensure_future(gone()))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise RequestCancelledError(499, "The client went away.", None, "cancelled")
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> JSONResponse:
-        return _error_response(error)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _error_response(_invalid_request(error))
+        return error_response(_invalid_request(error))
 
     @app.exception_handler(HTTPException)
     async def refuse_http(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path}"
-        return _error_response(RequestError(error.status_code, f"{where}: {error.detail}", None, None))
+        response = error_response(RequestError(error.status_code, f"{where}: {error.detail}", None, None))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, __: Exception) -> JSONResponse:
+        return error_response(RequestError(500, "The server failed; its log says why.", None, "failed"))
 
 
 def _invalid_request(error: RequestValidationError) -> RequestError:
@@ -105,71 +327,8 @@ def _invalid_request(error: RequestValidationError) -> RequestError:
         return RequestError(400, "The body must be a JSON object, sent as application/json.", None, "invalid_body")
     if problem["type"] == "missing":
         return RequestError(400, f"{param}: required, but not given.", param, "missing_field")
+    if problem["type"] == "extra_forbidden" or param in NOT_DONE:
+        what = "is not supported by this server" if param in NOT_DONE else "is not a field of this endpoint"
+        return RequestError(400, f"{param} {what}: leave it out.", param, "unsupported_field")
     received = repr(problem["input"])[:_SHOWN_VALUE_CHARACTERS]
     return RequestError(400, f"{param}: {problem['msg']} (got {received}).", param, "invalid_value")
-
-
-def _error_response(error: RequestError) -> JSONResponse:
-    headers = {"Retry-After": str(_RETRY_AFTER_S)} if error.status in (429, 503) else None
-    return JSONResponse(error_body(error), status_code=error.status, headers=headers)
-
-
-class _BodyLimit:
-    """ASGI middleware: 413 as soon as a body is known to be too long, by its header or by its bytes."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_body_bytes:
-            await self._refuse(scope, receive, send)
-            return
-        messages: list[Message] = []
-        received_bytes = 0
-        while True:  # at most max_body_bytes are held; bodies of this endpoint are read whole anyway
-            message = await receive()
-            messages.append(message)
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > self._max_body_bytes:
-                await self._refuse(scope, receive, send)
-                return
-            if not message.get("more_body", False):
-                break
-        replay = iter(messages)
-
-        async def receive_again() -> Message:
-            return next(replay, None) or await receive()
-
-        await self._app(scope, receive_again, send)
-
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        problem = f"The body is longer than this server's {self._max_body_bytes} bytes."
-        await _error_response(RequestError(413, problem, None, "body_too_large"))(scope, receive, send)
-
-
-class _ApiKeys:
-    """ASGI middleware: 401 without a bearer token that is one of the keys."""
-
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str]) -> None:
-        self._app = app
-        self._api_keys = [key.encode() for key in api_keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._is_health(scope) or self._allowed(scope):
-            await self._app(scope, receive, send)
-            return
-        problem = "No valid API key: send `Authorization: Bearer KEY`."
-        await _error_response(RequestError(401, problem, None, "invalid_api_key"))(scope, receive, send)
-
-    def _is_health(self, scope: Scope) -> bool:
-        return bool(scope["path"].removeprefix(scope.get("root_path", "")) == "/health")
-
-    def _allowed(self, scope: Scope) -> bool:
-        sent = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
-        # Every key is compared, in constant time, so that the answer's time tells nothing.
-        return sum(secrets.compare_digest(sent, key) for key in self._api_keys) > 0

@@ -1,9 +1,10 @@
-"""The Ray Serve application: a front door, and one deployment that holds both models.
+"""The Ray Serve application: front doors, and engines that hold the models.
 
 In: a `ServeConfig`, from `serve run cert_ray.serving.on_ray:build_app model=DIR`, from a Serve config file, or from
 `start_server`. Out: a running server. Resources, queues, hops and the errors that cross them stand here, no answers.
 
-Sketcher and generator share a process, since a hop between them costs more than fifteen tokens of decoding.
+Sketcher and generator share a process, since a hop between them costs more than fifteen tokens of decoding. Of several
+models an engine loads those that are asked for, and drops the least recently used.
 """
 
 from __future__ import annotations
@@ -11,107 +12,181 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
-import pydantic
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 
 from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
-from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.serving.admission import Admission
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.api_keys import read_key_file
+from cert_ray.serving.backends import Bridge, Served, Told
 from cert_ray.serving.cascade import CascadeAnswer
-from cert_ray.serving.openai_schema import RequestLimits
+from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
+from cert_ray.serving.openai_responses import write_usage
 from cert_ray.serving.sampling import Sampling
+from cert_ray.telemetry import on_ray as telemetry
 
 _log = logging.getLogger(__name__)
 
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
-_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
-
-
-class ServeConfig(ModelConfig):
-    """A served model: which, under what name, with what resources and queues."""
-
-    model_name: str = "cert"
-    replicas: int = pydantic.Field(default=1, ge=1)
-    num_cpus: float = pydantic.Field(default=1, ge=0)  # per engine
-    num_gpus: float = pydantic.Field(default=0, ge=0)  # per engine
-    # Decoded one after another, so more than a few only wait inside the engine instead of in the queue.
-    max_ongoing_requests: int = pydantic.Field(default=4, ge=1)
-    max_queued_requests: int = pydantic.Field(default=64, ge=1)  # more are refused with 503
-    request_timeout_s: float = pydantic.Field(default=300.0, gt=0)
-    limits: RequestLimits = RequestLimits()
-    api_keys_file: str | None = None  # one key per line; None: no key is asked for
-
-
-class ServerConfig(ServeConfig):
-    """A server on this machine or its cluster: a `ServeConfig`, and where it listens."""
-
-    host: str = "127.0.0.1"  # Serve's own default is every interface
-    port: int | None = pydantic.Field(default=None, ge=1, le=65535)  # None: a free one
-    app_name: str = "cert-ray"
-
-    @pydantic.model_validator(mode="after")
-    def _check_exposure(self) -> ServerConfig:
-        if self.host not in _LOOPBACK and self.api_keys_file is None:
-            raise ConfigError(
-                f"host={self.host!r}: others could reach this server, and api_keys_file is not set. Name a file with "
-                "one key per line, or listen on 127.0.0.1."
-            )
-        return self
+_ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
+_REFUSALS = 200  # at the same moment
+_FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
 
 
 class Engines:
     """The deployment that holds the models. Decoding runs in threads, so that queues and health checks are served."""
 
     def __init__(self, options: dict[str, Any]) -> None:
-        self._answerer = Answerer.load(ServeConfig.from_mapping(options, "engine deployment"))
+        config = ServeConfig.from_mapping(options, "engine deployment")
+        self._models = dict(config.models)
+        # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
+        self._bridge = Bridge(2 * config.max_ongoing_requests)
+        self._failures = 0
+        self._only: Answerer | None = None
+        if len(self._models) == 1:  # now, so that the replica is ready when it says so
+            (model,) = self._models.values()
+            self._only = self.load_now(model)
 
-    async def answer(self, prompts: Sequence[str], options: dict[str, Any]) -> list[CascadeAnswer]:
+    def load_now(self, model: ServedModel) -> Answerer:
+        """The answerer of `model`."""
+        return Answerer.load(model)
+
+    async def load(self, name: str) -> Answerer:
+        """The answerer of one of several models; `multiplexed` keeps the last ones that were asked for."""
+        return await asyncio.to_thread(self.load_now, self._models[name])
+
+    async def answer(
+        self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
+    ) -> list[CascadeAnswer]:
         """One answer per prompt, in order."""
-        return await asyncio.to_thread(self._answerer.answer, prompts, Sampling(**options))
+        answerer = self._only or await self.load(model)
+        try:
+            answers = await self._bridge.answer(answerer, prompts, Sampling(**options), timeout_s)
+        except RequestError:
+            raise
+        except Exception:
+            self._failures += 1
+            raise
+        self._failures = 0
+        return answers
+
+    async def stream(
+        self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
+    ) -> AsyncGenerator[Told, None]:
+        """The same, told while it is drawn."""
+        answerer = self._only or await self.load(model)
+        try:
+            async for told in self._bridge.stream(answerer, prompts, Sampling(**options), timeout_s):
+                yield told
+        except RequestError:
+            raise
+        except Exception:
+            self._failures += 1
+            raise
+        self._failures = 0
+
+    def check_health(self) -> None:
+        """Raise when this engine fails at whatever it is asked; Serve then starts another in its place."""
+        if self._failures >= _FAILURES:
+            raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
+
+
+def _multiplexed(engines: type[Engines], max_models: int) -> type[Engines]:
+    """`engines` for several models, `max_models` of them in memory. Serve wants that number when a class is made."""
+
+    class MultiplexedEngines(engines):  # type: ignore[valid-type,misc]
+        @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
+        async def load(self, name: str) -> Answerer:
+            answerer: Answerer = await super().load(name)
+            return answerer
+
+    return MultiplexedEngines
 
 
 class HandleBackend:
-    """The front door's `Backend`: one call over a deployment handle, its failures turned into `RequestError`s."""
+    """The front door's `Backend`: calls over a deployment handle, their failures turned into `RequestError`s.
 
-    def __init__(self, handle: Any, model_name: str, timeout_s: float) -> None:
-        self._handle, self._model_name, self._timeout_s = handle, model_name, timeout_s
+    A request whose engine dies is given to another one, unless something of its answer was told already. Its seed makes
+    the second answer the first one's equal.
+    """
+
+    def __init__(self, handle: Any, served: Mapping[str, str | None]) -> None:
+        self._handle, self._served = handle, served
 
     @property
-    def model_name(self) -> str:
-        """The name that requests must give."""
-        return self._model_name
+    def served(self) -> Mapping[str, str | None]:
+        """The models by name, each with its library."""
+        return self._served
 
-    async def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[CascadeAnswer]:
+    async def answer(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> list[CascadeAnswer]:
         """One answer per prompt, in order.
 
         Raises:
-            RequestError: 400 for a prompt that does not fit, 503 when the queue is full or no engine is up, 504 when it
-                took too long.
+            RequestError: what the engine refuses; 503 when the queue is full or no engine is up.
         """
-        response = self._handle.answer.remote(list(prompts), sampling.model_dump())
-        try:
-            answers: list[CascadeAnswer] = await asyncio.wait_for(response, self._timeout_s)
-        except TimeoutError as error:
-            response.cancel()
-            problem = f"No answer within {self._timeout_s:g} s. Ask for fewer tokens or samples."
-            raise RequestError(504, problem, None, "timeout") from error
-        except BackPressureError as error:
-            raise RequestError(503, "The server is busy: try again.", None, "overloaded") from error
-        except (RayActorError, DeploymentUnavailableError) as error:
-            raise RequestError(503, "The engine is restarting: try again.", None, "unavailable") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, RequestError):
-                raise error.cause from None
-            raise RequestError(500, "The engine failed; its log says why.", None, "engine_failed") from error
-        return answers
+        ends, options = time.monotonic() + timeout_s, sampling.model_dump(mode="json")
+        for attempt in range(1, _ATTEMPTS + 1):
+            left_s = max(0.0, ends - time.monotonic())
+            response = self._handle_of(model).answer.remote(model, list(prompts), options, left_s)
+            try:
+                answers: list[CascadeAnswer] = await response
+            except asyncio.CancelledError:
+                response.cancel()
+                raise
+            except (RayError, RayServeException) as error:
+                _retry_or_raise(error, attempt)
+            else:
+                return answers
+        raise AssertionError("the last attempt returns or raises")
+
+    async def stream(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> AsyncGenerator[Told, None]:
+        """The same, told while it is drawn."""
+        ends, options = time.monotonic() + timeout_s, sampling.model_dump(mode="json")
+        for attempt in range(1, _ATTEMPTS + 1):
+            left_s, begun = max(0.0, ends - time.monotonic()), False
+            handle = self._handle_of(model).options(stream=True)
+            response = handle.stream.remote(model, list(prompts), options, left_s)
+            try:
+                async for told in response:
+                    begun = True
+                    yield told
+                return
+            except (RayError, RayServeException) as error:
+                _retry_or_raise(error, _ATTEMPTS if begun else attempt)
+            finally:
+                response.cancel()  # does nothing to what has ended
+
+    def _handle_of(self, model: str) -> Any:
+        return self._handle.options(multiplexed_model_id=model) if len(self._served) > 1 else self._handle
+
+
+def _retry_or_raise(error: Exception, attempt: int) -> None:
+    """Return when the request may be tried again; else raise what the front door says about `error`."""
+    if isinstance(error, BackPressureError):
+        raise RequestError(503, "The server is busy: try again.", None, "overloaded") from error
+    if isinstance(error, RayTaskError) and isinstance(error.cause, RequestError):
+        raise error.cause from None
+    if not isinstance(error, RayActorError | DeploymentUnavailableError):
+        _log.error("the engine failed", exc_info=error)
+        raise RequestError(500, "The engine failed; its log says why.", None, "engine_failed") from error
+    _log.warning("attempt %d: an engine died or is not there: %s", attempt, error)
+    if attempt == _ATTEMPTS or isinstance(error, DeploymentUnavailableError):
+        raise RequestError(503, "The engine is restarting: try again.", None, "unavailable") from error
 
 
 def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
@@ -120,44 +195,98 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
     Raises:
         ConfigError: when an option cannot be used.
     """
-    config = args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app")
-    config = config.model_copy(update=config.folders)
-    api_keys = _read_api_keys(config.api_keys_file)
-    model_name, timeout_s, limits = config.model_name, config.request_timeout_s, config.limits
+    return application(args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app"))
 
-    def build_front_door() -> Any:
-        from cert_ray.serving.http import create_app  # evaluated on the replica: an application does not pickle
 
-        handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
-        return create_app(HandleBackend(handle, model_name, timeout_s), limits, api_keys)
+def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.Application:
+    """The Serve application for `config`. Tests give `engines` without models.
 
-    engines = serve.deployment(
-        Engines,
+    Raises:
+        ConfigError: when the key file cannot be used.
+    """
+    config = config.model_copy(
+        update={"models": {name: model.model_copy(update=model.folders) for name, model in config.models.items()}}
+    )
+    if config.api_keys_file is not None:
+        keys_file = storage.absolute(config.api_keys_file)
+        read_key_file(keys_file)  # says here what is wrong with it
+        config = config.model_copy(update={"api_keys_file": keys_file})
+    options = {
+        name: value for name, value in config.model_dump(mode="json").items() if name in ServeConfig.model_fields
+    }
+    drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
+    stopping = {"graceful_shutdown_timeout_s": drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2}
+    engine = serve.deployment(
+        engines if len(config.models) == 1 else _multiplexed(engines, config.models_per_engine),
         name=_ENGINE,
-        num_replicas=config.replicas,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         max_ongoing_requests=config.max_ongoing_requests,
         max_queued_requests=config.max_queued_requests,
-    ).bind(config.model_dump(mode="json", include=set(ServeConfig.model_fields)))
-    # The front door only waits: it must hold all that the engines work on and queue, and as many again to refuse.
-    waiting = 2 * (config.max_queued_requests + config.replicas * config.max_ongoing_requests)
+        health_check_period_s=config.health_check_period_s,
+        max_surge_percent=config.surge_percent,
+        **_replicas(config),
+        **stopping,
+    ).bind(options)
+    # The front door only waits: it must hold all that the engines work on and queue, and more, to refuse it in OpenAI's
+    # words. What comes beyond that is refused by Serve's proxy.
+    waiting = 2 * config.max_in_flight + _REFUSALS
     front_door = serve.deployment(
-        serve.ingress(build_front_door)(),
+        serve.ingress(_front_door(options))(),
         name=_FRONT_DOOR,
+        num_replicas=config.front_doors,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=waiting,
+        max_queued_requests=waiting,
+        backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
+        health_check_period_s=config.health_check_period_s,
+        max_surge_percent=100,
+        **stopping,
     )
-    application: serve.Application = front_door.bind(engines)
-    return application
+    bound: serve.Application = front_door.bind(engine)
+    return bound
 
 
-def _read_api_keys(url: str | None) -> tuple[str, ...]:
-    if url is None:
-        return ()
-    keys = tuple(line.strip() for line in storage.read_text(url).splitlines() if line.strip())
-    if not keys:
-        raise ConfigError(f"api_keys_file={url!r}: no key in it. Write one key per line, or leave the option out.")
-    return keys
+def _replicas(config: ServeConfig) -> dict[str, Any]:
+    scaling = config.autoscaling
+    if scaling is None:
+        return {"num_replicas": config.replicas}
+    return {"autoscaling_config": AutoscalingConfig(**scaling.model_dump())}
+
+
+def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
+    """What makes the HTTP application on a front door's replica: an application does not pickle."""
+
+    def build() -> Any:
+        from cert_ray.serving.http import create_app
+
+        config = ServeConfig.from_mapping(options, "front door")
+        address = _running_address()
+        if address is not None:
+            config.check_exposure(address[0])
+        handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
+        return create_app(
+            HandleBackend(handle, config.served),
+            config,
+            any_library=config.model_name,
+            keys=None if config.api_keys_file is None else read_key_file(config.api_keys_file),
+            admission=Admission(config.max_in_flight, config.at_once, config.request_timeout_s),
+            observe=_count,
+        )
+
+    return build
+
+
+def _count(served: Served) -> None:
+    telemetry.count_request(served.model, served.status, served.seconds, served.first_s, served.in_flight)
+    for answer in served.answers:
+        tokens = {
+            "prompt": answer.prompt_tokens,
+            "cached": answer.cached_tokens,
+            "sketch": answer.sketch_tokens,
+            "completion": write_usage([answer]).completion_tokens,
+        }
+        share = None if answer.sketch is None else answer.vote_share
+        telemetry.count_answer(served.model, answer.route.value, share, answer.timings_s, tokens, answer.from_cache)
 
 
 class ServedApp:
@@ -182,7 +311,7 @@ class ServedApp:
         self.stop()
 
 
-def start_server(config: ServerConfig) -> ServedApp:
+def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> ServedApp:
     """Serve `config` on the connected Ray, and return when it answers.
 
     Raises:
@@ -192,10 +321,11 @@ def start_server(config: ServerConfig) -> ServedApp:
     """
     if not ray.is_initialized():
         raise ConfigError("start_server: no Ray is connected. Call ray.init() first.")
-    for folder in config.folders.values():
-        if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
-            raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
-    application = build_app(config)
+    for model in config.models.values():
+        for folder in model.folders.values():
+            if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
+                raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
+    app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))
     if running is None:
@@ -207,7 +337,7 @@ def start_server(config: ServerConfig) -> ServedApp:
         )
     served = ServedApp(f"http://{host}:{port}", config.app_name, owns_serve=running is None)
     try:
-        serve.run(application, name=config.app_name, route_prefix="/", blocking=False)
+        serve.run(app, name=config.app_name, route_prefix="/", blocking=False)
     except RuntimeError as error:  # a model that cannot be loaded, a front door that cannot be built
         served.stop()
         raise CertRayError(f"{config.model_name} cannot be served: {error}") from error

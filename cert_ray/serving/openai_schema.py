@@ -1,66 +1,81 @@
-"""The JSON of OpenAI's `POST /v1/completions`, `GET /v1/models` and of its errors, as pydantic models.
+"""The JSON of a request to OpenAI's `POST /v1/completions`, of `GET /v1/models` and of OpenAI's errors.
 
-In: a request body. Out: prompts and `Sampling`; and the way back, from answers to a response body. What OpenAI has and
-this server does not do (streaming, logprobs, echo, penalties, token ids as prompts) is refused by name, unless it
-is set to what it is by default. Beside OpenAI's fields a response carries `cert`: sketch, votes, route and timings.
+In: a request body. Out: prompts and `Sampling`. What OpenAI has and this server does not do (penalties, a bias, token
+ids as prompts) is refused by name, unless it is set to what it is by default. Responses are `openai_responses.py`.
 
-Source: OpenAI API reference, "Completions" (legacy), and the types of the `openai` client.
+Source: OpenAI API reference, "Completions" (legacy), and the types of the `openai` client. Beside OpenAI's fields there
+are `stop_token_ids` and `mode`, to be sent as `extra_body` from the `openai` client.
 """
 
 from __future__ import annotations
 
 import secrets
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from cert_ray.config import Config
-from cert_ray.errors import RequestError
-from cert_ray.serving.cascade import CascadeAnswer
-from cert_ray.serving.sampling import Sampling
+from cert_ray.errors import ConfigError, RequestError
+from cert_ray.serving.sampling import Mode, Sampling
 
-# Known to OpenAI, not done here: the values that mean "not asked for".
-_NOT_DONE: Mapping[str, tuple[object, ...]] = {
-    "best_of": (None,),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "logprobs": (None,),
-    "presence_penalty": (None, 0),
-    "stream": (None, False),
-    "stream_options": (None,),
-    "suffix": (None, ""),
-}
+# Known to OpenAI, not done here: only the values that mean "not asked for" are accepted.
+NOT_DONE = frozenset({"frequency_penalty", "logit_bias", "presence_penalty"})
 
 
 class RequestLimits(Config):
     """What one request may ask for."""
 
     max_prompts: int = Field(default=32, ge=1)
-    max_n: int = Field(default=200, ge=1)  # PAPER.md samples 200
-    max_choices: int = Field(default=400, ge=1)  # prompts times n
+    max_n: int = Field(default=200, ge=1)  # PAPER.md samples 200; `best_of` counts
+    max_choices: int = Field(default=400, ge=1)  # prompts times n, or times best_of
+    max_tokens: int = Field(default=2048, ge=1)  # PAPER.md asks for 100; a window of 1,024 bounds it further
     max_stops: int = Field(default=16, ge=1)  # OpenAI allows 4, PAPER.md cuts at 6
+    max_stop_characters: int = Field(default=256, ge=1)  # of one stop string: text is held back as long as it
     max_body_bytes: int = Field(default=1 << 20, ge=1)
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside text."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None  # accepted, not done: it hides the length of tokens from eavesdroppers
+
+
+# Numbers in JSON are numbers: neither "3" nor true is one.
+_Count = Annotated[int, Field(strict=True)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Flag = Annotated[bool, Field(strict=True)]
 
 
 class CompletionRequest(BaseModel):
     """A request body. Types, ranges and field names are checked here, limits of the deployment in `read_request`."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str
-    prompt: str | list[str]
-    n: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1)
+    prompt: str | Annotated[list[str], Field(min_length=1)]
+    n: _Count | None = Field(default=None, ge=1)
+    best_of: _Count | None = Field(default=None, ge=1, description="drawn; the n likeliest of them are given")
+    temperature: _Number | None = Field(default=None, ge=0, le=2)
+    top_p: _Number | None = Field(default=None, gt=0, le=1)
+    max_tokens: _Count | None = Field(default=None, ge=0, description="0 only with echo: the prompt is scored")
     stop: str | list[str] | None = None
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    user: str | None = None  # accepted, not used
+    stop_token_ids: list[_Count] | None = Field(default=None, description="not OpenAI's: each ends an answer")
+    seed: _Count | None = Field(default=None, ge=-(2**63), lt=2**63)
+    logprobs: _Count | None = Field(default=None, ge=0, le=5)
+    echo: _Flag | None = None
+    suffix: str | None = None
+    stream: _Flag | None = None
+    stream_options: StreamOptions | None = None
+    mode: Mode | None = Field(default=None, description="not OpenAI's: which models take part")
+    user: str | None = Field(default=None, description="accepted, not used")
+    # See NOT_DONE.
+    frequency_penalty: _Number | None = Field(default=None, ge=0, le=0)
+    presence_penalty: _Number | None = Field(default=None, ge=0, le=0)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @pydantic.field_validator("prompt", mode="before")
     @classmethod
@@ -68,11 +83,9 @@ class CompletionRequest(BaseModel):
         parts = prompt if isinstance(prompt, list) else [prompt]
         if any(isinstance(part, int | list) for part in parts):
             raise ValueError("token ids are not supported: send a string or a list of strings")
-        if not parts:
-            raise ValueError("the list is empty: send a string or a list of strings")
         return prompt
 
-    @pydantic.field_validator("prompt", "stop")
+    @pydantic.field_validator("model", "prompt", "stop", "suffix", "user")
     @classmethod
     def _check_text(cls, text: str | list[str] | None) -> str | list[str] | None:
         for part in [text] if isinstance(text, str) else text or []:
@@ -82,79 +95,104 @@ class CompletionRequest(BaseModel):
                 raise ValueError(f"not valid Unicode at position {error.start}") from error
         return text
 
-    @pydantic.model_validator(mode="after")
-    def _check_not_done(self) -> CompletionRequest:
-        for name, value in (self.model_extra or {}).items():
-            if value in _NOT_DONE.get(name, (None,)):
-                continue
-            problem = "is not supported by this server" if name in _NOT_DONE else "is not a field of this endpoint"
-            raise RequestError(400, f"{name} {problem}: leave it out.", name, "unsupported_field")
-        return self
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class CertTrace(BaseModel):
-    """How an answer came about. `timings_s` is in seconds by stage; `seed` repeats the answer."""
+class ErrorFields(BaseModel):
+    """OpenAI's error fields."""
 
-    route: str
-    sketch: str | None
-    sketch_votes: int
-    vote_share: float
-    seed: int
-    timings_s: dict[str, float]
-    # Traces of the second and further prompts of the request, in order.
-    others: list[CertTrace] = Field(default_factory=list)
+    message: str
+    type: str
+    param: str | None
+    code: str | None
 
 
-class Choice(BaseModel):
-    """One completion; `index` counts through all prompts, as OpenAI does."""
+class ErrorBody(BaseModel):
+    """OpenAI's error object, the body of every refusal."""
 
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: Literal["stop", "length"]
+    error: ErrorFields
 
 
-class Usage(BaseModel):
-    """Tokens of the prompts and of all choices; sketches are not counted."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class CompletionResponse(BaseModel):
-    """A response body."""
+class ModelCard(BaseModel):
+    """One entry of `GET /v1/models`. `library` is the one that it was trained for."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    cert: CertTrace
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "cert-ray"
+    library: str | None = None
+
+
+class ModelList(BaseModel):
+    """The body of `GET /v1/models`."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
 
 
 def read_request(request: CompletionRequest, limits: RequestLimits) -> tuple[list[str], Sampling]:
     """The prompts and options of a request, with OpenAI's defaults; a request without a seed gets a fresh one.
 
     Raises:
-        RequestError: 400, naming the limit.
+        RequestError: 400, naming the limit, or the options that do not go together.
     """
     prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-    sampling = Sampling(
-        n=request.n or 1,
-        max_tokens=request.max_tokens or 16,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=request.top_p or 1.0,
-        seed=secrets.randbits(53) if request.seed is None else request.seed,  # 53 bits survive JSON in every language
-        stop=tuple(stop for stop in stops if stop),
-    )
+    stop_token_ids = tuple(request.stop_token_ids or ())
+    n, max_tokens = request.n or 1, 16 if request.max_tokens is None else request.max_tokens
+    drawn = max(n, request.best_of or 1)
+    _check_together(request, n)
     _check_limit("prompt", "prompts", len(prompts), limits.max_prompts)
-    _check_limit("n", "n", sampling.n, limits.max_n)
-    _check_limit("n", "prompts times n", len(prompts) * sampling.n, limits.max_choices)
+    _check_limit("n" if drawn == n else "best_of", "samples of a prompt", drawn, limits.max_n)
+    _check_limit("n", "prompts times samples", len(prompts) * drawn, limits.max_choices)
+    _check_limit("max_tokens", "max_tokens", max_tokens, limits.max_tokens)
     _check_limit("stop", "stop strings", len(stops), limits.max_stops)
+    _check_limit("stop", "characters of a stop string", max(map(len, stops), default=0), limits.max_stop_characters)
+    _check_limit("stop_token_ids", "stop tokens", len(stop_token_ids), limits.max_stops)
+    try:
+        sampling = Sampling(
+            n=n,
+            best_of=request.best_of,
+            max_tokens=max_tokens,
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=request.top_p or 1.0,
+            # 53 bits survive JSON in every language
+            seed=secrets.randbits(53) if request.seed is None else request.seed,
+            stop=tuple(stop for stop in stops if stop),
+            stop_token_ids=stop_token_ids,
+            logprobs=request.logprobs,
+            echo=bool(request.echo),
+            suffix=request.suffix or None,
+            mode=request.mode,
+        )
+    except ConfigError as error:
+        raise RequestError(400, str(error), None, "invalid_value") from error
     return prompts, sampling
+
+
+def _check_together(request: CompletionRequest, n: int) -> None:
+    """What OpenAI refuses, too: options that contradict each other."""
+    problem, param = None, None
+    if request.best_of is not None and request.best_of < n:
+        problem, param = f"best_of={request.best_of} is less than n={n}.", "best_of"
+    elif request.max_tokens == 0 and not request.echo:
+        problem, param = (
+            "max_tokens=0 is for echo=true, which scores the prompt: ask for one token or more.",
+            "max_tokens",
+        )
+    elif request.stream and request.best_of is not None and request.best_of > n:
+        problem, param = "best_of cannot be streamed: which are the best is known at the end.", "best_of"
+    elif request.stream_options is not None and not request.stream:
+        problem, param = "stream_options are for stream=true.", "stream_options"
+    elif request.echo and request.suffix:
+        problem, param = "echo and suffix do not go together.", "suffix"
+    elif any(not 0 <= token < 2**31 for token in request.stop_token_ids or ()):
+        problem, param = "stop_token_ids: a token is a number from 0 to 2147483647.", "stop_token_ids"
+    if problem is not None:
+        raise RequestError(400, problem, param, "invalid_value")
 
 
 def _check_limit(param: str, what: str, value: int, limit: int) -> None:
@@ -162,49 +200,11 @@ def _check_limit(param: str, what: str, value: int, limit: int) -> None:
         raise RequestError(400, f"{what}: {value} is more than this server's {limit}.", param, "limit_exceeded")
 
 
-def write_response(model: str, sampling: Sampling, answers: Sequence[CascadeAnswer]) -> CompletionResponse:
-    """The response body for `answers`, one per prompt, in order."""
-    completions = [choice for answer in answers for choice in answer.choices]
-    choices = [
-        Choice(index=index, text=choice.text, finish_reason=choice.finish_reason)
-        for index, choice in enumerate(completions)
-    ]
-    first, *others = [_trace(answer, sampling.seed) for answer in answers]
-    prompt_tokens = sum(answer.prompt_tokens for answer in answers)
-    completion_tokens = sum(len(choice.ids) for choice in completions)
-    return CompletionResponse(
-        id=f"cmpl-{uuid.uuid4().hex}",
-        created=int(time.time()),
-        model=model,
-        choices=choices,
-        usage=Usage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=prompt_tokens + completion_tokens,
-        ),
-        cert=first.model_copy(update={"others": others}),
-    )
-
-
-def _trace(answer: CascadeAnswer, seed: int) -> CertTrace:
-    return CertTrace(
-        route=answer.route.value,
-        sketch=answer.sketch,
-        sketch_votes=answer.sketch_votes,
-        vote_share=answer.vote_share,
-        seed=seed,
-        timings_s={stage: round(seconds, 6) for stage, seconds in answer.timings_s.items()},
-    )
-
-
-def model_card(name: str) -> dict[str, Any]:
-    """One entry of `GET /v1/models`."""
-    return {"id": name, "object": "model", "created": 0, "owned_by": "cert-ray"}
-
-
 def error_body(error: RequestError) -> dict[str, Any]:
     """OpenAI's error object."""
     kinds = {401: "authentication_error", 404: "not_found_error", 408: "timeout", 429: "rate_limit_error"}
     fallback = "server_error" if error.status >= 500 else "invalid_request_error"
-    kind = kinds.get(error.status, fallback)
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+    fields = ErrorFields(
+        message=error.message, type=kinds.get(error.status, fallback), param=error.param, code=error.code
+    )
+    return ErrorBody(error=fields).model_dump()

@@ -4,79 +4,151 @@ In: logits and uniform numbers. Out: token numbers and log-probabilities. No mod
 
 A sample's random stream is a pure function of (seed, prompt, sample number). So an answer does not change with the
 requests that happen to be decoded beside it, with their order, or with `n`: asking for 60 samples gives 60 streams, of
-which the first 50 are those of `n = 50`.
+which the first 50 are those of `n = 50`. Samples that begin alike share a row of logits, and each draws from it with
+its own number: a row's samples split multinomially, and sample by sample it is what drawing them apart would give.
 
-Shapes: B rows (samples), V vocabulary, K candidates, T tokens.
+Shapes: R rows (distinct beginnings), D rows that are drawn from, V vocabulary, K candidates, N samples of a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import pydantic
 import torch
 import xxhash
 
 from cert_ray.config import Config
+from cert_ray.errors import ConfigError
 
-# Nucleus sampling sorts this many candidates, and all of them only when these hold less than top_p. Assumed: code is
-# predictable, and 0.9 of the mass sits in far fewer tokens once a model is trained.
-_CANDIDATES = 512
+# So many candidates are sorted, and all tokens only for a row where these do not decide. Assumed: code is predictable,
+# and 0.9 of the mass sits in far fewer tokens once a model is trained.
+_CANDIDATES = 64
+_LEAST_TEMPERATURE = 1e-6  # below, float32 logits that differ at all are as good as greedy
+_LOW_64 = (1 << 64) - 1
+
+
+class Mode(StrEnum):
+    """Which models take part in an answer."""
+
+    CASCADE = "cascade"  # sketch, vote, fill in
+    SKETCH_ONLY = "sketch_only"  # the sketches are the answers, the winner's first; placeholders stay words
+    GENERATOR_ONLY = "generator_only"  # the generator is given the context alone
+    SINGLE = "single"  # one plain model, cut at the request's stop strings only
 
 
 class Sampling(Config):
     """What a request asks for, in OpenAI's terms and with its defaults; only the seed is never left open."""
 
     n: int = pydantic.Field(default=1, ge=1)
-    max_tokens: int = pydantic.Field(default=16, ge=1)
+    best_of: int | None = pydantic.Field(default=None, ge=1)  # drawn; the n likeliest per token are given. None: n
+    max_tokens: int = pydantic.Field(default=16, ge=0)  # 0 only with echo: score the prompt
     temperature: float = pydantic.Field(default=1.0, ge=0, le=2)  # 0 is greedy
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # each ends a sample as the end of text does, and is not part of it
+    logprobs: int | None = pydantic.Field(default=None, ge=0, le=5)  # alternatives told per token; None: nothing
+    # The prompt stands before each choice's text, by whoever writes the response: `Completion.text` never holds it.
+    # Together with `logprobs`, `CascadeAnswer.prompt_logprobs` is filled.
+    echo: bool = False
+    suffix: str | None = None  # text behind the answer; for models that were trained to fill in the middle
+    mode: Mode | None = None  # None: the deployment's own
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ConfigError(f"best_of={self.best_of}: must not be less than n={self.n}.")
+        if self.max_tokens == 0 and not self.echo:
+            raise ConfigError("max_tokens=0: only with echo=true, which scores the prompt; ask for one token or more.")
+        return self
+
+    @property
+    def drawn(self) -> int:
+        """Samples that are drawn."""
+        return self.best_of or self.n
 
 
-def uniform_streams(seed: int, prompt: Sequence[int], samples: range, length: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1) for the numbered `samples` of one prompt: float64, [len(samples), length]."""
-    prompt_bytes = np.asarray(prompt, dtype="<u4").tobytes()
-    streams_BT = torch.empty(len(samples), length, dtype=torch.float64)
-    for row, sample in enumerate(samples):
-        name = f"{seed} {sample} ".encode() + prompt_bytes
-        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(name) >> 1)  # torch wants a signed seed
-        torch.rand(length, generator=generator, dtype=torch.float64, out=streams_BT[row])
-    return streams_BT
+class Streams:
+    """Uniform numbers in [0, 1) for the samples of one prompt."""
+
+    def __init__(self, seed: int, prompt: Sequence[int]) -> None:
+        name = f"{seed} ".encode() + np.asarray(prompt, dtype="<u4").tobytes()
+        digest = xxhash.xxh3_128_intdigest(name)
+        self._key = np.array([digest & _LOW_64, digest >> 64], dtype=np.uint64)
+
+    def at(self, step: int, samples: int) -> npt.NDArray[np.float64]:
+        """The number with which each of the first `samples` draws its token number `step`."""
+        bits = np.random.Philox(key=self._key, counter=[0, 0, 0, step])
+        return np.random.Generator(bits).random(samples)
 
 
-def draw_tokens(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """One token per row by inverse transform sampling from the nucleus: int64 [B].
+def draw_tokens(
+    logits_RV: torch.Tensor,
+    uniforms: Sequence[npt.NDArray[np.float64]],
+    temperature_R: Sequence[float],
+    top_p_R: Sequence[float],
+) -> list[npt.NDArray[np.int64]]:
+    """For each row one token per uniform number, by inverse transform sampling from the row's nucleus.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020,
-    arXiv:1904.09751). Temperature 0 takes the most likely token and ignores `uniform_B`.
+    arXiv:1904.09751). Temperature 0 takes the most likely token. A row's tokens depend on no other row.
     """
-    if temperature == 0:
-        return logits_BV.argmax(dim=-1)
-    shifted_BV = (
-        logits_BV.double() - logits_BV.max(dim=-1, keepdim=True).values.double()
-    )  # so that tiny T cannot overflow
-    probabilities_BV = torch.softmax(shifted_BV / temperature, dim=-1)
-    if top_p >= 1:
-        return _invert(probabilities_BV.cumsum(dim=-1), uniform_B)
-    size_K = min(_CANDIDATES, probabilities_BV.shape[-1])
-    values_BK, tokens_BK = probabilities_BV.topk(size_K, dim=-1)
-    if bool((values_BK.sum(dim=-1) < top_p).any()):
-        values_BK, tokens_BK = probabilities_BV.sort(dim=-1, descending=True)
-    before_BK = values_BK.cumsum(dim=-1) - values_BK
-    kept_BK = torch.where(before_BK < top_p, values_BK, 0.0)
-    picked_B = _invert(kept_BK.cumsum(dim=-1), uniform_B)
-    return tokens_BK.gather(-1, picked_B[:, None])[:, 0]
+    rows = range(len(uniforms))
+    tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * len(uniforms)
+    drawn = [row for row in rows if temperature_R[row] > 0]
+    if len(drawn) < len(uniforms):
+        likeliest_R = logits_RV.argmax(dim=-1).tolist()
+        for row in set(rows) - set(drawn):
+            tokens[row] = np.full(len(uniforms[row]), likeliest_R[row], np.int64)
+    if not drawn:
+        return tokens
+    logits_DV = logits_RV if len(drawn) == len(uniforms) else logits_RV[drawn]
+    temperature_D1 = np.maximum([temperature_R[row] for row in drawn], _LEAST_TEMPERATURE)[:, None]
+    values_DK, ids_DK = logits_DV.topk(min(_CANDIDATES, logits_DV.shape[-1]), dim=-1)
+    shifted_DV = (logits_DV - values_DK[:, :1]) / torch.from_numpy(temperature_D1).to(logits_DV)
+    total_D1 = shifted_DV.exp_().sum(dim=-1, keepdim=True, dtype=torch.float64).cpu().numpy()
+    cumulative_DK = _cumulative(values_DK, temperature_D1) / total_D1
+    for place, row in enumerate(drawn):
+        picked_N = _invert(cumulative_DK[place], uniforms[row], top_p_R[row], whole=False)
+        ids_K = ids_DK[place]
+        if picked_N is None:  # the candidates do not hold the nucleus, or not the number drawn
+            values_V, ids_K = logits_DV[place].sort(descending=True)
+            cumulative_V = _cumulative(values_V[None], temperature_D1[place])[0]
+            picked_N = _invert(cumulative_V / cumulative_V[-1], uniforms[row], top_p_R[row], whole=True)
+        tokens[row] = ids_K.cpu().numpy()[picked_N]
+    return tokens
 
 
-def _invert(cumulative_BK: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first place where the cumulative mass exceeds `uniform` times its total."""
-    target_B1 = (uniform_B.to(cumulative_BK.device) * cumulative_BK[:, -1])[:, None]
-    return torch.searchsorted(cumulative_BK, target_B1, right=True)[:, 0].clamp(max=cumulative_BK.shape[-1] - 1)
+def _cumulative(values_RK: torch.Tensor, temperature_R1: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Running sums of exp(logit / temperature) over tokens in falling order, the first of them being 1."""
+    values_RK64 = values_RK.double().cpu().numpy()
+    weights_RK: npt.NDArray[np.float64] = np.exp((values_RK64 - values_RK64[:, :1]) / temperature_R1)
+    return weights_RK.cumsum(axis=-1)
 
 
-def token_logprobs(logits_BV: torch.Tensor, tokens_B: torch.Tensor) -> torch.Tensor:
-    """Natural log-probability of each row's token under the model itself (temperature 1, no nucleus): float32 [B]."""
-    return torch.log_softmax(logits_BV.float(), dim=-1).gather(-1, tokens_B[:, None])[:, 0]
+def _invert(
+    cumulative_K: npt.NDArray[np.float64], uniform_N: npt.NDArray[np.float64], top_p: float, *, whole: bool
+) -> npt.NDArray[np.int64] | None:
+    """Where each number falls in the nucleus; None when these candidates, unless they are the whole, cannot tell."""
+    size = len(cumulative_K)
+    if top_p < 1:
+        size = int(np.searchsorted(cumulative_K, top_p)) + 1
+    if size > len(cumulative_K) and not whole:
+        return None
+    size = min(size, len(cumulative_K))
+    target_N = uniform_N * (1.0 if top_p >= 1 else cumulative_K[size - 1])
+    if not whole and top_p >= 1 and bool((target_N >= cumulative_K[-1]).any()):
+        return None
+    # Rounding must not reach a token behind the nucleus, or one that is impossible.
+    last = min(size - 1, int(np.searchsorted(cumulative_K, cumulative_K[-1])))
+    return np.minimum(np.searchsorted(cumulative_K, target_N, side="right"), last)
+
+
+def token_logprobs(logits_RV: torch.Tensor) -> torch.Tensor:
+    """Natural log-probabilities under the model itself (temperature 1, no nucleus): float32 [R, V]."""
+    return torch.log_softmax(logits_RV.float(), dim=-1)

@@ -14,6 +14,7 @@ class MetricKind(StrEnum):
 
     COUNTER = "counter"
     GAUGE = "gauge"
+    HISTOGRAM = "histogram"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +26,13 @@ class Metric:
     unit: str
     labels: tuple[str, ...]
     description: str
+    boundaries: tuple[float, ...] = ()  # of a histogram's buckets
 
     @property
     def exported_name(self) -> str:
-        """The name that Prometheus sees."""
-        return f"ray_{self.name}" + ("_total" if self.kind == MetricKind.COUNTER else "")
+        """The name that Prometheus sees; of a histogram that of its buckets."""
+        endings = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: "_bucket"}
+        return f"ray_{self.name}{endings[self.kind]}"
 
 
 SHARDS_DONE = Metric(
@@ -44,4 +47,63 @@ SHARDS_PLANNED = Metric(
     "cert_ray_shards_planned", MetricKind.GAUGE, "shards", ("stage",), "Work units of the stage that is running"
 )
 
-CATALOGUE = (SHARDS_PLANNED, SHARDS_DONE, ROWS_READ, ROWS_KEPT, ROWS_DROPPED)
+# From a token's time on a GPU to a long answer on a CPU.
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+_SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+COMPLETIONS = Metric(
+    "cert_ray_completions", MetricKind.COUNTER, "requests", ("model", "status"), "Completion requests by HTTP status"
+)
+COMPLETION_SECONDS = Metric(
+    "cert_ray_completion_seconds",
+    MetricKind.HISTOGRAM,
+    "s",
+    ("model",),
+    "Time of a completion, waiting included",
+    _SECONDS,
+)
+FIRST_EVENT_SECONDS = Metric(
+    "cert_ray_first_event_seconds", MetricKind.HISTOGRAM, "s", ("model",), "Time to a stream's first event", _SECONDS
+)
+STAGE_SECONDS = Metric(
+    "cert_ray_stage_seconds", MetricKind.HISTOGRAM, "s", ("model", "stage"), "Time of an answer by stage", _SECONDS
+)
+VOTE_SHARE = Metric(
+    "cert_ray_vote_share",
+    MetricKind.HISTOGRAM,
+    "share",
+    ("model",),
+    "Share of sketches that voted for the winner",
+    _SHARES,
+)
+ANSWERS = Metric("cert_ray_answers", MetricKind.COUNTER, "prompts", ("model", "route"), "Prompts answered, by route")
+TOKENS = Metric(
+    "cert_ray_tokens",
+    MetricKind.COUNTER,
+    "tokens",
+    ("model", "kind"),
+    "Tokens: of prompts, of these cached, of sketches, of completions",
+)
+CACHE_HITS = Metric(
+    "cert_ray_result_cache_hits", MetricKind.COUNTER, "prompts", ("model",), "Prompts answered from the result cache"
+)
+IN_FLIGHT = Metric(
+    "cert_ray_requests_in_flight", MetricKind.GAUGE, "requests", (), "Completion requests that a front door has taken"
+)
+
+CATALOGUE = (
+    SHARDS_PLANNED,
+    SHARDS_DONE,
+    ROWS_READ,
+    ROWS_KEPT,
+    ROWS_DROPPED,
+    COMPLETIONS,
+    COMPLETION_SECONDS,
+    FIRST_EVENT_SECONDS,
+    STAGE_SECONDS,
+    VOTE_SHARE,
+    ANSWERS,
+    TOKENS,
+    CACHE_HITS,
+    IN_FLIGHT,
+)

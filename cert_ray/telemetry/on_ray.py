@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 from ray.util import metrics as ray_metrics
 
@@ -12,14 +13,23 @@ from cert_ray.telemetry.metrics import Metric, MetricKind
 
 
 @functools.cache
-def _emitter(metric: Metric) -> ray_metrics.Counter | ray_metrics.Gauge:
+def _emitter(metric: Metric) -> ray_metrics.Counter | ray_metrics.Gauge | ray_metrics.Histogram:
+    description = f"{metric.description} ({metric.unit})"
+    if metric.kind == MetricKind.HISTOGRAM:
+        return ray_metrics.Histogram(
+            metric.name, description=description, boundaries=list(metric.boundaries), tag_keys=metric.labels
+        )
     kind = ray_metrics.Counter if metric.kind == MetricKind.COUNTER else ray_metrics.Gauge
-    return kind(metric.name, description=f"{metric.description} ({metric.unit})", tag_keys=metric.labels)
+    return kind(metric.name, description=description, tag_keys=metric.labels)
 
 
 def _add(metric: Metric, value: int, **labels: str) -> None:
     if value:  # Ray refuses to add nothing to a counter
         _emitter(metric).inc(value, tags=labels)
+
+
+def _observe(metric: Metric, value: float, **labels: str) -> None:
+    _emitter(metric).observe(value, tags=labels)
 
 
 def count_plan(stage: str, shards: int) -> None:
@@ -34,3 +44,34 @@ def count_report(stage: str, report: ShardReport) -> None:
     _add(metrics.ROWS_KEPT, report.rows_kept, stage=stage)
     for reason, rows in report.dropped.items():
         _add(metrics.ROWS_DROPPED, rows, stage=stage, reason=reason)
+
+
+def count_request(model: str, status: int, seconds: float, first_event_s: float | None, in_flight: int) -> None:
+    """Count one completion request that has ended."""
+    _add(metrics.COMPLETIONS, 1, model=model, status=str(status))
+    _emitter(metrics.IN_FLIGHT).set(in_flight)
+    if status == 200:  # refusals are quick, and would hide how long answers take
+        _observe(metrics.COMPLETION_SECONDS, seconds, model=model)
+    if first_event_s is not None:
+        _observe(metrics.FIRST_EVENT_SECONDS, first_event_s, model=model)
+
+
+def count_answer(
+    model: str,
+    route: str,
+    vote_share: float | None,
+    timings_s: Mapping[str, float],
+    tokens: Mapping[str, int],
+    from_cache: bool,
+) -> None:
+    """Count the answer to one prompt. `tokens` are by kind; `vote_share` is None without a vote."""
+    _add(metrics.ANSWERS, 1, model=model, route=route)
+    if vote_share is not None:
+        _observe(metrics.VOTE_SHARE, vote_share, model=model)
+    if from_cache:  # its time and its tokens were counted when it was drawn
+        _add(metrics.CACHE_HITS, 1, model=model)
+        return
+    for stage, seconds in timings_s.items():
+        _observe(metrics.STAGE_SECONDS, seconds, model=model, stage=stage)
+    for kind, count in tokens.items():
+        _add(metrics.TOKENS, count, model=model, kind=kind)

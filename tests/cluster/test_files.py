@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,47 @@ def load(name: str) -> Any:
     return yaml.safe_load((CLUSTER / name).read_text())
 
 
-def test_hosts_file_follows_rays_schema() -> None:
+RAY_UP_FILES = ("hosts.yaml", "aws.yaml", "gcp.yaml")
+
+
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_ray_up_files_follow_rays_schema(name: str) -> None:
     schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
-    jsonschema.validate(load("hosts.yaml"), schema)
+    jsonschema.validate(load(name), schema)
 
 
-def test_every_ray_start_asks_for_a_token_and_stays_on_loopback() -> None:
-    starts = [line for path in CLUSTER.glob("*.yaml") for line in path.read_text().splitlines() if "ray start" in line]
-    commands = [line for line in starts if not line.lstrip().startswith("#")]
-    assert len(commands) == 2
-    for line in starts:
-        assert "RAY_AUTH_MODE=token" in line
-        assert "0.0.0.0" not in line
-    config = load("hosts.yaml")
+@pytest.mark.parametrize("name", RAY_UP_FILES)
+def test_every_ray_start_asks_for_a_token_and_stays_on_loopback(name: str) -> None:
+    config = load(name)
     for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
         assert commands[0] == "test -s ~/.ray/auth_token", "the token must exist before Ray starts"
+        (start,) = (command for command in commands if "ray start" in command)
+        assert "RAY_AUTH_MODE=token" in start
+        assert "0.0.0.0" not in start
+    for line in (CLUSTER / name).read_text().splitlines():
+        assert "ray start" not in line or "RAY_AUTH_MODE=token" in line
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
+def test_cloud_nodes_get_the_token_the_tested_image_and_no_public_address(name: str) -> None:
+    config = load(name)
+    assert config["file_mounts"]["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+    assert config["provider"]["use_internal_ips"] is True
+    docker = [config["docker"], *(kind.get("docker", {}) for kind in config["available_node_types"].values())]
+    images = [options[key] for options in docker for key in ("image", "worker_image") if key in options]
+    assert len(images) == 2
+    assert all(image.endswith(f"-ray{ray.__version__}") for image in images)
+    assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
+
+
+def test_the_image_is_of_the_tested_ray_and_passes_hadolint() -> None:
+    text = (CLUSTER / "Dockerfile").read_text()
+    assert f"ARG BASE={ray.__version__}-py311-cpu" in text
+    hadolint = Path(sys.executable).parent / "hadolint"
+    checked = subprocess.run(
+        [hadolint, CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTER.glob("serve-*.yaml")), ids=lambda path: path.name)

@@ -7,10 +7,21 @@ from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CodeGenConfig,
+    CodeGenForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from cert_ray.serving.boundaries import cut_at
-from cert_ray.serving.engines import Completion
+from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, Hooks, Work
 from cert_ray.sketching import prompt_format
 
 TEXTS = [
@@ -52,6 +63,15 @@ def save_model(folder: Path, architecture: str = "gpt_neo", seed: int = 0, windo
             "window_size": 8,
         }
         model = GPTNeoForCausalLM(GPTNeoConfig(**shape, **ends, attention_types=layers))
+    elif architecture == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=window, **ends))
+    elif architecture == "codegen":
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": window, "rotary_dim": 4}
+        model = CodeGenForCausalLM(CodeGenConfig(**shape, **ends))
+    elif architecture == "mistral":  # every layer local, and key heads shared
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"num_key_value_heads": 2, "sliding_window": 8, "max_position_embeddings": window}
+        model = MistralForCausalLM(MistralConfig(**shape, **ends))
     else:
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         model = LlamaForCausalLM(LlamaConfig(**shape, **ends, max_position_embeddings=window))
@@ -66,34 +86,39 @@ class ScriptedEngine:
     """An `Engine` that answers with given texts. A text may hold special tokens, as `<|number|>`."""
 
     def __init__(
-        self, tokenizer: Tokenizer, script: Callable[[str], Sequence[tuple[str, float]]], context_tokens: int = 512
+        self,
+        tokenizer: Tokenizer,
+        script: Callable[[str], Sequence[tuple[str, float]]],
+        context_tokens: int = 512,
+        infill_tokens: tuple[int, int, int] | None = None,
     ) -> None:
         """`script` maps the decoded prompt, special tokens shown, to the (text, mean_logprob) of the samples."""
-        self.tokenizer, self.context_tokens = tokenizer, context_tokens
+        self.tokenizer, self.context_tokens, self.infill_tokens = tokenizer, context_tokens, infill_tokens
         self._script = script
         self.prompts: list[str] = []
-        self.requests: list[dict[str, object]] = []
+        self.requests: list[Work] = []
+        self.left_undrawn = 0
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        n: int,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        stop: Sequence[str],
-        starts: Sequence[str] | None = None,
-    ) -> list[list[Completion]]:
-        answers = []
-        for prompt in prompts:
-            shown = self.tokenizer.decode(list(prompt), skip_special_tokens=False)
-            self.prompts.append(shown)
-            self.requests.append({"n": n, "stop": tuple(stop), "starts": starts})
-            script = list(self._script(shown))
-            answers.append([self._completion(*script[place % len(script)], stop) for place in range(n)])
-        return answers
+    def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
+        """The samples end one by one, in order."""
+        hooks.check()
+        shown = self.tokenizer.decode(list(work.prompt), skip_special_tokens=False)
+        self.prompts.append(shown)
+        self.requests.append(work)
+        script = list(self._script(shown))
+        samples: list[Completion | None] = [None] * work.n
+        for place in range(work.n):
+            samples[place] = self._completion(*script[place % len(script)], work.stop)
+            ended = [(sample, 1) for sample in samples if sample is not None]
+            if hooks.enough is not None and place + 1 < work.n and hooks.enough(ended):
+                self.left_undrawn += work.n - place - 1
+                break
+        for place, sample in enumerate(samples):
+            if hooks.streams_text and sample is not None:
+                middle = len(sample.text) // 2
+                hooks.on_text(place, sample.text[:middle], None)
+                hooks.on_text(place, sample.text[middle:], sample.finish_reason)
+        return Drawn(tuple(samples), sum(len(sample.ids) for sample in samples if sample is not None))
 
     def _completion(self, text: str, mean_logprob: float, stop: Sequence[str]) -> Completion:
         self.tokenizer.encode_special_tokens = False  # here, `<|number|>` means the token

@@ -118,7 +118,7 @@ def test_both_stages_are_cut_at_the_papers_stops_and_at_the_requests() -> None:
     answer = run_cascade(CONTEXT, Sampling(stop=("STOP",)), sketcher, generator)
     assert answer.sketch == " a(number)"
     for request in (sketcher.requests[0], generator.requests[0]):
-        assert {"\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "STOP"} <= set(request["stop"])  # type: ignore[call-overload]
+        assert {"\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "STOP"} <= set(request.stop)
 
 
 def test_placeholders_behind_the_cut_do_not_count() -> None:
@@ -131,10 +131,10 @@ def test_blanks_at_the_end_of_the_context_are_asked_for_and_taken_off() -> None:
     context = "def f(df):\n    "
     answer, sketcher, generator = cascade(["    return df[<|string|>]"], ["return df['a']"], context=context)
     assert sketcher.prompts == ["def <|func|>(df):\n"]
-    assert sketcher.requests[0]["starts"] == ["    "]
+    assert sketcher.requests[0].start == "    "
     assert answer.sketch == "return df[string]"
     assert generator.prompts[0].endswith("def f(df):\n")
-    assert generator.requests[0]["starts"] == ["    "]
+    assert generator.requests[0].start == "    "
 
 
 def test_a_sketch_too_long_for_the_window_leaves_the_context_alone() -> None:
@@ -153,7 +153,7 @@ def test_a_context_too_long_for_the_window_is_refused_before_sketching() -> None
 
 def test_fewer_or_more_sketches_than_answers() -> None:
     answer, sketcher, _ = cascade([" a()", " b()", " b()"], n=2, sketches=3)
-    assert sketcher.requests[0]["n"] == 3
+    assert sketcher.requests[0].n == 3
     assert texts(answer) == [" b()", " b()"]
     answer, *_ = cascade([" a()"], n=3, sketches=1)
     assert texts(answer) == [" a()"] * 3
@@ -171,7 +171,7 @@ def test_a_single_model_is_given_the_context_as_it_is() -> None:
     assert answer.sketch is None
     assert model.prompts == [CONTEXT]
     assert texts(answer) == [" df\nprint(df)"]
-    assert model.requests[0]["stop"] == ("\n#",)
+    assert model.requests[0].stop == ("\n#",)
 
 
 def test_text_that_spells_a_special_token_is_text() -> None:

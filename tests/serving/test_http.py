@@ -4,48 +4,45 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import logging
 from typing import Any
 
 import httpx
 import pytest
 
 from cert_ray.errors import RequestError
-from cert_ray.serving.cascade import CascadeAnswer, Route
-from cert_ray.serving.engines import Completion
+from cert_ray.serving.admission import Admission
+from cert_ray.serving.api_keys import KeyRing, read_key_file
+from cert_ray.serving.backends import Served
+from cert_ray.serving.deployment import FrontDoorConfig
 from cert_ray.serving.http import create_app
 from cert_ray.serving.openai_schema import RequestLimits
-from cert_ray.serving.sampling import Sampling
+from tests.serving.front_doors import ScriptedBackend
 
 
-class EchoBackend:
-    """A `Backend` that repeats the prompt, or refuses."""
-
-    model_name = "org/cert"
-
-    def __init__(self, refusal: RequestError | None = None) -> None:
-        self._refusal = refusal
-
-    async def complete(self, prompts: Sequence[str], sampling: Sampling) -> list[CascadeAnswer]:
-        if self._refusal is not None:
-            raise self._refusal
-        choice = [(Completion((1,), prompt, "stop", -0.5),) * sampling.n for prompt in prompts]
-        return [CascadeAnswer(choices, Route.GENERATOR, "x = number", 1, 1.0, 3, {"sketch": 0.1}) for choices in choice]
-
-
-def send(method: str, path: str, backend: EchoBackend | None = None, **options: Any) -> httpx.Response:
-    app_options = {name: options.pop(name) for name in ("limits", "api_keys") if name in options}
-    app = create_app(backend or EchoBackend(), **app_options)
+def send(method: str, path: str, backend: ScriptedBackend | None = None, **options: Any) -> httpx.Response:
+    names = ("config", "keys", "admission", "observe")
+    app_options = {name: options.pop(name) for name in names if name in options}
+    app = create_app(backend or ScriptedBackend(), **app_options)
 
     async def request() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cert") as client:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://cert") as client:
             return await client.request(method, path, **options)
 
     return asyncio.run(request())
 
 
-def complete(backend: EchoBackend | None = None, **fields: Any) -> httpx.Response:
-    return send("POST", "/v1/completions", backend, json={"model": "org/cert", "prompt": "x =", **fields})
+def complete(
+    backend: ScriptedBackend | None = None, app: dict[str, Any] | None = None, **fields: Any
+) -> httpx.Response:
+    body = {"model": "org/cert", "prompt": "x =", **fields}
+    return send("POST", "/v1/completions", backend, json=body, **(app or {}))
+
+
+def keys_of(tmp_path: Any, text: str) -> KeyRing:
+    (tmp_path / "keys").write_text(text)
+    return read_key_file(str(tmp_path / "keys"))
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -60,16 +57,16 @@ def test_a_completion_has_openais_fields_and_certs() -> None:
     assert response.status_code == 200
     body = response.json()
     assert {"id", "object", "created", "model", "choices", "usage", "cert"} == set(body)
-    assert body["choices"][1] == {"index": 1, "text": "x =", "logprobs": None, "finish_reason": "stop"}
-    assert body["cert"] == {
-        "route": "generator",
-        "sketch": "x = number",
-        "sketch_votes": 1,
-        "vote_share": 1.0,
-        "seed": 3,
-        "timings_s": {"sketch": 0.1},
-        "others": [],
-    }
+    assert body["choices"][1] == {"index": 1, "text": " = 1", "logprobs": None, "finish_reason": "stop"}
+    cert = body["cert"]
+    assert (cert["route"], cert["sketch"], cert["sketch_votes"], cert["vote_share"]) == (
+        "generator",
+        "x = number",
+        3,
+        0.75,
+    )
+    assert (cert["seed"], cert["timings_s"], cert["others"]) == (3, {"sketch": 0.1, "generate": 0.2}, [])
+    assert [candidate["votes"] for candidate in cert["vote"]["candidates"]] == [3, 1]
 
 
 def test_models_are_listed_and_found() -> None:
@@ -87,9 +84,21 @@ def test_models_are_listed_and_found() -> None:
         ({"prompt": [1, 2]}, 400, "prompt", "invalid_value"),
         ({"prompt": "\ud800"}, 400, "prompt", "invalid_value"),
         ({"n": 0}, 400, "n", "invalid_value"),
+        ({"n": "2"}, 400, "n", "invalid_value"),
+        ({"n": True}, 400, "n", "invalid_value"),
         ({"n": 10_000}, 400, "n", "limit_exceeded"),
         ({"temperature": "hot"}, 400, "temperature", "invalid_value"),
-        ({"stream": True}, 400, "stream", "unsupported_field"),
+        ({"max_tokens": 10_000}, 400, "max_tokens", "limit_exceeded"),
+        ({"max_tokens": 0}, 400, "max_tokens", "invalid_value"),
+        ({"n": 3, "best_of": 2}, 400, "best_of", "invalid_value"),
+        ({"best_of": 2, "stream": True}, 400, "best_of", "invalid_value"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
+        ({"logprobs": 6}, 400, "logprobs", "invalid_value"),
+        ({"stop": ["x" * 300]}, 400, "stop", "limit_exceeded"),
+        ({"stop_token_ids": [-1]}, 400, "stop_token_ids", "invalid_value"),
+        ({"mode": "guess"}, 400, "mode", "invalid_value"),
+        ({"presence_penalty": 0.5}, 400, "presence_penalty", "unsupported_field"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias", "unsupported_field"),
         ({"promt": "x"}, 400, "promt", "unsupported_field"),
     ],
 )
@@ -123,22 +132,22 @@ def test_unknown_paths_and_methods_are_errors_of_the_same_shape() -> None:
 
 
 def test_an_oversized_body_is_refused_by_header_and_by_bytes() -> None:
-    limits = RequestLimits(max_body_bytes=100)
-    assert send("POST", "/v1/completions", limits=limits, content=b"x" * 101).status_code == 413
+    config = FrontDoorConfig(limits=RequestLimits(max_body_bytes=100))
+    assert send("POST", "/v1/completions", config=config, content=b"x" * 101).status_code == 413
 
     async def chunks():  # type: ignore[no-untyped-def]
         for _ in range(30):
             yield b"0123456789"
 
-    response = send("POST", "/v1/completions", limits=limits, content=chunks())
+    response = send("POST", "/v1/completions", config=config, content=chunks())
     assert response.status_code == 413
     assert error_of(response)["code"] == "body_too_large"
-    assert send("GET", "/v1/models", limits=limits).status_code == 200
+    assert send("GET", "/v1/models", config=config).status_code == 200
 
 
 @pytest.mark.parametrize("status", [400, 503, 504])
 def test_a_refusal_of_the_backend_is_passed_on(status: int) -> None:
-    response = complete(EchoBackend(RequestError(status, "no", "prompt", "because")))
+    response = complete(ScriptedBackend(RequestError(status, "no", "prompt", "because")))
     assert response.status_code == status
     assert error_of(response)["message"] == "no"
     assert ("Retry-After" in response.headers) == (status == 503)
@@ -155,17 +164,103 @@ def test_the_application_starts_and_stops_behind_its_middleware() -> None:
     async def note(message: Any) -> None:
         sent.append(message["type"])
 
-    asyncio.run(create_app(EchoBackend(), api_keys=["key"])({"type": "lifespan", "state": {}}, receive, note))
+    app = create_app(ScriptedBackend(), keys=KeyRing(()))
+    asyncio.run(app({"type": "lifespan", "state": {}}, receive, note))
     assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
-def test_keys_are_asked_for_everywhere_but_for_health() -> None:
-    keys = ["first-key", "second-key"]
+def test_keys_are_asked_for_everywhere_but_for_health_and_the_page(tmp_path: Any) -> None:
+    keys = keys_of(tmp_path, "first-key\nsecond second-key\n")
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "Basic x"}):
-        for path in ("/v1/models", "/v1/models/health", "/openapi.json"):
-            response = send("GET", path, api_keys=keys, headers=headers)
+        for path in ("/v1/models", "/v1/models/health", "/openapi.json", "/playground.js/"):
+            response = send("GET", path, keys=keys, headers=headers)
             assert response.status_code == 401
             assert error_of(response)["code"] == "invalid_api_key"
-    assert send("GET", "/health", api_keys=keys).status_code == 200
-    for key in keys:
-        assert send("GET", "/v1/models", api_keys=keys, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/health", "/", "/playground.js", "/playground.css"):
+        assert send("GET", path, keys=keys).status_code == 200
+    for key in ("first-key", "second-key"):
+        assert send("GET", "/v1/models", keys=keys, headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_used_up_rate_is_a_429_that_says_when_to_come_back(tmp_path: Any) -> None:
+    app = create_app(ScriptedBackend(), keys=keys_of(tmp_path, "a key-a 2/hour\nb key-b\n"))
+
+    async def requests() -> list[httpx.Response]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cert") as client:
+            keys = ("key-a", "key-a", "key-a", "key-b")
+            return [await client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}) for key in keys]
+
+    responses = asyncio.run(requests())
+    assert [response.status_code for response in responses] == [200, 200, 429, 200]
+    assert [response.headers.get("x-ratelimit-remaining-requests") for response in responses[:2]] == ["1", "0"]
+    assert error_of(responses[2])["type"] == "rate_limit_error"
+    assert 3500 < int(responses[2].headers["Retry-After"]) <= 3600
+    assert "x-ratelimit-limit-requests" not in responses[3].headers
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_server_refuses_at_once(stream: bool) -> None:
+    admission = Admission(1, 1, 60)
+    with admission.admit():
+        response = complete(app={"admission": admission}, stream=stream)
+    assert response.status_code == 503
+    assert error_of(response)["code"] == "overloaded"
+    assert int(response.headers["Retry-After"]) >= 1
+    assert complete(app={"admission": admission}, stream=stream).status_code == 200
+    assert admission.in_flight == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_deadline_ends_the_work(stream: bool) -> None:
+    backend = ScriptedBackend(hold=True)
+    response = complete(backend, app={"config": FrontDoorConfig(request_timeout_s=0.1)}, stream=stream)
+    if stream:  # the sketch is there already: the stream ends in an error, and not in [DONE]
+        *_, last, end = response.text.split("\n\n")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+        assert end == ""
+    else:
+        assert response.status_code == 504
+        assert error_of(response)["code"] == "timeout"
+    assert backend.ended.is_set()
+    assert backend.running == 0
+
+
+def test_a_fault_of_the_server_is_an_error_of_the_same_shape_that_tells_nothing() -> None:
+    response = complete(ScriptedBackend(ZeroDivisionError("secret")))
+    assert response.status_code == 500
+    assert "secret" not in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_request_is_observed_once(stream: bool) -> None:
+    seen: list[Served] = []
+    complete(app={"observe": seen.append}, stream=stream)
+    complete(ScriptedBackend(RequestError(503, "no")), app={"observe": seen.append}, stream=stream)
+    assert [(served.model, served.status, len(served.answers)) for served in seen] == [
+        ("org/cert", 200, 1),
+        ("org/cert", 503, 0),
+    ]
+    assert [served.first_s is not None for served in seen] == [stream, False]
+    assert all(served.in_flight == 0 for served in seen)
+
+
+@pytest.mark.parametrize("log_prompts", [False, True])
+def test_prompts_are_logged_only_where_asked_for(caplog: pytest.LogCaptureFixture, log_prompts: bool) -> None:
+    app = {"config": FrontDoorConfig(log_prompts=log_prompts)}
+    with caplog.at_level(logging.DEBUG):
+        for fields in ({}, {"stream": True}, {"n": "many"}, {"suffix": "PRIVATE"}):
+            complete(app=app, prompt="PRIVATE", **fields)
+        complete(ScriptedBackend(RequestError(400, "no")), app=app, prompt="PRIVATE")
+    assert "completion 200" in caplog.text
+    assert ("PRIVATE" in caplog.text) is log_prompts
+
+
+def test_the_page_may_load_its_own_files_alone() -> None:
+    response = send("GET", "/")
+    assert response.headers["Content-Type"] == "text/html; charset=utf-8"
+    policy = response.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert "http://" not in response.text.replace("http://www.w3.org", "")
+    assert "https://" not in response.text
+    assert send("GET", "/", config=FrontDoorConfig(playground=False)).status_code == 404

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import pickle
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from cert_ray.errors import ConfigError, InputError, RequestError
 from cert_ray.serving.answering import Answerer
+from cert_ray.serving.backends import Told
+from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.sampling import Sampling
 from tests.serving.builders import save_model
 
@@ -27,7 +30,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", pydantic.warnings.PydanticDeprecatedSince20)
     from ray.serve.exceptions import BackPressureError
 
-    from cert_ray.serving.on_ray import HandleBackend, ServedApp, ServerConfig, build_app, start_server
+    from cert_ray.serving.deployment import ServerConfig
+    from cert_ray.serving.on_ray import HandleBackend, ServedApp, build_app, start_server
 
 pytestmark = [
     pytest.mark.ray,
@@ -74,7 +78,7 @@ def test_the_served_answer_is_the_answer_in_process(client: openai.OpenAI, confi
         model="cert-test", prompt=PROMPT, n=4, max_tokens=12, temperature=0.8, top_p=0.9, seed=11, stop=["\n\n"]
     )
     sampling = Sampling(n=4, max_tokens=12, temperature=0.8, top_p=0.9, seed=11, stop=("\n\n",))
-    expected = Answerer.load(config).answer([PROMPT], sampling)[0]
+    expected = Answerer.load(config.models["cert-test"]).answer([PROMPT], sampling)[0]
     assert [choice.text for choice in response.choices] == [choice.text for choice in expected.choices]
     assert response.usage is not None
     assert response.usage.prompt_tokens == expected.prompt_tokens
@@ -107,6 +111,16 @@ def test_the_clients_own_exceptions_are_raised(client: openai.OpenAI, served: Se
     assert httpx.get(f"{served.base_url}/health").json() == {"status": "ok"}
 
 
+def test_a_stream_through_the_cluster_is_the_answer_in_process(client: openai.OpenAI) -> None:
+    options = {"model": "cert-test", "prompt": PROMPT, "n": 2, "max_tokens": 12, "seed": 5, "temperature": 0.8}
+    whole = client.completions.create(**options)
+    texts = {0: "", 1: ""}
+    for chunk in client.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert list(texts.values()) == [choice.text for choice in whole.choices]
+
+
 def test_more_requests_than_the_queue_holds_are_refused_and_the_others_answered(served: ServedApp) -> None:
     body = {"model": "cert-test", "prompt": PROMPT, "n": 200, "max_tokens": 60}
 
@@ -135,61 +149,109 @@ def test_a_second_address_is_refused(served: ServedApp, config: ServerConfig) ->
 
 def test_the_builder_takes_what_serve_run_passes(config: ServerConfig) -> None:
     """`serve run ...:build_app model=DIR replicas=2` passes strings."""
-    assert build_app({"model": config.generator, "replicas": "2", "num_cpus": "0.5"})
+    assert build_app({"model": str(folder_of(config)), "replicas": "2", "num_cpus": "0.5"})
     with pytest.raises(ConfigError, match="unknown option"):
-        build_app({"model": config.generator, "modle": "x"})
+        build_app({"model": str(folder_of(config)), "modle": "x"})
 
 
 class Handle:
-    """A deployment handle whose call ends in `outcome`, or never."""
+    """A deployment handle whose calls end in the given outcomes, one after another; None never ends."""
 
-    def __init__(self, outcome: Exception | None) -> None:
-        self.answer, self._outcome = self, outcome
+    def __init__(self, *outcomes: Exception | list[CascadeAnswer] | None) -> None:
+        self.answer, self.stream = self, self
+        self._outcomes = list(outcomes)
+        self.calls = 0
         self.cancelled = False
 
+    def options(self, **_: object) -> Handle:
+        return self
+
     def remote(self, *_: object) -> Handle:
+        self.calls += 1
         return self
 
     def cancel(self) -> None:
         self.cancelled = True
 
-    def __await__(self) -> Generator[Any, None, None]:
-        if self._outcome is not None:
-            raise self._outcome
-        yield from asyncio.sleep(60).__await__()
+    def __await__(self) -> Generator[Any, None, list[CascadeAnswer]]:
+        outcome = self._outcomes.pop(0)
+        if outcome is None:
+            yield from asyncio.sleep(60).__await__()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome or []
+
+    async def __aiter__(self) -> AsyncIterator[Told]:
+        yield Told((), tuple(await self))
 
 
 @pytest.mark.parametrize(
     ("outcome", "status", "code"),
     [
-        (None, 504, "timeout"),
         (BackPressureError(3, 2), 503, "overloaded"),
-        (RayActorError(), 503, "unavailable"),
         (RayTaskError("answer", "trace", ValueError("a secret of the engine")), 500, "engine_failed"),
         (RayTaskError("answer", "trace", RequestError(400, "too long", "prompt", "c")), 400, "c"),
     ],
 )
-def test_failures_behind_the_front_door_become_refusals(outcome: Exception | None, status: int, code: str) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures_behind_the_front_door_become_refusals(
+    outcome: Exception, status: int, code: str, stream: bool
+) -> None:
     handle = Handle(outcome)
     with pytest.raises(RequestError) as refused:
-        asyncio.run(HandleBackend(handle, "cert", timeout_s=0.05).complete(["x"], Sampling()))
+        asyncio.run(ask(handle, stream))
     assert (refused.value.status, refused.value.code) == (status, code)
-    assert handle.cancelled == (outcome is None)
+    assert handle.calls == 1
     assert "secret" not in refused.value.message
 
 
-def test_an_open_server_wants_keys() -> None:
-    with pytest.raises(ConfigError, match="api_keys_file"):
-        ServerConfig.from_mapping({"model": "m", "host": "0.0.0.0"}, "test")
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_whose_engine_dies_is_given_to_another(stream: bool) -> None:
+    answers = [CascadeAnswer((), Route.MODEL)]
+    handle = Handle(RayActorError(), RayActorError(), answers)
+    assert asyncio.run(ask(handle, stream)) == answers
+    assert handle.calls == 3
 
 
-def test_a_file_without_keys_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "keys").write_text("\n")
-    with pytest.raises(ConfigError, match="no key in it"):
-        build_app({"model": "m", "api_keys_file": str(tmp_path / "keys")})
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_that_kills_every_engine_is_given_up(stream: bool) -> None:
+    handle = Handle(*[RayActorError()] * 50)
+    with pytest.raises(RequestError) as refused:
+        asyncio.run(ask(handle, stream))
+    assert (refused.value.status, refused.value.code) == (503, "unavailable")
+    assert 1 < handle.calls < 10
 
 
-@pytest.mark.parametrize("name", ["serve-laptop.yaml", "serve-cluster.yaml"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_whoever_stops_waiting_cancels_the_engines_work(stream: bool) -> None:
+    handle = Handle(None)
+
+    async def go_away() -> None:
+        task = asyncio.ensure_future(ask(handle, stream))
+        while not handle.calls:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go_away())
+    assert handle.cancelled
+
+
+async def ask(handle: Handle, stream: bool) -> list[CascadeAnswer]:
+    backend = HandleBackend(handle, {"cert": None})
+    if not stream:
+        return await backend.answer("cert", ["x"], Sampling(), 60)
+    async with aclosing(backend.stream("cert", ["x"], Sampling(), 60)) as told:
+        return [answer async for batch in told for answer in batch.answers or ()]
+
+
+def folder_of(config: ServerConfig) -> str:
+    return config.models["cert-test"].folders["generator"]
+
+
+@pytest.mark.parametrize("name", ["serve-laptop.yaml", "serve-cpu-cluster.yaml", "serve-gpu-cluster.yaml"])
 def test_shipped_config_files_name_host_and_fit_the_builder(name: str) -> None:
     path = Path(__file__).parents[2] / "cluster" / name
     schema = yaml.safe_load(path.read_text())

@@ -1,53 +1,83 @@
-"""Streams and draws, against hand-made distributions."""
+"""Streams and draws, against hand-made distributions and scipy."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from cert_ray.serving.sampling import draw_tokens, uniform_streams
+from cert_ray.errors import ConfigError
+from cert_ray.serving.sampling import Sampling, Streams, draw_tokens
 
 
-def test_a_stream_is_named_by_seed_prompt_and_sample() -> None:
-    streams = uniform_streams(5, [1, 2, 3], range(4), 9)
-    assert torch.equal(streams[2:], uniform_streams(5, [1, 2, 3], range(2, 4), 9))
-    assert torch.equal(streams[:, :4], uniform_streams(5, [1, 2, 3], range(4), 4))
-    for other in (uniform_streams(6, [1, 2, 3], range(4), 9), uniform_streams(5, [1, 2], range(4), 9)):
-        assert not torch.isclose(streams, other).any()
-    assert len(streams.unique()) == streams.numel()
+def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
+    return draw_tokens(logits[None], [uniform], [temperature], [top_p])[0]
+
+
+def test_a_stream_is_named_by_seed_prompt_sample_and_step() -> None:
+    stream = Streams(5, [1, 2, 3])
+    assert np.array_equal(stream.at(4, 9)[:3], stream.at(4, 3))
+    others = [stream.at(5, 9), Streams(6, [1, 2, 3]).at(4, 9), Streams(5, [1, 2]).at(4, 9)]
+    assert len(np.unique(np.concatenate([stream.at(4, 9), *others]))) == 36
 
 
 @pytest.mark.parametrize("seed", [-1, 0, 2**63 - 1, -(2**63)])
 def test_every_seed_of_the_api_works(seed: int) -> None:
-    assert uniform_streams(seed, [], range(1), 3).shape == (1, 3)
+    assert Streams(seed, []).at(0, 3).shape == (3,)
 
 
-def test_draws_follow_the_distribution() -> None:
-    probabilities = torch.tensor([0.5, 0.1, 0.4])
-    draws = 20_000
-    uniform = uniform_streams(0, [], range(1), draws)[0]
-    tokens = draw_tokens(probabilities.log().expand(draws, 3), uniform, 1.0, 1.0)
-    shares = torch.bincount(tokens, minlength=3) / draws
-    assert torch.allclose(shares, probabilities, atol=0.02)  # five standard deviations
+@pytest.mark.parametrize("temperature", [0.2, 0.8, 1.0])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_draws_follow_the_distribution(temperature: float, top_p: float) -> None:
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(1)) * 2
+    draws = 50_000
+    tokens = draw(logits, Streams(0, []).at(0, draws), temperature, top_p)
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1).numpy()
+    order = np.argsort(-probabilities)
+    kept = order[: int(np.searchsorted(probabilities[order].cumsum(), top_p)) + 1]
+    assert set(tokens.tolist()) <= set(kept.tolist())
+    expected = probabilities[kept] / probabilities[kept].sum() * draws
+    common = expected >= 5  # the test's own condition; the rest counts as one
+    counts = np.bincount(tokens, minlength=200)[kept]
+    seen, wanted = [*counts[common], counts[~common].sum()], [*expected[common], expected[~common].sum()]
+    if wanted[-1] < 5:
+        seen, wanted = [*seen[:-2], seen[-2] + seen[-1]], [*wanted[:-2], wanted[-2] + wanted[-1]]
+    assert len(seen) == 1 or chisquare(seen, wanted).pvalue > 0.001
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
-    logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log().expand(1000, 4)
-    uniform = torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64)
-    for top_p, kept in ((0.4, {0}), (0.5, {0}), (0.55, {0, 2}), (0.79, {0, 2})):
-        assert set(draw_tokens(logits, uniform, 1.0, top_p).tolist()) == kept
+    logits = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
+    uniform = np.linspace(0, 1 - 1e-9, 1000)
+    for top_p, kept in ((0.4, {0}), (0.499, {0}), (0.55, {0, 2}), (0.79, {0, 2})):
+        assert set(draw(logits, uniform, 1.0, top_p).tolist()) == kept
 
 
 def test_a_flat_distribution_is_sampled_beyond_the_candidates() -> None:
-    logits = torch.zeros(2000, 3000)
-    uniform = torch.linspace(0, 1 - 1e-9, 2000, dtype=torch.float64)
-    assert len(draw_tokens(logits, uniform, 1.0, 0.9).unique()) > 1500
+    tokens = draw(torch.zeros(3000), np.linspace(0, 1 - 1e-9, 2000), 1.0, 0.9)
+    assert len(np.unique(tokens)) > 1500
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    logits = torch.randn(4, 500, generator=torch.Generator().manual_seed(2))
+    uniforms = [Streams(seed, []).at(0, 30) for seed in range(4)]
+    options = [0.0, 0.3, 1.0, 1.5], [0.9, 0.5, 1.0, 0.99]
+    together = draw_tokens(logits, uniforms, *options)
+    for row in range(4):
+        alone = draw(logits[row], uniforms[row], options[0][row], options[1][row])
+        assert np.array_equal(together[row], alone)
 
 
 @given(st.floats(min_value=5e-324, max_value=2.0), st.floats(min_value=1e-300, max_value=1.0), st.floats(0, 1 - 2**-53))
 def test_every_temperature_and_top_p_gives_a_token(temperature: float, top_p: float, uniform: float) -> None:
-    logits = torch.tensor([[3.0, float("-inf"), 1.0]])
-    token = draw_tokens(logits, torch.tensor([uniform], dtype=torch.float64), temperature, top_p).item()
+    token = draw(torch.tensor([3.0, float("-inf"), 1.0]), np.array([uniform]), temperature, top_p)[0]
     assert token in (0, 2)
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    for options, named in (({"n": 3, "best_of": 2}, "best_of=2"), ({"max_tokens": 0}, "max_tokens=0")):
+        with pytest.raises(ConfigError, match=named):
+            Sampling.from_mapping(options, "a request")
+    assert Sampling(n=2, best_of=5).drawn == 5

@@ -1,0 +1,9 @@
+"""`cert-ray VERB`: parses options and calls the stage. One module per part of the flow; `app` is their frame.
+
+Verbs are registered, and listed by `--help`, in the order of these imports.
+"""
+
+from cert_ray.cli import corpus, training, serving, evaluation, operations  # noqa: I001  in the order of the flow
+from cert_ray.cli.app import app, main
+
+__all__ = ["app", "corpus", "evaluation", "main", "operations", "serving", "training"]

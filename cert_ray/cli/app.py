@@ -1,0 +1,109 @@
+"""The command line's frame: the application, the options that several verbs share, and how an error ends.
+
+Heavy imports stand inside the verbs, so that `--help` is quick. Exit status: 0 done, 1 failed, 2 an input or option
+that cannot be used; the message says what to change. No traceback is shown for an error raised on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from cert_ray import __version__, storage
+from cert_ray.errors import CertRayError, ConfigError, InputError
+
+if TYPE_CHECKING:
+    from cert_ray.operations.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From raw Python files to a model that writes code for your library, and to a served answer.",
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE.yaml", help="the run's recipe; jobs/ has examples")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace one value of the recipe, e.g. workers=2")
+]
+Libraries = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--library", metavar="NAME", help="the library to make models for, instead of the recipe's; repeatable"
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be done, with every option, and stop")]
+Address = Annotated[
+    str | None, typer.Option(help="a running Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="do only so many (files, steps, problems)")]
+ModelFolder = Annotated[str | None, typer.Option("--model", help="folder or hub id of one plain causal LM")]
+Sketcher = Annotated[str | None, typer.Option(help="folder of the sketcher (with --generator)")]
+Generator = Annotated[str | None, typer.Option(help="folder of the generator (with --sketcher)")]
+
+
+def main() -> None:
+    """Entry point: run the verb; errors raised on purpose become one line and an exit status."""
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app()
+    except CertRayError as error:
+        typer.echo(f"cert-ray: {error}", err=True)
+        raise SystemExit(2 if isinstance(error, ConfigError | InputError) else 1) from error
+    except KeyboardInterrupt:
+        typer.echo("cert-ray: stopped; run the same command again to go on from what is finished", err=True)
+        raise SystemExit(130) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None: ...
+
+
+def load(
+    url: str, overrides: list[str] | None, libraries: list[str] | None, extra: dict[str, Any] | None = None
+) -> Recipe:
+    from cert_ray.operations.recipe import load_recipe
+
+    return load_recipe(url, overrides or (), {**({"libraries": libraries} if libraries else {}), **(extra or {})})
+
+
+def perform(recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
+    """Run one stage of a recipe with Ray up, or say what it would do."""
+    if dry_run:
+        typer.echo(f"# would {what}")
+        typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        raise typer.Exit
+    from cert_ray.operations.on_ray import ray_session
+
+    with ray_session(address):
+        return stage()
+
+
+def show(figures: dict[str, Any]) -> None:
+    typer.echo(json.dumps(figures, indent=1))
+
+
+def model_options(model: str | None, sketcher: str | None, generator: str | None) -> dict[str, str]:
+    given = {"model": model, "sketcher": sketcher, "generator": generator}
+    found = {key: value for key, value in given.items() if value is not None}
+    if set(found) not in ({"model"}, {"sketcher", "generator"}):
+        raise ConfigError("give either --model, or --sketcher and --generator")
+    return {key: storage.absolute(value) if storage.exists(value) else value for key, value in found.items()}

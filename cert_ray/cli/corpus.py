@@ -1,0 +1,117 @@
+"""Verbs of the dataset: `preprocess`, `inspect`, `remove`, `sketch`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from cert_ray import storage
+from cert_ray.cli.app import Address, DryRun, Libraries, Limit, Overrides, RecipeFile, app, load, perform, show
+from cert_ray.errors import ConfigError, InputError
+
+
+@app.command()
+def preprocess(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    library: Libraries = None,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Read, clean, deduplicate, score and sketch files into an annotated dataset.
+
+    Example: cert-ray preprocess jobs/numpy.yaml --set run=runs/numpy --limit 1000
+    """
+    resolved = load(recipe, overrides, library, {"preprocess.sources.limit": limit} if limit else None)
+    from cert_ray.operations import pipeline
+
+    what = f"preprocess {', '.join(resolved.preprocess.sources.inputs)} into {resolved.run}"
+    manifest = perform(resolved, address, dry_run, what, lambda: pipeline.run_preprocess(resolved))
+    show({"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped, "run": resolved.run})
+
+
+@app.command()
+def inspect(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="a run's folder, or its dataset")],
+    dropped: Annotated[
+        str | None, typer.Option(metavar="REASON", help="files dropped for it, e.g. not_python_3")
+    ] = None,
+    doc: Annotated[str | None, typer.Option(metavar="ID", help="one file beside its sketch")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="show only so many")] = 20,
+) -> None:
+    """Show rows of a dataset, why files were dropped, or a file beside its sketch; plain lines when not at a terminal.
+
+    Example: cert-ray inspect runs/numpy --dropped near_duplicate
+    """
+    import rich.console
+
+    from cert_ray.operations import inspect as inspecting
+
+    if dropped is not None and doc is not None:
+        raise ConfigError("give either --dropped or --doc")
+    console = rich.console.Console()
+    opened = inspecting.open_run(dataset)
+    if doc is not None:
+        inspecting.show_document(console, opened, inspecting.document_of(opened, doc))
+    elif dropped is not None:
+        inspecting.show_drops(console, opened, inspecting.drops_of(opened, dropped, limit))
+    else:
+        inspecting.show_rows(console, opened, inspecting.rows_of(opened, limit))
+
+
+@app.command()
+def remove(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the run's folder, which holds `dataset`")],
+    repository: Annotated[
+        str | None, typer.Option("--repo", help="files of this repository, whatever its case")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="files of this input, as the recipe names it")] = None,
+    path_prefix: Annotated[str | None, typer.Option(help="files whose path in the input starts so")] = None,
+    reason: Annotated[str, typer.Option(help="for the record, e.g. the number of the request")] = "",
+    date: Annotated[str | None, typer.Option(help="when it was asked for, YYYY-MM-DD; default: today")] = None,
+    keep_out: Annotated[bool, typer.Option("--keep-out", help="record it also if no file of the run matches")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Take a repository out of a finished dataset (a takedown), and keep it out of later runs of the recipe.
+
+    Rewrites the shards that hold it, in the dataset, the cleaned documents and the packed tokens, and the card; says in
+    RUN/removals.jsonl what was done. Killed, run it again. Trained models keep what they learned.
+
+    Example: cert-ray remove runs/numpy --repo someone/something --reason "request 17"
+    """
+    import datetime
+
+    from cert_ray.corpus.removals import Removal
+    from cert_ray.operations import remove as removing
+
+    asked = date or datetime.datetime.now(datetime.UTC).date().isoformat()
+    options = {"repository": repository, "source": source, "path_prefix": path_prefix, "reason": reason, "asked": asked}
+    wanted = Removal.from_mapping(options, "remove")
+    if dry_run:
+        files = removing.preview(run, wanted)
+        show({"would rewrite": {file.file: file.rows for file in files}})
+        raise typer.Exit
+    show(removing.remove(run, wanted, keep_out).model_dump(mode="json"))
+
+
+@app.command()
+def sketch(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="a Python file, or - for standard input")] = "-",
+    kind: Annotated[str, typer.Option(help="constants, names, both or released")] = "constants",
+) -> None:
+    """Print the sketch of one file.
+
+    Example: echo 'df = pd.read_csv("a.csv")' | cert-ray sketch
+    """
+    from cert_ray.sketching import sketch as sketch_text
+
+    try:
+        source = sys.stdin.buffer.read().decode() if file == "-" else storage.read_text(file)
+    except FileNotFoundError as error:
+        raise InputError(file, "no such file", "Give a Python file, or - for standard input.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(file, f"not UTF-8: {error}", "Convert it first.") from error
+    sys.stdout.write(sketch_text(source, kind))

@@ -1,0 +1,171 @@
+"""Verbs that cross stages: `demo`, `reproduce`, `doctor`, `plan corpus`, `plan train`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
+from cert_ray.errors import ConfigError
+
+
+@app.command()
+def doctor(
+    folder: Annotated[str, typer.Option(help="look at the disk below it")] = ".",
+    cluster: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="ask every node of this Ray cluster instead, e.g. auto")
+    ] = None,
+) -> None:
+    """Check versions, accelerator, memory, disk, Ray's authentication and the sandbox, and say what to do.
+
+    Example: cert-ray doctor --cluster auto
+    """
+    from cert_ray.operations.doctor import Level, examine
+
+    if cluster is None:
+        findings = examine(folder)
+    else:
+        from cert_ray.operations.nodes import judge_nodes, versions_here
+        from cert_ray.operations.on_ray import ask_nodes, ray_session
+
+        with ray_session(cluster):
+            findings = judge_nodes(ask_nodes(), versions_here())
+    for finding in findings:
+        typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
+        if finding.advice:
+            typer.echo(f"{'':26} -> {finding.advice}")
+    raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
+
+
+@app.command()
+def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show how far a run is, read off its folder, and the command that goes on with it.
+
+    Example: cert-ray status jobs/numpy.yaml --set run=s3://bucket/runs/numpy
+    """
+    from cert_ray.operations.status import render_status, run_status
+
+    typer.echo(render_status(run_status(load(recipe, overrides, None)), recipe))
+
+
+plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
+app.add_typer(plan, name="plan")
+
+
+@plan.callback()
+def _plans() -> None: ...
+
+
+@plan.command("corpus")
+def plan_corpus(
+    files: Annotated[float, typer.Option(help="files of the raw corpus, e.g. 60.6e6")],
+    size_bytes: Annotated[float, typer.Option("--bytes", help="bytes of the raw corpus, e.g. 330e9")],
+    cores: Annotated[int, typer.Option(help="cores of each node")],
+    nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
+    storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
+) -> None:
+    """Predict time, memory, bytes moved and disk of preprocessing, per stage, from measured costs.
+
+    Example: cert-ray plan corpus --files 60.6e6 --bytes 330e9 --nodes 16 --cores 32
+    """
+    from cert_ray.operations.plan import PlanConfig, load_costs, make_plan, render_plan
+
+    options = {"files": files, "size_bytes": size_bytes, "nodes": nodes, "cores": cores}
+    if storage_mb_per_s is not None:
+        options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
+    typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))
+
+
+@plan.command("train")
+def plan_train(
+    recipe: RecipeFile,
+    model: Annotated[list[str] | None, typer.Option(help="a model of the recipe; default: all")] = None,
+    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, a10, h100, h200, l4 or rtx4090")] = "h100",
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak; default: 0.4, assumed")
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Predict memory per worker and time per step of each model, with and without activation checkpointing.
+
+    Example: cert-ray plan train jobs/numpy.yaml --model base --gpu a100
+    """
+    resolved = load(recipe, overrides, None)
+    from cert_ray.operations.plan_train import render_training
+
+    typer.echo(render_training(resolved, model or list(resolved.models), gpu, mfu))
+
+
+@app.command()
+def reproduce(
+    recipe: RecipeFile,
+    only: Annotated[
+        list[str] | None, typer.Option(help="train, base, xl or cert: do only this; default: all, and the report")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Measure CERT's claim: from one base, at equal tokens, XL against sketcher and generator, on problem files.
+
+    Trains what is not trained, evaluates base, XL and CERT greedily and (with claim.n) sampled, and writes scores with
+    intervals, differences and cost to RUN/claim. What is finished is reused.
+
+    Example: cert-ray reproduce jobs/claim.yaml --set run=runs/claim
+    """
+    from cert_ray.operations.claim import SYSTEMS, check_claim, models_to_train, seeded
+
+    resolved = load(recipe, overrides, None)
+    check_claim(resolved)
+    if wrong := sorted(set(only or []) - {"train", *SYSTEMS}):
+        raise ConfigError(f"--only {', '.join(wrong)}: unknown; known are train, {', '.join(SYSTEMS)}")
+    from cert_ray.operations import reproduce as reproducing
+
+    if dry_run or only is None or "train" in only:
+        what = f"train {', '.join(models_to_train(seeded(resolved)))} into {resolved.run}/models, and evaluate"
+        perform(resolved, address, dry_run, what, lambda: reproducing.train_models(resolved))
+    reproducing.evaluate_parts(resolved, [name for name in SYSTEMS if only is None or name in only])
+    from cert_ray.operations.claim_report import missing_parts, write_report
+
+    if missing := missing_parts(resolved):
+        typer.echo(f"no report yet: {', '.join(missing)} not evaluated", err=True)
+        raise typer.Exit
+    report = write_report(resolved)
+    show({"report": f"{reproducing.claim_folder(resolved)}/claim.md", "comparisons": _brief(report["comparisons"])})
+
+
+def _brief(comparisons: list[dict[str, Any]]) -> dict[str, str]:
+    """Each difference of the pooled score in points, with its interval."""
+    pooled = [row for row in comparisons if row["benchmark"] == "pooled"]
+    return {
+        f"{row['mode']}: {row['pair'][1]} - {row['pair'][0]}": (
+            f"{100 * row['difference']['value']:+.2f} "
+            f"({100 * row['difference']['low']:+.2f} to {100 * row['difference']['high']:+.2f})"
+        )
+        for row in pooled
+    }
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",
+    small: Annotated[bool, typer.Option("--small", help="less input and fewer steps, for a quick look")] = False,
+    max_input_bytes: Annotated[int | None, typer.Option(help="read at most so many bytes of Python files")] = None,
+    base_steps: Annotated[int | None, typer.Option(help="training steps of the base model")] = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Run everything, small: this machine's Python files to a dataset, three models, a served answer and pass@k.
+
+    Example: cert-ray demo --output demo
+    """
+    from cert_ray.operations.demo import SMALL, DemoConfig, demo_recipe, render_summary, run_demo
+
+    given = {"output": output, "max_input_bytes": max_input_bytes, "base_steps": base_steps}
+    options = SMALL.model_dump() if small else {}
+    config = DemoConfig.from_mapping({**options, **{k: v for k, v in given.items() if v is not None}}, "demo")
+    summary = perform(demo_recipe(config), address, dry_run, f"run the demo into {output}", lambda: run_demo(config))
+    typer.echo(render_summary(summary))

@@ -1,0 +1,87 @@
+"""The nodes of a cluster, judged: do they run the same code as this process, and have they room?
+
+In: `NodeFacts`, which `on_ray.ask_nodes` gathers. Out: `Finding`s of `doctor`, one per node and complaint. No Ray in
+here. Ray itself refuses nodes of another Ray or Python; cert-ray's version it does not know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from cert_ray import __version__
+from cert_ray.operations.doctor import Finding, Level
+
+_GIB = 1 << 30
+_MEMORY_PER_CPU_BYTES = (
+    1.5 * _GIB
+)  # assumed: a preprocessing task takes about 1 GB (docs/planning.md), and Ray its share
+_DISK_WANTED_BYTES = 5 * _GIB  # assumed: object spilling and logs
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """One node: where it is, what Ray counts on it, and what it said. `problem` says why it did not."""
+
+    address: str
+    cpus: float
+    gpus: float
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    memory_bytes: int = 0
+    disk_free_bytes: int = 0
+    problem: str | None = None
+
+    def answered(self, said: Mapping[str, Any]) -> NodeFacts:
+        """With what `facts_of_this_node` gave there."""
+        return dataclasses.replace(self, **said)
+
+    def silent(self, problem: str) -> NodeFacts:
+        """Without an answer."""
+        return dataclasses.replace(self, problem=problem)
+
+
+def versions_here() -> dict[str, str]:
+    """What must be equal on every node, by name."""
+    return {"python": platform.python_version(), "ray": importlib.metadata.version("ray"), "cert-ray": __version__}
+
+
+def facts_of_this_node() -> dict[str, Any]:
+    """What a node says of itself; runs there."""
+    return {
+        "versions": versions_here(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "disk_free_bytes": shutil.disk_usage("/tmp").free,
+    }
+
+
+def judge_nodes(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> list[Finding]:
+    """One finding per node, and one more for each of its faults, in the order of `nodes`."""
+    return [finding for node in nodes for finding in _judge(node, here)]
+
+
+def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
+    name = f"node {node.address}"
+    if node.problem is not None:
+        cure = "Is cert-ray installed there, and is the node up? `ray status` and its logs say more."
+        return [Finding(name, Level.FAIL, node.problem, cure)]
+    found = f"{node.cpus:g} CPUs, {node.gpus:g} GPUs, {node.memory_bytes / _GIB:.0f} GiB memory"
+    findings = [Finding(name, Level.OK, found)]
+    for part, wanted in here.items():
+        has = node.versions.get(part, "none")
+        if has != wanted:
+            cure = f"Give every node {part} {wanted}, e.g. by one image: results would depend on where tasks run."
+            findings.append(Finding(name, Level.FAIL, f"{part} {has}, this process has {wanted}", cure))
+    if node.memory_bytes < node.cpus * _MEMORY_PER_CPU_BYTES:
+        cure = f"Start it with --num-cpus={int(node.memory_bytes / _MEMORY_PER_CPU_BYTES)}, or give it more memory."
+        findings.append(Finding(name, Level.WARN, "less than 1.5 GiB of memory for each CPU", cure))
+    if node.disk_free_bytes < _DISK_WANTED_BYTES:
+        cure = "Ray spills objects and logs there: free some, or move its --temp-dir."
+        findings.append(Finding(name, Level.WARN, f"{node.disk_free_bytes / _GIB:.1f} GiB free in /tmp", cure))
+    return findings

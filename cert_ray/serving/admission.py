@@ -1,0 +1,72 @@
+"""Which requests are taken at all: those that can be answered in time. The others are refused at once.
+
+In: the moments at which requests begin and end. Out: admission, or a 503 that says when to come back. No queue stands
+in here: what is admitted waits elsewhere, and there is never more of it than `max_in_flight`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cert_ray.errors import RequestError
+
+# The rate is that of the last requests, each counting less than the next. Assumed: sixteen are steady enough.
+_WEIGHT = 1 / 16
+
+
+class Admission:
+    """Counts the requests in flight, and measures how fast they are answered. For one event loop."""
+
+    def __init__(
+        self, max_in_flight: int, at_once: int, timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`at_once` of them are worked on together; each is given up after `timeout_s`."""
+        self._max_in_flight, self._at_once, self._timeout_s, self._clock = max_in_flight, at_once, timeout_s, clock
+        self.in_flight = 0
+        self._gap_s: float | None = None  # seconds from one answer to the next while requests wait
+        self._last_end: float | None = None
+
+    @contextmanager
+    def admit(self) -> Iterator[None]:
+        """Hold one request's place.
+
+        Raises:
+            RequestError: 503, when there is no place, or the wait would outlast the deadline.
+        """
+        wait_s = self.expected_wait_s()
+        if self.in_flight >= self._max_in_flight:
+            raise _overloaded("The server is busy: try again.", self._gap_s or 1.0)
+        if wait_s > self._timeout_s:
+            problem = f"The wait is {wait_s:.0f} s now, the limit {self._timeout_s:g} s: try again."
+            raise _overloaded(problem, wait_s - self._timeout_s)
+        self.in_flight += 1
+        try:
+            yield
+        except BaseException:
+            self._last_end = None  # what was cancelled or refused says nothing about the rate
+            raise
+        else:
+            self._measure()
+        finally:
+            self.in_flight -= 1
+
+    def expected_wait_s(self) -> float:
+        """Until a request that comes now is answered; 0 while it would be worked on at once, or nothing is known."""
+        if self._gap_s is None or self.in_flight < self._at_once:
+            return 0.0
+        return self._gap_s * (self.in_flight + 1)
+
+    def _measure(self) -> None:
+        now = self._clock()
+        # The gap between two answers is a rate only if there was always something to do in between.
+        if self._last_end is not None and self.in_flight >= self._at_once:
+            gap_s = now - self._last_end
+            self._gap_s = gap_s if self._gap_s is None else self._gap_s + _WEIGHT * (gap_s - self._gap_s)
+        self._last_end = now
+
+
+def _overloaded(problem: str, retry_after_s: float) -> RequestError:
+    return RequestError(503, problem, None, "overloaded", retry_after_s=max(1, math.ceil(retry_after_s)))

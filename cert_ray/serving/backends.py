@@ -1,0 +1,150 @@
+"""What a front door asks: `Backend`, and the one that answers in this process.
+
+In: a served model's name, prompts, `Sampling`, seconds. Out: answers, or batches of events and then the answers. Models
+block their thread, HTTP has one event loop: here is the bridge between them. No HTTP and no Ray in here.
+
+Whoever stops waiting (a task that is cancelled, a stream that is closed) cancels the work, which ends with the token
+that is being drawn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.events import Event
+from cert_ray.serving.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What happened since the last time: events with the place of their prompt, and the answers when all is told."""
+
+    events: tuple[tuple[int, Event], ...]
+    answers: tuple[CascadeAnswer, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One request that has ended, for whoever counts: `answers` is empty where `status` is not 200."""
+
+    model: str
+    status: int
+    seconds: float
+    first_s: float | None  # until the first event of a stream
+    in_flight: int  # requests that the front door still has
+    answers: tuple[CascadeAnswer, ...] = ()
+
+
+class Backend(Protocol):
+    """What answers prompts. Both ways raise `RequestError` for what they refuse."""
+
+    @property
+    def served(self) -> Mapping[str, str | None]:
+        """The models by name, each with its library, as `resolving.resolve` takes them."""
+        ...
+
+    async def answer(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> list[CascadeAnswer]:
+        """One answer per prompt, in order."""
+        ...
+
+    def stream(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> AsyncGenerator[Told, None]:
+        """The same, told while it is drawn; the last `Told` holds the answers."""
+        ...
+
+
+class LocalBackend:
+    """A `Backend` over answerers of this process."""
+
+    def __init__(self, answerers: Mapping[str, tuple[str | None, Answerer]], max_threads: int = 64) -> None:
+        """`answerers` by name, each with its library. More than `max_threads` requests wait for a thread."""
+        self._answerers = answerers
+        self._bridge = Bridge(max_threads)
+
+    @property
+    def served(self) -> Mapping[str, str | None]:
+        """The models by name, each with its library."""
+        return {name: library for name, (library, _) in self._answerers.items()}
+
+    async def answer(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> list[CascadeAnswer]:
+        """See `Backend`."""
+        return await self._bridge.answer(self._answerers[model][1], prompts, sampling, timeout_s)
+
+    def stream(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> AsyncGenerator[Told, None]:
+        """See `Backend`."""
+        return self._bridge.stream(self._answerers[model][1], prompts, sampling, timeout_s)
+
+
+class Bridge:
+    """Runs answerers in threads, for coroutines. An answerer batches what its threads ask, so each request has one."""
+
+    def __init__(self, max_threads: int) -> None:
+        self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="answer")
+
+    async def answer(
+        self, answerer: Answerer, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> list[CascadeAnswer]:
+        """One answer per prompt, in order.
+
+        Raises:
+            RequestError: what the answerer refuses; `DeadlineError` after `timeout_s`.
+        """
+        cancelled, deadline_s = threading.Event(), time.monotonic() + timeout_s
+        work = self._pool.submit(
+            answerer.answer, prompts, sampling, cancelled=cancelled, deadline_s=deadline_s, on_event=None
+        )
+        try:
+            return await asyncio.wrap_future(work)
+        finally:
+            cancelled.set()
+
+    async def stream(
+        self, answerer: Answerer, prompts: Sequence[str], sampling: Sampling, timeout_s: float
+    ) -> AsyncGenerator[Told, None]:
+        """The same, told while it is drawn. What was drawn while the last batch was sent comes as one batch."""
+        cancelled, deadline_s = threading.Event(), time.monotonic() + timeout_s
+        loop = asyncio.get_running_loop()
+        # None: the work has ended
+        told: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+
+        def tell(item: tuple[int, Event] | None) -> None:
+            if not cancelled.is_set():  # else nobody listens, and the loop may be closed
+                loop.call_soon_threadsafe(told.put_nowait, item)
+
+        work: Future[list[CascadeAnswer]] = self._pool.submit(
+            answerer.answer,
+            prompts,
+            sampling,
+            cancelled=cancelled,
+            deadline_s=deadline_s,
+            on_event=lambda prompt, event: tell((prompt, event)),
+        )
+        work.add_done_callback(lambda _: tell(None))
+        try:
+            while True:
+                batch = [await told.get()]
+                while not told.empty():
+                    batch.append(told.get_nowait())
+                events = tuple(item for item in batch if item is not None)
+                if batch[-1] is None:
+                    yield Told(events, tuple(work.result()))
+                    return
+                yield Told(events)
+        finally:
+            cancelled.set()
+            work.cancel()  # if no thread has begun it

@@ -1,0 +1,324 @@
+"""Continuous batching: requests join and leave one model's batch between two tokens.
+
+In: `Work` from many threads. Out: `Drawn`. Every step is one forward pass over the next tokens of all branches of all
+requests and some tokens of new prompts. `Turns` steps the batches of several models on one thread, since two models
+that decode at once on the same cores only slow each other.
+
+What a request is answered depends on its `Work` alone (`joint.py`); when, on who else is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs
+from cert_ray.serving.joint import JointSamples, Top, tell_logprobs
+from cert_ray.serving.packed_attention import Feed
+from cert_ray.serving.sampling import draw_tokens, token_logprobs
+
+_log = logging.getLogger(__name__)
+
+# A shorter common beginning is not worth copying. Assumed.
+_LEAST_SHARED_TOKENS = 8
+
+
+class ForwardPass(Protocol):
+    """A model, as a batch sees it."""
+
+    tokenizer: Any
+
+    def begin(self) -> Any:
+        """What is kept of a new request."""
+        ...
+
+    def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+        """Logits of each feed, [rows, vocabulary]."""
+        ...
+
+    def beginning(self, kept: Any, tokens: int) -> Any | None:
+        """A copy of what is kept of a prompt's first tokens; None where that cannot be had."""
+        ...
+
+
+@dataclass(slots=True)
+class _Told:
+    """What passes from the stepping thread to the one that waits: text, or at last the result."""
+
+    news: list[tuple[int, str, FinishReason | None]] = field(default_factory=list)
+    drawn: Drawn | None = None
+    error: BaseException | None = None
+
+
+class Request:
+    """One piece of work in a batch."""
+
+    def __init__(self, samples: JointSamples, hooks: Hooks) -> None:
+        self.samples, self.hooks = samples, hooks
+        self.kept: Any = None
+        self.read = 0  # tokens of the prompt that are read
+        self.cached_tokens = 0
+        self.next_tokens: list[int] = []
+        self.parents: list[int] = []
+        self.prompt_logprobs: list[tuple[float, Top]] = []
+        self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.samples.work.prompt
+
+    def wait(self) -> Drawn:
+        """What was drawn; passes text on as it comes.
+
+        Raises:
+            BaseException: what ended the work.
+        """
+        while True:
+            told = self.mailbox.get()
+            for index, text, reason in told.news:
+                self.hooks.on_text(index, text, reason)
+            if told.error is not None:
+                raise told.error
+            if told.drawn is not None:
+                return told.drawn
+
+
+class Turns:
+    """One thread that steps whichever batches have work, in turn. It starts with the first work, and is a daemon."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._batches: list[Batch] = []
+        self._thread: threading.Thread | None = None
+
+    def join(self, batch: Batch) -> None:
+        """Step `batch` from now on."""
+        with self._changed:
+            self._batches.append(batch)
+
+    def wake(self) -> None:
+        """Some batch has new work."""
+        with self._changed:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._run, name="cert-ray-decoding", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: any(batch.has_work for batch in self._batches))
+                batches = [batch for batch in self._batches if batch.has_work]
+            for batch in batches:
+                batch.step()
+
+
+class Batch:
+    """The requests of one model."""
+
+    def __init__(self, model: ForwardPass, config: EngineConfig, turns: Turns) -> None:
+        self._model, self._config, self._turns = model, config, turns
+        self._arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._prompts = _KeptPrompts(model, config.prefix_cache_tokens)
+        self.forward_rows = 0  # tokens that went through the model since it was loaded
+        turns.join(self)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._running or self._waiting) or not self._arrived.empty()
+
+    def submit(self, request: Request) -> None:
+        """Let `request` join."""
+        self._arrived.put(request)
+        self._turns.wake()
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One forward pass, and what follows from it. Never raises: an error ends the requests that it concerns."""
+        while not self._arrived.empty():
+            self._waiting.append(self._arrived.get())
+        self._waiting = [request for request in self._waiting if self._still_wanted(request)]
+        self._running = [request for request in self._running if self._still_wanted(request)]
+        self._admit()
+        fed, feeds = self._feeds()
+        if not fed:
+            return
+        try:
+            logits = self._model.forward(feeds)
+            self._take(fed, feeds, logits)
+        except Exception as error:  # noqa: BLE001 - the thread must live on: this step's requests carry the error
+            _log.exception("a step over %d requests failed", len(fed))
+            for request in fed:
+                self._end(request, _Told(error=error))
+
+    def _admit(self) -> None:
+        rows = sum(max(1, len(request.next_tokens)) for request in self._running)
+        while rows < self._config.max_rows and self._waiting:
+            request = self._waiting.pop(0)
+            request.kept, request.read = self._prompts.find(request.prompt, self._model, request.samples.work)
+            request.cached_tokens = request.read
+            self._running.append(request)
+            rows += 1
+
+    def _still_wanted(self, request: Request) -> bool:
+        try:
+            request.hooks.check()
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            request.mailbox.put(_Told(error=error))
+            return False
+        return True
+
+    def _feeds(self) -> tuple[list[Request], list[Feed]]:
+        """The next forward pass: all branches, and while there is room, prompts in the order in which they came."""
+        fed, feeds, room = [], [], self._config.prefill_tokens
+        for request in self._running:
+            if request.next_tokens:
+                feeds.append(Feed(request.kept, request.next_tokens, request.parents))
+            elif room > 0:
+                part = request.prompt[request.read : request.read + room]
+                room -= len(part)
+                feeds.append(Feed(request.kept, list(part), None, request.samples.work.score_prompt))
+            else:
+                continue
+            fed.append(request)
+        self.forward_rows += sum(len(feed.tokens) for feed in feeds)
+        return fed, feeds
+
+    def _take(self, fed: list[Request], feeds: list[Feed], logits: list[torch.Tensor]) -> None:
+        drawing: list[tuple[Request, torch.Tensor]] = []
+        for request, feed, logits_QV in zip(fed, feeds, logits, strict=True):
+            if feed.parents is None and not self._read_prompt(request, feed, logits_QV):
+                continue
+            drawing.append((request, logits_QV[-max(1, len(request.next_tokens)) :]))
+        if not drawing:
+            return
+        logits_RV = torch.cat([logits_QV for _, logits_QV in drawing]).float()
+        refused = [mask for request, _ in drawing for mask in request.samples.refused()]
+        if any(mask is not None for mask in refused):
+            for row, mask_V in enumerate(refused):
+                if mask_V is not None:
+                    logits_RV[row].masked_fill_(mask_V.to(logits_RV.device), float("-inf"))
+        logprobs_RV = token_logprobs(logits_RV)
+        uniforms: list[npt.NDArray[np.float64]] = []
+        temperatures: list[float] = []
+        top_ps: list[float] = []
+        for request, logits_QV in drawing:
+            uniforms += request.samples.uniforms()
+            temperatures += [request.samples.work.temperature] * len(logits_QV)
+            top_ps += [request.samples.work.top_p] * len(logits_QV)
+        tokens = draw_tokens(logits_RV, uniforms, temperatures, top_ps)
+        first = 0
+        for request, logits_QV in drawing:
+            own = slice(first, first + len(logits_QV))
+            first += len(logits_QV)
+            self._advance(request, tokens[own], logprobs_RV[own])
+
+    def _read_prompt(self, request: Request, feed: Feed, logits_QV: torch.Tensor) -> bool:
+        """Note what was read; whether the prompt is read whole, and samples are to be drawn."""
+        request.read += len(feed.tokens)
+        if feed.all_logits:
+            self._score(request, logits_QV)
+        if request.read < len(request.prompt):
+            return False
+        if self._prompts.wants(request.prompt):
+            self._prompts.add(request.prompt, request.kept)
+        if not request.samples.branches:  # no token was asked for: the prompt was to be scored
+            self._finish(request)
+            return False
+        return True
+
+    def _score(self, request: Request, logits_QV: torch.Tensor) -> None:
+        known = request.prompt[len(request.prompt_logprobs) + 1 :][: len(logits_QV)]
+        logprobs_QV = token_logprobs(logits_QV)
+        for place, token in enumerate(known):
+            values, ids = logprobs_QV[place].topk(max(1, request.samples.work.logprobs or 0))
+            top = tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True))
+            request.prompt_logprobs.append(
+                (float(logprobs_QV[place, token]), top if request.samples.work.logprobs else ())
+            )
+
+    def _advance(self, request: Request, tokens: list[npt.NDArray[np.int64]], logprobs_QV: torch.Tensor) -> None:
+        samples, hooks = request.samples, request.hooks
+        request.next_tokens, request.parents, some_ended = samples.take(tokens, logprobs_QV)
+        if hooks.streams_text:
+            news = samples.settled_text()
+            if news:
+                request.mailbox.put(_Told(news=news))
+        if some_ended and request.next_tokens and hooks.enough is not None:
+            ended = [(completion, len(numbers)) for completion, numbers in samples.ended]
+            if hooks.enough(ended):
+                request.next_tokens = []
+        if not request.next_tokens:
+            self._finish(request)
+
+    def _finish(self, request: Request) -> None:
+        told = None
+        if request.samples.work.score_prompt:
+            told = _tell_prompt(self._model.tokenizer, request)
+        self._end(request, _Told(drawn=request.samples.finish(request.cached_tokens, told)))
+
+    def _end(self, request: Request, told: _Told) -> None:
+        self._running = [other for other in self._running if other is not request]
+        request.kept = None
+        request.mailbox.put(told)
+
+
+def _tell_prompt(tokenizer: Any, request: Request) -> TokenLogprobs:
+    logprobs = [None, *(logprob for logprob, _ in request.prompt_logprobs)]
+    tops = [None, *(top for _, top in request.prompt_logprobs)]
+    return tell_logprobs(tokenizer, request.prompt, logprobs, tops, "", 1 << 62)
+
+
+class _KeptPrompts:
+    """Keys and values of prompts that were read lately, for those that begin alike. The least recently used go."""
+
+    def __init__(self, model: ForwardPass, most_tokens: int) -> None:
+        self._model, self._most_tokens = model, most_tokens
+        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def find(self, prompt: Sequence[int], model: ForwardPass, work: Any) -> tuple[Any, int]:
+        """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
+        best, shared = None, 0
+        if not work.score_prompt:
+            asked = np.asarray(prompt)
+            for other in self._kept:
+                common = _common_beginning(asked, np.asarray(other))
+                if common > shared:
+                    best, shared = other, common
+        shared = min(shared, len(prompt) - 1)  # the last token is read for its logits
+        if best is None or shared < _LEAST_SHARED_TOKENS:
+            return model.begin(), 0
+        self._kept.move_to_end(best)
+        return model.beginning(self._kept[best], shared), shared
+
+    def wants(self, prompt: Sequence[int]) -> bool:
+        """Whether this prompt is worth keeping, and not kept."""
+        return len(prompt) <= self._most_tokens and tuple(prompt) not in self._kept
+
+    def add(self, prompt: Sequence[int], kept: Any) -> None:
+        """Keep a copy of what is kept of a prompt that was just read."""
+        copied = self._model.beginning(kept, len(prompt))
+        if copied is None:
+            return
+        self._kept[tuple(prompt)] = copied
+        while sum(map(len, self._kept)) > self._most_tokens:
+            self._kept.popitem(last=False)
+
+
+def _common_beginning(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:
+    size = min(len(one), len(other))
+    differs = np.flatnonzero(one[:size] != other[:size])
+    return int(differs[0]) if len(differs) else size

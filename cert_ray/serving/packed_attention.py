@@ -1,0 +1,262 @@
+"""Many requests, and many branches of each, in one forward pass of a transformers model without padding.
+
+All tokens of a step stand in one row, [1, S]; linear layers see nothing else. Only attention knows requests: for each
+it adds the new keys and values to those that the request keeps, and lets PyTorch's fused attention look at them.
+
+A request keeps the keys and values of its prompt and of all its samples in one place, each shared beginning once. Its
+samples are a tree: a token sees its own ancestors, which is a boolean mask, and has the position of its depth. So a
+branch costs no copy, and a request's keys are read once for all its branches.
+
+In: a loaded model, `Feed`s. Out: logits. Works for models of transformers' attention interface and for GPT-Neo, whose
+layers may be local; what a model adds beyond a scale and a window (sinks, soft caps) is refused by `enable`.
+
+Shapes: S tokens of the step, Q of them of one request, K keys kept, H heads, G key heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from cert_ray.gpt_neo import FusedSelfAttention
+
+_NAME = "cert_ray_packed"
+_SPARE_KEYS = 64  # room for what is drawn, before the keys must be copied to a larger place; assumed
+
+
+class Kept:
+    """Keys and values of one request, layer by layer, and what the newest tokens see of them."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, torch.Tensor] = {}  # [2, G, capacity, D]
+        self.positions_K = torch.zeros(0, dtype=torch.long)
+        # What each of the newest tokens sees, [Q, K]; None when there is one, and it sees everything.
+        self.visible_QK: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions_K)
+
+    def add(self, layer: int, key_GQD: torch.Tensor, value_GQD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the newest tokens' keys and values, already counted in `positions_K`; all of them: [G, K, D] each."""
+        keys, queries = len(self), key_GQD.shape[1]
+        kept = self._layers.get(layer)
+        if kept is None or kept.shape[2] < keys:
+            room = keys + max(_SPARE_KEYS, keys // 2)
+            larger = key_GQD.new_empty(2, key_GQD.shape[0], room, key_GQD.shape[2])
+            if kept is not None:
+                larger[:, :, : keys - queries] = kept[:, :, : keys - queries]
+            kept = self._layers[layer] = larger
+        kept[0, :, keys - queries : keys] = key_GQD
+        kept[1, :, keys - queries : keys] = value_GQD
+        return kept[0, :, :keys], kept[1, :, :keys]
+
+    def grow(self, positions: Sequence[int], parents: Sequence[int] | None) -> None:
+        """Count the tokens of the next step. `parents` are places among the newest tokens; None: one after another."""
+        newest = torch.tensor(positions, dtype=torch.long)
+        if parents is not None and not (self.visible_QK is None and len(positions) == 1):
+            seen_QK = self.visible_QK if self.visible_QK is not None else torch.ones(1, len(self), dtype=torch.bool)
+            seen_QK = self._forget_unseen(seen_QK[list(parents)])
+            if len(positions) == 1 and bool(seen_QK.all()):
+                self.visible_QK = None
+            else:
+                self.visible_QK = torch.cat([seen_QK, torch.eye(len(positions), dtype=torch.bool)], dim=1)
+        self.positions_K = torch.cat([self.positions_K, newest])
+
+    def _forget_unseen(self, seen_QK: torch.Tensor) -> torch.Tensor:
+        """Drop what no branch sees any more, once that is half of what is kept; what is seen of the rest."""
+        alive_K = seen_QK.any(dim=0)
+        if 2 * int(alive_K.sum()) > len(self):
+            return seen_QK
+        places = alive_K.nonzero()[:, 0]
+        self._layers = {layer: kept.index_select(2, places.to(kept.device)) for layer, kept in self._layers.items()}
+        self.positions_K = self.positions_K[places]
+        return seen_QK[:, places]
+
+    def beginning(self, tokens: int) -> Kept:
+        """A copy of the first `tokens`, which must be of the prompt."""
+        copied = Kept()
+        copied._layers = {layer: kept[:, :, :tokens].clone() for layer, kept in self._layers.items()}
+        copied.positions_K = self.positions_K[:tokens].clone()
+        return copied
+
+
+@dataclass(slots=True)
+class Feed:
+    """What one request adds to a step: its prompt, or a part of it, or one token for each of its branches."""
+
+    kept: Any  # what the forward pass keeps of the request: `Kept` here
+    tokens: list[int]
+    parents: list[int] | None = None  # of each token, among the tokens of its request's last feed; None: a prompt
+    all_logits: bool = False  # those of every token of a prompt, not only of the last
+
+
+@dataclass(slots=True)
+class _Part:
+    """One request in a step: where its tokens stand, and its masks by the size of a layer's window."""
+
+    kept: Kept
+    first: int
+    queries: int
+    prompt: bool
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """What each query sees; None: everything, or for a prompt's first part, everything before it."""
+        if window not in self.masks:
+            mask_QK = self._find_mask(window)
+            self.masks[window] = None if mask_QK is None else mask_QK.to(device)
+        return self.masks[window]
+
+    def _find_mask(self, window: int | None) -> torch.Tensor | None:
+        keys = len(self.kept)
+        position_K = self.kept.positions_K
+        position_Q1 = position_K[-self.queries :, None]
+        near = window is None or int(position_Q1.max() - position_K.min()) < window
+        if self.prompt:
+            if near and self.queries == keys:
+                return None
+            visible_QK = position_K <= position_Q1
+        elif self.kept.visible_QK is None:
+            if near:
+                return None
+            visible_QK = torch.ones(self.queries, keys, dtype=torch.bool)
+        else:
+            visible_QK = self.kept.visible_QK
+        if window is None or near:
+            return visible_QK
+        return visible_QK & (position_Q1 - position_K < window)
+
+
+_STEP: ContextVar[list[_Part] | None] = ContextVar("cert_ray_packed_step", default=None)
+
+
+def enable(model: Any) -> bool:
+    """Let `model` attend as this module does, if it can."""
+    neo = [module for module in model.modules() if type(module) is FusedSelfAttention]
+    if neo:
+        for module in neo:
+            module.__class__ = PackedSelfAttention
+        return True
+    if not getattr(model, "_supports_attention_backend", False):
+        return False
+    model.set_attn_implementation(_NAME)
+    return True
+
+
+@torch.inference_mode()
+def forward(model: Any, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+    """One forward pass over all feeds: for each the logits of its tokens, or of its prompt's last one, [Q, V]."""
+    parts: list[_Part] = []
+    tokens: list[int] = []
+    positions: list[int] = []
+    wanted: list[int] = []
+    counts: list[int] = []
+    for feed in feeds:
+        first, queries = len(tokens), len(feed.tokens)
+        if feed.parents is None:
+            places = list(range(len(feed.kept), len(feed.kept) + queries))
+        else:
+            places = [int(feed.kept.positions_K[-1]) + 1] * queries  # all branches of a request are equally long
+        feed.kept.grow(places, feed.parents)
+        parts.append(_Part(feed.kept, first, queries, feed.parents is None))
+        tokens += feed.tokens
+        positions += places
+        shown = queries if feed.parents is not None or feed.all_logits else 1
+        wanted += range(first + queries - shown, first + queries)
+        counts.append(shown)
+    device = model.device
+    reset = _STEP.set(parts)
+    try:
+        logits_SV = model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            attention_mask=torch.empty(1, 1, 1, 1, device=device),  # a mask of four axes is left alone; none is read
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=device),
+        ).logits[0]
+    finally:
+        _STEP.reset(reset)
+    return list(logits_SV.split(counts))
+
+
+def _attend(
+    parts: Sequence[_Part],
+    layer: int,
+    query_HSD: torch.Tensor,
+    key_GSD: torch.Tensor,
+    value_GSD: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """[H, S, D]."""
+    heads, _, size = query_HSD.shape
+    shared = heads // key_GSD.shape[0]
+    attended_HSD = torch.empty_like(query_HSD)
+    for part in parts:
+        own = slice(part.first, part.first + part.queries)
+        key_GKD, value_GKD = part.kept.add(layer, key_GSD[:, own], value_GSD[:, own])
+        mask_QK = part.mask(window, query_HSD.device)
+        if mask_QK is None and part.prompt:
+            attended = scaled_dot_product_attention(
+                query_HSD[None, :, own],
+                key_GKD[None],
+                value_GKD[None],
+                is_causal=True,
+                scale=scale,
+                enable_gqa=shared > 1,
+            )[0]
+        else:
+            # Heads that share a key head are so many queries of it: no key is copied.
+            folded = query_HSD[:, own].reshape(1, key_GSD.shape[0], shared * part.queries, size)
+            mask = None if mask_QK is None else mask_QK.repeat(shared, 1)[None, None]
+            attended = scaled_dot_product_attention(folded, key_GKD[None], value_GKD[None], attn_mask=mask, scale=scale)
+            attended = attended.reshape(heads, part.queries, size)
+        attended_HSD[:, own] = attended
+    return attended_HSD
+
+
+def _packed_attention(
+    module: Any,
+    query_BHSD: torch.Tensor,
+    key_BGSD: torch.Tensor,
+    value_BGSD: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 - the parts of the step say what is seen
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [B, S, H, D]."""
+    parts = _STEP.get()
+    if parts is None or softcap is not None or s_aux is not None:
+        raise NotImplementedError("packed attention outside of `forward`, or with a soft cap or sinks")
+    attended_HSD = _attend(parts, module.layer_idx, query_BHSD[0], key_BGSD[0], value_BGSD[0], scaling, sliding_window)
+    return attended_HSD.transpose(0, 1)[None], None
+
+
+AttentionInterface.register(_NAME, _packed_attention)
+
+
+class PackedSelfAttention(FusedSelfAttention):
+    """GPT-Neo's attention over what each request keeps: unscaled, and on local layers within the window."""
+
+    def _attn(
+        self,
+        query_BHSD: torch.Tensor,
+        key_BHSD: torch.Tensor,
+        value_BHSD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        parts = _STEP.get()
+        if parts is None:
+            return super()._attn(query_BHSD, key_BHSD, value_BHSD, attention_mask)
+        window = self.config.window_size if self.attention_type == "local" else None
+        attended_HSD = _attend(parts, self.layer_id, query_BHSD[0], key_BHSD[0], value_BHSD[0], 1.0, window)
+        return attended_HSD[None], None

@@ -1,0 +1,188 @@
+"""An engine over any causal language model of transformers, on CPU or GPU.
+
+In: a Hugging Face folder. Out: an `Engine` whose requests share forward passes (`batching.py`), and whose samples share
+what they have in common (`joint.py`). Models whose attention can be packed run that way (`packed_attention.py`); it is
+compared with the model's own forward pass when the model is loaded, and where it differs, or cannot be had at all, each
+request is run by itself with transformers' cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from cert_ray.errors import ConfigError
+from cert_ray.serving import packed_attention
+from cert_ray.serving.batching import Batch, Request, Turns
+from cert_ray.serving.boundaries import FirstTokens
+from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
+from cert_ray.serving.joint import JointSamples
+from cert_ray.serving.model_folders import end_ids, load_model, window
+from cert_ray.serving.packed_attention import Feed, Kept
+
+_log = logging.getLogger(__name__)
+
+# Logits of two ways to compute them may differ by this share of their range: fp32 gives 1e-6, bf16 1e-2; a wrong mask
+# or position gives 0.1 and more. Measured with random GPT-Neo, Llama and GPT-2 models.
+_SAME_SHARE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+class TransformersEngine:
+    """An `Engine` over a Hugging Face folder (safetensors, tokenizer.json)."""
+
+    def __init__(self, folder: str, config: EngineConfig | None = None, turns: Turns | None = None) -> None:
+        """Load the model in `folder`, local or remote. Engines that share cores should share `turns`.
+
+        Raises:
+            InputError: when it is no such folder, or holds no safetensors or no tokenizer.json.
+            SchemaVersionError: when its manifest is of another version, or not that of a model.
+            ConfigError: when it lacks the `infill` tokens of the configuration.
+        """
+        self.config = config or EngineConfig()
+        if self.config.threads is not None:
+            torch.set_num_threads(self.config.threads)
+        device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype))
+        model.to(device).eval()
+        self._context_tokens = window(folder, model.config)
+        self._infill_tokens = find_infill(folder, self._tokenizer, self.config)
+        self._end_ids = end_ids(model, self._tokenizer)
+        self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
+        self.is_packed = _pack(model, self._context_tokens)
+        self._model = model
+        forward_pass = _Packed(model, self._tokenizer) if self.is_packed else _OneByOne(model, self._tokenizer)
+        self._batch = Batch(forward_pass, self.config, turns or Turns())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the folder."""
+        return self._tokenizer
+
+    @property
+    def context_tokens(self) -> int:
+        """The model's window."""
+        return self._context_tokens
+
+    @property
+    def infill_tokens(self) -> tuple[int, int, int] | None:
+        """The tokens of `EngineConfig.infill`."""
+        return self._infill_tokens
+
+    @property
+    def forward_rows(self) -> int:
+        """Tokens that went through the model since it was loaded."""
+        return self._batch.forward_rows
+
+    def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
+        """Draw the samples; see `Engine.draw`."""
+        if not work.prompt:  # a text begins after an end of text
+            work = replace(work, prompt=(min(self._end_ids, default=0),))
+        check_length(len(work.prompt), self._context_tokens)
+        samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
+        request = Request(samples, hooks)
+        self._batch.submit(request)
+        return request.wait()
+
+
+def find_infill(folder: str, tokenizer: Tokenizer, config: EngineConfig) -> tuple[int, int, int] | None:
+    """The ids of the tokens that mark prefix, suffix and middle.
+
+    Raises:
+        ConfigError: when the tokenizer lacks one.
+    """
+    if config.infill is None:
+        return None
+    before_prefix, before_suffix, before_middle = (tokenizer.token_to_id(token) for token in config.infill)
+    if before_prefix is None or before_suffix is None or before_middle is None:
+        raise ConfigError(f"infill={config.infill!r}: the tokenizer of {folder} lacks one of them. Leave infill out.")
+    return before_prefix, before_suffix, before_middle
+
+
+class _Packed:
+    """All requests in one forward pass."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        self._model, self.tokenizer = model, tokenizer
+
+    def begin(self) -> Kept:
+        return Kept()
+
+    def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+        return packed_attention.forward(self._model, feeds)
+
+    def beginning(self, kept: Kept, tokens: int) -> Kept:
+        return kept.beginning(tokens)
+
+
+class _OneByOne:
+    """One forward pass for each request: a row for each branch, in transformers' own cache."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+        self._model, self.tokenizer = model, tokenizer
+
+    def begin(self) -> dict[str, Any]:
+        return {"cache": None}
+
+    def beginning(self, kept: dict[str, Any], tokens: int) -> None:  # noqa: ARG002 - a cache cannot be cut in general
+        return None
+
+    @torch.inference_mode()
+    def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
+        return [self._forward_one(feed) for feed in feeds]
+
+    def _forward_one(self, feed: Feed) -> torch.Tensor:
+        device = self._model.device
+        if feed.parents is None:
+            ids = torch.tensor([feed.tokens], device=device)
+            shown = len(feed.tokens) if feed.all_logits else 1
+        else:
+            feed.kept["cache"].batch_select_indices(torch.tensor(feed.parents, device=device))
+            ids, shown = torch.tensor(feed.tokens, device=device)[:, None], 1
+        result = self._model(input_ids=ids, past_key_values=feed.kept["cache"], use_cache=True)
+        feed.kept["cache"] = result.past_key_values
+        logits_BQV: torch.Tensor = result.logits[:, -shown:]
+        return logits_BQV[0] if feed.parents is None else logits_BQV[:, -1]
+
+
+@torch.inference_mode()
+def _pack(model: Any, context_tokens: int) -> bool:
+    """Let `model` attend packed, if that gives what its own forward pass gives."""
+    vocab_size = model.get_input_embeddings().num_embeddings
+    ids = [(7 * place + 3) % vocab_size for place in range(min(12, context_tokens))]
+    expected_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+    before = model.config._attn_implementation
+    if not packed_attention.enable(model):
+        return False
+    try:
+        logits = _walk(model, ids)
+    except Exception as failure:  # noqa: BLE001 - whatever a model does not expect: it is run the other way
+        _log.warning("%s cannot attend packed (%r): each request is run by itself", type(model).__name__, failure)
+        model.set_attn_implementation(before)
+        return False
+    rows = list(range(4, 4 + len(logits)))
+    error = float((torch.stack(logits).float() - expected_TV[rows]).abs().max())
+    allowed = _SAME_SHARE[model.dtype] * float(expected_TV.max() - expected_TV.min())
+    if error > allowed:
+        _log.warning("%s attends packed with error %.2g: each request is run by itself", type(model).__name__, error)
+        model.set_attn_implementation(before)
+        return False
+    return True
+
+
+def _walk(model: Any, ids: list[int]) -> list[torch.Tensor]:
+    """Logits after tokens 4, 5, ... of `ids`: a prompt in two parts, then one token at a time beside another branch."""
+    kept, other = Kept(), Kept()
+    packed_attention.forward(model, [Feed(kept, ids[:2])])
+    first = packed_attention.forward(model, [Feed(other, ids[3:6]), Feed(kept, ids[2:5])])[1]
+    logits = [first[0]]
+    parents = [0, 0]
+    for place in range(5, len(ids)):
+        fed = packed_attention.forward(model, [Feed(kept, [ids[0], ids[place]], parents)])[0]
+        logits.append(fed[1])
+        parents = [0, 1]
+    return logits

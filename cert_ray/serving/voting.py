@@ -1,0 +1,113 @@
+"""The vote over sketches: which sketch most samples agree on, and from when on no other can win.
+
+In: samples of the sketcher. Out: the winner, and a `SketchChosen` that tells the whole vote. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tokenizers import Tokenizer
+
+from cert_ray.serving.boundaries import drop_start, first_stop
+from cert_ray.serving.engines import Completion
+from cert_ray.serving.events import SketchCandidate, SketchChosen
+from cert_ray.sketching import Placeholder, prompt_format
+
+_Key = tuple[str, tuple[Placeholder, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Sketch:
+    """One sample of the sketcher, read: its text as a vote counts it, and the sample with its text cut."""
+
+    text: str
+    placeholders: tuple[Placeholder, ...]
+    completion: Completion
+
+    @property
+    def key(self) -> _Key:
+        """What makes two sketches the same: a placeholder is not the word that spells it."""
+        return self.text, self.placeholders
+
+
+def read_sketch(tokenizer: Tokenizer, sample: Completion, blanks: str, stops: Sequence[str]) -> Sketch:
+    """The sample's tokens as text and placeholder spans, cut; the blanks that the prompt ended in are not its own."""
+    decoded = prompt_format.decode_sketch(tokenizer, sample.ids)
+    start = len(decoded.text) - len(drop_start(decoded.text, blanks))
+    shown = decoded.text[start:]
+    shown = shown[: first_stop(shown, stops)]
+    text = shown.rstrip()  # trailing blanks make no other sketch
+    placeholders = tuple(
+        Placeholder(place.start - start, place.end - start, place.kind)
+        for place in decoded.placeholders
+        if place.end - start <= len(text)
+    )
+    return Sketch(text, placeholders, replace(sample, text=shown))
+
+
+class Ballot:
+    """Votes of `wanted` samples, of which some may still be drawn. Ask for a winner once there is a vote."""
+
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+        self._sketches: list[tuple[Sketch, int]] = []
+        self._votes: dict[_Key, int] = {}
+        self._best: dict[_Key, Sketch] = {}  # the likeliest sample of each sketch
+
+    def add(self, sketch: Sketch, votes: int = 1) -> None:
+        """Count a sketch that so many samples drew."""
+        self._sketches.append((sketch, votes))
+        self._votes[sketch.key] = self._votes.get(sketch.key, 0) + votes
+        best = self._best.get(sketch.key)
+        if best is None or sketch.completion.mean_logprob > best.completion.mean_logprob:
+            self._best[sketch.key] = sketch
+
+    def votes_of(self, sketch: Sketch) -> int:
+        """Samples that agree on `sketch`."""
+        return self._votes[sketch.key]
+
+    @property
+    def _counted(self) -> int:
+        return sum(self._votes.values())
+
+    def _ordered(self) -> list[Sketch]:
+        """The sketches, most votes first; among equals the likeliest by its best sample, then the first drawn."""
+        return sorted(self._best.values(), key=lambda best: (-self._votes[best.key], -best.completion.mean_logprob))
+
+    @property
+    def winner(self) -> Sketch:
+        """The sketch that wins as things stand."""
+        return self._ordered()[0]
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether the winner wins whatever the samples that were not counted yet will say."""
+        votes = sorted(self._votes.values(), reverse=True)
+        second = votes[1] if len(votes) > 1 else 0
+        return bool(votes) and votes[0] > second + self._wanted - self._counted
+
+    def result(self) -> SketchChosen:
+        """The vote, told whole."""
+        candidates = tuple(
+            SketchCandidate(best.text, best.placeholders, self._votes[best.key], best.completion.mean_logprob)
+            for best in self._ordered()
+        )
+        first, counted = candidates[0], self._counted
+        return SketchChosen(
+            first.text,
+            first.placeholders,
+            first.votes,
+            first.votes / counted,
+            self._wanted,
+            candidates,
+            self._wanted - counted,
+        )
+
+    def samples(self, n: int) -> list[Completion]:
+        """`n` of the samples, the winner's first; repeated when fewer were counted."""
+        elected = self.winner.key
+        ordered = sorted(self._sketches, key=lambda entry: entry[0].key != elected)
+        drawn = [sketch.completion for sketch, votes in ordered for _ in range(votes)]
+        return [drawn[place % len(drawn)] for place in range(n)]

@@ -1,0 +1,53 @@
+"""`cert-ray doctor --cluster`: nodes that run other code, lack room or do not answer are named."""
+
+from __future__ import annotations
+
+import pytest
+
+from cert_ray.operations.doctor import Level
+from cert_ray.operations.nodes import NodeFacts, judge_nodes, versions_here
+
+GIB = 1 << 30
+HERE = {"python": "3.11.7", "ray": "2.60.0", "cert-ray": "0.1.0"}
+SOUND = NodeFacts("10.0.0.1", 8, 0, HERE, memory_bytes=32 * GIB, disk_free_bytes=100 * GIB)
+
+
+def levels(node: NodeFacts) -> list[Level]:
+    return [finding.level for finding in judge_nodes([node], HERE)]
+
+
+def test_a_sound_node_is_one_line() -> None:
+    (finding,) = judge_nodes([SOUND], HERE)
+    assert finding.level == Level.OK
+    assert finding.found == "8 CPUs, 0 GPUs, 32 GiB memory"
+
+
+@pytest.mark.parametrize("part", HERE)
+def test_another_version_fails_and_is_named(part: str) -> None:
+    other = SOUND.answered({"versions": {**HERE, part: "9.9"}})
+    _, finding = judge_nodes([other], HERE)
+    assert finding.level == Level.FAIL
+    assert finding.found == f"{part} 9.9, this process has {HERE[part]}"
+    assert "10.0.0.1" in finding.name
+
+
+def test_little_room_is_a_warning_that_says_what_to_change() -> None:
+    small = SOUND.answered({"memory_bytes": 6 * GIB, "disk_free_bytes": GIB})
+    _, memory, disk = judge_nodes([small], HERE)
+    assert (memory.level, disk.level) == (Level.WARN, Level.WARN)
+    assert "--num-cpus=4" in memory.advice
+
+
+def test_a_silent_node_fails_alone() -> None:
+    assert levels(SOUND.silent("no answer within 60 s")) == [Level.FAIL]
+
+
+@pytest.mark.ray
+def test_every_node_of_a_cluster_is_asked(ray_cluster: None) -> None:
+    from cert_ray.operations.on_ray import ask_nodes
+
+    (node,) = ask_nodes()
+    assert node.problem is None
+    assert node.versions == versions_here()
+    assert node.cpus == 4
+    assert node.memory_bytes > 0

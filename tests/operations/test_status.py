@@ -1,0 +1,108 @@
+"""`cert-ray status` says of a folder what is finished, how much of the rest is done, and what to run next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cert_ray import cli, manifests, storage
+from cert_ray.config import Config
+from cert_ray.manifests import ShardReport
+from cert_ray.operations.recipe import Recipe, load_recipe
+from cert_ray.operations.status import State, next_verb, render_status, run_status
+from cert_ray.training import checkpoints
+
+SHARDS = 3
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    train = {"steps": 40, "warmup_steps": 4, "micro_batch": 1}
+    options = {
+        "run": str(tmp_path / "run"),
+        "libraries": ["numpy"],
+        "preprocess": {"sources": {"inputs": ["corpus"]}},
+        "models": {
+            "base": {"start": "tiny", "view": "base", "train": train},
+            "sketcher": {"start": "base", "view": "sketcher", "train": train},
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(options))
+    return load_recipe(str(tmp_path / "recipe.yaml"))
+
+
+def reports(folder: str, count: int) -> list[ShardReport]:
+    found = [
+        ShardReport(
+            shard=f"shard-{n:05d}", unit_digest="d", files=(), rows_read=4, rows_kept=3, dropped={"too_short": 1}
+        )
+        for n in range(count)
+    ]
+    for report in found:
+        storage.write_text(storage.join(folder, "reports", f"{report.shard}.json"), report.model_dump_json())
+    return found
+
+
+def finish(folder: str, stage: str, count: int = SHARDS, **notes: float) -> None:
+    manifests.write_manifest(folder, manifests.summarize(stage, Config(), "inputs", reports(folder, count), notes))
+
+
+def test_an_empty_run_waits_for_preprocessing(recipe: Recipe) -> None:
+    stages = run_status(recipe)
+    preprocessing = ["documents", "dedup", "dataset"]
+    training = ["tokenizer", "tokens/base", "tokens/sketcher", "models/base", "models/sketcher"]
+    assert [stage.stage for stage in stages] == preprocessing + training
+    assert {stage.state for stage in stages} == {State.WAITING}
+    assert next_verb(stages) == "preprocess"
+
+
+def test_each_stage_is_told_by_what_it_left(recipe: Recipe) -> None:
+    run = recipe.run
+    finish(f"{run}/documents", "documents")
+    reports(f"{run}/dedup", 2)
+    by_name = {stage.stage: stage for stage in run_status(recipe)}
+    assert (by_name["documents"].state, by_name["documents"].detail) == (State.FINISHED, "9 of 12 rows kept")
+    assert (by_name["dedup"].state, by_name["dedup"].done, by_name["dedup"].total) == (State.STARTED, 2, SHARDS)
+    assert (by_name["dataset"].state, by_name["dataset"].total) == (State.WAITING, SHARDS)
+    assert next_verb(list(by_name.values())) == "preprocess"
+
+    for stage in ("dedup", "dataset", "tokenizer"):
+        finish(f"{run}/{stage}", stage)
+    for view in ("base", "sketcher"):
+        finish(f"{run}/tokens/{view}", "tokens")
+    folder = checkpoints.folder_of(f"{run}/models/base")
+    for step in (10, 20):
+        storage.write_text(storage.join(folder, checkpoints.name_of_step(step), "part-00000.json"), "{}")
+        checkpoints.mark_complete(storage.join(folder, checkpoints.name_of_step(step)), 1)
+    storage.write_text(storage.join(folder, checkpoints.name_of_step(30), "part-00000.json"), "{}")  # cut short
+    by_name = {stage.stage: stage for stage in run_status(recipe)}
+    base = by_name["models/base"]
+    assert (base.state, base.done, base.total, base.unit) == (State.STARTED, 20, 40, "steps")
+    assert next_verb(list(by_name.values())) == "train"
+
+    for name in ("base", "sketcher"):
+        finish(f"{run}/models/{name}", "model", 1, last_loss=2.5, held_out_loss=2.25)
+    stages = run_status(recipe)
+    assert {stage.state for stage in stages} == {State.FINISHED}
+    assert "loss 2.5000, held out 2.2500 nats/token" in render_status(stages, "recipe.yaml")
+    assert render_status(stages, "recipe.yaml").endswith("everything is finished")
+
+
+def test_another_versions_stage_is_named_not_hidden(recipe: Recipe) -> None:
+    finish(f"{recipe.run}/documents", "documents")
+    manifest = Path(recipe.run) / "documents" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": ', '"schema_version": 9'))
+    stages = run_status(recipe)
+    assert stages[0].state == State.UNUSABLE
+    assert "schema_version" in render_status(stages, "recipe.yaml")
+
+
+def test_the_verb_prints_the_table_and_the_next_command(recipe: Recipe, tmp_path: Path) -> None:
+    finish(f"{recipe.run}/documents", "documents")
+    result = CliRunner().invoke(cli.app, ["status", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    assert "documents        finished  3 of 3 shards" in result.output
+    assert result.output.rstrip().endswith(f"next: cert-ray preprocess {tmp_path / 'recipe.yaml'}")

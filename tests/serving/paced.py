@@ -1,0 +1,71 @@
+"""An engine without a model: its answers follow from prompt and seed alone, and each token takes a given time.
+
+What it costs is known, so it shows what all around it costs; what it answers is known, so a wrong answer is seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cert_ray.serving.answering import Answerer, check_wanted
+from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.serving.deployment import ServedModel
+from cert_ray.serving.engines import Completion
+from cert_ray.serving.events import Event, SketchCandidate, SketchChosen, TextDrawn
+from cert_ray.serving.on_ray import Engines
+from cert_ray.serving.sampling import Sampling
+
+
+def paced_tokens(prompt: str, sampling: Sampling, choice: int) -> list[str]:
+    """The tokens of one choice: `max_tokens` of them, each a space and six hexadecimal digits."""
+    tokens = []
+    for place in range(sampling.max_tokens):
+        name = f"{sampling.seed} {choice} {place} {prompt}".encode()
+        tokens.append(f" {hashlib.blake2b(name, digest_size=3).hexdigest()}")
+    return tokens
+
+
+class PacedAnswerer(Answerer):
+    """Waits `token_s` for each token; requests do not slow each other, as in a batch that is not full."""
+
+    def __init__(self, token_s: float) -> None:
+        self._token_s = token_s
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        cancelled: threading.Event | None = None,
+        deadline_s: float | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[CascadeAnswer]:
+        answers = []
+        for place, prompt in enumerate(prompts):
+            chosen = SketchChosen("x = df", (), 1, 1.0, 1, (SketchCandidate("x = df", (), 1, -0.5),))
+            if on_event is not None:
+                on_event(place, chosen)
+            columns = [paced_tokens(prompt, sampling, choice) for choice in range(sampling.n)]
+            for step in range(sampling.max_tokens):
+                check_wanted(cancelled, deadline_s)
+                time.sleep(self._token_s)
+                for choice, tokens in enumerate(columns):
+                    if on_event is not None:
+                        reason = "length" if step + 1 == sampling.max_tokens else None
+                        on_event(place, TextDrawn(choice, tokens[step], reason))
+            ids = tuple(range(sampling.max_tokens))
+            choices = tuple(Completion(ids, "".join(tokens), "length", -0.5) for tokens in columns)
+            timings_s = {"generate": sampling.max_tokens * self._token_s}
+            answers.append(CascadeAnswer(choices, Route.SKETCHER, "x = df", 1, 1.0, 3, timings_s, chosen))
+        return answers
+
+
+class PacedEngines(Engines):
+    """Engines without models: a model's folder is called by the seconds that a token takes."""
+
+    def load_now(self, model: ServedModel) -> Answerer:
+        return PacedAnswerer(float(Path(model.model or "0").name))

@@ -1,0 +1,109 @@
+"""The bridge from threads to coroutines: answers, events in order, and an end to work that nobody waits for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
+from cert_ray.serving.answering import check_wanted
+from cert_ray.serving.backends import LocalBackend, Told
+from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.serving.events import Event, TextDrawn
+from cert_ray.serving.sampling import Sampling
+
+
+class SlowAnswerer:
+    """An answerer that draws `tokens` tokens, each as soon as it is wanted, or until it is no longer wanted."""
+
+    def __init__(self, tokens: int = 3) -> None:
+        self._tokens = tokens
+        self.begun, self.ended = threading.Event(), threading.Event()
+        self.outcome: type[Exception] | None = None
+
+    def answer(
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling,
+        *,
+        cancelled: threading.Event | None = None,
+        deadline_s: float | None = None,
+        on_event: Callable[[int, Event], None] | None = None,
+    ) -> list[CascadeAnswer]:
+        self.begun.set()
+        try:
+            if prompts[0] == "refuse":
+                raise RequestError(400, "too long", "prompt")
+            for token in range(self._tokens):
+                check_wanted(cancelled, deadline_s)
+                if on_event is not None:
+                    on_event(0, TextDrawn(0, str(token)))
+                time.sleep(0.001)
+        except RequestError as error:
+            self.outcome = type(error)
+            raise
+        finally:
+            self.ended.set()
+        return [CascadeAnswer((), Route.MODEL)]
+
+
+def backend_of(answerer: SlowAnswerer) -> LocalBackend:
+    return LocalBackend({"cert": (None, answerer)})  # type: ignore[dict-item]
+
+
+async def told_by(answerer: SlowAnswerer, prompt: str = "x") -> list[Told]:
+    return [told async for told in backend_of(answerer).stream("cert", [prompt], Sampling(), 60)]
+
+
+def test_what_is_told_is_everything_in_order_and_then_the_answers() -> None:
+    *before, last = asyncio.run(told_by(SlowAnswerer(50)))
+    events = [event for told in (*before, last) for _, event in told.events]
+    assert events == [TextDrawn(0, str(token)) for token in range(50)]
+    assert all(told.answers is None for told in before)
+    assert last.answers == (CascadeAnswer((), Route.MODEL),)
+
+
+def test_refusals_come_through_both_ways() -> None:
+    with pytest.raises(RequestError, match="too long"):
+        asyncio.run(backend_of(SlowAnswerer()).answer("cert", ["refuse"], Sampling(), 60))
+    with pytest.raises(RequestError, match="too long"):
+        asyncio.run(told_by(SlowAnswerer(), "refuse"))
+
+
+def test_an_answer_that_is_not_awaited_any_more_is_not_drawn_to_its_end() -> None:
+    answerer = SlowAnswerer(1_000_000)
+
+    async def go_away() -> None:
+        task = asyncio.ensure_future(backend_of(answerer).answer("cert", ["x"], Sampling(), 60))
+        await asyncio.to_thread(answerer.begun.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(go_away())
+    assert answerer.ended.wait(10)
+    assert answerer.outcome is RequestCancelledError
+
+
+def test_a_stream_that_is_closed_is_not_drawn_to_its_end() -> None:
+    answerer = SlowAnswerer(1_000_000)
+
+    async def go_away() -> None:
+        stream = backend_of(answerer).stream("cert", ["x"], Sampling(), 60)
+        await anext(stream)
+        await stream.aclose()
+
+    asyncio.run(go_away())
+    assert answerer.ended.wait(10)
+    assert answerer.outcome is RequestCancelledError
+
+
+def test_the_deadline_ends_the_work_in_its_thread() -> None:
+    answerer = SlowAnswerer(1_000_000)
+    with pytest.raises(DeadlineError):
+        asyncio.run(backend_of(answerer).answer("cert", ["x"], Sampling(), 0.05))
+    assert answerer.ended.is_set()

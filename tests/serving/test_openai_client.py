@@ -1,0 +1,150 @@
+"""The front door, asked with the real `openai` client over loopback: whole answers, streams, errors, and going away."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from cert_ray.serving.http import create_app
+from tests.serving.front_doors import BUSY, ScriptedBackend, listening
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with listening(
+        create_app(ScriptedBackend(served={"pandas": "pandas", "numpy": "numpy"}), any_library="cert")
+    ) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        yield client
+
+
+def test_every_option_of_the_client_is_understood(client: openai.OpenAI) -> None:
+    completion = client.completions.create(
+        model="pandas",
+        prompt=["a", "b"],
+        n=2,
+        best_of=3,
+        echo=True,
+        logprobs=2,
+        max_tokens=5,
+        seed=7,
+        stop=["\n"],
+        temperature=0.5,
+        top_p=0.9,
+        user="somebody",
+        frequency_penalty=0,
+        presence_penalty=0,
+        logit_bias={},
+        extra_body={"stop_token_ids": [3], "mode": "cascade"},
+    )
+    assert [choice.text for choice in completion.choices] == ["a = 0", "a = 1", "b = 0", "b = 1"]
+    logprobs = completion.choices[3].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens == ["b", " =", " 1"]
+    assert logprobs.text_offset == [0, 1, 3]
+    assert completion.usage is not None
+    assert completion.usage.completion_tokens == 12  # two prompts, three samples of two tokens
+    assert completion.usage.prompt_tokens_details is not None
+    assert completion.usage.prompt_tokens_details.cached_tokens == 2
+
+
+def test_models_are_listed_with_the_name_that_stands_for_all(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["cert", "pandas", "numpy"]
+    assert client.models.retrieve("numpy").id == "numpy"
+    assert client.models.retrieve("cert").id == "cert"
+
+
+def test_a_stream_is_read_as_the_answer_that_it_is(client: openai.OpenAI) -> None:
+    stream = client.completions.create(
+        model="numpy", prompt="x", n=2, seed=3, echo=True, stream=True, stream_options={"include_usage": True}
+    )
+    texts: dict[int, str] = {}
+    reasons: dict[int, str | None] = {}
+    chunks = list(stream)
+    for chunk in chunks:
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert texts == {0: "x = 0", 1: "x = 1"}
+    assert reasons == {0: "stop", 1: "stop"}
+    assert [chunk.usage for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == 7
+    sketch = (chunks[0].model_extra or {})["cert"]
+    assert chunks[0].choices[0].text == ""
+    assert [(candidate["text"], candidate["votes"]) for candidate in sketch["vote"]["candidates"]] == [
+        ("x = number", 3),
+        ("x = df", 1),
+    ]
+    assert sketch["vote"]["candidates"][0]["placeholders"] == [{"start": 4, "end": 10, "kind": "number"}]
+    assert (chunks[-1].model_extra or {})["cert"]["timings_s"] == {"sketch": 0.1, "generate": 0.2}
+
+
+def test_log_probabilities_are_streamed_whole(client: openai.OpenAI) -> None:
+    stream = client.completions.create(model="numpy", prompt="x", n=2, logprobs=1, echo=True, stream=True)
+    choices = [choice for chunk in stream for choice in chunk.choices if choice.text]
+    assert [(choice.index, choice.text) for choice in choices] == [(0, "x = 0"), (1, "x = 1")]
+    assert all(choice.logprobs is not None and choice.logprobs.text_offset == [0, 1, 3] for choice in choices)
+
+
+def test_the_model_follows_from_the_imports() -> None:
+    backend = ScriptedBackend(served={"pandas": "pandas", "numpy": "numpy"})
+    with (
+        listening(create_app(backend, any_library="cert")) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        answer = client.completions.create(model="cert", prompt="import numpy as np\nx =")
+        assert answer.model == "cert"
+        assert (answer.model_extra or {})["cert"]["model"] == "numpy"
+        client.completions.create(model="pandas", prompt="import numpy as np\nx =")
+    assert [model for model, _, _ in backend.asked] == ["numpy", "pandas"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals_are_the_clients_exceptions_before_the_first_event(stream: bool) -> None:
+    with (
+        listening(create_app(ScriptedBackend(BUSY))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError) as refused:
+            client.completions.create(model="org/cert", prompt="x", stream=stream)
+        assert refused.value.response.headers["Retry-After"] == "7"
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="gpt-4", prompt="x", stream=stream)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_going_away_ends_the_work(stream: bool) -> None:
+    backend = ScriptedBackend(hold=True)
+    with listening(create_app(backend)) as url:
+        body = {"model": "org/cert", "prompt": "x", "stream": stream}
+        with httpx.Client(timeout=0.3) as client, pytest.raises(httpx.ReadTimeout):
+            client.post(f"{url}/v1/completions", json=body)
+        assert backend.begun.is_set()
+        assert backend.ended.wait(10)
+        assert backend.running == 0
+
+
+def test_the_sketch_comes_while_the_answer_is_still_being_drawn() -> None:
+    backend = ScriptedBackend(hold=True)
+    body = {"model": "org/cert", "prompt": "x", "stream": True}
+    with (
+        listening(create_app(backend)) as url,
+        httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=10) as response,
+    ):
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        lines = response.iter_lines()
+        first = json.loads(next(lines).removeprefix("data: "))
+        assert first["cert"]["sketch"] == "x = number"
+        assert not backend.ended.is_set()
+        backend.release.set()
+        assert [line for line in lines if line][-1] == "data: [DONE]"

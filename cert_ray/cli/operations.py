@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-
 from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
 from cert_ray.errors import ConfigError
 

@@ -25,13 +25,16 @@ import jinja2
 from cert_ray import manifests, storage
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
 from cert_ray.operations.claim import SYSTEMS, Mode, check_claim, model_name, parts, seeded
+from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.reproduce import PART_FILE, claim_folder, is_finished
 from cert_ray.training import records
+from cert_ray.training.model_card import Score
 
 POOLED = "pooled"
 _PAIRS = (("base", "xl"), ("base", "cert"), ("xl", "cert"))
 _K = (1, 10, 100)
+_CARDS = (("xl", "xl", "model"), ("sketcher", "cert", "cascade"), ("generator", "cert", "cascade"))
 _NAMES = {"base": "base", "xl": "XL", "cert": "CERT"}
 
 Table = dict[tuple[Mode, str, str], dict[str, Counts]]  # mode, system, benchmark -> task_id -> counts
@@ -43,7 +46,8 @@ def missing_parts(recipe: Recipe) -> list[str]:
 
 
 def write_report(recipe: Recipe) -> dict[str, Any]:
-    """Write `claim.json`, `claim.md`, `claim.html` and `claim.png` into the claim's folder; returns the JSON.
+    """Write `claim.json`, `claim.md`, `claim.html` and `claim.png` into the claim's folder, and the scores into the
+    models' cards; returns the JSON.
 
     Every part must be finished.
     """
@@ -55,7 +59,18 @@ def write_report(recipe: Recipe) -> dict[str, Any]:
     storage.write_bytes(storage.join(folder, "claim.png"), picture)
     encoded = base64.b64encode(picture).decode()
     storage.write_text(storage.join(folder, "claim.html"), render(report, "claim.html.j2", picture=encoded))
+    wanted = seeded(recipe)
+    for seed in check_claim(recipe).seeds:
+        for name, system, shown_as in _CARDS:
+            write_card(wanted, model_name(wanted, name, seed), card_scores(report, system, shown_as))
     return report
+
+
+def card_scores(report: dict[str, Any], system: str, shown_as: str) -> list[Score]:
+    """The scores of a system, as its models' cards tell them; pooled ones are left to the report."""
+    rows = [row for row in report["scores"] if row["system"] == system and row["benchmark"] != POOLED]
+    keys = ("benchmark", "mode", "k", "value", "low", "high", "problems")
+    return [Score(system=shown_as, **{key: row[key] for key in keys}) for row in rows]
 
 
 def build_report(recipe: Recipe) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 from cert_ray.dataset.on_ray import preprocess
 from cert_ray.errors import TokenizerMismatchError
 from cert_ray.manifests import Manifest
+from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.on_ray import pack_dataset
@@ -52,8 +53,11 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
 
 
 def run_train(recipe: Recipe, name: str) -> TrainResult:
-    """Packed view and start to the exported model `name`."""
-    return train(recipe.train_config(name))
+    """Packed view and start to the exported model `name`, with its card."""
+    result = train(recipe.train_config(name))
+    if not result.reused:
+        write_card(recipe, name)
+    return result
 
 
 def _adopt(bases: list[str], output: str, context_tokens: int) -> Manifest:

@@ -18,7 +18,7 @@ from cert_ray.errors import ConfigError, InputError
 from cert_ray.operations.claim import ClaimConfig
 from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
-from cert_ray.training.config import TrainConfig
+from cert_ray.training.config import LoggerName, TrainConfig
 
 # TrainConfig's fields that the recipe works out by itself.
 _WORKED_OUT = ("base", "tokenizer", "tokens", "output")
@@ -46,6 +46,7 @@ class Recipe(Config):
     pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read the dataset's first so many; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
+    loggers: tuple[LoggerName, ...] = ()  # of every model that names none itself
     claim: ClaimConfig | None = None  # what `cert-ray reproduce` compares
     seed: int = pydantic.Field(default=0, ge=0)  # of the tokenizer's sample and of the held-out files
     workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
@@ -77,6 +78,7 @@ class Recipe(Config):
             "tokenizer": folders.tokenizer,
             "tokens": folders.tokens(model.view),
             "output": folders.model(name),
+            "loggers": self.loggers,
             **model.train,
         }
         return TrainConfig.from_mapping(options, f"models.{name}.train")

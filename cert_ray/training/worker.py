@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training import checkpoints, export, memory, models
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine
+from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
 from cert_ray.training.sampling import IntArray, Rows, RowStream, epoch_documents, shuffled_documents, step_positions
 from cert_ray.training.schedule import learning_rate
@@ -36,7 +38,6 @@ from cert_ray.training.stability import spike_limit, spiking_steps
 
 _log = logging.getLogger(__name__)
 
-_RECORDS = "records.jsonl"
 _T = TypeVar("_T")
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and mask, [B, T + 1]
@@ -75,9 +76,11 @@ def run(
     parameters = models.parameter_count(loaded.model)
     trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
     try:
-        for record in trainer.steps():
-            if after_step is not None:
-                after_step(record.step, rank)
+        with _tells(config, run_digest, rank, len(trainer.records)) as tell:
+            for record in trainer.steps():
+                tell(record)
+                if after_step is not None:
+                    after_step(record.step, rank)
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if not _is_out_of_memory(error):
             raise
@@ -89,6 +92,13 @@ def run(
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
     return Outcome(tuple(trainer.records), parameters, files)
+
+
+def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
+    """The run's loggers, on rank 0."""
+    if rank == 0 and config.loggers:
+        return step_loggers(config, run_digest, done + 1)
+    return nullcontext(lambda _: None)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -282,7 +292,7 @@ class _Rank:
             source = self._loaded.tokenizer_folder / name
             if source.is_file():
                 shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
-        (folder / _RECORDS).write_text(to_json_lines(self.records))
+        (folder / export.RECORDS_NAME).write_text(to_json_lines(self.records))
 
     def _resume(self) -> None:
         folder_url = checkpoints.folder_of(self._config.output)
@@ -294,7 +304,7 @@ class _Rank:
         with tempfile.TemporaryDirectory(prefix="cert-ray-resume-") as temporary:
             folder = export.local_copy(url, Path(temporary) / "checkpoint")
             self._engine.load(folder / export.ENGINE_FOLDER)
-            self.records = from_json_lines((folder / _RECORDS).read_text(), url)
+            self.records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
         assert len(self.records) == step, f"{url} holds the records of {len(self.records)} steps"
         if self._rank == 0:
             _log.info("going on from %s, step %d of %d", url, step, self._config.steps)

@@ -113,7 +113,7 @@ def reproduce(
     Trains what is not trained, evaluates base, XL and CERT greedily and (with claim.n) sampled, and writes scores with
     intervals, differences and cost to RUN/claim. What is finished is reused.
 
-    Example: cert-ray reproduce jobs/claim.yaml --set run=runs/claim
+    Example: cert-ray reproduce jobs/smollm2.yaml --set claim.n=20
     """
     from cert_ray.operations.claim import SYSTEMS, check_claim, models_to_train, seeded
 

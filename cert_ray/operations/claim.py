@@ -79,7 +79,7 @@ def check_claim(recipe: Recipe) -> ClaimConfig:
             from different bases, or learn from different amounts.
     """
     if recipe.claim is None:
-        raise ConfigError("claim: this recipe has none; jobs/claim.yaml shows one")
+        raise ConfigError("claim: this recipe has none; jobs/smollm2.yaml shows one")
     for name, view in _MODELS.items():
         if name not in recipe.models:
             raise ConfigError(f"models: the claim compares {', '.join(_MODELS)}, and {name} is missing")

@@ -80,7 +80,7 @@ def build_report(recipe: Recipe) -> dict[str, Any]:
     benchmarks = list(dict.fromkeys(part.benchmark_name for part in parts(claim)))
     modes: list[Mode] = ["greedy"] if claim.n is None else ["greedy", "sampled"]
     return {
-        "libraries": list(recipe.libraries),
+        "libraries": list(recipe.libraries or ()),
         "base": _base(recipe),
         "seeds": list(claim.seeds),
         "sampling": {"n": claim.n, "temperature": claim.temperature, "top_p": claim.top_p, "tokens": claim.max_tokens},

@@ -6,7 +6,7 @@ In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -37,7 +37,7 @@ class Recipe(Config):
 
     run: str
     # The sketcher, the generator and XL read the files that import one of them.
-    libraries: tuple[str, ...] = pydantic.Field(min_length=1)
+    libraries: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None  # None: every file (PAPER.md's CERTg)
     preprocess: PreprocessConfig
     # Cleaned documents, keys and signatures after preprocessing: about as big as the dataset; kept, they save a rerun.
     intermediates: Literal["keep", "remove"] = "keep"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import struct
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -171,7 +172,7 @@ def _save(gguf: Path, folder: Path) -> int:
     try:
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, IndexError, ImportError, struct.error) as error:
         cure = "Give a whole GGUF file of an architecture that transformers reads, e.g. llama."
         raise InputError(str(gguf), f"transformers cannot load it: {error}", cure) from error
     finally:

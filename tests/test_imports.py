@@ -33,7 +33,7 @@ EDGES: dict[str, set[str]] = {
     "sketching": set(),
     "dataset": {"corpus", "dedup", "quality", "sketching"},  # puts the annotated dataset together
     "tokens": {"sketching"},
-    "training": {"tokens"},
+    "training": {"tokens", "sketching"},  # which special tokens a base has to learn
     "serving": {"sketching", "tokens", "evaluation.rerank"},
     "evaluation": {"sketching"},
 }

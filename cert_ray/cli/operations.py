@@ -1,12 +1,13 @@
-"""Verbs that cross stages: `demo`, `doctor`, `plan corpus`, `plan train`."""
+"""Verbs that cross stages: `demo`, `reproduce`, `doctor`, `plan corpus`, `plan train`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform
+from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
+from cert_ray.errors import ConfigError
 
 
 @app.command()
@@ -95,6 +96,56 @@ def plan_train(
     from cert_ray.operations.plan_train import render_training
 
     typer.echo(render_training(resolved, model or list(resolved.models), gpu, mfu))
+
+
+@app.command()
+def reproduce(
+    recipe: RecipeFile,
+    only: Annotated[
+        list[str] | None, typer.Option(help="train, base, xl or cert: do only this; default: all, and the report")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    address: Address = None,
+) -> None:
+    """Measure CERT's claim: from one base, at equal tokens, XL against sketcher and generator, on problem files.
+
+    Trains what is not trained, evaluates base, XL and CERT greedily and (with claim.n) sampled, and writes scores with
+    intervals, differences and cost to RUN/claim. What is finished is reused.
+
+    Example: cert-ray reproduce jobs/smollm2.yaml --set claim.n=20
+    """
+    from cert_ray.operations.claim import SYSTEMS, check_claim, models_to_train, seeded
+
+    resolved = load(recipe, overrides, None)
+    check_claim(resolved)
+    if wrong := sorted(set(only or []) - {"train", *SYSTEMS}):
+        raise ConfigError(f"--only {', '.join(wrong)}: unknown; known are train, {', '.join(SYSTEMS)}")
+    from cert_ray.operations import reproduce as reproducing
+
+    if dry_run or only is None or "train" in only:
+        what = f"train {', '.join(models_to_train(seeded(resolved)))} into {resolved.run}/models, and evaluate"
+        perform(resolved, address, dry_run, what, lambda: reproducing.train_models(resolved))
+    reproducing.evaluate_parts(resolved, [name for name in SYSTEMS if only is None or name in only])
+    from cert_ray.operations.claim_report import missing_parts, write_report
+
+    if missing := missing_parts(resolved):
+        typer.echo(f"no report yet: {', '.join(missing)} not evaluated", err=True)
+        raise typer.Exit
+    report = write_report(resolved)
+    show({"report": f"{reproducing.claim_folder(resolved)}/claim.md", "comparisons": _brief(report["comparisons"])})
+
+
+def _brief(comparisons: list[dict[str, Any]]) -> dict[str, str]:
+    """Each difference of the pooled score in points, with its interval."""
+    pooled = [row for row in comparisons if row["benchmark"] == "pooled"]
+    return {
+        f"{row['mode']}: {row['pair'][1]} - {row['pair'][0]}": (
+            f"{100 * row['difference']['value']:+.2f} "
+            f"({100 * row['difference']['low']:+.2f} to {100 * row['difference']['high']:+.2f})"
+        )
+        for row in pooled
+    }
 
 
 @app.command()

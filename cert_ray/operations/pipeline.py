@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 
 from cert_ray.dataset.on_ray import preprocess
-from cert_ray.errors import ConfigError
+from cert_ray.errors import TokenizerMismatchError
 from cert_ray.manifests import Manifest
+from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.on_ray import pack_dataset
-from cert_ray.tokens.vocabulary import train_on_dataset
+from cert_ray.tokens.vocabulary import adopt_tokenizer, load_tokenizer, tokenizer_digest, train_on_dataset
 from cert_ray.training.on_ray import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -25,18 +26,20 @@ def run_preprocess(recipe: Recipe) -> Manifest:
 
 
 def run_tokenizer(recipe: Recipe) -> Manifest:
-    """Annotated dataset to tokenizer."""
+    """Annotated dataset to tokenizer; or the tokenizer of the base, where every model goes on from one from outside.
+
+    Raises:
+        TokenizerMismatchError: when the models' bases from outside have different tokenizers.
+    """
     folders = RunFolders(recipe.run)
+    if recipe.adopts_tokenizer:
+        return _adopt(recipe.outside_bases, folders.tokenizer, recipe.context_tokens)
     config = recipe.tokenizer.model_copy(update={"context_tokens": recipe.context_tokens})
     return train_on_dataset(folders.dataset, folders.tokenizer, config, recipe.seed)
 
 
 def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
-    """Annotated dataset and tokenizer to one packed view, of the dataset's first `limit` documents.
-
-    Raises:
-        ConfigError: when the models that read the view start from bases with different tokenizers.
-    """
+    """Annotated dataset and tokenizer to one packed view, of the dataset's first `limit` documents."""
     folders = RunFolders(recipe.run)
     config = PackConfig(
         view=view,
@@ -44,32 +47,29 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
         libraries=recipe.view_libraries(view),
         held_out_fraction=recipe.held_out_fraction,
         seed=recipe.seed,
-        limit=limit,
+        limit=limit or recipe.pack_documents,
     )
-    return pack_dataset(folders.dataset, _tokenizer_of(recipe, view), folders.tokens(view), config, recipe.workers)
+    return pack_dataset(folders.dataset, folders.tokenizer, folders.tokens(view), config, recipe.workers)
 
 
 def run_train(recipe: Recipe, name: str) -> TrainResult:
-    """Packed view and start to the exported model `name`."""
-    return train(recipe.train_config(name))
+    """Packed view and start to the exported model `name`, with its card."""
+    result = train(recipe.train_config(name))
+    if not result.reused:
+        write_card(recipe, name)
+    return result
 
 
-def _tokenizer_of(recipe: Recipe, view: View) -> str:
-    wanted = set()
-    for name, model in recipe.models.items():
-        if model.view == view:
-            wanted.add(_external_start(recipe, name) if recipe.base_brings_tokenizer(name) else None)
-    if len(wanted) > 1:
-        raise ConfigError(
-            f"view {view}: its models start from bases with different tokenizers; use one run for each base"
+def _adopt(bases: list[str], output: str, context_tokens: int) -> Manifest:
+    from cert_ray.training.models import local_folder
+
+    found = {base: str(local_folder(base, "start")) for base in bases}
+    digests = {base: tokenizer_digest(load_tokenizer(folder)) for base, folder in found.items()}
+    if len(set(digests.values())) > 1:
+        raise TokenizerMismatchError(
+            f"start: {', '.join(bases)} have different tokenizers, and a run has one. Use a recipe for each base."
         )
-    outside = wanted.pop() if wanted else None
-    return outside or RunFolders(recipe.run).tokenizer
-
-
-def _external_start(recipe: Recipe, name: str) -> str:
-    start = recipe.models[name].start
-    return _external_start(recipe, start) if start in recipe.models else start
+    return adopt_tokenizer(found[bases[0]], output, context_tokens)
 
 
 def run_views(recipe: Recipe) -> dict[str, Manifest]:

@@ -6,7 +6,7 @@ In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -15,9 +15,10 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import ConfigError, InputError
+from cert_ray.operations.claim import ClaimConfig
 from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
-from cert_ray.training.config import TrainConfig
+from cert_ray.training.config import LoggerName, TrainConfig
 
 # TrainConfig's fields that the recipe works out by itself.
 _WORKED_OUT = ("base", "tokenizer", "tokens", "output")
@@ -36,14 +37,17 @@ class Recipe(Config):
 
     run: str
     # The sketcher, the generator and XL read the files that import one of them.
-    libraries: tuple[str, ...] = pydantic.Field(min_length=1)
+    libraries: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None  # None: every file (PAPER.md's CERTg)
     preprocess: PreprocessConfig
     # Cleaned documents, keys and signatures after preprocessing: about as big as the dataset; kept, they save a rerun.
     intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
+    pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read the dataset's first so many; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
+    loggers: tuple[LoggerName, ...] = ()  # of every model that names none itself
+    claim: ClaimConfig | None = None  # what `cert-ray reproduce` compares
     seed: int = pydantic.Field(default=0, ge=0)  # of the tokenizer's sample and of the held-out files
     workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
 
@@ -71,21 +75,31 @@ class Recipe(Config):
         from_recipe = model.start in self.models
         options = {
             "base": folders.model(model.start) if from_recipe else model.start,
-            "tokenizer": None if self.base_brings_tokenizer(name) else folders.tokenizer,
+            "tokenizer": folders.tokenizer,
             "tokens": folders.tokens(model.view),
             "output": folders.model(name),
+            "loggers": self.loggers,
             **model.train,
         }
         return TrainConfig.from_mapping(options, f"models.{name}.train")
 
-    def base_brings_tokenizer(self, name: str) -> bool:
-        """Whether model `name` goes on from a folder or hub id outside this recipe, whose tokenizer it keeps."""
+    @property
+    def outside_bases(self) -> list[str]:
+        """The folders and hub ids that models start from, neither presets nor models of this recipe."""
         from cert_ray.training.presets import PRESETS
 
-        start = self.models[name].start
-        if start in self.models:
-            return self.base_brings_tokenizer(start)
-        return start not in PRESETS
+        starts = dict.fromkeys(model.start for model in self.models.values())
+        return [start for start in starts if start not in self.models and start not in PRESETS]
+
+    @property
+    def adopts_tokenizer(self) -> bool:
+        """Whether the run's tokenizer is that of its base from outside, extended, rather than one trained here.
+
+        It is unless a model starts from a preset: then bases from outside must know the run's own tokenizer.
+        """
+        from cert_ray.training.presets import PRESETS
+
+        return bool(self.outside_bases) and not any(model.start in PRESETS for model in self.models.values())
 
     @property
     def views(self) -> list[View]:

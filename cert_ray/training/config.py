@@ -15,6 +15,7 @@ from cert_ray.training.schedule import Schedule, decay_start
 from cert_ray.training.stability import SpikePolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 # What does not change the trained weights beyond rounding, or is covered by the digest of the inputs. Of micro batch,
 # accumulation and workers only the product counts, so that a run may go on with other ones.
 _NOT_OF_THE_RESULT = {
@@ -33,6 +34,7 @@ _NOT_OF_THE_RESULT = {
     "resize_check_s",
     "activation_checkpointing",
     "log_every_steps",
+    "loggers",
     "max_failures",
 }
 
@@ -74,6 +76,7 @@ class TrainConfig(Config):
     eval_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
     eval_rows: int | None = pydantic.Field(default=None, gt=0)  # None: every held-out row
     log_every_steps: int = pydantic.Field(default=10, gt=0)
+    loggers: tuple[LoggerName, ...] = ()  # besides loss.jsonl and loss.png: docs/training.md
     resampling: Literal["weighted", "uniform"] = "weighted"
     seed: int = pydantic.Field(default=0, ge=0)
     on_spike: SpikePolicy | None = SpikePolicy()  # None: only a loss that is not finite ends the run

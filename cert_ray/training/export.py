@@ -1,23 +1,27 @@
 """From a checkpoint to a plain Hugging Face folder. In: a verified checkpoint. Out: safetensors, configs, tokenizer.
 
 The weights are the fp32 ones of the optimizer, put together from every worker's part, so the exported model's logits
-are the engine's. Needs neither Ray nor a process group. The manifest is not written here.
+are the engine's. Needs neither Ray nor a process group. A card (README.md) is written beside them, which is not one of
+the returned files: it may be written anew when more is known. The manifest is not written here.
 """
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
 from cert_ray.manifests import WrittenFile
-from cert_ray.training import checkpoints
+from cert_ray.training import checkpoints, model_card
 from cert_ray.training.deepspeed_engine import fp32_weights
+from cert_ray.training.records import from_json_lines
 
 ENGINE_FOLDER, MODEL_FOLDER, TOKENIZER_FOLDER = "engine", "model", "tokenizer"
+RECORDS_NAME = "records.jsonl"
 
 
 def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
@@ -38,7 +42,25 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
         model.save_pretrained(target)
         for file in sorted((source / TOKENIZER_FOLDER).iterdir()):
             (target / file.name).write_bytes(file.read_bytes())
+        storage.write_text(
+            storage.join(output, model_card.CARD_NAME), model_card.render_card(_facts(output, model, source, part.step))
+        )
         return tuple(_upload(file, output) for file in sorted(target.iterdir()))
+
+
+def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.ModelFacts:
+    """What a checkpoint knows of itself; `operations.model_cards` knows the run around it."""
+    told = checkpoint / RECORDS_NAME
+    steps = from_json_lines(told.read_text(), str(told)) if told.is_file() else []
+    return model_card.ModelFacts(
+        name=storage.name_of(output),
+        architecture=type(model).__name__,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        steps=step,
+        tokens=steps[-1].tokens if steps else None,
+        losses=model_card.losses_of(steps),
+    )
 
 
 def local_copy(checkpoint: str, target: Path) -> Path:

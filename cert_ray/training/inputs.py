@@ -14,6 +14,7 @@ from cert_ray.errors import ConfigError
 from cert_ray.manifests import Manifest
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training.config import TrainConfig
+from cert_ray.training.loggers import check_installed
 
 STAGE = "model"
 VERB = "train"
@@ -34,8 +35,10 @@ def check(config: TrainConfig) -> Checked:
     """Read the pack's manifest, verify its files, and digest everything that the weights will depend on.
 
     Raises:
+        ConfigError: when a logger's package is missing here.
         NotFinishedError, SchemaVersionError, ShardCorruptError: when the pack cannot be used.
     """
+    check_installed(config.loggers)
     config = _with_absolute_paths(config)
     pack = PackedTokens.open(config.tokens).manifest
     digest = xxhash.xxh3_128(pack.model_dump_json().encode())

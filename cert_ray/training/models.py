@@ -2,7 +2,7 @@
 
 In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the
 folder of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
-vocabulary is kept: special tokens may have been added behind it, and start as the mean of the others.
+vocabulary is kept: special tokens may have been added behind it, and start as `warm_start` says.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from cert_ray.gpt_neo import fuse_attention
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.presets import PRESETS, preset_config
+from cert_ray.training.warm_start import add_tokens
 
 # What belongs to a tokenizer in a Hugging Face folder.
 TOKENIZER_FILES = (
@@ -78,11 +79,11 @@ def _load(config: TrainConfig, pack: PackFacts) -> Loaded:
             raise ConfigError(
                 f"tokenizer: required with the preset {config.base}; give the folder the pack was made with."
             )
-        folder = _local_folder(config.tokenizer, "tokenizer")
+        folder = local_folder(config.tokenizer, "tokenizer")
         _check_tokenizer(folder, config, pack)
         return Loaded(_from_scratch(config, pack), folder)
-    base = _local_folder(config.base, "base")
-    folder = _local_folder(config.tokenizer, "tokenizer") if config.tokenizer else base
+    base = local_folder(config.base, "base")
+    folder = local_folder(config.tokenizer, "tokenizer") if config.tokenizer else base
     _check_tokenizer(folder, config, pack)
     return Loaded(_continued(config, base, folder, pack), folder)
 
@@ -130,27 +131,8 @@ def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: Pa
         base, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
     )
     added = range(_base_vocabulary(config, base, tokenizer_folder), pack.vocab_size)
-    add_tokens(model, added)
+    add_tokens(model, added, load_tokenizer(str(tokenizer_folder)))
     return fuse_attention(model)
-
-
-def add_tokens(model: Any, ids: range) -> None:
-    """Give the tokens `ids`, which lie behind the base's vocabulary, the mean of the embeddings before them.
-
-    Rows that the model has already, behind its vocabulary, are used; more are added where they do not suffice.
-    """
-    if len(ids) == 0:
-        return
-    if ids.stop > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(ids.stop, mean_resizing=False)
-    with torch.no_grad():
-        tables = {id(layer.weight): layer.weight for layer in _embedding_layers(model)}
-        for weight in tables.values():  # one, where input and output are tied
-            weight[ids.start : ids.stop] = weight[: ids.start].mean(dim=0)
-
-
-def _embedding_layers(model: Any) -> list[Any]:
-    return [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
 
 
 def _check_tokenizer(folder: Path, config: TrainConfig, pack: PackFacts) -> None:
@@ -177,8 +159,12 @@ def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) ->
     return 1 + max(known.values(), default=-1)
 
 
-def _local_folder(name: str, option: str) -> Path:
-    """The folder `name` on this machine: itself, a copy of a remote one, or the download of a hub id."""
+def local_folder(name: str, option: str) -> Path:
+    """The folder `name` on this machine: itself, a copy of a remote one, or the download of a hub id.
+
+    Raises:
+        ConfigError: naming `option`, when it is none of these.
+    """
     if storage.is_folder(name):
         if storage.is_local(name):
             return storage.local_path(name)

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ from cert_ray.training import checkpoints, export, memory, models
 from cert_ray.training.batches import Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
+from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
 from cert_ray.training.schedule import learning_rate
 from cert_ray.training.stability import spike_limit, spiking_steps
@@ -37,7 +39,6 @@ from cert_ray.training.utilization import flops_per_token, peak_flops, utilizati
 
 _log = logging.getLogger(__name__)
 
-_RECORDS = "records.jsonl"
 _EPOCHS = "epochs.json"  # where in the run's rows each epoch ends
 _T = TypeVar("_T")
 
@@ -76,9 +77,11 @@ def run(
     parameters = models.parameter_count(loaded.model)
     trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
     try:
-        for record in trainer.steps():
-            if after_step is not None:
-                after_step(record.step, rank)
+        with _tells(config, run_digest, rank, len(trainer.records)) as tell:
+            for record in trainer.steps():
+                tell(record)
+                if after_step is not None:
+                    after_step(record.step, rank)
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if not _is_out_of_memory(error):
             raise
@@ -90,6 +93,13 @@ def run(
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
     return Outcome(tuple(trainer.records), parameters, files)
+
+
+def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
+    """The run's loggers, on rank 0."""
+    if rank == 0 and config.loggers:
+        return step_loggers(config, run_digest, done + 1)
+    return nullcontext(lambda _: None)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
@@ -281,7 +291,7 @@ class _Rank:
             source = self._loaded.tokenizer_folder / name
             if source.is_file():
                 shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
-        (folder / _RECORDS).write_text(to_json_lines(self.records))
+        (folder / export.RECORDS_NAME).write_text(to_json_lines(self.records))
         (folder / _EPOCHS).write_text(json.dumps(self._batches.ends))
 
     def _start(self) -> None:
@@ -303,7 +313,7 @@ class _Rank:
                 self._engine.load(folder / export.ENGINE_FOLDER)
             else:
                 self._load_from_others(folder / export.ENGINE_FOLDER, Path(temporary) / "universal")
-            self.records = from_json_lines((folder / _RECORDS).read_text(), url)
+            self.records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
             ends = json.loads((folder / _EPOCHS).read_text())
             self._batches = Batches(self._packed, config, self._rank, self._world_size, ends)
         assert len(self.records) == step, f"{url} holds the records of {len(self.records)} steps"

@@ -36,10 +36,23 @@ def test_training_options_are_worked_out_from_start_and_view() -> None:
     folders = RunFolders("/runs/x")
     assert (base.base, base.tokens, base.output) == ("tiny", folders.tokens(View.BASE), folders.model("base"))
     assert (sketcher.base, sketcher.tokens) == (folders.model("base"), folders.tokens(View.SKETCHER))
-    assert base.tokenizer == sketcher.tokenizer == folders.tokenizer
-    assert (other.base, other.tokenizer) == ("/models/codegen", None)  # keeps its own tokenizer
+    assert {base.tokenizer, sketcher.tokenizer, other.tokenizer} == {folders.tokenizer}  # a run has one
+    assert other.base == "/models/codegen"
     assert made.view_libraries(View.BASE) is None
     assert made.view_libraries(View.GENERATOR) == ("polars",)
+
+
+def test_a_base_from_outside_brings_the_tokenizer_unless_a_preset_needs_one_of_its_own() -> None:
+    assert recipe().outside_bases == ["/models/codegen"]
+    assert not recipe().adopts_tokenizer  # `tiny` starts without one
+    models = {
+        "sketcher": {"start": "/models/codegen", "view": "sketcher", "train": {"steps": 10, "warmup_steps": 1}},
+        "further": {"start": "sketcher", "view": "sketcher", "train": {"steps": 10, "warmup_steps": 1}},
+    }
+    continued = recipe(models=models)
+    assert continued.outside_bases == ["/models/codegen"]
+    assert continued.adopts_tokenizer
+    assert not recipe(models={}).adopts_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,194 @@
+"""`cert-ray reproduce`: the claim of CERT, measured. In: a recipe with a `claim`. Out, below RUN/claim: evaluations,
+`claim.json`, `claim.md`, `claim.html` and `claim.png`.
+
+The stages are the recipe's own (`pipeline`), and reuse what is finished; so does every evaluation, as a whole, and
+within one every batch of prompts that was answered. What a part was made from is digested, so another model is never
+scored by an earlier one's answers. Training wants Ray; evaluating does not.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import xxhash
+
+from cert_ray import manifests, storage
+from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
+from cert_ray.operations import pipeline
+from cert_ray.operations.claim import (
+    SYSTEMS,
+    ClaimConfig,
+    Part,
+    check_claim,
+    model_name,
+    models_to_train,
+    parts,
+    seeded,
+)
+from cert_ray.operations.recipe import Recipe, RunFolders
+from cert_ray.training.on_ray import TrainResult
+
+_log = logging.getLogger(__name__)
+
+PART_FILE = "part.json"
+_COMPLETIONS = "completions.jsonl"
+
+
+def claim_folder(recipe: Recipe) -> str:
+    """Where the evaluations and the report lie."""
+    return storage.join(RunFolders(recipe.run).run, "claim")
+
+
+def train_models(recipe: Recipe) -> dict[str, TrainResult]:
+    """Preprocess, pack and train everything that the claim compares; Ray must be running."""
+    check_claim(recipe)
+    wanted = seeded(recipe)
+    pipeline.run_preprocess(wanted)
+    pipeline.run_tokenizer(wanted)
+    pipeline.run_views(wanted)
+    return {name: pipeline.run_train(wanted, name) for name in models_to_train(wanted)}
+
+
+def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS) -> None:
+    """Evaluate `systems`, part by part; what is finished and made from the same models is left as it is.
+
+    Raises:
+        ConfigError, InputError, SandboxError: as `run_evaluation`, or when a model cannot be loaded.
+    """
+    claim = check_claim(recipe)
+    loaded: dict[tuple[str, int], Any] = {}  # one system at a time in memory
+    for part in parts(claim, tuple(systems)):
+        if is_finished(recipe, part):
+            _log.info("%s is finished", part.name)
+            continue
+        key = (part.system, part.seed)
+        if key not in loaded:
+            loaded.clear()
+            loaded[key] = _load(recipe, part, claim)
+        _evaluate(recipe, claim, part, loaded[key])
+
+
+def is_finished(recipe: Recipe, part: Part) -> bool:
+    """Whether `part` was evaluated, from the models and with the options of now."""
+    url = storage.join(claim_folder(recipe), part.name, PART_FILE)
+    return storage.exists(url) and json.loads(storage.read_text(url))["digest"] == part_digest(recipe, part)
+
+
+def part_digest(recipe: Recipe, part: Part) -> str:
+    """Digest of everything that a part's outcome depends on: models, problems, sampling, sandbox."""
+    claim = check_claim(recipe)
+    described = {
+        "models": {option: _describe(folder) for option, folder in model_folders(recipe, part).items()},
+        "problems": storage.checksum(part.benchmark).checksum,
+        "evaluate": _evaluate_config(recipe, claim, part).model_dump(mode="json", exclude={"output", "problems"}),
+        "sampling": [claim.max_tokens, claim.top_p, claim.dtype, claim.prompts_together],
+    }
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()))
+
+
+def model_folders(recipe: Recipe, part: Part) -> dict[str, str]:
+    """The folders of a part's models, by the option that takes them."""
+    folders = RunFolders(recipe.run)
+    if part.system == "base":
+        start = recipe.models["xl"].start
+        return {"model": folders.model(start) if start in recipe.models else start}
+    if part.system == "xl":
+        return {"model": folders.model(model_name(recipe, "xl", part.seed))}
+    return {name: folders.model(model_name(recipe, name, part.seed)) for name in ("sketcher", "generator")}
+
+
+def _describe(folder: str) -> str:
+    """What tells one model folder from another."""
+    if manifests.is_finished(folder):
+        return manifests.read_manifest(folder, "model", "train").files_digest()
+    return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(folder))
+
+
+def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str, Any]], Complete]:
+    """A maker of `complete`s with given sampling options, over models that are loaded once."""
+    from cert_ray.serving.answering import Answerer, ModelConfig
+    from cert_ray.serving.completers import CompleterConfig, LocalCompleter
+    from cert_ray.training.models import local_folder
+
+    found = {option: str(local_folder(folder, option)) for option, folder in model_folders(recipe, part).items()}
+    engine = {"dtype": claim.dtype, "threads": claim.threads}
+    options = {**found, "engine": engine, "answer_cache": 0, "prompts_at_once": claim.prompts_together}
+    answerer = Answerer.load(ModelConfig.from_mapping(options, "claim"))
+    return lambda sampling: LocalCompleter(answerer, CompleterConfig.from_mapping(sampling, "claim"))
+
+
+def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, make: Callable[[dict[str, Any]], Complete]) -> None:
+    config = _evaluate_config(recipe, claim, part)
+    digest = part_digest(recipe, part)
+    sampling = {"max_tokens": claim.max_tokens, "top_p": claim.top_p, "seed": part.seed}
+    sampling["temperature"] = config.temperature or 0.0
+    remembered = Remembered(make(sampling), storage.join(config.output, _COMPLETIONS), digest)
+    _log.info("evaluating %s", part.name)
+    began = time.perf_counter()
+    run_evaluation(config, remembered)
+    figures = {
+        "digest": digest,
+        "answering_s": round(remembered.seconds, 1),
+        "total_s": round(time.perf_counter() - began + remembered.earlier_s, 1),
+    }
+    storage.write_text(storage.join(config.output, PART_FILE), json.dumps(figures) + "\n")
+
+
+def _evaluate_config(recipe: Recipe, claim: ClaimConfig, part: Part) -> EvaluateConfig:
+    sampled = part.mode == "sampled"
+    assert not sampled or claim.n is not None
+    return EvaluateConfig(
+        problems=part.benchmark,
+        output=storage.join(claim_folder(recipe), part.name),
+        n=claim.n if sampled and claim.n is not None else 1,
+        temperature=claim.temperature if sampled else 0.0,
+        seed=part.seed,
+        limit=claim.limit,
+        prompts_per_call=claim.prompts_together,
+        requirements=claim.requirements,
+        execution=claim.execution,
+    )
+
+
+class Remembered:
+    """A `Complete` that writes down each batch of answers, and asks again only for batches that are not there.
+
+    One JSON object a line: what was asked (`key`), the answers, and the seconds they took. A line that a kill cut short
+    is asked for again.
+    """
+
+    def __init__(self, complete: Complete, url: str, digest: str) -> None:
+        """`digest` names what the answers depend on besides the prompts; answers under another one do not count."""
+        self._complete, self._url, self._digest = complete, url, digest
+        self._lines = storage.read_text(url).splitlines() if storage.exists(url) else []
+        self._known = {entry["key"]: entry for entry in map(_parsed, self._lines) if entry is not None}
+        self.seconds = 0.0  # of answering, also what earlier runs spent
+        self.earlier_s = 0.0  # of it, by earlier runs
+
+    def __call__(self, prompts: list[str], n: int) -> list[list[str]]:
+        """`n` completions for each prompt."""
+        key = xxhash.xxh3_128_hexdigest(json.dumps([self._digest, prompts, n]).encode())
+        entry = self._known.get(key)
+        if entry is not None:
+            self.earlier_s += entry["seconds"]
+        else:
+            began = time.perf_counter()
+            answers = self._complete(prompts, n)
+            entry = {"key": key, "seconds": time.perf_counter() - began, "answers": answers}
+            self._lines.append(json.dumps(entry))
+            storage.write_text(self._url, "".join(line + "\n" for line in self._lines))
+        self.seconds += entry["seconds"]
+        found: list[list[str]] = entry["answers"]
+        return found
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        entry: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return entry

@@ -1,0 +1,121 @@
+"""Where a run's steps are told besides the log: TensorBoard, Weights & Biases, MLflow, as the recipe names them.
+
+In: a `TrainConfig` and `StepRecord`s, on worker 0. Out: events in the tools' own stores, by their own packages:
+
+    tensorboard   OUTPUT/tensorboard, by tensorboardX, which Ray brings; a local or shared disk is needed
+    wandb         project "cert-ray"; WANDB_PROJECT, WANDB_MODE=offline and its kin as its documentation says
+    mlflow        experiment "cert-ray"; MLFLOW_TRACKING_URI, else sqlite below OUTPUT/mlflow
+
+A run that goes on from a checkpoint tells no step twice: TensorBoard drops what came after the checkpoint, the other
+two go on in the same run, found by the run's digest. `loss.jsonl` and `loss.png` are written whatever is named here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from cert_ray import storage
+from cert_ray.errors import ConfigError
+from cert_ray.training.config import LoggerName, TrainConfig
+from cert_ray.training.records import StepRecord
+
+Tell = Callable[[StepRecord], None]
+
+_PACKAGES: dict[LoggerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+_UNITS = {
+    "loss": "loss_nats_per_token",
+    "held_out_loss": "held_out_loss_nats_per_token",
+    "tokens_per_s": "tokens_per_second",
+}
+_PROJECT = "cert-ray"
+
+
+def check_installed(names: Sequence[LoggerName]) -> None:
+    """Raise `ConfigError` when the package of one of `names` is missing."""
+    missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
+    if missing:
+        extras = ",".join(missing)
+        raise ConfigError(
+            f"loggers: {', '.join(missing)} named, but not installed: pip install 'cert-ray[{extras}]' on every node, "
+            "or take it out of the recipe"
+        )
+
+
+@contextmanager
+def step_loggers(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Tell]:
+    """Tell each record of the block to every logger of `config`; `first_step` is the number of the first record.
+
+    Raises:
+        ConfigError: when a logger's package is missing, or cannot write where the run writes.
+    """
+    check_installed(config.loggers)
+    with ExitStack() as stack:
+        tells = [stack.enter_context(_OPEN[name](config, run_digest, first_step)) for name in config.loggers]
+
+        def tell(record: StepRecord) -> None:
+            for one in tells:
+                one(record)
+
+        yield tell
+
+
+def scalars(record: StepRecord) -> dict[str, float]:
+    """The numbers of a record, each under a name that carries its unit; what was not measured is left out."""
+    values = record.model_dump(exclude={"step"})
+    return {_UNITS.get(name, name): float(value) for name, value in values.items() if value is not None}
+
+
+@contextmanager
+def _tensorboard(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Tell]:  # noqa: ARG001  as its kin
+    from tensorboardX import SummaryWriter
+
+    folder = storage.local_path(storage.join(config.output, "tensorboard"))
+    own = f".step-{first_step}"  # files are named by the second: a quick restart must not overwrite the one before
+    with SummaryWriter(str(folder), purge_step=first_step, filename_suffix=own) as writer:
+
+        def tell(record: StepRecord) -> None:
+            for name, value in scalars(record).items():
+                writer.add_scalar(name, value, record.step)
+
+        yield tell
+
+
+@contextmanager
+def _wandb(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Tell]:  # noqa: ARG001  as its kin
+    import wandb
+
+    options: dict[str, Any] = {"dir": str(_local(config, "wandb")), "config": config.model_dump(mode="json")}
+    with wandb.init(
+        project=_PROJECT, id=run_digest, name=storage.name_of(config.output), resume="allow", **options
+    ) as run:
+        yield lambda record: run.log(scalars(record), step=record.step)
+
+
+@contextmanager
+def _mlflow(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Tell]:  # noqa: ARG001  as its kin
+    import os
+
+    import mlflow
+
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(f"sqlite:///{_local(config, 'mlflow') / 'mlflow.db'}")
+    mlflow.set_experiment(_PROJECT)
+    earlier = mlflow.search_runs(filter_string=f"tags.run_digest = '{run_digest}'", output_format="list")
+    found = earlier[0].info.run_id if earlier else None
+    with mlflow.start_run(run_id=found, run_name=None if found else storage.name_of(config.output)):
+        if found is None:
+            mlflow.set_tag("run_digest", run_digest)
+            mlflow.log_params({name: str(value) for name, value in config.model_dump(mode="json").items()})
+        yield lambda record: mlflow.log_metrics(scalars(record), step=record.step)
+
+
+def _local(config: TrainConfig, name: str) -> Any:
+    folder = storage.local_path(storage.join(config.output, name))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}

@@ -1,0 +1,119 @@
+"""README.md of an exported model, as the Hugging Face hub reads it: YAML about the model, then a page for people.
+
+In: `ModelFacts`, gathered by whoever exports. Out: text. What is not known is left out; equal facts give equal text, so
+no clock, host or path stands in it. The metadata follows the hub's model card specification (`base_model`,
+`model-index`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import pydantic
+import yaml
+
+from cert_ray.config import Config
+from cert_ray.training.records import StepRecord
+
+CARD_NAME = "README.md"
+_WAYS = {
+    "base": "trained on whole files",
+    "xl": "continually pre-trained on files that use the libraries, without sketches: the control",
+    "sketcher": "continually pre-trained on sketches of files that use the libraries: stage one of CERT",
+    "generator": "continually pre-trained on pairs of sketch and code: stage two of CERT",
+}
+
+
+class Score(Config):
+    """An evaluation's result, of the model or of the cascade that it is part of. Values are shares, from 0 to 1."""
+
+    benchmark: str
+    system: str  # "model", or "cascade"
+    mode: str
+    k: int
+    value: float
+    low: float | None = None  # ends of the 95% interval
+    high: float | None = None
+    problems: int
+
+
+class ModelFacts(Config):
+    """What a card tells."""
+
+    name: str
+    base: str | None = None  # a preset, a hub id, or the name of a base or model
+    base_is_hub_id: bool = False
+    dequantised_from: str | None = None  # of the base
+    licence: str | None = None  # of the base, an SPDX id
+    architecture: str
+    parameters: int | None = None
+    context_tokens: int | None = None
+    vocab_size: int | None = None
+    view: str | None = None
+    libraries: tuple[str, ...] = ()
+    dataset: dict[str, int] | None = None  # files read and kept
+    dropped: dict[str, int] = pydantic.Field(default_factory=dict)  # files by reason
+    documents: int | None = None  # of the view
+    view_tokens: int | None = None
+    recipe: dict[str, Any] = pydantic.Field(default_factory=dict)  # the training options that decide the result
+    steps: int | None = None
+    tokens: int | None = None  # learned from, repeats counted
+    losses: tuple[tuple[int, float, float | None], ...] = ()  # (tokens, training, held out), some steps
+    unigram_nats: float | None = None
+    scores: tuple[Score, ...] = ()
+
+
+def losses_of(records: list[StepRecord]) -> tuple[tuple[int, float, float | None], ...]:
+    """The first and last step, and those that were evaluated."""
+    last = len(records) - 1
+    kept = [one for place, one in enumerate(records) if place in (0, last) or one.held_out_loss is not None]
+    return tuple((one.tokens, round(one.loss, 4), _rounded(one.held_out_loss)) for one in kept)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
+
+
+def render_card(facts: ModelFacts) -> str:
+    """The card as Markdown with its YAML header."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cert_ray.training", ""),
+        autoescape=False,  # Markdown
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    header = yaml.safe_dump(metadata(facts), sort_keys=False, allow_unicode=True)
+    recipe = yaml.safe_dump(facts.recipe, sort_keys=True) if facts.recipe else ""
+    template = environment.get_template("model_card.md.j2")
+    return template.render(header=header, facts=facts, recipe=recipe, way=_WAYS.get(facts.view or ""))
+
+
+def metadata(facts: ModelFacts) -> dict[str, Any]:
+    """The hub's metadata: keys in a fixed order, only those that are known."""
+    found: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["code", "python", "cert-ray", *([facts.view] if facts.view else []), *facts.libraries],
+    }
+    if facts.licence:
+        found["license"] = facts.licence
+    if facts.base and facts.base_is_hub_id:
+        found["base_model"] = facts.base
+    results = [_result(score) for score in facts.scores if score.system == "model"]
+    if results:
+        found["model-index"] = [{"name": facts.name, "results": results}]
+    return found
+
+
+def _result(score: Score) -> Mapping[str, Any]:
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"type": score.benchmark, "name": score.benchmark},
+        "metrics": [
+            {"type": f"pass@{score.k}", "name": f"pass@{score.k}, {score.mode}", "value": round(score.value, 5)}
+        ],
+    }

@@ -1,0 +1,60 @@
+"""The recipes in jobs/ are what their comments say, and every verb would take them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from cert_ray import cli
+from cert_ray.operations.claim import check_claim, models_to_train, seeded
+from cert_ray.operations.recipe import load_recipe
+from cert_ray.training.presets import PRESETS
+
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+RECIPES = sorted(path.name for path in JOBS.glob("*.yaml"))
+
+
+def test_every_recipe_stands_in_the_table() -> None:
+    table = (JOBS / "README.md").read_text()
+    assert [name for name in RECIPES if f"`{name}`" not in table] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("verb", ["preprocess", "tokenizer", "pack", "train"])
+def test_a_dry_run_takes_it(name: str, verb: str) -> None:
+    result = CliRunner().invoke(cli.app, [verb, str(JOBS / name), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert yaml.safe_load(result.output)["models"]
+
+
+@pytest.mark.parametrize("name", ["pandas.yaml", "numpy.yaml", "polars.yaml"])
+def test_papers_four_models_at_papers_size(name: str) -> None:
+    recipe = load_recipe(str(JOBS / name))
+    assert {model.view.value for model in recipe.models.values()} == {"base", "xl", "sketcher", "generator"}
+    base, xl = recipe.train_config("base"), recipe.train_config("xl")
+    assert base.base in PRESETS
+    assert (base.steps, xl.steps) == (200_000, 100_000)
+    assert base.steps * base.rows_per_step * recipe.context_tokens == pytest.approx(100e9, rel=0.35)  # PAPER: 100B
+    trained = [recipe.train_config(one) for one in ("xl", "sketcher", "generator")]
+    assert len({one.steps * one.rows_per_step for one in trained}) == 1
+    assert {one.base for one in trained} == {base.output}
+
+
+def test_certg_reads_every_file_and_takes_over_the_bases_tokenizer() -> None:
+    recipe = load_recipe(str(JOBS / "certg.yaml"))
+    assert [recipe.view_libraries(view) for view in recipe.views] == [None, None]
+    assert recipe.adopts_tokenizer
+
+
+def test_smollm2_measures_the_claim_from_one_base() -> None:
+    recipe = load_recipe(str(JOBS / "smollm2.yaml"))
+    claim = check_claim(recipe)
+    assert (claim.n, len(claim.seeds), len(claim.benchmarks)) == (200, 3, 2)
+    assert len(models_to_train(seeded(recipe))) == 3 * 3
+    assert recipe.outside_bases == ["bases/smollm2-135m"]
+    result = CliRunner().invoke(cli.app, ["reproduce", str(JOBS / "smollm2.yaml"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert "sketcher-seed-2" in result.output

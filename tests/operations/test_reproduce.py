@@ -1,0 +1,127 @@
+"""The whole claim with models of a few thousand parameters: from files to the report, resumed, and made anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cert_ray import storage
+from cert_ray.operations import reproduce
+from cert_ray.operations.claim import Part
+from cert_ray.operations.claim_report import missing_parts, write_report
+from cert_ray.operations.recipe import Recipe, recipe_from
+from tests.dataset.builders import write_corpus
+from tests.serving.builders import save_model
+
+PROBLEMS = Path(reproduce.__file__).with_name("demo_problems.jsonl")
+
+
+class Counting:
+    """A `Complete` that answers with numbers and counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[str]] = []
+
+    def __call__(self, prompts: list[str], n: int) -> list[list[str]]:
+        self.asked.append(prompts)
+        return [[f"{prompt}{sample}" for sample in range(n)] for prompt in prompts]
+
+
+def test_answers_are_remembered_batch_by_batch(tmp_path: Path) -> None:
+    url, complete = str(tmp_path / "completions.jsonl"), Counting()
+    first = reproduce.Remembered(complete, url, "models")
+    answers = [first(["a", "b"], 2), first(["c"], 2)]
+    with (tmp_path / "completions.jsonl").open("a") as stream:
+        stream.write('{"key": "cut sh')  # as a kill leaves it
+    again = reproduce.Remembered(complete, url, "models")
+    assert [again(["a", "b"], 2), again(["c"], 2)] == answers
+    assert complete.asked == [["a", "b"], ["c"]]
+    assert again.seconds == again.earlier_s == first.seconds
+    again(["a", "b"], 3)
+    reproduce.Remembered(complete, url, "other models")(["c"], 2)
+    assert complete.asked[2:] == [["a", "b"], ["c"]]
+
+
+def _recipe(folder: Path) -> Recipe:
+    train = {"steps": 3, "warmup_steps": 1, "micro_batch": 2, "gradient_accumulation": 1, "learning_rate": 1e-3}
+    start = str(folder / "start")
+    return recipe_from(
+        {
+            "run": str(folder / "run"),
+            "libraries": ["numpy"],
+            "preprocess": {"sources": {"inputs": [str(folder / "corpus")]}},
+            "context_tokens": 32,
+            "held_out_fraction": 0.2,
+            "models": {
+                name: {"start": start, "view": name, "train": train} for name in ("xl", "sketcher", "generator")
+            },
+            "claim": {
+                "benchmarks": [str(PROBLEMS)],
+                "n": 2,
+                "limit": 2,
+                "max_tokens": 4,
+                "requirements": [],
+                "threads": 1,
+            },
+        },
+        "test",
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_from_files_to_a_report_and_nothing_is_done_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "corpus", files=24)
+    save_model(tmp_path / "start", "llama", window=256)
+    recipe = _recipe(tmp_path)
+    trained = reproduce.train_models(recipe)
+    assert {name: result.steps for name, result in trained.items()} == {"xl": 3, "sketcher": 3, "generator": 3}
+    reproduce.evaluate_parts(recipe, ["base", "xl"])
+    assert missing_parts(recipe) == ["cert/seed-0/greedy/demo_problems", "cert/seed-0/sampled/demo_problems"]
+    reproduce.evaluate_parts(recipe)
+    report = write_report(recipe)
+    _check_report(report, Path(reproduce.claim_folder(recipe)))
+
+    monkeypatch.setattr(reproduce, "_load", _never)
+    assert all(result.reused for result in reproduce.train_models(recipe).values())
+    reproduce.evaluate_parts(recipe)  # loads no model
+    assert write_report(recipe) == report
+    _write_other_weights(tmp_path / "run" / "models" / "xl")
+    assert missing_parts(recipe) == [Part("xl", 0, mode, str(PROBLEMS)).name for mode in ("greedy", "sampled")]
+
+
+def _never(*arguments: Any) -> Any:
+    raise AssertionError("a finished part was evaluated again")
+
+
+def _check_report(report: dict[str, Any], folder: Path) -> None:
+    scores = {(row["mode"], row["system"], row["benchmark"]): row for row in report["scores"]}
+    assert len(scores) == len(report["scores"]) == 2 * 3 * 2
+    for (mode, _, _), row in scores.items():
+        assert (row["problems"], row["samples"]) == (2, 2 if mode == "greedy" else 4)
+        assert row["low"] <= row["value"] <= row["high"]
+    assert [row["pair"] for row in report["comparisons"][:2]] == [["base", "xl"], ["base", "xl"]]
+    tokens = {row["tokens"] for row in report["models"]}
+    assert max(tokens) <= 3 * 2 * 32
+    assert report["dataset"]["read"] == report["dataset"]["kept"] + sum(report["dataset"]["dropped"].values())
+    text = (folder / "claim.md").read_text()
+    assert "| greedy | pooled | CERT - XL |" in text
+    assert text.count("| sampled | ") == 2 * (3 + 3)
+    assert json.loads((folder / "claim.json").read_text()) == report
+    assert "data:image/png;base64," in (folder / "claim.html").read_text()
+    with Image.open(folder / "claim.png") as picture:
+        assert picture.size[0] > 300
+
+
+def _write_other_weights(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for file in manifest["shards"][0]["files"]:
+        if file["name"] == "model.safetensors":
+            file["checksum"] = "0" * 32
+    storage.write_text(str(folder / "manifest.json"), json.dumps(manifest))

@@ -1,0 +1,99 @@
+"""Loggers: every step once, whatever was resumed; a package that is missing is named before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cert_ray.errors import ConfigError
+from cert_ray.training import inputs, loggers
+from cert_ray.training.records import StepRecord
+
+
+def record(step: int, held_out_loss: float | None = None) -> StepRecord:
+    return StepRecord(
+        step=step, epoch=0, loss=5.0 - step, learning_rate=1e-3, gradient_norm=0.5, tokens=100 * step,
+        tokens_per_s=50.0, held_out_loss=held_out_loss,
+    )  # fmt: skip
+
+
+def tell(config: Any, steps: range, digest: str = "abc") -> None:
+    with loggers.step_loggers(config, digest, steps.start) as told:
+        for step in steps:
+            told(record(step, 2.0 if step == steps[-1] else None))
+
+
+def test_tensorboard_has_every_step_once_after_a_resume(make_config: Any) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    config = make_config(loggers=["tensorboard"])
+    tell(config, range(1, 5))
+    tell(config, range(3, 6))  # from a checkpoint at step 2
+    seen: dict[str, dict[int, float]] = {}
+    for file in sorted((Path(config.output) / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        for raw in _records(file.read_bytes()):
+            event = Event.FromString(raw)
+            if event.session_log.status == 1:  # a start: steps from here on are told anew
+                for values in seen.values():
+                    for step in [step for step in values if step >= event.step]:
+                        del values[step]
+            for value in event.summary.value:
+                assert event.step not in seen.setdefault(value.tag, {})
+                seen[value.tag][event.step] = value.simple_value
+    assert seen["loss_nats_per_token"] == {step: 5.0 - step for step in range(1, 6)}
+    assert seen["held_out_loss_nats_per_token"] == {5: 2.0}
+    assert set(seen) >= {"learning_rate", "tokens", "tokens_per_second", "gradient_norm"}
+
+
+def _records(data: bytes) -> list[bytes]:
+    """TFRecord framing: length (8 bytes), its checksum (4), the record, its checksum (4)."""
+    found, place = [], 0
+    while place < len(data):
+        size = int.from_bytes(data[place : place + 8], "little")
+        found.append(data[place + 12 : place + 12 + size])
+        place += 16 + size
+    return found
+
+
+def test_mlflow_goes_on_in_the_same_run(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = make_config(loggers=["mlflow"])
+    tell(config, range(1, 5))
+    tell(config, range(5, 7))
+    (run,) = mlflow.search_runs(experiment_names=["cert-ray"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss_nats_per_token")
+    assert [(entry.step, entry.value) for entry in history] == [(step, 5.0 - step) for step in range(1, 7)]
+    assert run.data.params["steps"] == str(config.steps)
+
+
+def test_wandb_offline_writes_a_run(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = make_config(loggers=["wandb"])
+    tell(config, range(1, 4))
+    assert list((Path(config.output) / "wandb").rglob("run-*.wandb"))
+
+
+def test_a_logger_that_is_not_installed_is_named_before_anything_starts(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
+    with pytest.raises(ConfigError, match=r"wandb named, but not installed: pip install 'cert-ray\[wandb\]'"):
+        inputs.check(make_config(loggers=["tensorboard", "wandb"]))
+
+
+def test_loggers_do_not_make_another_run(make_config: Any) -> None:
+    plain, told = make_config(), make_config(loggers=["tensorboard"])
+    assert plain.result_digest() == told.result_digest()
+    with pytest.raises(ConfigError, match="loggers"):
+        make_config(loggers=["tensorbord"])
+
+
+def test_scalars_leave_out_what_was_not_measured() -> None:
+    assert "held_out_loss_nats_per_token" not in loggers.scalars(record(1))
+    assert loggers.scalars(record(1))["loss_nats_per_token"] == 4.0

@@ -175,11 +175,12 @@ def row_groups(url: str, source: str, config: SourceConfig) -> Iterator[tuple[li
         yield None, 0, 0
         return
     _check_columns(list(_leaves(metadata.schema.to_arrow_schema())), source, config.columns)
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    unit_bytes = config.unit_bytes_of(sum(group.total_byte_size for group in groups))
     run: list[int] = []
     rows = size_bytes = 0
-    for index in range(metadata.num_row_groups):
-        group = metadata.row_group(index)
-        if run and size_bytes + group.total_byte_size > config.unit_bytes:
+    for index, group in enumerate(groups):
+        if run and size_bytes + group.total_byte_size > unit_bytes:
             yield run, rows, size_bytes
             run, rows, size_bytes = [], 0, 0
         run.append(index)

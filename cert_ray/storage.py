@@ -243,10 +243,33 @@ def read_text(url: str) -> str:
 def parquet_bytes(table: pa.Table) -> pa.Buffer:
     """`table` as the bytes of one Parquet file; equal tables in equal chunks give equal bytes."""
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
+    # Level 1 takes 0.6 of the time of level 3 and 1.09 of the bytes (source text, AMD EPYC, 2026-11-25).
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": _dictionary_columns(table)}
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
         if len(table):  # Hugging Face's `datasets` refuses a file whose first row group is empty
             writer.write_table(table, row_group_size=4096)
     return sink.getvalue()
+
+
+_LONG_VALUE_BYTES = 256  # assumed: what is longer seldom comes twice
+
+
+def _dictionary_columns(table: pa.Table) -> list[str]:
+    """The columns to look for repeated values in, by their paths in Parquet: all but those of long values."""
+    short = (field for field in table.schema if table.column(field.name).nbytes <= _LONG_VALUE_BYTES * len(table))
+    nested = (field for field in table.schema if pa.types.is_nested(field.type))
+    fields = {field.name: field.type for fields in (short, nested) for field in fields}
+    return [path for name, kind in fields.items() for path in _leaf_paths(name, kind)]
+
+
+def _leaf_paths(path: str, kind: pa.DataType) -> Iterator[str]:
+    if pa.types.is_list(kind):
+        yield from _leaf_paths(f"{path}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaf_paths(f"{path}.{field.name}", field.type)
+    else:
+        yield path
 
 
 def write_parquet(table: pa.Table, url: str) -> Written:

@@ -126,13 +126,12 @@ def facts_of(source: str, tree: ast.Module) -> SourceFacts:
     functions: list[FunctionNode] = []
     assert_lines: list[int] = []  # where a statement starts that calls `self.assert...`, in source order
     for statement in _statements(tree):
-        kind = type(statement)
-        if kind is ast.Import:
+        if isinstance(statement, ast.Import):
             imports.update([alias.name.partition(".")[0] for alias in statement.names])
-        elif kind is ast.ImportFrom:
+        elif isinstance(statement, ast.ImportFrom):
             if statement.level == 0 and statement.module:
                 imports.add(statement.module.partition(".")[0])
-        elif kind is ast.FunctionDef or kind is ast.AsyncFunctionDef:
+        elif isinstance(statement, FunctionNode):
             functions.append(statement)
         if interesting and _any_within(interesting, *_lines_of(statement)):
             for call in _calls(statement):

@@ -123,8 +123,8 @@ def measure_size(
     for _ in range(runs):
         output = work / "run"
         shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, "-m", "tests.bench.ours", "preprocess", "--tables", str(corpus / "documents")]
-        command += ["--output", str(output), "--workers", str(workers)]
+        command = [sys.executable, "-m", "tests.bench.ours", "preprocess", "--by-stage"]
+        command += ["--tables", str(corpus / "documents"), "--output", str(output), "--workers", str(workers)]
         command += [part for text in assignments for part in ("--set", text)]
         figures = json.loads(run_watched(command, cores=workers).output.splitlines()[-1])
         results.append({stage: figures["stages"][stage] for stage in SHARED_BY})

@@ -97,7 +97,7 @@ class SourceConfig(Config):
     open_containers: bool | None = None
     columns: Columns = Columns()  # or one of PRESETS by its name
     max_file_bytes: int = pydantic.Field(default=1_000_000, gt=0)  # PAPER.md: files under 1 MB
-    # Bytes of a work unit; None fits them to each input: `unit_bytes_of`.
+    # Bytes of a work unit; None fits them to the inputs: `unit_bytes_of`.
     unit_bytes: int | None = pydantic.Field(default=None, gt=0)
     # Reading stops after so many files, or before the file that would make it more bytes. Loose files and row groups
     # count by their size; an archive or JSONL file by its size on disk, and gives at most the bytes that were left.
@@ -114,9 +114,9 @@ class SourceConfig(Config):
         return PRESETS[value]
 
     def unit_bytes_of(self, input_bytes: int) -> int:
-        """Bytes of the units of one input of so many: a function of that input alone, so others may come and go.
+        """Bytes of the units of inputs of so many bytes in all, as they lie in storage.
 
-        A power of two, so that an input that grows a little keeps its units.
+        A power of two, so that inputs that grow a little keep their units.
         """
         if self.unit_bytes is not None:
             return self.unit_bytes

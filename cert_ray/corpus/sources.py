@@ -46,10 +46,11 @@ Payload = dict[str, Any]
 
 @dataclass
 class _Budget:
-    """What `limit` and `max_input_bytes` leave to be planned; None is no bound."""
+    """What `limit` and `max_input_bytes` leave to be planned, None without a bound; and the bytes of a unit."""
 
     files: int | None
     size_bytes: int | None
+    unit_bytes: int
 
     @property
     def spent(self) -> bool:
@@ -79,12 +80,16 @@ def plan_units(config: SourceConfig, first: int = 0) -> list[WorkUnit]:
         InputError: for an input that is not there, holds nothing to read, or is of no known kind.
         MissingColumnsError: for a table without the columns to read.
     """
-    budget = _Budget(config.limit, config.max_input_bytes)
+    listed = [_listed(given, config) for given in _expanded(config.inputs)]
+    in_all = sum(_cost(entry, config) for found in listed for entry in (*found.files, *found.containers))
+    budget = _Budget(config.limit, config.max_input_bytes, config.unit_bytes_of(in_all))
     payloads: list[_Planned] = []
-    for given in _expanded(config.inputs):
-        if budget.spent:
-            break
-        payloads += _plan_input(given, config, budget)
+    for found in listed:
+        payloads += _plan_files(found.folder, found.files, config, budget)
+        for source, entry in zip(found.sources, found.containers, strict=True):
+            if budget.spent:
+                break
+            payloads += _plan_container(source, entry, config, budget)
     return [
         WorkUnit(
             name=shard_name(index),
@@ -126,10 +131,19 @@ def _expanded(inputs: tuple[str, ...]) -> Iterator[str]:
         seen.update(matches)
 
 
-def _plan_input(given: str, config: SourceConfig, budget: _Budget) -> Iterator[_Planned]:
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """What one input holds to be read: loose files below `folder`, then containers, each with its name as a source."""
+
+    folder: str
+    files: list[FileEntry]
+    containers: list[FileEntry]
+    sources: list[str]
+
+
+def _listed(given: str, config: SourceConfig) -> _Listed:
     if storage.is_folder(given):
-        yield from _plan_folder(given, config, budget)
-        return
+        return _listed_folder(given, config)
     if not storage.exists(given):
         raise InputError(given, "nothing there", "Check the path, or the credentials for its store.")
     entry = storage.list_files(given)[0]
@@ -137,18 +151,17 @@ def _plan_input(given: str, config: SourceConfig, budget: _Budget) -> Iterator[_
     if storage.is_local(given) and not storage.local_path(given).is_file():
         raise InputError(given, "not a regular file", "Only files and folders are read.")
     if kind_of(given):
-        yield from _plan_container(given, entry, config, budget)
-    elif config.matcher()(name):
-        yield from _plan_files(given.rstrip("/").removesuffix(name).rstrip("/") or ".", [entry], config, budget)
-    else:
-        raise InputError(
-            given,
-            f"its name is not that of any input (include is {', '.join(config.include)})",
-            f"Supported are folders, files that `include` names, and {SUPPORTED}.",
-        )
+        return _Listed(given, [], [entry], [given])
+    if config.matcher()(name):
+        return _Listed(given.rstrip("/").removesuffix(name).rstrip("/") or ".", [entry], [], [])
+    raise InputError(
+        given,
+        f"its name is not that of any input (include is {', '.join(config.include)})",
+        f"Supported are folders, files that `include` names, and {SUPPORTED}.",
+    )
 
 
-def _plan_folder(given: str, config: SourceConfig, budget: _Budget) -> Iterator[_Planned]:
+def _listed_folder(given: str, config: SourceConfig) -> _Listed:
     entries = storage.list_files(given)
     root = _root_of(given)
     matches = config.matcher()
@@ -170,11 +183,10 @@ def _plan_folder(given: str, config: SourceConfig, budget: _Budget) -> Iterator[
         "opened" if opened else "left closed",
         len(entries) - len(files) - len(containers),
     )
-    yield from _plan_files(given, files, config, budget)
-    for entry in containers if opened else ():
-        if budget.spent:
-            return
-        yield from _plan_container(storage.join(given, entry.url[len(root) :]), entry, config, budget)
+    opened_containers = containers if opened else []
+    return _Listed(
+        given, files, opened_containers, [storage.join(given, entry.url[len(root) :]) for entry in opened_containers]
+    )
 
 
 def _root_of(given: str) -> str:
@@ -187,7 +199,6 @@ def _root_of(given: str) -> str:
 def _plan_files(given: str, entries: list[FileEntry], config: SourceConfig, budget: _Budget) -> Iterator[_Planned]:
     """Loose files, in order, as units of about `unit_bytes`."""
     root = _root_of(given)
-    unit_bytes = config.unit_bytes_of(sum(_cost(entry, config) for entry in entries))
     group: list[FileEntry] = []
     grouped_bytes = 0
 
@@ -203,7 +214,7 @@ def _plan_files(given: str, entries: list[FileEntry], config: SourceConfig, budg
         if budget.spent or (budget.size_bytes is not None and cost > budget.size_bytes):
             budget.size_bytes = 0 if budget.size_bytes is not None else None
             break
-        if group and grouped_bytes + cost > unit_bytes:
+        if group and grouped_bytes + cost > budget.unit_bytes:
             yield planned()
             group, grouped_bytes = [], 0
         group.append(entry)
@@ -214,8 +225,8 @@ def _plan_files(given: str, entries: list[FileEntry], config: SourceConfig, budg
 
 
 def _cost(entry: FileEntry, config: SourceConfig) -> int:
-    """The bytes of a loose file that are read."""
-    return min(entry.size_bytes, config.max_file_bytes)
+    """The bytes of a file that are read: of a loose one not more than the longest that is kept."""
+    return entry.size_bytes if kind_of(entry.url) else min(entry.size_bytes, config.max_file_bytes)
 
 
 def _plan_container(source: str, entry: FileEntry, config: SourceConfig, budget: _Budget) -> Iterator[_Planned]:
@@ -229,7 +240,7 @@ def _plan_container(source: str, entry: FileEntry, config: SourceConfig, budget:
         "max_bytes": budget.size_bytes,
     }
     if kind is InputKind.PARQUET:
-        for groups, rows, size_bytes in row_groups(entry.url, source, config):
+        for groups, rows, size_bytes in row_groups(entry.url, source, config, budget.unit_bytes):
             if budget.spent:
                 return
             taken = rows if budget.files is None else min(rows, budget.files)

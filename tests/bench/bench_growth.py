@@ -64,6 +64,9 @@ def main() -> None:
     """Measure, fit, predict, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=float, default=100_000, help="1x; the largest run has ten times as many")
+    parser.add_argument(
+        "--mean-bytes", type=float, default=CorpusOptions.mean_bytes, help="of a document; 2000 or more"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -78,7 +81,7 @@ def main() -> None:
     if given.only_costs and not given.write_costs:
         parser.error("--only-costs: give --write-costs FILE as well")
     documents, command = int(given.documents), "python -m tests.bench.bench_growth " + " ".join(sys.argv[1:])
-    mean = CorpusOptions.mean_bytes
+    mean = given.mean_bytes
 
     def measure(name: str, count: int, mean_bytes: float) -> Size:
         options = CorpusOptions(documents=count, seed=given.seed, mean_bytes=mean_bytes)

@@ -146,13 +146,12 @@ def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:
 def _row_groups(tables: Path) -> list[dict[str, Any]]:
     """The row groups of every table, in order, as units of the size that preprocessing takes."""
     units: list[dict[str, Any]] = []
-    for path in sorted(tables.glob("*.parquet")):
+    paths = sorted(tables.glob("*.parquet"))
+    unit_bytes = SourceConfig(inputs=(str(tables),)).unit_bytes_of(sum(path.stat().st_size for path in paths))
+    for path in paths:
         metadata = pq.read_metadata(path)
-        groups = range(metadata.num_row_groups)
-        in_all = sum(metadata.row_group(group).total_byte_size for group in groups)
-        unit_bytes = SourceConfig(inputs=(str(path),)).unit_bytes_of(in_all)
         size_bytes = 0
-        for group in groups:
+        for group in range(metadata.num_row_groups):
             if not units or units[-1]["file"] != str(path) or size_bytes >= unit_bytes:
                 units.append({"file": str(path), "row_groups": []})
                 size_bytes = 0

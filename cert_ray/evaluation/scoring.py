@@ -26,7 +26,8 @@ class ProblemResult:
     """The samples of one problem and what became of each. `gold_passed` is None where the answer was not run."""
 
     problem: Problem
-    completions: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    completions: tuple[str, ...]  # as they were run: cut, where cutting was asked for
     executions: tuple[Execution, ...]
     gold_passed: bool | None = None
 
@@ -77,24 +78,28 @@ def evaluate(
         ConfigError: when a problem has no sample, a sample no problem, or fewer samples than the largest k.
         SandboxError: when programs could not be run.
     """
-    completions = _by_problem(problems, samples, cut)
-    ks = _chosen_k(k, completions)
+    grouped = _by_problem(problems, samples)
+    ks = _chosen_k(k, grouped)
+    completions = {
+        task_id: tuple(truncate(sample.completion) if cut else sample.completion for sample in some)
+        for task_id, some in grouped.items()
+    }
     gold = [assemble_gold(problem) if run_gold else () for problem in problems]
     programs = [assemble(problem, text) for problem in problems for text in completions[problem.task_id]]
     executions = iter(execute([*programs, *(program for group in gold for program in group)], environment))
     drawn = [tuple(next(executions) for _ in completions[problem.task_id]) for problem in problems]
     gold_passed = [_any_passed([next(executions) for _ in group]) for group in gold]
     results = tuple(
-        ProblemResult(problem, completions[problem.task_id], runs, passed)
+        ProblemResult(problem, grouped[problem.task_id], completions[problem.task_id], runs, passed)
         for problem, runs, passed in zip(problems, drawn, gold_passed, strict=True)
     )
     return EvaluationResult(results, _scores(results, ks), _valid_scores(results, ks))
 
 
-def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample], cut: bool) -> dict[str, tuple[str, ...]]:
-    grouped: defaultdict[str, list[str]] = defaultdict(list)
+def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample]) -> dict[str, tuple[Sample, ...]]:
+    grouped: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        grouped[sample.task_id].append(truncate(sample.completion) if cut else sample.completion)
+        grouped[sample.task_id].append(sample)
     known = [problem.task_id for problem in problems]
     missing = [task_id for task_id in known if task_id not in grouped]
     strange = sorted(set(grouped) - set(known))
@@ -107,8 +112,8 @@ def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample], cut: boo
     return {task_id: tuple(grouped[task_id]) for task_id in known}
 
 
-def _chosen_k(k: Sequence[int] | None, completions: dict[str, tuple[str, ...]]) -> tuple[int, ...]:
-    task_id, fewest = min(((name, len(texts)) for name, texts in completions.items()), key=lambda item: item[1])
+def _chosen_k(k: Sequence[int] | None, grouped: dict[str, tuple[Sample, ...]]) -> tuple[int, ...]:
+    task_id, fewest = min(((name, len(texts)) for name, texts in grouped.items()), key=lambda item: item[1])
     if k is None:
         return tuple(value for value in _DEFAULT_K if value <= fewest)
     for value in k:

@@ -80,12 +80,13 @@ def _cpu_s(root: int) -> float:
     return float(sum(sum(process.cpu_times()[:4]) for process in tree))
 
 
-def run_peer(way: str, python: str, rows: Path, workers: int, human_eval: Path) -> dict[str, float]:
+def run_peer(
+    way: str, python: str, rows: Path, workers: int, human_eval: Path, timeout_s: float = 10.0
+) -> dict[str, float]:
     """Run the samples of the file `rows` as `way` does."""
     command = [python, str(PEER), way, str(rows), str(workers), str(human_eval)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "TIMEOUT_S": str(timeout_s)}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 
 from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Problem, Sample
 from cert_ray.evaluation.execution import ExecutionConfig
-from cert_ray.evaluation.programs import Program
-from cert_ray.evaluation.sandbox import Execution, Outcome
 from cert_ray.evaluation.scoring import EvaluationResult, evaluate
+from tests.evaluation.builders import in_this_process
 
 PROBLEMS = [Problem(f"T/{n}", "x =", None, f"def check(): assert x == {n}", (f" {n}",)) for n in range(3)]
-
-
-def in_this_process(programs: Sequence[Program | str], config: ExecutionConfig) -> list[Execution]:
-    """A stand-in for the sandbox, for programs that this test wrote itself."""
-    return [Execution(_outcome(program), "", "") for program in programs]
-
-
-def _outcome(program: Program | str) -> Outcome:
-    try:
-        exec(program if isinstance(program, str) else program.text, {})
-    except AssertionError:
-        return Outcome.FAILED
-    return Outcome.PASSED
 
 
 def score(samples: list[Sample], k: tuple[int, ...] | None = None, run_gold: bool = False) -> EvaluationResult:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import importlib
 import json
 import multiprocessing
+import os
 import resource
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = float(os.environ.get("TIMEOUT_S", "10"))
 
 
 def _execute(row: dict[str, Any], result: Any) -> None:

@@ -100,7 +100,7 @@ def _context(summary: Mapping[str, Any], result: EvaluationResult, shown: int | 
         "problems": config["problems"],
         "samples": config["samples"] or "generated",
         **(config.get("source") or {}),
-        "temperature": config["temperature"],
+        "temperature": "not recorded" if config["temperature"] is None else config["temperature"],
         "seed": config["seed"],
         "Python of the sandbox": environment["python_version"],
         "its packages": packages or "none asked for",

@@ -514,6 +514,9 @@ def evaluate(
     ] = None,
     python: Annotated[str | None, typer.Option(help="interpreter of the sandbox, e.g. 3.11")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="run generated code without bubblewrap")] = False,
+    rerank: Annotated[
+        list[str] | None, typer.Option(help="logprob, syntax or agreement: also pass@1 of the first by it; repeatable")
+    ] = None,
     calls_at_once: Annotated[int, typer.Option(min=1, help="requests to an endpoint at a time")] = 1,
     on_ray: Annotated[bool, typer.Option("--on-ray", help="run the programs as Ray tasks")] = False,
     limit: Limit = None,
@@ -534,7 +537,9 @@ def evaluate(
     options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
     options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}
     options |= {"requirements": requirement or None, "execution": {"python": python, "unsafe": unsafe}}
-    config = EvaluateConfig.from_mapping({**options, "calls_at_once": calls_at_once}, "evaluate")
+    config = EvaluateConfig.from_mapping(
+        {**options, "rerank": rerank or (), "calls_at_once": calls_at_once}, "evaluate"
+    )
     if dry_run:
         _show({**config.model_dump(mode="json"), "problems": problems, "temperature": temperatures})
         raise typer.Exit

@@ -30,10 +30,11 @@ from cert_ray.evaluation.benchmarks import Answer, Problem, Sample, read_problem
 from cert_ray.evaluation.environments import Environment
 from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.report import render_html, render_markdown, result_rows
+from cert_ray.evaluation.rerank import RerankMethod
 from cert_ray.evaluation.runs import RESULTS, SUMMARY
 from cert_ray.evaluation.sandbox import describe_isolation
-from cert_ray.evaluation.scoring import EvaluationResult, evaluate
-from cert_ray.evaluation.statistics import score_interval
+from cert_ray.evaluation.scoring import EvaluationResult, evaluate, rerank_counts
+from cert_ray.evaluation.statistics import Counts, compare, score_interval
 from cert_ray.telemetry.progress import Progress
 
 Complete = Callable[[list[str], int], Sequence[Sequence[str | Answer]]]
@@ -60,6 +61,7 @@ class EvaluateConfig(Config):
     prompts_per_call: int = pydantic.Field(default=16, ge=1)
     calls_at_once: int = pydantic.Field(default=1, ge=1)  # more keep the replicas behind an endpoint busy
     requirements: tuple[str, ...] | None = None  # None: what the benchmark was written for
+    rerank: tuple[RerankMethod, ...] = ()  # also the share of problems whose first candidate passes when reordered
     run_gold: bool = True  # also run the benchmark's own answers, for the score of the valid subset
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -108,7 +110,11 @@ def run_evaluation(
     cut = config.samples is None if config.cut is None else config.cut
     _log.info("running %d samples of %d problems", len(samples), len(problems))
     result = evaluate(problems, samples, execution, k=config.k, cut=cut, run_gold=config.run_gold, execute=execute)
-    _write(config, execution, environment, result)
+    reranked = {
+        str(method): rerank_counts(result.problems, method, execution, execute)
+        for method in dict.fromkeys(config.rerank)
+    }
+    _write(config, execution, environment, result, reranked)
     _remove_parts(config.output)
     return result
 
@@ -208,9 +214,13 @@ def _check_answers(answers: Sequence[Sequence[str | Answer]], batch: Sequence[Pr
 
 
 def _write(
-    config: EvaluateConfig, execution: ExecutionConfig, environment: Environment, result: EvaluationResult
+    config: EvaluateConfig,
+    execution: ExecutionConfig,
+    environment: Environment,
+    result: EvaluationResult,
+    reranked: dict[str, list[Counts]],
 ) -> None:
-    summary = _summary(config, execution, environment, result)
+    summary = _summary(config, execution, environment, result) | {"rerank": _rerank_scores(result, reranked)}
     rows = "".join(json.dumps(row) + "\n" for row in result_rows(result))
     storage.write_text(storage.join(config.output, RESULTS), rows)
     storage.write_text(storage.join(config.output, "report.md"), render_markdown(summary, result))
@@ -248,6 +258,23 @@ def _summary(
         "version": __version__,
         "commit": _commit(),
     }
+
+
+def _rerank_scores(result: EvaluationResult, reranked: dict[str, list[Counts]]) -> dict[str, dict[str, float]]:
+    """By method: pass@1 of the first candidate, and how that differs from plain pass@1 of the same samples."""
+    plain = {one.problem.task_id: (one.num_samples, one.num_passed) for one in result.problems}
+    found = {}
+    for method, counts in reranked.items():
+        compared = compare([plain], [dict(zip(plain, counts, strict=True))], 1)
+        difference = compared.difference
+        found[method] = {
+            "pass_at_1": compared.second,
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p_value": compared.p_value,
+        }
+    return found
 
 
 @cache

@@ -15,8 +15,10 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Problem, Sample
 from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.pass_at_k import mean_pass_at_k
-from cert_ray.evaluation.programs import assemble, assemble_gold, truncate
+from cert_ray.evaluation.programs import Program, assemble, assemble_gold, truncate
+from cert_ray.evaluation.rerank import Candidate, RerankMethod, rank
 from cert_ray.evaluation.sandbox import Execution, Outcome
+from cert_ray.evaluation.statistics import Counts
 
 _DEFAULT_K = (1, 10, 100)  # the values that the papers report
 
@@ -94,6 +96,41 @@ def evaluate(
         for problem, runs, passed in zip(problems, drawn, gold_passed, strict=True)
     )
     return EvaluationResult(results, _scores(results, ks), _valid_scores(results, ks))
+
+
+def rerank_counts(
+    results: Sequence[ProblemResult], method: RerankMethod, environment: ExecutionConfig, execute: Execute
+) -> list[Counts]:
+    """Whether each problem's first candidate passes after reordering, as counts of one sample each.
+
+    All programs of all problems run together: the order is asked for twice, first to learn what has to be run.
+
+    Raises:
+        ConfigError: when `method` needs log-probabilities and the samples have none.
+        SandboxError: when programs could not be run.
+    """
+    wanted: list[Program] = []
+
+    def note(programs: Sequence[Program]) -> list[Execution]:
+        wanted.extend(programs)
+        return [Execution(Outcome.FAILED, "", "")] * len(programs)
+
+    try:
+        for one in results:
+            rank(one.problem.prompt, _candidates(one), method, note)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    seen = dict(zip(wanted, execute(wanted, environment), strict=True))
+    firsts = [
+        rank(one.problem.prompt, _candidates(one), method, lambda programs: [seen[program] for program in programs])[0]
+        for one in results
+    ]
+    passed = [one.executions[first].outcome is Outcome.PASSED for one, first in zip(results, firsts, strict=True)]
+    return [(1, int(one)) for one in passed]
+
+
+def _candidates(one: ProblemResult) -> list[Candidate]:
+    return [Candidate(text, sample.logprob) for text, sample in zip(one.completions, one.samples, strict=True)]
 
 
 def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample]) -> dict[str, tuple[Sample, ...]]:

@@ -497,7 +497,8 @@ def generate(
 @app.command()
 def evaluate(
     problems: Annotated[
-        list[str], typer.Option(help="PandasEval, NumpyEval or HumanEval format, .jsonl or .jsonl.gz; repeatable")
+        list[str],
+        typer.Option(help="pandas-eval, numpy-eval, human-eval, or a file of their format or MBPP's; repeatable"),
     ],
     output: Annotated[str, typer.Option(help="folder for results.jsonl, report.html, ...")] = "evaluation",
     samples: Annotated[str | None, typer.Option(help="score this file of samples instead of sampling")] = None,

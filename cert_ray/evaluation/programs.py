@@ -30,6 +30,7 @@ class Program:
     test: str = ""
     entry_point: str | None = None
     aliases: tuple[tuple[str, str], ...] = ()  # name and module, of the prompt's imports: the tests rely on them
+    renamed: tuple[tuple[str, str], ...] = ()  # name and library: what the code imports by a name that is not installed
 
     @property
     def text(self) -> str:
@@ -50,7 +51,8 @@ def assemble(problem: Problem, completion: str) -> Program:
         code=problem.prompt + completion,
         test=f"{problem.test}\ncheck({argument})\n",
         entry_point=problem.entry_point,
-        aliases=_aliases(problem.prompt),
+        aliases=tuple((name, dict(problem.renamed).get(module, module)) for name, module in _aliases(problem.prompt)),
+        renamed=problem.renamed,
     )
 
 

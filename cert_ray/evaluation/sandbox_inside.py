@@ -315,6 +315,7 @@ def _judge_program(job: dict[str, Any], guard: Guard) -> str | None:
     job["aliases"] = dict(job["aliases"])
     if fault:
         raise SyntaxError(fault)
+    _rename_libraries(job["renamed"], loaded)
     module = types.ModuleType("candidate")
     loaded["candidate"] = loaded["__main__"] = module
     scope = module.__dict__
@@ -331,6 +332,15 @@ def _judge_program(job: dict[str, Any], guard: Guard) -> str | None:
         if scope.get("__builtins__") is not builtins:
             return "__builtins__"
     return None
+
+
+def _rename_libraries(renamed: list[list[str]], loaded: dict[str, types.ModuleType]) -> None:
+    """Let each library and its loaded submodules be imported by another name as well."""
+    for name, library in renamed:
+        importlib.import_module(library)
+        for full, module in list(loaded.items()):
+            if full == library or full.startswith(library + "."):
+                loaded[name + full[len(library) :]] = module
 
 
 def _describe(error: BaseException) -> str:

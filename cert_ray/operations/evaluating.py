@@ -16,6 +16,7 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.comparison import compare_runs, render_comparison, summarise
 from cert_ray.evaluation.execution import Execute, execute_in_threads
+from cert_ray.evaluation.fetch import find_problems
 from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
 from cert_ray.evaluation.runs import read_runs
 from cert_ray.evaluation.sandbox import describe_isolation
@@ -86,6 +87,8 @@ def evaluate(
     Raises:
         ConfigError: for several benchmarks or temperatures beside a file of samples.
     """
+    problems = [find_problems(one) for one in problems]
+    config = config.model_copy(update={"problems": problems[0]})
     for line in describe_isolation(config.execution.unsafe):
         _log.info("isolation: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
@@ -101,7 +104,7 @@ def evaluate(
         raise ConfigError("evaluate: --samples belong to one --problems file and one --temperature.")
     complete = None if config.samples else complete_at(dict(config.source), sampling)(temperatures[0])
     result = run_evaluation(config, complete, execute)
-    return {problems[0]: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
+    return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
 
 
 def compare(first: str, second: str, output: str, ks: Sequence[int] | None = None) -> str:

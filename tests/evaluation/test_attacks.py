@@ -133,6 +133,14 @@ def test_honest_programs_are_not_taken_for_attacks(sandbox: Sandbox, code: str) 
     assert execution.outcome is Outcome.PASSED, execution
 
 
+def test_a_renamed_library_is_the_library_behind_it(sandbox: Sandbox) -> None:
+    code = "import monkey as mk\nfrom monkey.testing import assert_frame_equal\nresult = mk.DataFrame({'a': [1]})"
+    test = "import pandas\nassert mk is pandas\nassert_frame_equal(result, pandas.DataFrame({'a': [1]}))"
+    renamed, aliases = (("monkey", "pandas"),), (("mk", "pandas"),)
+    assert sandbox.run(Program(code, test, aliases=aliases, renamed=renamed)).outcome is Outcome.PASSED
+    assert sandbox.run(Program(code, test)).outcome is Outcome.FAILED
+
+
 def test_without_counted_changes_attributes_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from cert_ray.evaluation import sandbox_guard
 

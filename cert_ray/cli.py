@@ -561,16 +561,19 @@ def evaluate(
 
 @app.command()
 def compare(
-    first: Annotated[str, typer.Argument(metavar="RUN", help="folder of a finished `evaluate`")],
-    second: Annotated[str, typer.Argument(metavar="RUN", help="another one, over the same problems")],
-    output: Annotated[str, typer.Option(help="folder for compare.html, .md and .json")] = "comparison",
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="folders of finished evaluations")],
+    output: Annotated[str, typer.Option(help="folder for the reports")] = "comparison",
     k: Annotated[list[int] | None, typer.Option("--k", help="repeatable; default: all that both scored")] = None,
 ) -> None:
-    """Compare two evaluations: differences with intervals, p-values, and who wins which problem.
+    """Put evaluations on one table beside published scores; two are also compared problem by problem.
 
     Example: cert-ray compare runs/base runs/cert
     """
     from cert_ray.operations import evaluating
 
-    typer.echo(evaluating.compare(first, second, output, k).split("\n## ")[0].rstrip())
-    typer.echo(f"report: {output}/compare.html", err=True)
+    if len(runs) < 2:
+        raise ConfigError("compare: name two evaluations or more.")
+    typer.echo(evaluating.tabulate(runs, output))
+    if len(runs) == 2:
+        typer.echo(evaluating.compare(runs[0], runs[1], output, k).split("\n## ")[0].rstrip())
+    typer.echo(f"report: {output}/table.html{f', {output}/compare.html' if len(runs) == 2 else ''}", err=True)

@@ -1,4 +1,7 @@
-"""Two finished evaluations side by side: runs in; statistics, and a report as Markdown or HTML, out. Writes nothing."""
+"""Finished evaluations side by side: runs in; statistics, and reports as Markdown or HTML, out. Writes nothing.
+
+`compare_runs` is for two, problem by problem; `render_table` for any number, beside published scores.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cert_ray.errors import ConfigError
-from cert_ray.evaluation.report import template
+from cert_ray.evaluation.published import published_for
+from cert_ray.evaluation.report import ends, percent, template
 from cert_ray.evaluation.runs import Run
 from cert_ray.evaluation.statistics import Comparison, compare
 
@@ -53,6 +57,44 @@ def render_comparison(comparison: RunComparison, form: str) -> str:
         labels=[_label(runs) for runs in (comparison.first, comparison.second)],
         cells=[_cells(one, other) for one, other in zip(comparison.first, comparison.second, strict=True)],
     )
+
+
+def render_table(runs: Sequence[Run], form: str) -> str:
+    """All `runs` by benchmark, in their order, with published scores below them, as "md" or "html"."""
+    benchmarks = list(dict.fromkeys(run.benchmark for run in runs))
+    return template(f"table.{form}.j2").render(tables=[_table(one, runs) for one in benchmarks])
+
+
+def _table(benchmark: str, runs: Sequence[Run]) -> dict[str, Any]:
+    measured = [run for run in runs if run.benchmark == benchmark]
+    published = published_for(benchmark)
+    ks = sorted({k for run in measured for k in run.ks} | {k for one in published for k in one.pass_at_k})
+    rows = [
+        {
+            "label": run.label,
+            "cells": [_cell(run, k) for k in ks],
+            "temperature": "" if run.temperature is None else run.temperature,
+            "source": "measured",
+        }
+        for run in measured
+    ]
+    rows += [
+        {
+            "label": one.model,
+            "cells": [f"{one.pass_at_k[k]:g}" if k in one.pass_at_k else "" for k in ks],
+            "temperature": "",
+            "source": "published",
+        }
+        for one in published
+    ]
+    return {"benchmark": benchmark, "ks": ks, "rows": rows}
+
+
+def _cell(run: Run, k: int) -> str:
+    if k not in run.ks:
+        return ""
+    found = run.interval(k)
+    return f"{percent(found.value)} ({ends((found.low, found.high))})"
 
 
 def summarise(comparison: RunComparison) -> list[dict[str, Any]]:

@@ -34,6 +34,7 @@ from cert_ray.evaluation.rerank import RerankMethod
 from cert_ray.evaluation.runs import RESULTS, SUMMARY
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.scoring import EvaluationResult, evaluate, rerank_counts
+from cert_ray.evaluation.sketch_quality import measure_sketches
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
 from cert_ray.telemetry.progress import Progress
 
@@ -62,6 +63,7 @@ class EvaluateConfig(Config):
     calls_at_once: int = pydantic.Field(default=1, ge=1)  # more keep the replicas behind an endpoint busy
     requirements: tuple[str, ...] | None = None  # None: what the benchmark was written for
     rerank: tuple[RerankMethod, ...] = ()  # also the share of problems whose first candidate passes when reordered
+    sketch_kind: str = "constants"  # of the cascade whose sketches are measured
     run_gold: bool = True  # also run the benchmark's own answers, for the score of the valid subset
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -255,6 +257,7 @@ def _summary(
         "pass_at_k_valid": None if valid is None else {str(k): score for k, score in valid.items()},
         "intervals": {str(k): (one.low, one.high) for k, one in intervals.items()},
         "gold_failed": list(result.gold_failed),
+        "sketches": measure_sketches(result.problems, config.sketch_kind),
         "version": __version__,
         "commit": _commit(),
     }

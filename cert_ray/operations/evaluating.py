@@ -14,7 +14,7 @@ from typing import Any
 from cert_ray import storage
 from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Answer
-from cert_ray.evaluation.comparison import compare_runs, render_comparison, summarise
+from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.fetch import find_problems
 from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
@@ -105,6 +105,19 @@ def evaluate(
     complete = None if config.samples else complete_at(dict(config.source), sampling)(temperatures[0])
     result = run_evaluation(config, complete, execute)
     return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
+
+
+def tabulate(folders: Sequence[str], output: str) -> str:
+    """Put finished evaluations on one table, write `output`/table.md and .html, and return the Markdown.
+
+    Raises:
+        InputError: when one is not finished.
+    """
+    runs = [run for folder in folders for run in read_runs(folder)]
+    for form in ("html", "md"):
+        text = render_table(runs, form)
+        storage.write_text(storage.join(output, f"table.{form}"), text)
+    return text
 
 
 def compare(first: str, second: str, output: str, ks: Sequence[int] | None = None) -> str:

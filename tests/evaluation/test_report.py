@@ -40,6 +40,13 @@ SUMMARY: dict[str, Any] = {
     "pass_at_k_valid": None,
     "intervals": {"1": [0.0, 1.0], "2": [0.0, 1.0]},
     "gold_failed": ["T/0|<b>"],
+    "sketches": {
+        "samples": 1,
+        "exact_match": None,
+        "vote_share": 0.5,
+        "routes": {HOSTILE: 1.0},
+        "failures": {"sketch": 1, "generator": 0},
+    },
     "rerank": {"syntax": {"pass_at_1": 1.0, "difference": 0.5, "low": -1.0, "high": 1.0, "p_value": 1.0}},
     "version": "0",
     "commit": None,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from cert_ray.errors import ConfigError, InputError, SandboxError
-from cert_ray.evaluation.comparison import compare_runs, render_comparison, summarise
+from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
 from cert_ray.evaluation.run import EvaluateConfig, is_finished, run_evaluation
 from cert_ray.evaluation.runs import read_run, read_runs
 from cert_ray.evaluation.sweep import SweepConfig, run_sweep
@@ -135,6 +136,17 @@ def test_a_comparison_has_the_statistics_and_every_problem(tmp_path: Path) -> No
     other = read_run(str(tmp_path / "out" / "B-t0.4"))
     with pytest.raises(ConfigError, match="different problem files"):
         compare_runs([cold], [other])
+
+
+def test_a_table_has_every_run_and_marks_what_is_published(tmp_path: Path) -> None:
+    problems = write_problems(tmp_path / "p.jsonl", 4, "HumanEval")
+    for name in ("a", "b"):
+        cell = EvaluateConfig(problems=problems, output=str(tmp_path / name), source={"model": name})
+        run_evaluation(cell, lambda prompts, n: [[" 1"] * n for _ in prompts], in_this_process)
+    text = render_table([read_run(str(tmp_path / name)) for name in ("a", "b")], "md")
+    assert re.search(r"(?m)^\| model a \| 25\.00 \(\d+\.\d\d to \d+\.\d\d\) \|.*\| measured \|$", text)
+    assert "| PyCodeGPT 110M | 8.32 | 13.53 | 18.3 |" in text
+    assert text.count("| published |") == 7
 
 
 def test_a_folder_without_a_finished_evaluation_is_named(tmp_path: Path) -> None:

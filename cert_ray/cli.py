@@ -537,6 +537,7 @@ def evaluate(
     temperatures = temperature or [0.2]
     options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
     options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}
+    options |= {"max_tokens": None if samples else max_tokens}
     options |= {"requirements": requirement or None, "execution": {"python": python, "unsafe": unsafe}}
     config = EvaluateConfig.from_mapping(
         {**options, "rerank": rerank or (), "calls_at_once": calls_at_once}, "evaluate"

@@ -55,6 +55,7 @@ class EvaluateConfig(Config):
     n: int = pydantic.Field(default=1, ge=1)  # samples a problem, of a `Complete`
     k: tuple[int, ...] | None = None  # None: those of 1, 10, 100 that the number of samples allows
     temperature: float | None = pydantic.Field(default=None, ge=0.0)  # recorded: the `Complete` applies it
+    max_tokens: int | None = pydantic.Field(default=None, ge=1)  # recorded, as is the next
     source: dict[str, str] = pydantic.Field(default_factory=dict)  # recorded: whom the `Complete` asks
     seed: int = pydantic.Field(default=0, ge=0)  # of `sample_seeds`
     cut: bool | None = None  # at PAPER.md's stops; None: generated completions yes, a sample file no
@@ -170,7 +171,7 @@ def _samples(config: EvaluateConfig, problems: Sequence[Problem], complete: Comp
     ):
         for samples, reused in pool.map(draw, range(len(batches))):
             found += samples
-            progress.advance(rows=len(samples), reused=reused)
+            progress.advance(rows=len(samples), kept=len(samples), reused=reused)
     return found
 
 
@@ -191,7 +192,7 @@ def _sample(task_id: str, answer: Answer) -> Sample:
 def _sampling_digest(config: EvaluateConfig) -> str:
     """Of what decides which samples are drawn: a part of other options is not taken over."""
     decisive = config.model_dump(
-        mode="json", include={"n", "temperature", "seed", "source", "limit", "prompts_per_call"}
+        mode="json", include={"n", "temperature", "max_tokens", "seed", "source", "limit", "prompts_per_call"}
     )
     decisive["problems"] = storage.checksum(config.problems).checksum
     return str(xxhash.xxh3_64_hexdigest(json.dumps(decisive, sort_keys=True).encode()))

@@ -11,6 +11,7 @@ import pytest
 
 from cert_ray.errors import BenchmarkFormatError
 from cert_ray.evaluation.benchmarks import Sample, read_problems, read_samples, write_samples
+from cert_ray.evaluation.programs import assemble, assemble_gold
 
 GOOD = {
     "task_id": "T/0",
@@ -64,6 +65,39 @@ def test_the_first_bad_line_is_named_with_its_field(tmp_path: Path, bad: object,
         read_problems(url)
     assert caught.value.uri == f"{url}:2"
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+MBPP = {
+    "task_id": 2,
+    "text": "Write a function to double a number.",
+    "code": "def double(x):\n    return 2 * x",
+    "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+    "test_setup_code": "",
+}
+
+
+def test_mbpp_rows_and_their_sanitized_kind_run_with_their_answer(tmp_path: Path) -> None:
+    sanitized = {key: value for key, value in MBPP.items() if key not in ("text", "test_setup_code")}
+    sanitized |= {"task_id": 3, "prompt": MBPP["text"], "test_imports": ["import math"]}
+    first, second = read_problems(write_lines(tmp_path / "p.jsonl", MBPP, sanitized))
+    assert (first.task_id, second.task_id, first.entry_point) == ("MBPP/2", "MBPP/3", None)
+    assert first.prompt.startswith('"""\nWrite a function')
+    assert "assert double(2) == 4" in first.prompt
+    for problem in (first, second):
+        exec(assemble_gold(problem)[0].text, {})
+        with pytest.raises(AssertionError):
+            exec(assemble(problem, "def double(x): return 3").text, {})
+    with pytest.raises(BenchmarkFormatError, match='"test_list" is str'):
+        read_problems(write_lines(tmp_path / "q.jsonl", {**MBPP, "test_list": "assert True"}))
+
+
+def test_renamed_libraries_are_read_and_checked(tmp_path: Path) -> None:
+    private = {**GOOD, "prompt": "import monkey as mk\nx =", "renamed": {"monkey": "pandas"}}
+    (problem,) = read_problems(write_lines(tmp_path / "p.jsonl", private))
+    program = assemble(problem, " mk")
+    assert (program.renamed, program.aliases) == ((("monkey", "pandas"),), (("mk", "pandas"),))
+    with pytest.raises(BenchmarkFormatError, match='"renamed"'):
+        read_problems(write_lines(tmp_path / "q.jsonl", {**private, "renamed": {"monkey": "os; x"}}))
 
 
 def test_files_without_problems_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ by Ray when its worker dies; chunks come from the order of the programs, so the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import ray
@@ -13,6 +14,7 @@ import ray
 from cert_ray.evaluation.execution import ExecutionConfig, run_in_one_sandbox
 from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.sandbox import Execution
+from cert_ray.telemetry.on_ray import count_programs
 
 _CHUNK_PROGRAMS = 32  # measured on 2 cores: starting a sandbox with pandas costs what 40 programs cost (0.5 s, 12 ms)
 
@@ -34,7 +36,9 @@ def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -
             while waiting and (config.workers is None or len(running) < config.workers):
                 running.append(task.remote(waiting.pop(), config))
             done, running = ray.wait(running, num_returns=1)
-            outcomes.update(ray.get(done[0]))
+            ended = ray.get(done[0])
+            count_programs(Counter(str(execution.outcome) for _, execution in ended))
+            outcomes.update(ended)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)

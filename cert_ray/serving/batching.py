@@ -22,9 +22,9 @@ import numpy.typing as npt
 import torch
 
 from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs
-from cert_ray.serving.joint import JointSamples, Top, tell_logprobs
+from cert_ray.serving.joint import JointSamples, Top, likeliest, tell_logprobs
 from cert_ray.serving.packed_attention import Feed
-from cert_ray.serving.sampling import draw_tokens, token_logprobs
+from cert_ray.serving.sampling import draw_tokens, log_totals
 
 _log = logging.getLogger(__name__)
 
@@ -132,6 +132,7 @@ class Batch:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._prompts = _KeptPrompts(model, config.prefix_cache_tokens)
+        self._scratch = _Scratch()
         self.forward_rows = 0  # tokens that went through the model since it was loaded
         turns.join(self)
 
@@ -205,13 +206,13 @@ class Batch:
             drawing.append((request, logits_QV[-max(1, len(request.next_tokens)) :]))
         if not drawing:
             return
-        logits_RV = torch.cat([logits_QV for _, logits_QV in drawing]).float()
+        logits_RV, scratch_RV = self._scratch.fill([logits_QV for _, logits_QV in drawing])
         refused = [mask for request, _ in drawing for mask in request.samples.refused()]
         if any(mask is not None for mask in refused):
             for row, mask_V in enumerate(refused):
                 if mask_V is not None:
                     logits_RV[row].masked_fill_(mask_V.to(logits_RV.device), float("-inf"))
-        logprobs_RV = token_logprobs(logits_RV)
+        totals_R1 = log_totals(logits_RV, scratch_RV)
         uniforms: list[npt.NDArray[np.float64]] = []
         temperatures: list[float] = []
         top_ps: list[float] = []
@@ -219,12 +220,12 @@ class Batch:
             uniforms += request.samples.uniforms()
             temperatures += [request.samples.work.temperature] * len(logits_QV)
             top_ps += [request.samples.work.top_p] * len(logits_QV)
-        tokens = draw_tokens(logits_RV, uniforms, temperatures, top_ps)
+        tokens = draw_tokens(logits_RV, uniforms, temperatures, top_ps, scratch_RV)
         first = 0
         for request, logits_QV in drawing:
             own = slice(first, first + len(logits_QV))
             first += len(logits_QV)
-            self._advance(request, tokens[own], logprobs_RV[own])
+            self._advance(request, tokens[own], logits_RV[own], totals_R1[own])
 
     def _read_prompt(self, request: Request, feed: Feed, logits_QV: torch.Tensor) -> bool:
         """Note what was read; whether the prompt is read whole, and samples are to be drawn."""
@@ -242,17 +243,21 @@ class Batch:
 
     def _score(self, request: Request, logits_QV: torch.Tensor) -> None:
         known = request.prompt[len(request.prompt_logprobs) + 1 :][: len(logits_QV)]
-        logprobs_QV = token_logprobs(logits_QV)
+        totals_Q1 = log_totals(logits_QV.float())
         for place, token in enumerate(known):
-            values, ids = logprobs_QV[place].topk(max(1, request.samples.work.logprobs or 0))
-            top = tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True))
-            request.prompt_logprobs.append(
-                (float(logprobs_QV[place, token]), top if request.samples.work.logprobs else ())
-            )
+            logits_V, total = logits_QV[place].float(), float(totals_Q1[place])
+            top = likeliest(logits_V, total, request.samples.work.logprobs or 0)
+            request.prompt_logprobs.append((float(logits_V[token]) - total, top))
 
-    def _advance(self, request: Request, tokens: list[npt.NDArray[np.int64]], logprobs_QV: torch.Tensor) -> None:
+    def _advance(
+        self,
+        request: Request,
+        tokens: list[npt.NDArray[np.int64]],
+        logits_QV: torch.Tensor,
+        totals_Q1: torch.Tensor,
+    ) -> None:
         samples, hooks = request.samples, request.hooks
-        request.next_tokens, request.parents, some_ended = samples.take(tokens, logprobs_QV)
+        request.next_tokens, request.parents, some_ended = samples.take(tokens, logits_QV, totals_Q1)
         if hooks.streams_text:
             news = samples.settled_text()
             if news:
@@ -274,6 +279,23 @@ class Batch:
         self._running = [other for other in self._running if other is not request]
         request.kept = None
         request.mailbox.put(told)
+
+
+class _Scratch:
+    """Memory for the logits of a step, kept from step to step: fresh pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._places: torch.Tensor | None = None
+
+    def fill(self, logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits, one under the other in float32, and as much room again."""
+        rows, first = sum(map(len, logits)), logits[0]
+        if self._places is None or self._places.shape[1] < rows:
+            self._places = torch.empty(2, rows + rows // 2, first.shape[1], device=first.device)
+        logits_RV, scratch_RV = self._places[:, :rows]
+        for logits_QV, place_QV in zip(logits, logits_RV.split(list(map(len, logits))), strict=True):
+            place_QV.copy_(logits_QV)
+        return logits_RV, scratch_RV
 
 
 def _tell_prompt(tokenizer: Any, request: Request) -> TokenLogprobs:

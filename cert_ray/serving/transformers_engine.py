@@ -24,6 +24,7 @@ from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, 
 from cert_ray.serving.joint import JointSamples
 from cert_ray.serving.model_folders import end_ids, load_model, window
 from cert_ray.serving.packed_attention import Feed, Kept
+from cert_ray.serving.packed_linear import pack_linear_layers
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TransformersEngine:
         self._infill_tokens = find_infill(folder, self._tokenizer, self.config)
         self._end_ids = end_ids(model, self._tokenizer)
         self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
-        self.is_packed = _pack(model, self._context_tokens)
+        self.is_packed = _pack(model, self._context_tokens, self.config)
         self._model = model
         forward_pass = _Packed(model, self._tokenizer) if self.is_packed else _OneByOne(model, self._tokenizer)
         self._batch = Batch(forward_pass, self.config, turns or Turns())
@@ -150,12 +151,14 @@ class _OneByOne:
 
 
 @torch.inference_mode()
-def _pack(model: Any, context_tokens: int) -> bool:
-    """Let `model` attend packed, if that gives what its own forward pass gives."""
+def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
+    """Let `model` attend packed, if that gives what its own forward pass gives, and lay its weights out."""
     vocab_size = model.get_input_embeddings().num_embeddings
     ids = [(7 * place + 3) % vocab_size for place in range(min(12, context_tokens))]
     expected_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
     before = model.config._attn_implementation
+    if config.packed_weights:
+        pack_linear_layers(model)
     if not packed_attention.enable(model):
         return False
     try:

@@ -28,7 +28,7 @@ from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.api_keys import read_key_file
-from cert_ray.serving.backends import Bridge, Served, Told
+from cert_ray.serving.backends import Bridge, Retelling, Served, Told
 from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
@@ -118,8 +118,8 @@ def _multiplexed(engines: type[Engines], max_models: int) -> type[Engines]:
 class HandleBackend:
     """The front door's `Backend`: calls over a deployment handle, their failures turned into `RequestError`s.
 
-    A request whose engine dies is given to another one, unless something of its answer was told already. Its seed makes
-    the second answer the first one's equal.
+    A request whose engine dies is given to another one. Its seed makes the second answer the first one's equal, so a
+    stream goes on where it stopped; where it is not equal after all (16-bit weights), the stream ends in an error.
     """
 
     def __init__(self, handle: Any, served: Mapping[str, str | None]) -> None:
@@ -157,18 +157,21 @@ class HandleBackend:
         self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
     ) -> AsyncGenerator[Told, None]:
         """The same, told while it is drawn."""
-        ends, options = time.monotonic() + timeout_s, sampling.model_dump(mode="json")
+        ends, options, retelling = time.monotonic() + timeout_s, sampling.model_dump(mode="json"), Retelling()
         for attempt in range(1, _ATTEMPTS + 1):
-            left_s, begun = max(0.0, ends - time.monotonic()), False
+            left_s = max(0.0, ends - time.monotonic())
+            retelling.begin_again()
             handle = self._handle_of(model).options(stream=True)
             response = handle.stream.remote(model, list(prompts), options, left_s)
             try:
                 async for told in response:
-                    begun = True
-                    yield told
+                    yield retelling.new(told)
                 return
+            except ValueError as error:
+                problem = "The engine died, and another one answers otherwise: ask again."
+                raise RequestError(503, problem, None, "unavailable") from error
             except (RayError, RayServeException) as error:
-                _retry_or_raise(error, _ATTEMPTS if begun else attempt)
+                _retry_or_raise(error, attempt)
             finally:
                 response.cancel()  # does nothing to what has ended
 

@@ -3,7 +3,8 @@
 In: how many rounds of kills, and a seed. Out: `summary.md` and `faults.jsonl` below `--output`; the exit status is 0
 when no client that retries as the `openai` client does by default saw an error, and the service was whole again by
 itself after every fault. A stream that had begun cannot be asked for again behind its reader's back: those that broke
-are counted by themselves. Each round has one of `KINDS`, in seeded order. Engines have no model (`tests.serving.paced`).
+are counted by themselves. Each round has one of `KINDS`, in seeded order. Engines have no model
+(`tests.serving.paced`).
 
 A proxy is where clients connect to. The proxies of all nodes share one port here, and the kernel spreads connections
 over those that are alive, as a load balancer does on a cluster.

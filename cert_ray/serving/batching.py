@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs
+from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, Work
 from cert_ray.serving.joint import JointSamples, Top, likeliest, tell_logprobs
 from cert_ray.serving.packed_attention import Feed
 from cert_ray.serving.sampling import draw_tokens, log_totals
@@ -71,6 +71,7 @@ class Request:
         self.parents: list[int] = []
         self.prompt_logprobs: list[tuple[float, Top]] = []
         self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
+        self.given_up = False  # nobody waits any more
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -83,6 +84,12 @@ class Request:
         Raises:
             BaseException: what ended the work.
         """
+        try:
+            return self._wait()
+        finally:
+            self.given_up = True
+
+    def _wait(self) -> Drawn:
         while True:
             told = self.mailbox.get()
             for index, text, reason in told.news:
@@ -153,28 +160,29 @@ class Batch:
             self._waiting.append(self._arrived.get())
         self._waiting = [request for request in self._waiting if self._still_wanted(request)]
         self._running = [request for request in self._running if self._still_wanted(request)]
-        self._admit()
-        fed, feeds = self._feeds()
-        if not fed:
-            return
+        fed = self._running
         try:
-            logits = self._model.forward(feeds)
-            self._take(fed, feeds, logits)
+            self._admit()
+            fed, feeds = self._feeds()
+            if fed:
+                self._take(fed, feeds, self._model.forward(feeds))
         except Exception as error:  # noqa: BLE001 - the thread must live on: this step's requests carry the error
             _log.exception("a step over %d requests failed", len(fed))
-            for request in fed:
+            for request in list(fed):
                 self._end(request, _Told(error=error))
 
     def _admit(self) -> None:
         rows = sum(max(1, len(request.next_tokens)) for request in self._running)
         while rows < self._config.max_rows and self._waiting:
             request = self._waiting.pop(0)
-            request.kept, request.read = self._prompts.find(request.prompt, self._model, request.samples.work)
-            request.cached_tokens = request.read
             self._running.append(request)
+            request.kept, request.read = self._prompts.find(request.prompt, request.samples.work)
+            request.cached_tokens = request.read
             rows += 1
 
     def _still_wanted(self, request: Request) -> bool:
+        if request.given_up:
+            return False
         try:
             request.hooks.check()
         except Exception as error:  # noqa: BLE001 - whoever waits gets it
@@ -311,7 +319,7 @@ class _KeptPrompts:
         self._model, self._most_tokens = model, most_tokens
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
-    def find(self, prompt: Sequence[int], model: ForwardPass, work: Any) -> tuple[Any, int]:
+    def find(self, prompt: Sequence[int], work: Work) -> tuple[Any, int]:
         """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
         best, shared = None, 0
         if not work.score_prompt:
@@ -322,9 +330,9 @@ class _KeptPrompts:
                     best, shared = other, common
         shared = min(shared, len(prompt) - 1)  # the last token is read for its logits
         if best is None or shared < _LEAST_SHARED_TOKENS:
-            return model.begin(), 0
+            return self._model.begin(), 0
         self._kept.move_to_end(best)
-        return model.beginning(self._kept[best], shared), shared
+        return self._model.beginning(self._kept[best], shared), shared
 
     def wants(self, prompt: Sequence[int]) -> bool:
         """Whether this prompt is worth keeping, and not kept."""

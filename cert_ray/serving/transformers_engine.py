@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from cert_ray.errors import ConfigError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.batching import Batch, Request, Turns
 from cert_ray.serving.boundaries import FirstTokens
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
 from cert_ray.serving.joint import JointSamples
-from cert_ray.serving.model_folders import end_ids, load_model, window
+from cert_ray.serving.model_folders import end_ids, find_infill, load_model, window
 from cert_ray.serving.packed_attention import Feed, Kept
 from cert_ray.serving.packed_linear import pack_linear_layers
 
@@ -51,7 +50,7 @@ class TransformersEngine:
         model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype))
         model.to(device).eval()
         self._context_tokens = window(folder, model.config)
-        self._infill_tokens = find_infill(folder, self._tokenizer, self.config)
+        self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)
         self._end_ids = end_ids(model, self._tokenizer)
         self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
         self.is_packed = _pack(model, self._context_tokens, self.config)
@@ -88,20 +87,6 @@ class TransformersEngine:
         request = Request(samples, hooks)
         self._batch.submit(request)
         return request.wait()
-
-
-def find_infill(folder: str, tokenizer: Tokenizer, config: EngineConfig) -> tuple[int, int, int] | None:
-    """The ids of the tokens that mark prefix, suffix and middle.
-
-    Raises:
-        ConfigError: when the tokenizer lacks one.
-    """
-    if config.infill is None:
-        return None
-    before_prefix, before_suffix, before_middle = (tokenizer.token_to_id(token) for token in config.infill)
-    if before_prefix is None or before_suffix is None or before_middle is None:
-        raise ConfigError(f"infill={config.infill!r}: the tokenizer of {folder} lacks one of them. Leave infill out.")
-    return before_prefix, before_suffix, before_middle
 
 
 class _Packed:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -208,16 +209,7 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
     Raises:
         ConfigError: when the key file cannot be used.
     """
-    config = config.model_copy(
-        update={"models": {name: model.model_copy(update=model.folders) for name, model in config.models.items()}}
-    )
-    if config.api_keys_file is not None:
-        keys_file = storage.absolute(config.api_keys_file)
-        read_key_file(keys_file)  # says here what is wrong with it
-        config = config.model_copy(update={"api_keys_file": keys_file})
-    options = {
-        name: value for name, value in config.model_dump(mode="json").items() if name in ServeConfig.model_fields
-    }
+    options = _portable(config)
     drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
     stopping = {"graceful_shutdown_timeout_s": drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2}
     engine = serve.deployment(
@@ -250,6 +242,16 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
     return bound
 
 
+def _portable(config: ServeConfig) -> dict[str, Any]:
+    """The options for replicas, which run in other folders: local paths are absolute."""
+    models = {name: model.model_copy(update=model.folders) for name, model in config.models.items()}
+    keys_file = None if config.api_keys_file is None else storage.absolute(config.api_keys_file)
+    if keys_file is not None:
+        read_key_file(keys_file)  # says here what is wrong with it
+    written = config.model_copy(update={"models": models, "api_keys_file": keys_file}).model_dump(mode="json")
+    return {name: value for name, value in written.items() if name in ServeConfig.model_fields}
+
+
 def _replicas(config: ServeConfig) -> dict[str, Any]:
     scaling = config.autoscaling
     if scaling is None:
@@ -274,7 +276,12 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
             config,
             any_library=config.model_name,
             keys=None if config.api_keys_file is None else read_key_file(config.api_keys_file),
-            admission=Admission(config.max_in_flight, config.at_once, config.request_timeout_s),
+            admission=Admission(
+                # Each front door its share: Serve spreads requests over them evenly.
+                math.ceil(config.max_in_flight / config.front_doors),
+                math.ceil(config.at_once / config.front_doors),
+                config.request_timeout_s,
+            ),
             observe=_count,
         )
 

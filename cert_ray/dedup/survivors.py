@@ -1,149 +1,191 @@
-"""Dedup over folders: key shards, edges of one band, clusters of the whole corpus. Pure functions over storage.
+"""Dedup over folders: key shards, edges of some bands, clusters of the whole corpus. Pure functions over storage.
 
 In: the shards of the documents stage. Out, below the stage's folder:
-    keys/<shard>.parquet        content hash and one column per band (about 130 bytes a document)
-    signatures/<shard>.parquet  signatures, read only for documents that share a band with another
+    keys/<shard>.parquet        content hash, stars, size and one column per band (about 130 bytes a document)
+    signatures/<shard>.parquet  signatures (512 bytes), read only for documents that share a band
     clusters/<shard>.parquet    per document: keep, why not, number of the survivor, cluster size
 Documents are numbered by (shard, row), made dense by prefix sums of the shards' row counts.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cert_ray import storage
-from cert_ray.dedup.components import Clusters, candidate_edges, clusters_of, first_of_equal, sharing, tie
-from cert_ray.dedup.minhash import I64, U32, U64, MinHashConfig, band_keys, signatures
-from cert_ray.manifests import ShardReport
+from cert_ray.dedup import decisions
+from cert_ray.dedup.buckets import bucket_edges, joined, second_of, sharing
+from cert_ray.dedup.decisions import UNRANKED, Clusters, Documents, Ranking
+from cert_ray.dedup.minhash import BINS, I64, U8, U32, U64, MinHashConfig, signatures
+from cert_ray.manifests import ShardReport, WrittenFile
 from cert_ray.schemas import DropReason
 from cert_ray.shards.units import WorkUnit, write_table
 
-Bits = npt.NDArray[np.bool_]
+# Small corpora are cut in so many tasks: each of them reads every shard of keys, and more than a few cores are idle.
+_LEAST_TASKS = 4
 
 
 def write_keys(unit: WorkUnit, documents: str, folder: str, config: MinHashConfig) -> ShardReport:
     """Keys and signatures of one shard of `documents`."""
-    table = storage.read_parquet(storage.join(documents, f"{unit.name}.parquet"), ["content", "content_hash"])
-    contents = table.column("content").combine_chunks()
-    signature_DH, has_shingle = signatures(contents, config)
-    keys_DB = band_keys(signature_DH, config)
-    keys = {"content_hash": table.column("content_hash").combine_chunks(), "has_shingle": pa.array(has_shingle)}
-    keys |= {_band_column(band): pa.array(keys_DB[:, band]) for band in range(config.bands)}
-    rows = pa.array(signature_DH.reshape(-1).view(np.uint8))
-    packed = pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(4 * config.hashes), len(table), [None, rows.buffers()[1]]
-    )  # one row of bytes per document
+    columns = ["content", "content_hash", "stars", "size_bytes"]
+    table = storage.read_parquet(storage.join(documents, f"{unit.name}.parquet"), columns)
+    signature_DK, keys_DB, has_shingle_D = signatures(table.column("content").combine_chunks(), config)
+    keys = {name: table.column(name).combine_chunks() for name in columns[1:]}
+    keys["has_shingle"] = pa.array(has_shingle_D)
+    keys |= {_band_column(band): pa.array(np.ascontiguousarray(keys_DB[:, band])) for band in range(config.bands)}
+    rows = pa.array(signature_DK.reshape(-1))
+    packed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(BINS), len(table), [None, rows.buffers()[1]])
     files = (
-        write_table(folder, f"keys/{unit.name}.parquet", pa.table(keys)),
-        write_table(folder, f"signatures/{unit.name}.parquet", pa.table({"signature": packed})),
+        _write(folder, f"keys/{unit.name}.parquet", pa.table(keys)),
+        _write(folder, f"signatures/{unit.name}.parquet", pa.table({"signature": packed})),
     )
     return ShardReport(shard=unit.name, unit_digest="", files=files, rows_read=len(table), rows_kept=len(table))
 
 
-def exact_firsts(folder: str, shards: Sequence[str], rows: Sequence[int]) -> I64:
-    """For every document the least number with the same content."""
-    return first_of_equal(_content_hashes(folder, shards, rows))
+def _write(folder: str, name: str, table: pa.Table) -> WrittenFile:
+    """Hashes, as they are: no dictionary, for no value comes twice, and the fastest compression."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="lz4", use_dictionary=False, write_statistics=False)
+    written = storage.write_bytes(storage.join(folder, name), sink.getvalue())
+    return WrittenFile(name=name, rows=len(table), size_bytes=written.size_bytes, checksum=written.checksum)
 
 
-def band_edges(
-    folder: str, shards: Sequence[str], band: int, skip: Bits, ends: Sequence[int], config: MinHashConfig
-) -> I64:
-    """Verified edges of one band among the documents that `skip` leaves (exact duplicates need no second look).
+def read_documents(folder: str, shards: Sequence[str], rows: Sequence[int], ends: Sequence[int]) -> Documents:
+    """What decides between documents: 25 bytes of each.
 
     Args:
         ends: documents after each generation.
     """
-    members, member_keys, rows = _band_members(folder, shards, band, skip)
-    shared = sharing(member_keys)
-    shared.sort()  # by number, as files are read
-    members, member_keys = members[shared], member_keys[shared]
-    hashes_M2 = _content_hashes(folder, shards, rows, members)
-    signature_MH = _read_signatures(folder, shards, rows, members, config)
-    generation_M = np.searchsorted(ends, members, side="right")
-    return members[candidate_edges(member_keys, hashes_M2, signature_MH, config.threshold, generation_M)]
+    count = sum(rows)
+    hashes_D2, has_shingle_D = np.empty((count, 2), np.uint64), np.empty(count, bool)
+    stars_D, size_D = np.empty(count, np.int32), np.empty(count, np.int32)
+    for shard, part in _parts(shards, rows):
+        table = _read_keys(folder, shard, ["content_hash", "has_shingle", "stars", "size_bytes"])
+        hashes_D2[part] = _fixed_rows(table.column("content_hash")).view(">u8")
+        has_shingle_D[part] = table.column("has_shingle").to_numpy()
+        stars_D[part] = np.minimum(table.column("stars").fill_null(0).to_numpy(), np.iinfo(np.int32).max)
+        size_D[part] = table.column("size_bytes").to_numpy()
+    return Documents(hashes_D2, decisions.precedence(stars_D, size_D, ends), has_shingle_D)
+
+
+def exact_firsts(documents: Documents) -> I64:
+    """For every document the one that stands for its content: see `decisions.precedence`."""
+    return decisions.best_of_equal(documents)
+
+
+def band_tasks(config: MinHashConfig, documents: int) -> list[tuple[tuple[int, ...], tuple[int, int]]]:
+    """How the bands are cut into tasks: some bands each, or one band and a range of its keys (which, of how many)."""
+    parts = max(1, math.ceil(documents / config.keys_in_memory))
+    most = max(1, min(config.keys_in_memory // max(documents, 1), math.ceil(config.bands / _LEAST_TASKS)))
+    groups = [tuple(range(first, min(first + most, config.bands))) for first in range(0, config.bands, most)]
+    return [(group, (part, parts)) for group in groups for part in range(parts)]
+
+
+def band_edges(
+    folder: str,
+    shards: Sequence[str],
+    bands: Sequence[int],
+    key_range: tuple[int, int],
+    rows: Sequence[int],
+    rank_D: U32,
+    config: MinHashConfig,
+) -> U64:
+    """Verified edges between ranks (see `buckets`), of some bands and one range of their keys.
+
+    Memory is a few dozen bytes for each key of the range, and `config.signatures_in_memory` signatures; where more
+    documents share a key, theirs stand in a temporary file meanwhile.
+
+    Args:
+        key_range: which one, from 0, of how many equal ranges.
+    """
+    places = [sharing(of_band) for of_band in _places(folder, shards, rows, bands, key_range, rank_D)]
+    members = np.unique(np.concatenate([second_of(of_band) for of_band in places]))
+    shape, most = (len(members), BINS), config.signatures_in_memory
+    with tempfile.TemporaryFile() as spool:
+        signature_MK: U8
+        if len(members) > most:
+            spool.truncate(len(members) * BINS)
+            signature_MK = np.memmap(spool, np.uint8, "r+", shape=shape)
+        else:
+            signature_MK = np.empty(shape, np.uint8)
+        _read_signatures(folder, shards, rows, rank_D, members, signature_MK)
+
+        def read(ranks: U32) -> U8:
+            return np.asarray(signature_MK[np.searchsorted(members, ranks)])
+
+        edges = [bucket_edges(of_band, read, config.threshold, most) for of_band in places]
+    return np.unique(np.concatenate(edges))
 
 
 def cluster_documents(
-    documents: str,
     folder: str,
     shards: Sequence[str],
     rows: Sequence[int],
-    first_D: I64,
-    edges: Iterable[I64],
+    ranking: Ranking,
+    batches: Iterable[U64],
     ends: Sequence[int],
 ) -> tuple[Clusters, dict[str, int]]:
-    """The clusters of the whole corpus from exact duplicates (`first_D`) and every band's `edges`, in any order.
+    """The clusters of the whole corpus from the edges of all bands, in any order, gone through several times.
 
-    A cluster's survivor has the most stars (unknown counts as 0), then the most bytes, then the least content hash.
-    Copies of the surviving content that still tie are told apart by their number alone.
-
-    What was decided in a generation stays: its documents keep their survivors and cluster sizes, and a later document
-    in the cluster of an old survivor is dropped for it. So two old survivors stay where a new document joins them.
+    What was decided in a generation stays: earlier documents have the lower ranks, so later ones change nothing among
+    them, and one that resembles an old survivor is dropped for it, however good it is.
 
     Args:
-        ends: documents after each generation. Each generation takes 8 bytes per document up to its end.
+        ends: documents after each generation.
 
     Returns:
         The clusters, and how many documents are kept that a rebuild in one generation would drop, and the reverse.
     """
-    labels = [first_D[:end] for end in ends]
-    for batch in edges:
-        last = batch.max(axis=1, initial=-1) if len(ends) > 1 else None
-        for index, end in enumerate(ends):
-            labels[index] = tie(labels[index], batch if last is None else batch[last < end])
-    if len(labels) == 1:
-        return clusters_of(labels[0], _precedence(documents, folder, shards, rows)), {}
-    survivor_D, size_D = np.zeros(0, np.int64), np.zeros(0, np.int64)
-    for label in labels:
-        start, end = len(survivor_D), len(label)
-        new = np.ones(end, np.int64)
-        new[:start] = survivor_D != np.arange(start)  # dropped before, and so are not to stand for anything
-        precedence = (column[:end] for column in _precedence(documents, folder, shards, rows))
-        clusters = clusters_of(label, itertools.chain([new], precedence))
-        survivor_D = np.concatenate([survivor_D, clusters.survivor_D[start:]])
-        size_D = np.concatenate([size_D, clusters.size_D[start:]])
-    decided = Clusters(survivor_D, size_D)
-    rebuilt = clusters_of(labels[-1], _precedence(documents, folder, shards, rows)).keep
-    return decided, {
-        "kept_unlike_a_rebuild": int((decided.keep & ~rebuilt).sum()),
-        "dropped_unlike_a_rebuild": int((rebuilt & ~decided.keep).sum()),
+    clusters = decisions.clusters_of(ranking, decisions.choose_survivors(batches, len(ranking.number_R)), ends)
+    if len(ends) == 1:
+        return clusters, {}
+    rebuilt = _rebuilt(read_documents(folder, shards, rows, ends), ranking, batches)
+    return clusters, {
+        "kept_unlike_a_rebuild": int((clusters.keep & ~rebuilt).sum()),
+        "dropped_unlike_a_rebuild": int((rebuilt & ~clusters.keep).sum()),
     }
 
 
-def _precedence(documents: str, folder: str, shards: Sequence[str], rows: Sequence[int]) -> Iterator[I64 | U64]:
-    for column in ("stars", "size_bytes"):
-        values = np.empty(sum(rows), np.int64)
-        for shard, part in _parts(shards, rows):
-            read = storage.read_parquet(storage.join(documents, f"{shard}.parquet"), [column]).column(column)
-            np.negative(read.fill_null(0).to_numpy(), out=values[part])
-        yield values
-    for half in range(2):
-        yield np.ascontiguousarray(_content_hashes(folder, shards, rows)[:, half])
+def _rebuilt(documents: Documents, ranking: Ranking, batches: Iterable[U64]) -> decisions.Bits:
+    """Which documents the same edges would keep if all of them had come at once."""
+    documents = decisions.in_one_generation(documents)
+    anew = decisions.rank_documents(documents, decisions.best_of_equal(documents))
+    rank_R = anew.rank_D[anew.first_D[ranking.number_R]]
+    survivor_R = decisions.choose_survivors(_Reranked(batches, rank_R), len(anew.number_R))
+    return decisions.clusters_of(anew, survivor_R, [len(anew.first_D)]).keep
+
+
+class _Reranked:
+    """Batches of edges between other ranks, as often as they are asked for."""
+
+    def __init__(self, batches: Iterable[U64], rank_R: U32) -> None:
+        self._batches, self._rank_R = batches, rank_R
+
+    def __iter__(self) -> Iterator[U64]:
+        return (decisions.reranked(edges, self._rank_R) for edges in self._batches)
 
 
 def write_clusters(
     folder: str, shards: Sequence[str], rows: Sequence[int], clusters: Clusters, first_D: I64, digest: str
 ) -> list[ShardReport]:
-    """One clusters file per shard, and the drops by reason.
-
-    A dropped document is an exact duplicate when another document with its content stands for it or survives.
-    """
+    """One clusters file per shard, and the drops by reason: an exact duplicate has another that stands for it."""
     reports = []
     for shard, part in _parts(shards, rows):
         numbers = np.arange(part.start, part.stop)
-        survivor, size, first = clusters.survivor_D[part], clusters.size_D[part], first_D[part]
-        keep = survivor == numbers
-        copies = ((first != numbers) | (first == first_D[survivor])) & ~keep
-        reason = np.where(copies, DropReason.EXACT_DUPLICATE, DropReason.NEAR_DUPLICATE)
+        survivor, size = clusters.survivor_D[part], clusters.size_D[part]
+        keep, copies = survivor == numbers, first_D[part] != numbers
+        reasons = pa.array([DropReason.NEAR_DUPLICATE, DropReason.EXACT_DUPLICATE], pa.string())
+        reason = pa.DictionaryArray.from_arrays(pa.array(copies.astype(np.int8), mask=keep), reasons)
         table = pa.table(
             {
                 "keep": pa.array(keep),
-                "reason": pa.array(reason.astype(object), pa.string(), mask=keep),
+                "reason": reason.cast(pa.string()),
                 "survivor": pa.array(survivor),
                 "cluster_size": pa.array(size, pa.int32()),
             }
@@ -174,8 +216,8 @@ def _band_column(band: int) -> str:
     return f"band_{band:02d}"
 
 
-def _read_keys(folder: str, shard: str, column: str) -> pa.ChunkedArray:
-    return storage.read_parquet(storage.join(folder, "keys", f"{shard}.parquet"), [column]).column(column)
+def _read_keys(folder: str, shard: str, columns: list[str]) -> pa.Table:
+    return storage.read_parquet(storage.join(folder, "keys", f"{shard}.parquet"), columns)
 
 
 def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
@@ -185,45 +227,37 @@ def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
     return values[array.offset * width : (array.offset + len(array)) * width].reshape(len(array), width)
 
 
-def _band_members(folder: str, shards: Sequence[str], band: int, skip: Bits) -> tuple[I64, U64, list[int]]:
-    """Numbers and keys of the documents with a key that `skip` leaves, and the rows of each shard."""
-    members, keys, rows = np.empty(len(skip), np.int64), np.empty(len(skip), np.uint64), []
-    first = filled = 0
-    for shard in shards:
-        table = storage.read_parquet(
-            storage.join(folder, "keys", f"{shard}.parquet"), [_band_column(band), "has_shingle"]
-        )
-        shingled = table.column("has_shingle").to_numpy()
-        chosen = np.flatnonzero(shingled & ~skip[first : first + len(table)])
-        part = slice(filled, filled + len(chosen))
-        members[part] = chosen + first
-        keys[part] = table.column(_band_column(band)).to_numpy()[chosen]
-        rows.append(len(table))
-        first, filled = first + len(table), part.stop
-    return members[:filled], keys[:filled], rows
-
-
-def _content_hashes(folder: str, shards: Sequence[str], rows: Sequence[int], members: I64 | None = None) -> U64:
-    """uint64[members, 2], the halves of content hashes: of every document, or of `members` (sorted)."""
-    hashes_M2 = np.empty((sum(rows) if members is None else len(members), 2), np.uint64)
-    for shard, part in _parts(shards, rows):
-        wanted = part if members is None else slice(*np.searchsorted(members, (part.start, part.stop)))
-        if wanted.start == wanted.stop:
-            continue
-        column = _read_keys(folder, shard, "content_hash")
-        of_shard = _fixed_rows(column).view(">u8")
-        hashes_M2[wanted] = of_shard if members is None else of_shard[members[wanted] - part.start]
-    return hashes_M2
+def _places(
+    folder: str,
+    shards: Sequence[str],
+    rows: Sequence[int],
+    bands: Sequence[int],
+    key_range: tuple[int, int],
+    rank_D: U32,
+) -> list[U64]:
+    """By band, key and rank of every ranked document whose key falls into the range."""
+    part, parts = key_range
+    found: list[list[U64]] = [[np.zeros(0, np.uint64)] for _ in bands]
+    for shard, documents in _parts(shards, rows):
+        ranks = rank_D[documents]
+        ranked = ranks != UNRANKED
+        table = _read_keys(folder, shard, [_band_column(band) for band in bands])
+        for column, places in zip(table.columns, found, strict=True):
+            keys = column.to_numpy()
+            chosen = ranked if parts == 1 else ranked & (keys.astype(np.uint64) * parts >> 32 == part)
+            places.append(joined(keys[chosen], ranks[chosen]))
+    return [np.concatenate(found.pop(0)) for _ in bands]
 
 
 def _read_signatures(
-    folder: str, shards: Sequence[str], rows: Sequence[int], members: I64, config: MinHashConfig
-) -> U32:
-    """uint32[members, hashes], reading only the shards that hold one of `members` (sorted)."""
-    signature_MH = np.empty((len(members), config.hashes), np.uint32)
+    folder: str, shards: Sequence[str], rows: Sequence[int], rank_D: U32, members: U32, signature_MK: U8
+) -> None:
+    """Fill in the signatures of the ranks `members` (sorted), reading only the shards that hold one of them."""
+    wanted_R = np.zeros(int(members.max(initial=0)) + 2, bool)  # the last is nobody's
+    wanted_R[members] = True
     for shard, part in _parts(shards, rows):
-        wanted = slice(*np.searchsorted(members, (part.start, part.stop)))
-        if wanted.start < wanted.stop:
+        ranks = rank_D[part]
+        wanted = np.flatnonzero(wanted_R[np.minimum(ranks, len(wanted_R) - 1)])
+        if len(wanted):
             column = storage.read_parquet(storage.join(folder, "signatures", f"{shard}.parquet")).column("signature")
-            signature_MH[wanted] = _fixed_rows(column).view(np.uint32)[members[wanted] - part.start]
-    return signature_MH
+            signature_MK[np.searchsorted(members, ranks[wanted])] = _fixed_rows(column)[wanted]

@@ -26,6 +26,7 @@ from cert_ray.serving.engines import Engine, EngineConfig
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
+from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
 
 
@@ -203,6 +204,8 @@ def check_wanted(cancelled: threading.Event | None, deadline_s: float | None) ->
 
 def load_engine(folder: str, config: EngineConfig, turns: Turns | None = None) -> Engine:
     """The engine that the configuration names, over the model in `folder`."""
+    if config.kind == "vllm":
+        return VllmEngine(folder, config)
     return TransformersEngine(folder, config, turns)
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs
-from cert_ray.serving.joint import JointSamples, Top, tell_logprobs
+from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, Work
+from cert_ray.serving.joint import JointSamples, Top, likeliest, tell_logprobs
 from cert_ray.serving.packed_attention import Feed
-from cert_ray.serving.sampling import draw_tokens, token_logprobs
+from cert_ray.serving.sampling import draw_tokens, log_totals
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ class Request:
         self.parents: list[int] = []
         self.prompt_logprobs: list[tuple[float, Top]] = []
         self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
+        self.given_up = False  # nobody waits any more
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -83,6 +84,12 @@ class Request:
         Raises:
             BaseException: what ended the work.
         """
+        try:
+            return self._wait()
+        finally:
+            self.given_up = True
+
+    def _wait(self) -> Drawn:
         while True:
             told = self.mailbox.get()
             for index, text, reason in told.news:
@@ -132,6 +139,7 @@ class Batch:
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._prompts = _KeptPrompts(model, config.prefix_cache_tokens)
+        self._scratch = _Scratch()
         self.forward_rows = 0  # tokens that went through the model since it was loaded
         turns.join(self)
 
@@ -152,28 +160,29 @@ class Batch:
             self._waiting.append(self._arrived.get())
         self._waiting = [request for request in self._waiting if self._still_wanted(request)]
         self._running = [request for request in self._running if self._still_wanted(request)]
-        self._admit()
-        fed, feeds = self._feeds()
-        if not fed:
-            return
+        fed = self._running
         try:
-            logits = self._model.forward(feeds)
-            self._take(fed, feeds, logits)
+            self._admit()
+            fed, feeds = self._feeds()
+            if fed:
+                self._take(fed, feeds, self._model.forward(feeds))
         except Exception as error:  # noqa: BLE001 - the thread must live on: this step's requests carry the error
             _log.exception("a step over %d requests failed", len(fed))
-            for request in fed:
+            for request in list(fed):
                 self._end(request, _Told(error=error))
 
     def _admit(self) -> None:
         rows = sum(max(1, len(request.next_tokens)) for request in self._running)
         while rows < self._config.max_rows and self._waiting:
             request = self._waiting.pop(0)
-            request.kept, request.read = self._prompts.find(request.prompt, self._model, request.samples.work)
-            request.cached_tokens = request.read
             self._running.append(request)
+            request.kept, request.read = self._prompts.find(request.prompt, request.samples.work)
+            request.cached_tokens = request.read
             rows += 1
 
     def _still_wanted(self, request: Request) -> bool:
+        if request.given_up:
+            return False
         try:
             request.hooks.check()
         except Exception as error:  # noqa: BLE001 - whoever waits gets it
@@ -205,13 +214,13 @@ class Batch:
             drawing.append((request, logits_QV[-max(1, len(request.next_tokens)) :]))
         if not drawing:
             return
-        logits_RV = torch.cat([logits_QV for _, logits_QV in drawing]).float()
+        logits_RV, scratch_RV = self._scratch.fill([logits_QV for _, logits_QV in drawing])
         refused = [mask for request, _ in drawing for mask in request.samples.refused()]
         if any(mask is not None for mask in refused):
             for row, mask_V in enumerate(refused):
                 if mask_V is not None:
                     logits_RV[row].masked_fill_(mask_V.to(logits_RV.device), float("-inf"))
-        logprobs_RV = token_logprobs(logits_RV)
+        totals_R1 = log_totals(logits_RV, scratch_RV)
         uniforms: list[npt.NDArray[np.float64]] = []
         temperatures: list[float] = []
         top_ps: list[float] = []
@@ -219,12 +228,12 @@ class Batch:
             uniforms += request.samples.uniforms()
             temperatures += [request.samples.work.temperature] * len(logits_QV)
             top_ps += [request.samples.work.top_p] * len(logits_QV)
-        tokens = draw_tokens(logits_RV, uniforms, temperatures, top_ps)
+        tokens = draw_tokens(logits_RV, uniforms, temperatures, top_ps, scratch_RV)
         first = 0
         for request, logits_QV in drawing:
             own = slice(first, first + len(logits_QV))
             first += len(logits_QV)
-            self._advance(request, tokens[own], logprobs_RV[own])
+            self._advance(request, tokens[own], logits_RV[own], totals_R1[own])
 
     def _read_prompt(self, request: Request, feed: Feed, logits_QV: torch.Tensor) -> bool:
         """Note what was read; whether the prompt is read whole, and samples are to be drawn."""
@@ -242,17 +251,21 @@ class Batch:
 
     def _score(self, request: Request, logits_QV: torch.Tensor) -> None:
         known = request.prompt[len(request.prompt_logprobs) + 1 :][: len(logits_QV)]
-        logprobs_QV = token_logprobs(logits_QV)
+        totals_Q1 = log_totals(logits_QV.float())
         for place, token in enumerate(known):
-            values, ids = logprobs_QV[place].topk(max(1, request.samples.work.logprobs or 0))
-            top = tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True))
-            request.prompt_logprobs.append(
-                (float(logprobs_QV[place, token]), top if request.samples.work.logprobs else ())
-            )
+            logits_V, total = logits_QV[place].float(), float(totals_Q1[place])
+            top = likeliest(logits_V, total, request.samples.work.logprobs or 0)
+            request.prompt_logprobs.append((float(logits_V[token]) - total, top))
 
-    def _advance(self, request: Request, tokens: list[npt.NDArray[np.int64]], logprobs_QV: torch.Tensor) -> None:
+    def _advance(
+        self,
+        request: Request,
+        tokens: list[npt.NDArray[np.int64]],
+        logits_QV: torch.Tensor,
+        totals_Q1: torch.Tensor,
+    ) -> None:
         samples, hooks = request.samples, request.hooks
-        request.next_tokens, request.parents, some_ended = samples.take(tokens, logprobs_QV)
+        request.next_tokens, request.parents, some_ended = samples.take(tokens, logits_QV, totals_Q1)
         if hooks.streams_text:
             news = samples.settled_text()
             if news:
@@ -276,6 +289,23 @@ class Batch:
         request.mailbox.put(told)
 
 
+class _Scratch:
+    """Memory for the logits of a step, kept from step to step: fresh pages cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._places: torch.Tensor | None = None
+
+    def fill(self, logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits, one under the other in float32, and as much room again."""
+        rows, first = sum(map(len, logits)), logits[0]
+        if self._places is None or self._places.shape[1] < rows:
+            self._places = torch.empty(2, rows + rows // 2, first.shape[1], device=first.device)
+        logits_RV, scratch_RV = self._places[:, :rows]
+        for logits_QV, place_QV in zip(logits, logits_RV.split(list(map(len, logits))), strict=True):
+            place_QV.copy_(logits_QV)
+        return logits_RV, scratch_RV
+
+
 def _tell_prompt(tokenizer: Any, request: Request) -> TokenLogprobs:
     logprobs = [None, *(logprob for logprob, _ in request.prompt_logprobs)]
     tops = [None, *(top for _, top in request.prompt_logprobs)]
@@ -289,7 +319,7 @@ class _KeptPrompts:
         self._model, self._most_tokens = model, most_tokens
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
-    def find(self, prompt: Sequence[int], model: ForwardPass, work: Any) -> tuple[Any, int]:
+    def find(self, prompt: Sequence[int], work: Work) -> tuple[Any, int]:
         """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
         best, shared = None, 0
         if not work.score_prompt:
@@ -300,9 +330,9 @@ class _KeptPrompts:
                     best, shared = other, common
         shared = min(shared, len(prompt) - 1)  # the last token is read for its logits
         if best is None or shared < _LEAST_SHARED_TOKENS:
-            return model.begin(), 0
+            return self._model.begin(), 0
         self._kept.move_to_end(best)
-        return model.beginning(self._kept[best], shared), shared
+        return self._model.beginning(self._kept[best], shared), shared
 
     def wants(self, prompt: Sequence[int]) -> bool:
         """Whether this prompt is worth keeping, and not kept."""

@@ -71,8 +71,8 @@ class ServeConfig(FrontDoorConfig):
     replicas: int = pydantic.Field(default=1, ge=1)  # engines, where there is no autoscaling
     autoscaling: Autoscaling | None = None
     front_doors: int = pydantic.Field(default=1, ge=1)
-    # In an update, engines beyond `replicas`, so that old ones serve until new ones are ready; rounded up. 0 where there
-    # is no room for another: then old ones stop first, and requests wait.
+    # In an update, engines beyond `replicas`, so that old ones serve until new ones are ready; rounded up. 0 where
+    # there is no room for another: then old ones stop first, and requests wait.
     surge_percent: int = pydantic.Field(default=25, ge=0, le=100)
     num_cpus: float = pydantic.Field(default=1, ge=0)  # per engine
     num_gpus: float = pydantic.Field(default=0, ge=0)  # per engine

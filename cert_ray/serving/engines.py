@@ -2,7 +2,7 @@
 
 In: `Work`, which is all that an answer may depend on, and `Hooks`, which say who is listening. Out: `Drawn`. An engine
 knows nothing of sketches: `cascade.py` gives it prompts and reads its tokens. `transformers_engine.py` runs any causal
-language model of transformers.
+language model of transformers, `vllm_engine.py` what vLLM runs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ FinishReason = Literal["stop", "length"]
 class TokenLogprobs:
     """Natural log-probabilities of a text's tokens, in the fields of OpenAI's `logprobs` object, all equally long.
 
-    `token_logprobs` are under the model itself (temperature 1, no nucleus); None for a prompt's first token.
+    `token_logprobs` are under the model itself (temperature 1, no nucleus; while a sample must still begin with blanks,
+    among the tokens that may come); None for a prompt's first token.
     `top_logprobs` hold the alternatives asked for and the token itself. `text_offset` counts characters from the
     beginning of the text that the tokens belong to (the answer, or the prompt). A character that several tokens spell
     belongs to the last of them.
@@ -126,6 +127,7 @@ class Engine(Protocol):
 class EngineConfig(Config):
     """How a model is held in memory and run."""
 
+    kind: Literal["transformers", "vllm"] = "transformers"  # vllm: NVIDIA GPUs only, the extra `vllm`
     device: str | None = None  # None: the first GPU, else the CPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int | None = pydantic.Field(default=None, ge=1)  # torch's intra-op threads; None leaves torch's choice
@@ -134,6 +136,7 @@ class EngineConfig(Config):
     prefill_tokens: int = pydantic.Field(default=256, ge=1)  # of prompts, read beside one step of the others
     # Prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in fp32.
     prefix_cache_tokens: int = pydantic.Field(default=8192, ge=0)
+    packed_weights: bool = True  # lay linear layers' weights out once, on the CPU (`packed_linear.py`)
     # The special tokens before prefix, suffix and middle, of a model that was trained to fill in the middle.
     infill: tuple[str, str, str] | None = None
 

@@ -86,7 +86,9 @@ def create_app(
     config = config or FrontDoorConfig()
     any_library = any_library or next(iter(backend.served))
     admission = admission or Admission(1_000, 1_000, config.request_timeout_s)
-    app = FastAPI(title="cert-ray", docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
+    app = FastAPI(
+        title="cert-ray", docs_url=None, redoc_url=None, redirect_slashes=False
+    )  # those pages load scripts from elsewhere
     app.add_middleware(BodyLimit, max_body_bytes=config.limits.max_body_bytes)
     if keys is not None:
         app.add_middleware(Keys, keys=keys, rates=RateLimiter(config.rate), public=_PUBLIC)

@@ -76,33 +76,31 @@ class JointSamples:
         ]
 
     def take(
-        self, tokens: Sequence[npt.NDArray[np.int64]], logprobs_BV: torch.Tensor
+        self, tokens: Sequence[npt.NDArray[np.int64]], logits_BV: torch.Tensor, totals_B1: torch.Tensor
     ) -> tuple[list[int], list[int], bool]:
         """Add the drawn tokens, one array per branch. The next tokens, their branches before, and whether any ended.
 
-        `logprobs_BV` are the model's own, row by row for the branches.
+        Both tensors are row by row for the branches; `totals_B1` are the logits' `sampling.log_totals`.
         """
         self._step += 1
         grown: list[Branch] = []
         parents: list[int] = []
         ended_before = len(self.ended)
         for place, (branch, drawn) in enumerate(zip(self.branches, tokens, strict=True)):
-            top = self._top(logprobs_BV[place])
+            logits_V, total = logits_BV[place], float(totals_B1[place])
+            top = self._top(logits_V, total)
             distinct, first = np.unique(drawn, return_index=True)
             for token in distinct[np.argsort(first)].tolist():
                 samples = branch.samples[drawn == token] if len(distinct) > 1 else branch.samples
-                child = self._grow(branch, token, samples, float(logprobs_BV[place, token]), top)
+                child = self._grow(branch, token, samples, float(logits_V[token]) - total, top)
                 if child is not None:
                     grown.append(child)
                     parents.append(place)
         self.branches = grown
         return [branch.ids[-1] for branch in grown], parents, len(self.ended) > ended_before
 
-    def _top(self, logprobs_V: torch.Tensor) -> Top | None:
-        if self.work.logprobs is None:
-            return None
-        values, ids = logprobs_V.topk(self.work.logprobs) if self.work.logprobs else (logprobs_V[:0], logprobs_V[:0])
-        return tuple(zip(map(int, ids.tolist()), values.tolist(), strict=True))
+    def _top(self, logits_V: torch.Tensor, total: float) -> Top | None:
+        return None if self.work.logprobs is None else likeliest(logits_V, total, self.work.logprobs)
 
     def _grow(
         self, branch: Branch, token: int, samples: npt.NDArray[np.int64], logprob: float, top: Top | None
@@ -158,6 +156,14 @@ class JointSamples:
             for number in numbers.tolist():
                 samples[number] = completion
         return Drawn(tuple(samples), self._tokens, cached_tokens, prompt_logprobs)
+
+
+def likeliest(logits_V: torch.Tensor, total: float, count: int) -> Top:
+    """The likeliest tokens with their log-probabilities."""
+    if count == 0:
+        return ()
+    values, ids = logits_V.topk(count)
+    return tuple((token, value - total) for token, value in zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def tell_logprobs(

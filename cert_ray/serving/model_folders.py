@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cert_ray import storage
-from cert_ray.errors import InputError
+from cert_ray.errors import ConfigError, InputError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.manifests import is_finished, read_manifest
 from cert_ray.sketching import prompt_format
@@ -74,3 +74,17 @@ def end_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
     # A model's default numbers (50256 for GPT-Neo) may lie outside a smaller vocabulary.
     known = tokenizer.get_vocab_size(with_added_tokens=True)
     return frozenset(number for number in (*ids, own) if number is not None and number < known)
+
+
+def find_infill(folder: str, tokenizer: Tokenizer, infill: tuple[str, str, str] | None) -> tuple[int, int, int] | None:
+    """The ids of the tokens that mark prefix, suffix and middle.
+
+    Raises:
+        ConfigError: when the tokenizer lacks one.
+    """
+    if infill is None:
+        return None
+    before_prefix, before_suffix, before_middle = (tokenizer.token_to_id(token) for token in infill)
+    if before_prefix is None or before_suffix is None or before_middle is None:
+        raise ConfigError(f"infill={infill!r}: the tokenizer of {folder} lacks one of them. Leave infill out.")
+    return before_prefix, before_suffix, before_middle

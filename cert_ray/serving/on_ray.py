@@ -48,6 +48,7 @@ class Engines:
     """The deployment that holds the models. Decoding runs in threads, so that queues and health checks are served."""
 
     def __init__(self, options: dict[str, Any]) -> None:
+        _log_as_serve_does()
         config = ServeConfig.from_mapping(options, "engine deployment")
         self._models = dict(config.models)
         # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
@@ -259,6 +260,7 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
     def build() -> Any:
         from cert_ray.serving.http import create_app
 
+        _log_as_serve_does()
         config = ServeConfig.from_mapping(options, "front door")
         address = _running_address()
         if address is not None:
@@ -274,6 +276,14 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
         )
 
     return build
+
+
+def _log_as_serve_does() -> None:
+    """Write this replica's log lines where Serve writes its own."""
+    logger = logging.getLogger("cert_ray")
+    logger.setLevel(logging.INFO)
+    for handler in logging.getLogger("ray.serve").handlers:
+        logger.addHandler(handler)
 
 
 def _count(served: Served) -> None:

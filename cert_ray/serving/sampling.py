@@ -92,11 +92,13 @@ def draw_tokens(
     uniforms: Sequence[npt.NDArray[np.float64]],
     temperature_R: Sequence[float],
     top_p_R: Sequence[float],
+    scratch_RV: torch.Tensor | None = None,
 ) -> list[npt.NDArray[np.int64]]:
     """For each row one token per uniform number, by inverse transform sampling from the row's nucleus.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020,
     arXiv:1904.09751). Temperature 0 takes the most likely token. A row's tokens depend on no other row.
+    `scratch_RV`, like the logits, is overwritten: fresh memory of that size costs more than the arithmetic.
     """
     rows = range(len(uniforms))
     tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * len(uniforms)
@@ -110,7 +112,10 @@ def draw_tokens(
     logits_DV = logits_RV if len(drawn) == len(uniforms) else logits_RV[drawn]
     temperature_D1 = np.maximum([temperature_R[row] for row in drawn], _LEAST_TEMPERATURE)[:, None]
     values_DK, ids_DK = logits_DV.topk(min(_CANDIDATES, logits_DV.shape[-1]), dim=-1)
-    shifted_DV = (logits_DV - values_DK[:, :1]) / torch.from_numpy(temperature_D1).to(logits_DV)
+    scratch_DV = None if scratch_RV is None else scratch_RV[: len(drawn)]
+    shifted_DV = torch.sub(logits_DV, values_DK[:, :1], out=scratch_DV).div_(
+        torch.from_numpy(temperature_D1).to(logits_DV)
+    )
     total_D1 = shifted_DV.exp_().sum(dim=-1, keepdim=True, dtype=torch.float64).cpu().numpy()
     cumulative_DK = _cumulative(values_DK, temperature_D1) / total_D1
     for place, row in enumerate(drawn):
@@ -149,6 +154,11 @@ def _invert(
     return np.minimum(np.searchsorted(cumulative_K, target_N, side="right"), last)
 
 
-def token_logprobs(logits_RV: torch.Tensor) -> torch.Tensor:
-    """Natural log-probabilities under the model itself (temperature 1, no nucleus): float32 [R, V]."""
-    return torch.log_softmax(logits_RV.float(), dim=-1)
+def log_totals(logits_RV: torch.Tensor, scratch_RV: torch.Tensor | None = None) -> torch.Tensor:
+    """What a row's logits exceed its natural log-probabilities by (temperature 1, no nucleus): float32 [R, 1].
+
+    `scratch_RV`, like the logits, is overwritten.
+    """
+    highest_R1 = logits_RV.amax(dim=-1, keepdim=True)
+    shifted_RV = torch.sub(logits_RV, highest_R1, out=scratch_RV)
+    return shifted_RV.exp_().sum(dim=-1, keepdim=True).log_() + highest_R1

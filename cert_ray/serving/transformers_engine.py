@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from cert_ray.errors import ConfigError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.batching import Batch, Request, Turns
 from cert_ray.serving.boundaries import FirstTokens
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
 from cert_ray.serving.joint import JointSamples
-from cert_ray.serving.model_folders import end_ids, load_model, window
+from cert_ray.serving.model_folders import end_ids, find_infill, load_model, window
 from cert_ray.serving.packed_attention import Feed, Kept
+from cert_ray.serving.packed_linear import pack_linear_layers
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ class TransformersEngine:
         model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype))
         model.to(device).eval()
         self._context_tokens = window(folder, model.config)
-        self._infill_tokens = find_infill(folder, self._tokenizer, self.config)
+        self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)
         self._end_ids = end_ids(model, self._tokenizer)
         self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
-        self.is_packed = _pack(model, self._context_tokens)
+        self.is_packed = _pack(model, self._context_tokens, self.config)
         self._model = model
         forward_pass = _Packed(model, self._tokenizer) if self.is_packed else _OneByOne(model, self._tokenizer)
         self._batch = Batch(forward_pass, self.config, turns or Turns())
@@ -87,20 +87,6 @@ class TransformersEngine:
         request = Request(samples, hooks)
         self._batch.submit(request)
         return request.wait()
-
-
-def find_infill(folder: str, tokenizer: Tokenizer, config: EngineConfig) -> tuple[int, int, int] | None:
-    """The ids of the tokens that mark prefix, suffix and middle.
-
-    Raises:
-        ConfigError: when the tokenizer lacks one.
-    """
-    if config.infill is None:
-        return None
-    before_prefix, before_suffix, before_middle = (tokenizer.token_to_id(token) for token in config.infill)
-    if before_prefix is None or before_suffix is None or before_middle is None:
-        raise ConfigError(f"infill={config.infill!r}: the tokenizer of {folder} lacks one of them. Leave infill out.")
-    return before_prefix, before_suffix, before_middle
 
 
 class _Packed:
@@ -150,12 +136,14 @@ class _OneByOne:
 
 
 @torch.inference_mode()
-def _pack(model: Any, context_tokens: int) -> bool:
-    """Let `model` attend packed, if that gives what its own forward pass gives."""
+def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
+    """Let `model` attend packed, if that gives what its own forward pass gives, and lay its weights out."""
     vocab_size = model.get_input_embeddings().num_embeddings
     ids = [(7 * place + 3) % vocab_size for place in range(min(12, context_tokens))]
     expected_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
     before = model.config._attn_implementation
+    if config.packed_weights:
+        pack_linear_layers(model)
     if not packed_attention.enable(model):
         return False
     try:

@@ -14,6 +14,7 @@ and is counted. base and xl make the same text: they differ by the libraries cho
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,19 +118,19 @@ class _EncodedRows:
 
 def _encode_rows(kept: pa.Table, encoder: _Encoder, vocab_size: int) -> _EncodedRows:
     dtype = token_dtype(vocab_size)
-    chunks = [np.zeros(0, dtype)]
+    tokens = array("H" if dtype.itemsize == 2 else "I")
     rows: list[int] = []
     lengths: list[int] = []
     atomic: list[bool] = []
     for start in range(0, kept.num_rows, _BATCH_ROWS):
         for row, pieces in enumerate(encoder.documents(kept.slice(start, _BATCH_ROWS)), start):
             for piece in pieces:
-                chunks.append(np.array(piece.ids, dtype))
+                tokens.fromlist(piece.ids)  # half the time of `numpy.array` over a list
                 rows.append(row)
                 lengths.append(len(piece.ids))
                 atomic.append(piece.atomic)
     return _EncodedRows(
-        np.concatenate(chunks), np.array(rows, np.int32), np.array(lengths, np.int64), np.array(atomic, np.bool_)
+        np.frombuffer(tokens, dtype), np.array(rows, np.int32), np.array(lengths, np.int64), np.array(atomic, np.bool_)
     )
 
 
@@ -149,7 +150,8 @@ class _Encoder:
 
     def _codes(self, rows: pa.Table) -> Iterator[list[_Piece]]:
         for ids in prompt_format.encode_code_batch(self._tokenizer, rows["content"].to_pylist()):
-            yield [_Piece(ids + self._end)]
+            ids += self._end
+            yield [_Piece(ids)]
 
     def _sketches(self, rows: pa.Table) -> Iterator[list[_Piece]]:
         sketches = [
@@ -157,7 +159,8 @@ class _Encoder:
             for row in rows.select(["sketch", "placeholders"]).to_pylist()
         ]
         for ids in prompt_format.encode_sketch_batch(self._tokenizer, sketches):
-            yield [_Piece(ids + self._end)]
+            ids += self._end
+            yield [_Piece(ids)]
 
     def _segments(self, rows: pa.Table) -> Iterator[list[_Piece]]:
         """One piece per segment, each with what follows it; a file without segments is its code."""

@@ -16,7 +16,8 @@ from cert_ray.training.stability import SpikePolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
-# What does not change the trained weights, or is covered by the digest of the inputs.
+# What does not change the trained weights beyond rounding, or is covered by the digest of the inputs. Of micro batch,
+# accumulation and workers only the product counts, so that a run may go on with other ones.
 _NOT_OF_THE_RESULT = {
     "base",
     "tokenizer",
@@ -26,6 +27,11 @@ _NOT_OF_THE_RESULT = {
     "keep_checkpoints",
     "keep_best_checkpoint",
     "on_spike",
+    "micro_batch",
+    "gradient_accumulation",
+    "workers",
+    "min_workers",
+    "resize_check_s",
     "activation_checkpointing",
     "log_every_steps",
     "loggers",
@@ -36,7 +42,8 @@ _NOT_OF_THE_RESULT = {
 class TrainConfig(Config):
     """One training run: which model, on which packed tokens, how, and into which folder.
 
-    A step reads `micro_batch * gradient_accumulation * workers` rows; runs with the same product read the same rows.
+    A step reads `micro_batch * gradient_accumulation * workers` rows; runs with the same product read the same rows,
+    and may go on from each other's checkpoints.
     """
 
     base: str  # a preset to start from scratch, or the folder or hub id of a causal language model to go on from
@@ -55,9 +62,12 @@ class TrainConfig(Config):
     schedule: Schedule = "cosine"
     decay_share: float = pydantic.Field(default=0.2, gt=0, le=1)  # of the steps, with schedule wsd
     precision: Precision = "fp32"
+    compile: bool = False  # by torch.compile: faster steps for a minute's start; the CPU's needs a C++ compiler
     activation_checkpointing: bool = False  # keep each layer's input only: less memory, a second forward pass
     zero_stage: Literal[0, 1, 2, 3] = 1
-    workers: int = pydantic.Field(default=1, gt=0)
+    workers: int = pydantic.Field(default=1, gt=0)  # with min_workers: at most
+    min_workers: int | None = pydantic.Field(default=None, gt=0)  # go on with so few while nodes are away; None: all
+    resize_check_s: float = pydantic.Field(default=60.0, gt=0)  # with min_workers: between looks for more nodes
     use_gpu: bool = False  # one GPU per worker and NCCL; else gloo
     cpus_per_worker: int = pydantic.Field(default=1, gt=0)  # reserved in Ray, and PyTorch's threads
     checkpoint_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
@@ -89,20 +99,23 @@ class TrainConfig(Config):
             )
         if self.precision == "fp16" and not self.use_gpu:
             raise ValueError("precision fp16 needs use_gpu: true; on a CPU use fp32 or bf16")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers {self.min_workers} is more than workers {self.workers}; lower it")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must both be in [0, 1)")
         return self
 
     @property
     def rows_per_step(self) -> int:
-        """Rows that one step reads, over all workers."""
+        """Rows that one step reads, over all workers, however many there are."""
         return self.micro_batch * self.gradient_accumulation * self.workers
 
     def result_digest(self) -> str:
         """Digest of the options that the trained weights depend on; where inputs lie does not count, what they hold is
         digested apart."""
         kept = set(type(self).model_fields) - _NOT_OF_THE_RESULT
-        return Config.digest(_Subset(options=self.model_dump(mode="json", include=kept)))
+        options = self.model_dump(mode="json", include=kept) | {"rows_per_step": self.rows_per_step}
+        return Config.digest(_Subset(options=options))
 
 
 class _Subset(Config):

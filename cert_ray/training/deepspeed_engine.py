@@ -1,12 +1,13 @@
 """DeepSpeed, and nothing else of the project imports it. In: a model and a `TrainConfig`. Out: an engine that steps.
 
 One path for CPU (gloo) and GPU (NCCL), ZeRO stages 0 to 3. The process group exists already; RANK, LOCAL_RANK,
-WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. Saves and loads its own state, at an equal number of workers only, and
-gives back the fp32 weights of a saved state without a process group.
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set. Saves and loads its own state, and that of another number of workers
+once it was converted; gives back the fp32 weights of a saved state without a process group.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import logging
@@ -20,10 +21,13 @@ import torch
 with warnings.catch_warnings():  # deepspeed and what it imports warn of their own coming changes
     warnings.simplefilter("ignore")
     import deepspeed
+    from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from cert_ray.training.attention import leave_out_masks
 from cert_ray.training.config import TrainConfig
-from cert_ray.training.step import predicted_tokens, summed_loss
+from cert_ray.training.sampling import micro_batches
+from cert_ray.training.step import Learner, plain_names, predicted_tokens
 
 _TAG = "engine"
 _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
@@ -39,11 +43,11 @@ def avoid_op_compilation() -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def engine_options(config: TrainConfig, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `config` and a model of so many parameters."""
+def engine_options(config: TrainConfig, parameters: int, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for `config`, a model of so many parameters, and the workers that there are."""
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.gradient_accumulation,
+        "gradient_accumulation_steps": micro_batches(config.rows_per_step, config.micro_batch, world_size),
         "gradient_clipping": config.max_gradient_norm or 0.0,
         # The bucket is allocated whole: DeepSpeed's own default would take 1 or 2 GB for a model of any size.
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS)},
@@ -57,24 +61,33 @@ def engine_options(config: TrainConfig, parameters: int) -> dict[str, Any]:
 class Engine:
     """A model, its optimizer and its gradients, spread over the workers as the ZeRO stage says."""
 
-    def __init__(self, model: torch.nn.Module, config: TrainConfig) -> None:
-        """Every worker calls this with the same model; rank 0's weights win."""
+    def __init__(self, model: torch.nn.Module, config: TrainConfig, *, universal: bool = False) -> None:
+        """Every worker calls this with the same model; rank 0's weights win.
+
+        `universal`: what is going to be loaded was made by `universal_state`.
+        """
         avoid_op_compilation()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if config.compile:
+            leave_out_masks(model)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
         )
-        options = engine_options(config, sum(parameter.numel() for parameter in model.parameters()))
+        self._universal = universal
+        self.world_size: int = torch.distributed.get_world_size()
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        options = engine_options(config, parameters, self.world_size) | {"checkpoint": {"load_universal": universal}}
         with warnings.catch_warnings():  # it imports torch's compiler, which uses what torch deprecates
             warnings.simplefilter("ignore", DeprecationWarning)
-            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+            self._engine, *_ = deepspeed.initialize(model=Learner(model), optimizer=optimizer, config=options)
+            if config.compile:
+                self._engine.compile(compile_kwargs={"dynamic": False})  # every micro batch has one shape
         self.device: torch.device = self._engine.device
-        self.world_size: int = torch.distributed.get_world_size()
 
     def train_step(
-        self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
+        self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]], learning_rate: float
     ) -> tuple[float, int, float | None]:
-        """One update from `micro_batches`, `gradient_accumulation` pairs of ids and mask [micro_batch, context + 1].
+        """One update from pairs of ids and mask [micro_batch, context + 1], as many on every worker.
 
         Returns the mean loss in nats per token and the tokens predicted, over all workers, and the gradient's norm
         before clipping.
@@ -82,13 +95,12 @@ class Engine:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        batches = [(ids.to(self.device), mask.to(self.device)) for ids, mask in micro_batches]
         tokens = int(self._sum(torch.tensor(float(sum(predicted_tokens(mask) for _, mask in batches)))))
         # DeepSpeed means over accumulations and workers: so divided, every token of the step weighs the same.
         mean_tokens = max(tokens, 1) / (len(batches) * self.world_size)
         nats = torch.zeros((), device=self.device)
         for ids, mask in batches:
-            loss = summed_loss(self._engine, ids, mask)
+            loss = self._engine(ids.to(self.device), mask.to(self.device))
             self._engine.backward(loss / mean_tokens)
             self._engine.step()
             nats += loss.detach()
@@ -101,7 +113,7 @@ class Engine:
         self._engine.eval()
         nats, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0
         for ids, mask in batches:
-            nats += summed_loss(self._engine, ids.to(self.device), mask.to(self.device)).double()
+            nats += self._engine(ids.to(self.device), mask.to(self.device)).double()
             tokens += predicted_tokens(mask)
         return self._sum(nats), round(self._sum(torch.tensor(float(tokens))))
 
@@ -116,8 +128,21 @@ class Engine:
         (folder / "zero_to_fp32.py").unlink(missing_ok=True)  # a script of DeepSpeed's; `fp32_weights` does its work
 
     def load(self, folder: Path) -> None:
-        """Go on from the state below `folder`, which holds the parts of as many workers."""
+        """Go on from the state below `folder`: the parts of as many workers, or, if told so, a universal state.
+
+        Two faults of DeepSpeed 0.19 with a universal state of ZeRO 3 are undone here: all groups get the first one's
+        settings (so vectors would decay), and share one step counter (which each of them would then raise).
+        """
+        settings = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self._engine.optimizer.param_groups
+        ]
         self._engine.load_checkpoint(str(folder), tag=_TAG)
+        for group, kept in zip(self._engine.optimizer.param_groups, settings, strict=True):
+            group.update(kept)
+        if self._universal:
+            for state in self._engine.optimizer.optimizer.state.values():
+                state["step"] = state["step"].clone()
 
     def _sum(self, value: torch.Tensor) -> float:
         total = value.detach().to(self.device, torch.float64)
@@ -132,9 +157,28 @@ def fp32_weights(folder: Path, zero_stage: int) -> dict[str, torch.Tensor]:
     """
     if zero_stage == 0:
         state = torch.load(folder / _TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return dict(state["module"])
+        return plain_names(state["module"])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+        return plain_names(get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG))
+
+
+def universal_state(folder: Path, target: Path) -> None:
+    """Write what `Engine.save` left below `folder`, on any number of workers, as one that any number can load.
+
+    Needs disk for the optimizer's whole state twice over. Unpickles: as `fp32_weights`.
+    """
+    target.mkdir(parents=True)
+    options = argparse.Namespace(
+        input_folder=str(folder / _TAG),
+        output_folder=str(target / _TAG),
+        num_extract_workers=1,  # in this process
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it prints its progress
+        ds_to_universal.main(options)
 
 
 def _parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

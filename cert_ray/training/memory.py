@@ -3,8 +3,8 @@
 State follows ZeRO's accounting (Rajbhandari et al. 2020, arXiv:1910.02054): per parameter, mixed precision keeps 2
 bytes of weights, 2 of gradients and 12 of optimizer (an fp32 copy and Adam's two moments), split over the workers as
 the stage says. Activations are counted, not guessed: the model runs once on tensors without storage, and what autograd
-would keep is added up. Work is 6 x weights + 12 x layers x width x context FLOPs per token (PaLM, Chowdhery et al.
-2022, arXiv:2204.02311, appendix B). Time between workers is not counted. Nothing is allocated, no GPU is needed.
+would keep is added up. Work is counted as in `utilization`. Time between workers is not. Nothing is allocated, no GPU
+is needed.
 """
 
 from __future__ import annotations
@@ -22,33 +22,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cert_ray.errors import ConfigError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.training.config import TrainConfig
+from cert_ray.training.utilization import GPUS, Gpu, flops_per_token
 
 _GB = 1e9
 # Kernels, workspaces, NCCL and what the allocator cannot use; assumed.
 _RESERVED_BYTES = 2 * _GB
 # Share of the peak that training reaches; assumed: llm.c reports about 40% for a model of this size on an H100.
 DEFAULT_MFU = 0.4
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """A device by its data sheet: dense matrix products per second, without structured sparsity."""
-
-    memory_bytes: float
-    half_flops: float  # bf16 and fp16
-    fp32_flops: float  # not TF32, which PyTorch leaves off
-
-
-# NVIDIA's data sheets, SXM versions where there are two; they print H100 and H200 with sparsity, which is twice this.
-GPUS: dict[str, Gpu] = {
-    "a100": Gpu(80e9, 312e12, 19.5e12),
-    "a100-40gb": Gpu(40e9, 312e12, 19.5e12),
-    "a10": Gpu(24e9, 125e12, 31.2e12),
-    "h100": Gpu(80e9, 989.4e12, 67e12),
-    "h200": Gpu(141e9, 989.4e12, 67e12),
-    "l4": Gpu(24e9, 121e12, 30.3e12),
-    "rtx4090": Gpu(24e9, 165.2e12, 82.6e12),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +99,7 @@ def measure(shape: Any, precision: str, context_tokens: int) -> ModelSize:
     return ModelSize(
         context_tokens=context_tokens,
         parameters=parameters,
-        flops_per_token=6 * _multiplied(model) + 12 * shape.num_hidden_layers * shape.hidden_size * context_tokens,
+        flops_per_token=flops_per_token(model, context_tokens),
         activation_bytes=saved.total,
         checkpointed_bytes=checkpointed if layers else saved.total,
         logit_bytes=logits.numel() * per_logit,
@@ -147,9 +127,8 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
 
 def step_seconds(found: Estimate, config: TrainConfig, gpu: Gpu, mfu: float) -> float:
     """Seconds of a step on `config.workers` of `gpu`; a second forward pass, with checkpointing, is no useful work."""
-    peak = gpu.fp32_flops if config.precision == "fp32" else gpu.half_flops
     again = 4 / 3 if config.activation_checkpointing else 1
-    return found.flops_per_step * again / (config.workers * peak * mfu)
+    return found.flops_per_step * again / (config.workers * gpu.peak_flops(config.precision) * mfu)
 
 
 def advice(size: ModelSize, config: TrainConfig, memory_bytes: float) -> str:
@@ -255,15 +234,6 @@ def saved_bytes(model: Any) -> Iterator[Saved]:
         yield counted
     for handle in handles:
         handle.remove()
-
-
-def _multiplied(model: Any) -> int:
-    """Weights that every token is multiplied with: all matrices but look-up tables, and the output's."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    matrices = sum(int(weight.numel()) for weight in model.parameters() if weight.ndim > 1 and id(weight) not in tables)
-    output = model.get_output_embeddings()
-    tied = output is not None and id(output.weight) in tables
-    return matrices + (int(output.weight.numel()) if tied else 0)
 
 
 def _row(name: str, values: list[float]) -> str:

@@ -5,9 +5,12 @@ In: a `TrainConfig`. Out: a `TrainResult`, and the folder of a finished model. `
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import sys
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +87,19 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
     if config.use_gpu:
         resources["GPU"] = 1
     storage.make_folder(config.output)
-    if len(ray.nodes()) == 1:  # one process less to start; a node that goes away takes everything with it here
+    if (
+        len(ray.nodes()) == 1 and config.min_workers is None
+    ):  # one process less to start; a node that goes away takes everything with it here
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = TorchTrainer(
         _work,
         train_loop_config={"config": config.model_dump(), "run_digest": checked.run_digest, "after_step": after_step},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=config.workers, use_gpu=config.use_gpu, resources_per_worker=resources
+            num_workers=config.workers if config.min_workers is None else (config.min_workers, config.workers),
+            use_gpu=config.use_gpu,
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=config.resize_check_s,
         ),
         run_config=ray.train.RunConfig(
             name=storage.name_of(folder),
@@ -138,6 +146,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig.model_validate(options["config"])
     if not config.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    if config.compile:
+        _compile_into_own_folder()
     _log_to_stderr()
     from transformers.utils.logging import disable_progress_bar
 
@@ -158,6 +168,18 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
         return {"error": error}
     return {"records": outcome.records, "parameters": outcome.parameters, "files": outcome.files}
+
+
+def _compile_into_own_folder() -> None:
+    """Keep what is compiled apart from other processes', unless the user chose a folder.
+
+    A process that is killed while torch writes a library leaves a part of it in the shared cache, and every later one
+    then fails on it ("file too short", seen with torch 2.13).
+    """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="cert-ray-compiled-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
 
 def _report(metrics: dict[str, Any], part: Path, name: str) -> None:

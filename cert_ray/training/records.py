@@ -23,16 +23,23 @@ class StepRecord(Config):
     tokens: int  # predicted so far, padding not counted
     tokens_per_s: float  # of this step
     held_out_loss: float | None = None  # measured after this step
+    mfu: float | None = None  # of this step, as `utilization` defines it; None where the device's peak is not known
+    memory_bytes: int | None = None  # worker 0: most that was allocated on its GPU, or resident where it has none
 
 
-def progress_line(record: StepRecord, steps: int, tokens_per_s: float) -> str:
-    """The line for the log; `tokens_per_s` is the mean since the line before."""
+def progress_line(record: StepRecord, steps: int, tokens_per_s: float, mfu: float | None = None) -> str:
+    """The line for the log; `tokens_per_s` and `mfu` are means since the line before."""
     remaining_s = (steps - record.step) * (record.tokens / record.step) / tokens_per_s if tokens_per_s else 0.0
     norm = "-" if record.gradient_norm is None else f"{record.gradient_norm:.2f}"
     line = (
         f"step {record.step}/{steps}  loss {record.loss:.4f} nats/token  lr {record.learning_rate:.2e}  "
-        f"gradient norm {norm}  {tokens_per_s:,.0f} tokens/s  {remaining_s:,.0f} s left"
+        f"gradient norm {norm}  {tokens_per_s:,.0f} tokens/s  "
     )
+    if mfu is not None:
+        line += f"MFU {mfu:.1%}  "
+    if record.memory_bytes is not None:
+        line += f"{record.memory_bytes / 1e9:.1f} GB  "
+    line += f"{remaining_s:,.0f} s left"
     return line if record.held_out_loss is None else f"{line}  held-out loss {record.held_out_loss:.4f} nats/token"
 
 

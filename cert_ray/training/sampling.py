@@ -7,7 +7,8 @@ document do not meet in one step. Rows are numbered through the epochs without a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -51,35 +52,45 @@ def shuffled_documents(count: int, seed: int, epoch: int) -> IntArray:
     return np.random.default_rng([seed, epoch, _DOCUMENTS]).permutation(count).astype(np.int64)
 
 
-def step_positions(step: int, rank: int, world_size: int, micro_batch: int, gradient_accumulation: int) -> IntArray:
-    """Numbers of the rows that `rank` reads in `step`, [gradient_accumulation, micro_batch].
+def micro_batches(rows_per_step: int, micro_batch: int, world_size: int) -> int:
+    """How many micro batches each of `world_size` ranks takes to read `rows_per_step` rows."""
+    return -(-rows_per_step // (micro_batch * world_size))
 
-    Together the ranks read each row of the step once; which rows those are depends on the product of the last three
-    arguments alone.
+
+def step_positions(
+    step: int, rank: int, world_size: int, micro_batch: int, rows_per_step: int
+) -> tuple[IntArray, BoolArray]:
+    """Numbers of the rows that `rank` reads in `step`, and whether each counts, both [micro_batches, micro_batch].
+
+    Together the ranks read each row of the step once, and which rows those are depends on `step` and `rows_per_step`
+    alone. Where the ranks cannot share them evenly, the step's last row stands in for what is missing, not counted.
     """
-    first = step * micro_batch * gradient_accumulation * world_size
-    blocks = np.arange(gradient_accumulation) * world_size + rank
-    return first + blocks[:, None] * micro_batch + np.arange(micro_batch)[None, :]
+    blocks = np.arange(micro_batches(rows_per_step, micro_batch, world_size)) * world_size + rank
+    places = blocks[:, None] * micro_batch + np.arange(micro_batch)[None, :]
+    return step * rows_per_step + np.minimum(places, rows_per_step - 1), places < rows_per_step
 
 
 class RowStream:
     """Rows numbered through all epochs, each read by its number. Only the epochs in use hold their plan."""
 
-    def __init__(self, plan_epoch: Callable[[int], Rows], seed: int) -> None:
-        """`plan_epoch` gives the rows of an epoch, the same at every call."""
+    def __init__(self, plan_epoch: Callable[[int], Rows], seed: int, ends: Sequence[int] = ()) -> None:
+        """`plan_epoch` gives the rows of an epoch, the same at every call.
+
+        `ends`, of an earlier stream over the same rows, spare it the planning of epochs that are over.
+        """
         self._plan_epoch = plan_epoch
         self._seed = seed
-        self._ends: list[int] = []  # of the rows of epochs 0, 1, ...
+        self.ends = list(ends)  # of the rows of epochs 0, 1, ..., as far as they were needed
         self._open: dict[int, tuple[Rows, IntArray]] = {}
 
     def locate(self, position: int) -> tuple[int, int]:
         """The epoch that holds row number `position`, and its place in that epoch."""
-        while not self._ends or position >= self._ends[-1]:
-            rows = len(self._epoch(len(self._ends))[0])
+        while not self.ends or position >= self.ends[-1]:
+            rows = len(self._epoch(len(self.ends))[0])
             assert rows > 0, "an epoch has documents, so it has rows"
-            self._ends.append((self._ends[-1] if self._ends else 0) + rows)
-        epoch = int(np.searchsorted(self._ends, position, side="right"))
-        return epoch, position - (self._ends[epoch - 1] if epoch else 0)
+            self.ends.append((self.ends[-1] if self.ends else 0) + rows)
+        epoch = bisect_right(self.ends, position)
+        return epoch, position - (self.ends[epoch - 1] if epoch else 0)
 
     def read(self, positions: IntArray) -> tuple[IntArray, BoolArray]:
         """Ids and loss mask of the rows numbered `positions` [n]: both [n, context_tokens + 1]."""

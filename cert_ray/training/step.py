@@ -27,6 +27,27 @@ def summed_loss(model: Forward, ids_BT1: torch.Tensor, mask_BT1: torch.Tensor) -
     )
 
 
+class Learner(torch.nn.Module):
+    """A model together with its loss: what an engine spreads, and what is compiled, as one piece.
+
+    Compiled, the softmax is taken where the logits are made, and no fp32 copy of them is written.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """`model`: a Hugging Face causal language model."""
+        super().__init__()
+        self.learned = model
+
+    def forward(self, ids_BT1: torch.Tensor, mask_BT1: torch.Tensor) -> torch.Tensor:
+        """`summed_loss` of the model."""
+        return summed_loss(self.learned, ids_BT1, mask_BT1)
+
+
+def plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of a `Learner` by the names that they have in its model."""
+    return {name.removeprefix("learned."): weight for name, weight in weights.items()}
+
+
 def predicted_tokens(mask_BT1: torch.Tensor) -> int:
     """How many tokens `summed_loss` is summed over."""
     return int(mask_BT1[:, 1:].sum())

@@ -7,9 +7,11 @@ storage is the caller's (`report`); placing ranks and starting again are `on_ray
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,29 +20,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import psutil
 import torch
 
 from cert_ray import storage
-from cert_ray.errors import CheckpointError, InputError, TrainingDivergedError, TrainingMemoryError
+from cert_ray.errors import CheckpointError, TrainingDivergedError, TrainingMemoryError
 from cert_ray.manifests import WrittenFile
-from cert_ray.tokens.packing import plan_rows
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training import checkpoints, export, memory, models
+from cert_ray.training.batches import Batches
 from cert_ray.training.config import TrainConfig
-from cert_ray.training.deepspeed_engine import Engine
+from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
-from cert_ray.training.sampling import IntArray, Rows, RowStream, epoch_documents, shuffled_documents, step_positions
 from cert_ray.training.schedule import learning_rate
 from cert_ray.training.stability import spike_limit, spiking_steps
+from cert_ray.training.utilization import flops_per_token, peak_flops, utilization
 
 _log = logging.getLogger(__name__)
 
+_EPOCHS = "epochs.json"  # where in the run's rows each epoch ends
 _T = TypeVar("_T")
 
-Batch = tuple[torch.Tensor, torch.Tensor]  # ids and mask, [B, T + 1]
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
 Report = Callable[[dict[str, Any], Path, str], None]
 AfterStep = Callable[[int, int], None]  # (steps done, rank)
@@ -112,6 +113,11 @@ def _memory_bytes(config: TrainConfig) -> float:
     return psutil.virtual_memory().total / config.workers
 
 
+def _memory_in_use(config: TrainConfig) -> int:
+    """The most that was allocated on this worker's GPU; without one, what the process holds now."""
+    return torch.cuda.max_memory_allocated() if config.use_gpu else psutil.Process().memory_info().rss
+
+
 class _Rank:
     """The state of one rank: its engine, its rows, and the records so far."""
 
@@ -127,16 +133,16 @@ class _Rank:
     ) -> None:
         self._config, self._run_digest, self._rank, self._world_size = config, run_digest, rank, world_size
         self._loaded, self._report = loaded, report
-        self._rows = training_rows(packed, config)
-        self._held_out = held_out_rows(packed)
-        self._engine = Engine(loaded.model, config)
+        self._packed = packed
+        self._token_flops = flops_per_token(loaded.model, packed.context_tokens)  # ZeRO 3 takes the weights apart
+        self._peak_flops = peak_flops(config.precision) if config.use_gpu else None
         self.records: list[StepRecord] = []
-        self._resume()
+        self._start()
 
     def steps(self) -> Iterator[StepRecord]:
         """Train to the last step; a record per step, after its checkpoint where it has one."""
         config = self._config
-        lines = _Lines(config, self.records[-1].tokens if self.records else 0)
+        lines = _Lines(config, self.records[-1].tokens if self.records else 0, self._utilization)
         owed = False  # a checkpoint that a spike put off
         for step in range(len(self.records), config.steps):
             record = self._step(step)
@@ -193,7 +199,6 @@ class _Rank:
     def _step(self, step: int) -> StepRecord:
         config = self._config
         started = time.perf_counter()
-        positions = step_positions(step, self._rank, self._world_size, config.micro_batch, config.gradient_accumulation)
         rate = learning_rate(
             step,
             config.steps,
@@ -204,46 +209,40 @@ class _Rank:
             config.decay_share,
         )
         torch.manual_seed((config.seed << 40) ^ (step * self._world_size + self._rank))  # dropout, where a base has it
-        loss, tokens, norm = self._engine.train_step([_tensors(*self._rows.read(row)) for row in positions], rate)
+        loss, tokens, norm = self._engine.train_step(self._batches.of_step(step), rate)
         if not math.isfinite(loss):
             raise self._diverged(f"step {step + 1}: the loss is {loss}", "")
         # In fp16 a step whose gradients overflow is left out, and the next one is scaled down.
         if norm is not None and not math.isfinite(norm) and config.precision != "fp16":
             raise self._diverged(f"step {step + 1}: the gradient's norm is {norm}", "")
-        epoch, _ = self._rows.locate(step * config.rows_per_step)
         before = self.records[-1].tokens if self.records else 0
+        speed = tokens / (time.perf_counter() - started)
         return StepRecord(
             step=step + 1,
-            epoch=epoch,
+            epoch=self._batches.epoch_of(step),
             loss=loss,
             learning_rate=rate,
             gradient_norm=norm,
             tokens=before + tokens,
-            tokens_per_s=round(tokens / (time.perf_counter() - started), 1),
+            tokens_per_s=round(speed, 1),
+            mfu=self._utilization(speed),
+            memory_bytes=_memory_in_use(config),
         )
+
+    def _utilization(self, tokens_per_s: float) -> float | None:
+        return utilization(tokens_per_s, self._token_flops, self._peak_flops, self._world_size)
 
     def _held_out_loss(self) -> float | None:
         """Mean nats per token over the held-out rows, or `None` where there are none."""
-        if len(self._held_out) == 0:
-            return None
-        count = min(len(self._held_out), self._config.eval_rows or len(self._held_out))
-        nats, tokens = self._engine.summed_eval_loss(self._eval_batches(count))
+        nats, tokens = self._engine.summed_eval_loss(self._batches.held_out())
         return nats / tokens if tokens else None
-
-    def _eval_batches(self, count: int) -> list[Batch]:
-        """This rank's share of the first `count` held-out rows; all ranks have as many batches, some masked."""
-        size = self._config.micro_batch
-        batches = []
-        for first in range(self._rank * size, _round_up(count, size * self._world_size), size * self._world_size):
-            indices = np.arange(first, first + size)
-            ids, mask = _read(self._held_out, np.minimum(indices, count - 1))
-            mask[indices >= count] = False
-            batches.append(_tensors(ids, mask))
-        return batches
 
     def _save(self, done: int) -> None:
         config = self._config
         name = checkpoints.name_of_step(done)
+        folder_url = storage.join(checkpoints.folder_of(config.output), name)
+        # Left by a kill, it may hold parts of more workers than there are now.
+        self._decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
         with tempfile.TemporaryDirectory(prefix="cert-ray-checkpoint-") as temporary:
             folder = Path(temporary)
             self._engine.save(folder / export.ENGINE_FOLDER)
@@ -293,28 +292,67 @@ class _Rank:
             if source.is_file():
                 shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
         (folder / export.RECORDS_NAME).write_text(to_json_lines(self.records))
+        (folder / _EPOCHS).write_text(json.dumps(self._batches.ends))
 
-    def _resume(self) -> None:
-        folder_url = checkpoints.folder_of(self._config.output)
+    def _start(self) -> None:
+        """The engine and the rows, at the start or where the newest whole checkpoint stands."""
+        config = self._config
+        folder_url = checkpoints.folder_of(config.output)
         found = self._decide(lambda: checkpoints.newest_whole(folder_url, self._run_digest))
         if found is None:
+            self._engine = Engine(self._loaded.model, config)
+            self._batches = Batches(self._packed, config, self._rank, self._world_size)
             return
         step, url = found
-        checkpoints.verify(url, self._run_digest, only_rank=self._rank)
+        part = checkpoints.verify(url, self._run_digest, only_rank=0)
+        checkpoints.verify(url, only_rank=self._rank if part.world_size == self._world_size else None)
         with tempfile.TemporaryDirectory(prefix="cert-ray-resume-") as temporary:
             folder = export.local_copy(url, Path(temporary) / "checkpoint")
-            self._engine.load(folder / export.ENGINE_FOLDER)
+            if part.world_size == self._world_size or config.zero_stage == 0:
+                self._engine = Engine(self._loaded.model, config)
+                self._engine.load(folder / export.ENGINE_FOLDER)
+            else:
+                self._load_from_others(folder / export.ENGINE_FOLDER, Path(temporary) / "universal")
             self.records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
+            ends = json.loads((folder / _EPOCHS).read_text())
+            self._batches = Batches(self._packed, config, self._rank, self._world_size, ends)
         assert len(self.records) == step, f"{url} holds the records of {len(self.records)} steps"
         if self._rank == 0:
-            _log.info("going on from %s, step %d of %d", url, step, self._config.steps)
+            _log.info(
+                "going on from %s, step %d of %d, written by %d workers, with %d",
+                url,
+                step,
+                config.steps,
+                part.world_size,
+                self._world_size,
+            )
+
+    def _load_from_others(self, engine_folder: Path, converted: Path) -> None:
+        """Load the state of another number of workers, converted once per machine."""
+        places = self._gather((socket.gethostname(), str(converted)))
+        shared = Path(next(path for host, path in places if host == socket.gethostname()))
+        if shared == converted:
+            universal_state(engine_folder, converted)
+        torch.distributed.barrier()
+        if not shared.exists():  # two machines of one name
+            shared = converted
+            universal_state(engine_folder, converted)
+        self._engine = Engine(self._loaded.model, self._config, universal=True)
+        self._engine.load(shared)
+        torch.distributed.barrier()  # it lies in the folder of the first of them
+
+    def _gather(self, mine: tuple[str, str]) -> list[tuple[str, str]]:
+        """What every rank gives, by rank."""
+        found: list[Any] = [None] * self._world_size
+        torch.distributed.all_gather_object(found, mine)
+        return found
 
 
 class _Lines:
     """Log lines every `log_every_steps`, with the speed since the line before."""
 
-    def __init__(self, config: TrainConfig, tokens: int) -> None:
-        self._config, self._tokens, self._since = config, tokens, time.perf_counter()
+    def __init__(self, config: TrainConfig, tokens: int, mfu: Callable[[float], float | None]) -> None:
+        self._config, self._tokens, self._since, self._mfu = config, tokens, time.perf_counter(), mfu
 
     def show(self, record: StepRecord) -> None:
         """Log `record` when a line is due."""
@@ -323,48 +361,5 @@ class _Lines:
             return
         now = time.perf_counter()
         speed = (record.tokens - self._tokens) / (now - self._since)
-        _log.info("%s", progress_line(record, self._config.steps, speed))
+        _log.info("%s", progress_line(record, self._config.steps, speed, self._mfu(speed)))
         self._since, self._tokens = now, record.tokens
-
-
-def training_rows(packed: PackedTokens, config: TrainConfig) -> RowStream:
-    """The rows to train on, of the documents that are not held out.
-
-    Raises:
-        InputError: when there is no such document, or none with a positive weight.
-    """
-    ordinals = np.flatnonzero(~packed.documents.held_out)
-    weights = packed.documents.weight[ordinals]
-    if len(ordinals) == 0 or (config.resampling == "weighted" and not np.any(weights > 0)):
-        raise InputError(
-            config.tokens,
-            f"none of its {len(packed)} documents can be trained on (held out, or without weight)",
-            "Pack more documents, or lower the held-out fraction.",
-        )
-
-    def plan_epoch(epoch: int) -> Rows:
-        if config.resampling == "weighted":
-            drawn = epoch_documents(weights, config.seed, epoch)
-        else:
-            drawn = shuffled_documents(len(ordinals), config.seed, epoch)
-        return plan_rows(packed, ordinals[drawn], packed.context_tokens)
-
-    return RowStream(plan_epoch, config.seed)
-
-
-def held_out_rows(packed: PackedTokens) -> Rows:
-    """The rows of the held-out documents, each document once, in order."""
-    return plan_rows(packed, np.flatnonzero(packed.documents.held_out), packed.context_tokens)
-
-
-def _read(rows: Rows, indices: IntArray) -> tuple[IntArray, Any]:
-    found = [rows.row(int(index)) for index in indices]
-    return np.stack([ids for ids, _ in found]), np.stack([mask for _, mask in found])
-
-
-def _tensors(ids: Any, mask: Any) -> Batch:
-    return torch.from_numpy(ids), torch.from_numpy(mask)
-
-
-def _round_up(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple

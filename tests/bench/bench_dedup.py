@@ -1,9 +1,11 @@
 """Near-dedup beside datatrove's MinHash: the same tables, 14 bands of 8, 5-grams, two cores, read and write included.
 
 In: a folder of Parquet tables. Out: documents per second and peak memory of both whole process trees, and how well each
-agrees with brute force on a sample of files that share their names. Brute force takes every pair of the sample as
-similar whose sets of 5-grams have a Jaccard similarity of at least the threshold: once over runs of word characters,
-once over datatrove's own normalised words, so that neither side is judged by the other's idea of a word.
+agrees with brute force on a sample of files that share their names: what it keeps and drops, and its clusters (a file
+of ours is in the cluster of the one kept for it, so similar files of one chain may be in several). Brute force takes
+every pair of the sample as similar whose sets of 5-grams have a Jaccard similarity of at least the threshold: once over
+runs of word characters, once over datatrove's own normalised words, so that neither side is judged by the other's idea
+of a word.
 
 Example: python -m tests.bench.bench_dedup --tables /tmp/corpus/tables --output results --work /tmp/dedup \\
     --peers .venv-bench/bin/python
@@ -64,11 +66,25 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000, help="documents of the timed runs, about")
     parser.add_argument("--more", type=int, default=None, help="also time ours alone on so many documents")
     parser.add_argument("--agreement-documents", type=int, default=4_000)
+    parser.add_argument("--only", choices=("speed", "agreement"), default=None, help="one of the two measurements")
     parser.add_argument("--threshold", type=float, default=0.7)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    tables: list[str] = []
+    figures_out: dict[str, Any] = {}
+    if given.only != "agreement":
+        tables, figures_out = measure_speed(given)
+    if given.only != "speed":
+        figures_out["agreement"], text = measure_agreement(given)
+        tables.append(text)
+    command = "python -m tests.bench.bench_dedup " + " ".join(sys.argv[1:])
+    publish(given.output, "dedup", command, tables, figures_out)
+
+
+def measure_speed(given: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
+    """Both sides' time and memory on the same files, and ours on more of them."""
     timed = prepare(given.tables, given.work / "timed", given.documents, 2 * given.cores)
     sides: dict[str, list[Usage]] = {"cert-ray": [], "datatrove": []}
     seconds: dict[str, list[float]] = {"cert-ray": [], "datatrove": []}
@@ -78,8 +94,8 @@ def main() -> None:
             sides[side].append(usage)
             seconds[side].append(figures["seconds"])
     rows = count_rows(timed)
+    figures_out: dict[str, Any] = {"documents": rows, "seconds": seconds, "usage": sides}
     tables = [speed_table(sides, seconds, rows)]
-    figures_out: dict[str, Any] = {"documents": rows, "usage": sides, "seconds": seconds}
     if given.more:
         more = prepare(given.tables, given.work / "more", given.more, 2 * given.cores)
         usage, figures = run_side("cert-ray", given.peers, more, given.work / "run", given.cores)
@@ -88,11 +104,7 @@ def main() -> None:
             f"cert-ray alone on {count_rows(more):,} documents, one run: {figures['seconds']:.1f} s, "
             f"{count_rows(more) / figures['seconds']:,.0f} documents/s, peak {usage.peak_bytes / 1e6:,.0f} MB"
         )
-    agreement, text = measure_agreement(given)
-    publish(
-        given.output, "dedup", "python -m tests.bench.bench_dedup " + " ".join(sys.argv[1:]),
-        [*tables, text], {**figures_out, "agreement": agreement},
-    )  # fmt: skip
+    return tables, figures_out
 
 
 def prepare(tables: Path, folder: Path, documents: int, parts: int) -> Path:
@@ -147,7 +159,7 @@ def speed_table(sides: dict[str, list[Usage]], seconds: dict[str, list[float]], 
 
 
 def measure_agreement(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Both sides' clusters of one sample against brute force."""
+    """Both sides' decisions about one sample against brute force."""
     sample = given.work / "sample"
     shutil.rmtree(sample, ignore_errors=True)
     table = related_rows(given.tables, given.agreement_documents, given.seed)
@@ -166,36 +178,31 @@ def measure_agreement(given: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "datatrove's words": [np.asarray(row, np.uint64) for row in theirs.to_pylist()],
     }
     figures: dict[str, Any] = {"documents": len(table)}
-    rows: list[Sequence[object]] = []
+    parts = []
     for reference, sets in references.items():
-        edges = similar_pairs(sets, given.threshold)
+        edges, judged = similar_pairs(sets, given.threshold), np.array([len(row) > 0 for row in sets])
+        measured = {side: agreement(*clusters, edges, judged) for side, clusters in found.items()}
         figures[reference] = {"similar pairs": len(edges)}
-        for side, labels in found.items():
-            measured = agreement(labels, edges, np.array([len(row) > 0 for row in sets]))
-            figures[reference][side] = {name: (share.hits, share.trials) for name, share in measured.items()}
-            rows.append((side, reference, *measured.values()))
-    headers = [
-        f"{len(table):,} documents, Jaccard of at least {given.threshold}",
-        "5-grams of",
-        "files rightly said to have a twin or none",
-        "similar pairs found",
-        "pairs found that are similar, or linked by similar ones",
-    ]
-    return figures, markdown(headers, rows) + "\n\n95% intervals (Wilson)."
+        for side, shares in measured.items():
+            figures[reference][side] = {name: (share.hits, share.trials) for name, share in shares.items()}
+        title = f"{len(table):,} documents, Jaccard of at least {given.threshold}, 5-grams of {reference}"
+        rows = [(name, *(measured[side][name] for side in found)) for name in measured["cert-ray"]]
+        parts.append(markdown([title, *found], rows))
+    return figures, "\n\n".join(parts) + "\n\n95% intervals (Wilson)."
 
 
-def our_clusters(output: Path) -> I64:
-    """By row, the number of the cluster's survivor."""
+def our_clusters(output: Path) -> tuple[I64, I64]:
+    """By row, the number of the cluster, and the row that is kept of it."""
     survivors: I64 = pq.read_table(output / "clusters.parquet").column("survivor").to_numpy().astype(np.int64)
-    return survivors
+    return survivors, survivors
 
 
-def their_clusters(output: Path, sample: Path) -> I64:
-    """By row, datatrove's cluster, or a number of the row's own."""
+def their_clusters(output: Path, sample: Path) -> tuple[I64, I64]:
+    """By row, datatrove's cluster, or a number of the row's own, and the row that is kept of it."""
     paths = tables_of(sample)
     firsts = np.cumsum([0, *(pq.read_metadata(path).num_rows for path in paths)])
     first = {path.name: int(start) for path, start in zip(paths, firsts[:-1], strict=True)}
-    labels = -1 - np.arange(int(firsts[-1]))
+    labels, kept = -1 - np.arange(int(firsts[-1])), np.zeros(int(firsts[-1]), bool)
     for part in ("kept", "removed"):
         for path in (output / part).glob("*.parquet"):
             table = pq.read_table(path)
@@ -203,10 +210,15 @@ def their_clusters(output: Path, sample: Path) -> I64:
                 table.column("id").to_pylist(), table.column("metadata").to_pylist(), strict=True
             ):
                 file, _, row = name.rpartition("/")
+                number = first[file] + int(row)
+                kept[number] = part == "kept"
                 cluster = metadata.get("minhash_cluster_id")
                 if cluster is not None and cluster >= 0:
-                    labels[first[file] + int(row)] = cluster
-    return labels.astype(np.int64)
+                    labels[number] = cluster
+    _, cluster_D = np.unique(labels, return_inverse=True)
+    survivor_of = np.full(cluster_D.max(initial=-1) + 1, -1)
+    survivor_of[cluster_D[kept]] = np.flatnonzero(kept)
+    return labels.astype(np.int64), survivor_of[cluster_D]
 
 
 def word_shingles(text: str) -> npt.NDArray[np.uint64]:
@@ -233,19 +245,40 @@ def similar_pairs(sets: Sequence[npt.NDArray[np.uint64]], threshold: float) -> I
     return np.concatenate([np.zeros((0, 2), np.int64), *found]).astype(np.int64)
 
 
-def agreement(labels: I64, edges: I64, judged: npt.NDArray[np.bool_]) -> dict[str, Proportion]:
-    """Clusters against the similar pairs; files without a 5-gram are not judged (they have no Jaccard similarity)."""
+def agreement(labels: I64, survivor: I64, edges: I64, judged: npt.NDArray[np.bool_]) -> dict[str, Proportion]:
+    """What was decided against the similar pairs; files without a 5-gram are not judged (they resemble nothing).
+
+    Args:
+        labels: by row, the cluster. survivor: the row that is kept of it. edges: similar pairs, the smaller row first.
+    """
     count = len(labels)
-    graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(count, count))
-    _, truth = connected_components(graph.tocsr(), directed=False)
-    has_twin = np.isin(np.arange(count), edges)
+    rows = np.arange(count)
+    graph = coo_array((np.ones(len(edges), np.int8), (edges[:, 0], edges[:, 1])), shape=(count, count)).tocsr()
+    _, truth = connected_components(graph, directed=False)
+    stays = survivor == rows
+    like_kept = (graph + graph.T) @ stays.astype(np.int64) > 0  # whether a file that stays resembles it
+    dropped = np.flatnonzero(~stays & judged)
+    pair = edges[:, 0] * count + edges[:, 1]
+    for_it = np.minimum(dropped, survivor[dropped]) * count + np.maximum(dropped, survivor[dropped])
+    has_twin = np.isin(rows, edges)
     _, cluster = np.unique(labels, return_inverse=True)
     said_twin = np.bincount(cluster[judged], minlength=cluster.max(initial=0) + 1)[cluster] > 1
-    pairs_found = _pairs(cluster[judged])
+    together = int((cluster[edges[:, 0]] == cluster[edges[:, 1]]).sum())
+    linked = _pairs(cluster[judged] * count + truth[judged])
     return {
-        "documents": Proportion(int((has_twin == said_twin)[judged].sum()), int(judged.sum())),
-        "recall": Proportion(int((cluster[edges[:, 0]] == cluster[edges[:, 1]]).sum()), len(edges)),
-        "precision": Proportion(_pairs(cluster[judged] * count + truth[judged]), pairs_found),
+        "files dropped that resemble one that stays, or staying that resemble none": Proportion(
+            int((like_kept != stays)[judged].sum()), int(judged.sum())
+        ),
+        "similar pairs of which one at most stays": Proportion(
+            int((~(stays[edges[:, 0]] & stays[edges[:, 1]])).sum()), len(edges)
+        ),
+        "files dropped that resemble the one kept for them": Proportion(int(np.isin(for_it, pair).sum()), len(dropped)),
+        "files rightly said to have a twin or none": Proportion(
+            int((has_twin == said_twin)[judged].sum()), int(judged.sum())
+        ),
+        "similar pairs in one cluster": Proportion(together, len(edges)),
+        "pairs in one cluster that are similar": Proportion(together, _pairs(cluster[judged])),
+        "the same, or linked by similar ones": Proportion(linked, _pairs(cluster[judged])),
     }
 
 

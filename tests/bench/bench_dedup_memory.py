@@ -1,9 +1,9 @@
 """Memory of dedup's driver per document: exact duplicates, components, survivors and the clusters' files.
 
 In: a number of documents. They have no text: content hashes, stars and sizes are random, `--copies` of them exact
-copies, and every band ties `--near` of them at random. Out: peak resident bytes per document, from the difference
-between a run with that many documents and one with half of them, each in a process of its own, so that what Python
-and the libraries take is left out. Linux only.
+copies, and every band's task ties `--near` of them at random, mostly the same ones. Out: peak resident bytes per
+document, from the difference between a run with that many documents and one with half of them, each in a process of its
+own, so that what Python and the libraries take is left out. Linux only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import pyarrow as pa
 
 from cert_ray import storage
 from cert_ray.dedup import survivors
-from cert_ray.dedup.minhash import I64
+from cert_ray.dedup.buckets import joined
+from cert_ray.dedup.decisions import rank_documents
+from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.shards.units import shard_name
 
-BANDS = 14
+BANDS = int(MinHashConfig.model_fields["bands"].default)
 SHARD_ROWS = 50_000
 
 
@@ -40,21 +42,31 @@ def write_synthetic(folder: Path, documents: int, copies: float, seed: int) -> l
         rows.append(len(part))
         hashes = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(part), [None, pa.py_buffer(part.tobytes())])
         name = f"{shard_name(index)}.parquet"
-        storage.write_parquet(pa.table({"content_hash": hashes}), str(folder / "dedup" / "keys" / name))
         stars = pa.array(generator.integers(100, size=len(part)), mask=generator.random(len(part)) < 0.5)
         sizes = pa.array(generator.integers(1 << 20, size=len(part)), pa.int32())
-        storage.write_parquet(pa.table({"stars": stars, "size_bytes": sizes}), str(folder / "documents" / name))
+        shingled = pa.array(np.ones(len(part), bool))
+        keys = {"content_hash": hashes, "stars": stars, "size_bytes": sizes, "has_shingle": shingled}
+        storage.write_parquet(pa.table(keys), str(folder / "dedup" / "keys" / name))
     return rows
 
 
-def bands(first_D: I64, near: float, seed: int) -> Iterator[I64]:
-    """Every band's edges between documents that are no copies, as they come from tasks: one band at a time."""
-    generator = np.random.default_rng(seed)
-    originals = np.flatnonzero(first_D == np.arange(len(first_D)))
-    pairs = generator.choice(originals, (int(len(first_D) * near), 2))
-    del originals
-    for _ in range(BANDS):  # mostly the same pairs in every band, as real ones are
-        yield pairs[generator.random(len(pairs)) < 0.8]
+class Bands:
+    """Every band's edges, as often as they are asked for, one band in memory at a time, as they come from tasks.
+
+    A document is tied to one of the thousand better ones before it: mostly the same one in every band, as in real ones.
+    """
+
+    def __init__(self, ranks: int, near: float, seed: int) -> None:
+        self._ranks, self._near, self._seed = ranks, near, seed
+
+    def __iter__(self) -> Iterator[U64]:
+        for band in range(BANDS):
+            same, other = (np.random.default_rng([self._seed, part]) for part in (0, band + 1))
+            member = same.integers(1, self._ranks, int(self._ranks * self._near)).astype(np.uint32)
+            better = member - same.integers(1, 1_000, len(member)).clip(max=member).astype(np.uint32)
+            moved = other.random(len(member)) < 0.1
+            better[moved] = other.integers(0, member[moved])
+            yield joined(better, member)
 
 
 def peak_bytes() -> int:
@@ -65,14 +77,19 @@ def peak_bytes() -> int:
 
 def run_driver(folder: Path, rows: list[int], near: float, seed: int) -> dict[str, int]:
     """What `dedup.on_ray.deduplicate` does on the driver; the peak after every step."""
-    documents, output = str(folder / "documents"), str(folder / "dedup")
+    output = str(folder / "dedup")
     shards = [shard_name(index) for index in range(len(rows))]
+    ends = [sum(rows)]
     peaks = {"start": peak_bytes()}
-    first_D = survivors.exact_firsts(output, shards, rows)
+    columns = survivors.read_documents(output, shards, rows, ends)
+    first_D = survivors.exact_firsts(columns)
     peaks["exact duplicates"] = peak_bytes()
-    edges = bands(first_D, near, seed)
-    clusters, _ = survivors.cluster_documents(documents, output, shards, rows, first_D, edges, [sum(rows)])
-    peaks["components and survivors"] = peak_bytes()
+    ranking = rank_documents(columns, first_D)
+    del columns
+    peaks["ranks"] = peak_bytes()
+    edges = Bands(len(ranking.number_R), near, seed)
+    clusters, _ = survivors.cluster_documents(output, shards, rows, ranking, edges, ends)
+    peaks["survivors"] = peak_bytes()
     survivors.write_clusters(output, shards, rows, clusters, first_D, "")
     peaks["clusters written"] = peak_bytes()
     peaks["kept"] = int(clusters.keep.sum())

@@ -1,9 +1,10 @@
-"""Training speed of one worker beside Hugging Face Trainer and a plain PyTorch loop, in tokens/s on this CPU.
+"""Training speed of one worker beside Hugging Face Trainer and a plain PyTorch loop, on this CPU.
 
-The same 12.5M Llama (`SHAPE`), rows, batch, bf16 and fused AdamW for all. In: nothing but random ids. Ours twice: the
-DeepSpeed engine in a plain process, and the whole of `train` on a Ray of its own, whose steps are taken from its
-losses' file. Peers: the Trainer as it comes and with torch_compile, the plain loop as it is and compiled. Each run is a
-process; the contenders take turns, and the steps of the warm-up, compiling included, do not count.
+The same 12.5M Llama (`SHAPE`), rows, batch, bf16 and fused AdamW for all. In: nothing but random ids. Ours: the
+DeepSpeed engine in a plain process, eager and compiled, and the whole of `train` on a Ray of its own, compiled. Peers:
+the Trainer as it comes and with torch_compile, the plain loop as it is and compiled. Each run is a process; the
+contenders take turns. Out: tokens/s by the clock, tokens per CPU-second of the training process (on a machine that does
+other work too, with --threads 1, the figure to go by), and, apart, the first step, which compiles.
 
 Example: python -m tests.bench.bench_training --output results --peers .venv-bench/bin/python
 """
@@ -34,7 +35,7 @@ SHAPE = {
     "num_key_value_heads": 6, "intermediate_size": 1_024, "tie_word_embeddings": True, "bos_token_id": 0,
     "eos_token_id": 0, "pad_token_id": 1,
 }  # fmt: skip
-OURS = ("engine", "ray")
+OURS = ("ray", "engine", "engine-eager")
 PEERS = ("plain", "plain-compiled", "trainer", "trainer-compiled")
 
 
@@ -47,24 +48,41 @@ def main() -> None:
         return
     chosen = given.contender or [*OURS, *PEERS]
     rates: dict[str, list[float]] = {name: [] for name in chosen}
+    cpu_rates: dict[str, list[float]] = {name: [] for name in chosen}
+    starts: dict[str, list[float]] = {name: [] for name in chosen}
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
         given.folder = Path(folder)
         _write_inputs(given)
         for _ in range(given.runs):
             for name in chosen:
-                seconds = _run(name, given)
-                rates[name].append(given.rows * given.context * len(seconds) / sum(seconds))
-                print(f"{name}: {rates[name][-1]:,.0f} tokens/s", file=sys.stderr, flush=True)
-    spreads = {name: Spread.of(values) for name, values in rates.items()}
-    first = spreads[chosen[0]].median
-    rows = [(name, spread, f"{first / spread.median:.2f}x") for name, spread in spreads.items()]
+                ticks = _run(name, given)
+                wall_s, cpu_s = np.diff(ticks, axis=0)[given.warmup_steps :].sum(axis=0)
+                tokens = given.rows * given.context * given.steps
+                rates[name].append(tokens / wall_s)
+                cpu_rates[name].append(tokens / cpu_s)
+                starts[name].append(ticks[1][0] - ticks[0][0])
+                print(f"{name}: {tokens / wall_s:,.0f} tokens/s, {tokens / cpu_s:,.0f} per CPU-s", file=sys.stderr)
+    spreads, cpu_spreads = ({name: Spread.of(found[name]) for name in chosen} for found in (rates, cpu_rates))
+    first, first_cpu = spreads[chosen[0]].median, cpu_spreads[chosen[0]].median
+    rows = [
+        (
+            name,
+            spreads[name],
+            f"{first / spreads[name].median:.2f}x",
+            cpu_spreads[name],
+            f"{first_cpu / cpu_spreads[name].median:.2f}x",
+            Spread.of(starts[name]),
+        )
+        for name in chosen
+    ]
+    headers = ["contender", "tokens/s", f"{chosen[0]} is", "tokens per CPU-s", f"{chosen[0]} is", "first step, s"]
     sizes = f"{given.rows} x {given.context} tokens, {given.threads} threads, {given.steps} steps per run after "
     publish(
         given.output,
         "training",
         "python -m tests.bench.bench_training " + " ".join(sys.argv[1:]),
-        [markdown(["contender", "tokens/s", f"{chosen[0]} is"], rows), f"{sizes}{given.warmup_steps} of warm-up."],
-        {"tokens_per_s": spreads, "runs": rates},
+        [markdown(headers, rows), f"{sizes}{given.warmup_steps} of warm-up."],
+        {"tokens_per_s": rates, "tokens_per_cpu_s": cpu_rates, "first_step_s": starts},
     )
 
 
@@ -128,8 +146,8 @@ def _write_pack(given: argparse.Namespace, ids: Any, tokenizer: Any) -> None:
     manifests.write_manifest(pack, manifests.summarize("tokens", config, "0", [report], notes))
 
 
-def _run(name: str, given: argparse.Namespace) -> list[float]:
-    """Seconds of each measured step of one run of contender `name`, in a process of its own."""
+def _run(name: str, given: argparse.Namespace) -> list[tuple[float, float]]:
+    """The clock and the CPU-seconds at the start and after each step of a run of `name`, in a process of its own."""
     sizes = {"rows": given.rows, "warmup-steps": given.warmup_steps, "steps": given.steps, "threads": given.threads}
     options = [f"--{option}={value}" for option, value in sizes.items()]
     if name.startswith("trainer"):
@@ -143,18 +161,18 @@ def _run(name: str, given: argparse.Namespace) -> list[float]:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}")
-    seconds: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
-    assert len(seconds) == given.steps, f"{name}: {len(seconds)} steps"
-    return seconds
+    ticks: list[tuple[float, float]] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert len(ticks) == 1 + given.warmup_steps + given.steps, f"{name}: {len(ticks) - 1} steps"
+    return ticks
 
 
-def _config(given: argparse.Namespace, output: str) -> Any:
+def _config(given: argparse.Namespace, output: str, *, compiled: bool) -> Any:
     from cert_ray.training.config import TrainConfig
 
     return TrainConfig(
         base=str(given.folder), tokens=str(given.folder / "pack"), output=output, precision="bf16", zero_stage=1,
         steps=given.warmup_steps + given.steps, warmup_steps=0, micro_batch=given.rows, gradient_accumulation=1,
-        cpus_per_worker=given.threads,
+        cpus_per_worker=given.threads, compile=compiled,
     )  # fmt: skip
 
 
@@ -165,13 +183,17 @@ def _batches(given: argparse.Namespace) -> list[Any]:
     return list(ids.split(given.rows))
 
 
-def _clocked(given: argparse.Namespace, step: Callable[[Any], object]) -> list[float]:
-    """Seconds of `step` for each batch after the warm-up."""
-    ends = [time.perf_counter()]
+def _tick() -> tuple[float, float]:
+    return time.time(), time.process_time()
+
+
+def _clocked(given: argparse.Namespace, step: Callable[[Any], object]) -> list[tuple[float, float]]:
+    """Ticks at the start and after `step` of each batch."""
+    ticks = [_tick()]
     for batch in _batches(given):
         step(batch)
-        ends.append(time.perf_counter())
-    return np.diff(ends)[given.warmup_steps :].tolist()
+        ticks.append(_tick())
+    return ticks
 
 
 def _model(given: argparse.Namespace) -> Any:
@@ -182,7 +204,7 @@ def _model(given: argparse.Namespace) -> Any:
     return AutoModelForCausalLM.from_pretrained(given.folder, dtype=torch.float32)
 
 
-def engine(given: argparse.Namespace) -> list[float]:
+def engine(given: argparse.Namespace, *, compiled: bool = True) -> list[tuple[float, float]]:
     """Our engine and step, one rank, without Ray."""
     import torch
 
@@ -191,28 +213,37 @@ def engine(given: argparse.Namespace) -> list[float]:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     from cert_ray.training.deepspeed_engine import Engine
 
-    ours = Engine(_model(given), _config(given, "unused"))
+    ours = Engine(_model(given), _config(given, "unused", compiled=compiled))
     return _clocked(given, lambda ids: ours.train_step([(ids, torch.ones_like(ids, dtype=torch.bool))], 5e-4))
 
 
-def on_ray(given: argparse.Namespace) -> list[float]:
-    """All of `train`: Ray Train, rows from the pack, records; the seconds of its steps are those it wrote."""
+class _Ticks:
+    """Writes a line after each step, in the worker."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+
+    def __call__(self, step: int, rank: int) -> None:
+        with open(self._file, "a") as lines:  # noqa: PTH123
+            lines.write(json.dumps(_tick()) + "\n")
+
+
+def on_ray(given: argparse.Namespace) -> list[tuple[float, float]]:
+    """All of `train`: Ray Train, rows from the pack, records. Its first step counts from the call of `train`."""
     import ray
 
     from cert_ray.training.on_ray import train
 
     with tempfile.TemporaryDirectory(prefix="cr") as folder:
         ray.init(address="local", num_cpus=given.threads + 1, include_dashboard=False, _temp_dir=folder)
-        result = train(_config(given, str(Path(folder) / "model")))
-        records = [json.loads(line) for line in Path(result.metrics).read_text().splitlines()]
+        ticks, start = Path(folder) / "ticks", time.time()
+        result = train(_config(given, str(Path(folder) / "model"), compiled=True), after_step=_Ticks(str(ticks)))
         ray.shutdown()
-    tokens = np.diff([0, *(record["tokens"] for record in records)])
-    seconds = [float(count) / record["tokens_per_s"] for count, record in zip(tokens, records, strict=True)]
-    assert set(tokens.tolist()) == {given.rows * given.context}, "every token of a row is learned from"
-    return seconds[given.warmup_steps :]
+        assert result.tokens == result.steps * given.rows * given.context, "every token of a row is learned from"
+        return [(start, 0.0), *(tuple(json.loads(line)) for line in ticks.read_text().splitlines())]
 
 
-def plain(given: argparse.Namespace, *, compiled: bool = False) -> list[float]:
+def plain(given: argparse.Namespace, *, compiled: bool = False) -> list[tuple[float, float]]:
     """What one writes without a library: autocast, backward, clip, step."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -232,9 +263,10 @@ def plain(given: argparse.Namespace, *, compiled: bool = False) -> list[float]:
     return _clocked(given, step)
 
 
-CONTENDERS: dict[str, Callable[[argparse.Namespace], list[float]]] = {
-    "engine": engine,
+CONTENDERS: dict[str, Callable[[argparse.Namespace], list[tuple[float, float]]]] = {
     "ray": on_ray,
+    "engine": engine,
+    "engine-eager": lambda given: engine(given, compiled=False),
     "plain": plain,
     "plain-compiled": lambda given: plain(given, compiled=True),
 }

@@ -1,12 +1,11 @@
 """Serving under faults: engines, front doors, the controller, proxies and nodes are killed while clients ask.
 
-In: how many rounds of kills, and a seed. Out: `summary.md` and `faults.jsonl` below `--output`; the exit status is 0 when
-no client that retries as the `openai` client does by default saw an error, and the service was whole again by itself
-after every fault. Each round has one of `KINDS`, in seeded order. Engines have no model (`tests.serving.paced`).
+In: how many rounds of kills, and a seed. Out: `summary.md` and `faults.jsonl` below `--output`; the exit status is 0
+when no client that retries as the `openai` client does by default saw an error, and the service was whole again by
+itself after every fault. Each round has one of `KINDS`, in seeded order. Engines have no model (`tests.serving.paced`).
 
-A proxy is where clients connect to: on one machine there is one, and while it is gone there is nothing to connect to,
-for longer than the client's default retries last. Kills of it are reported, and do not decide the exit status; on a
-cluster every node has a proxy behind a load balancer.
+A proxy is where clients connect to. The proxies of all nodes share one port here, and the kernel spreads connections
+over those that are alive, as a load balancer does on a cluster.
 
 `--overload-s 60` measures ten times the capacity instead, from a client with a process of its own.
 """
@@ -44,10 +43,10 @@ TITLES = {
     "controller": "ServeController",
     "proxy": "ProxyActor",
 }
-WHOLE_S = 120  # assumed: several times the slowest start of a replica
+WHOLE_S = 400  # assumed: several times the slowest start of a replica, on a machine that does other things, too
 QUIET_S = 3.0  # of load before and after a fault
 ENGINES = 2
-CONTROLLER_BACK_S = 1.0
+NOTICED_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,16 +82,16 @@ def deploy(config: ServeConfig) -> None:
     from cert_ray.serving.on_ray import application
     from tests.serving.paced import PacedEngines
 
-    serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": PORT})
+    serve.start(proxy_location="EveryNode", http_options={"host": HOST, "port": PORT})
     serve.run(application(config, PacedEngines), name="cert-ray", route_prefix="/", blocking=False)
 
 
 @contextmanager
 def connected(folder: Path) -> Iterator[Nodes]:
     """A cluster of a head and two nodes, room for two engines and one more, with this process as its driver."""
-    import ray
+    with started_cluster(folder) as nodes:  # before Ray is imported, which reads then whether a token is wanted
+        import ray
 
-    with started_cluster(folder) as nodes:
         nodes.add(cpus=1)
         ray.init(address=nodes.cluster.address, log_to_driver=False, configure_logging=False)
         try:
@@ -116,24 +115,32 @@ def is_whole(nodes: Nodes) -> bool:
     from ray import serve
     from ray.exceptions import RayError
 
-    if [len(processes(nodes, kind)) for kind in TITLES] != [ENGINES, 2, 1, 1]:
+    running = {kind: len(processes(nodes, kind)) for kind in TITLES}
+    if (running["engine"], running["front door"], running["controller"]) != (ENGINES, 2, 1):
         return False
     try:
-        application = serve.status().applications["cert-ray"]
+        status = serve.status()
         answer = httpx.get(f"http://{HOST}:{PORT}/health", timeout=1)
-    except (RayError, httpx.HTTPError, KeyError):
+    except (RayError, httpx.HTTPError):
         return False
-    return answer.status_code == 200 and application.status == "RUNNING"
+    proxies = [proxy for proxy in status.proxies.values() if proxy != "DRAINED"]
+    application = status.applications.get("cert-ray")
+    return (
+        answer.status_code == 200
+        and application is not None
+        and application.status == "RUNNING"
+        and len(proxies) == running["proxy"]
+        and all(proxy in ("HEALTHY", "DRAINING") for proxy in proxies)
+    )
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> float:
-    """Seconds until `condition`."""
-    began = time.monotonic()
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return when `condition` holds."""
+    ends = time.monotonic() + WHOLE_S
     while not condition():
-        if time.monotonic() - began > WHOLE_S:
+        if time.monotonic() > ends:
             raise SystemExit(f"{what}: not within {WHOLE_S} s")
         time.sleep(0.1)
-    return time.monotonic() - began
 
 
 def strike(nodes: Nodes, kind: str, chance: random.Random, folder: Path, number: int) -> None:
@@ -161,11 +168,11 @@ def run_faults(nodes: Nodes, kinds: list[str], chance: random.Random, folder: Pa
             strike(nodes, kind, chance, folder, number)
             # A fault that nobody has noticed yet looks like health.
             if kind == "update":
-                new = wait_until(lambda old=old: not old & _serving(nodes), f"{kind} {number}")
+                wait_until(lambda old=old: not old & _serving(nodes), f"{kind} {number}")
             else:
-                time.sleep(CONTROLLER_BACK_S)
-                new = CONTROLLER_BACK_S
-            whole_s = new + wait_until(lambda: is_whole(nodes), f"{kind} {number}")
+                time.sleep(NOTICED_S)
+            wait_until(lambda: is_whole(nodes), f"{kind} {number}")
+            whole_s = time.time() - began
             time.sleep(QUIET_S)
             output, _ = clients.communicate()
         outcomes = [json.loads(line) for line in output.splitlines()]
@@ -282,7 +289,7 @@ def main() -> None:
                 print(f"{fault.number}/{len(kinds)} {fault}", flush=True)
     (arguments.output / "summary.md").write_text(summarise(faults))
     print(summarise(faults))
-    sys.exit(1 if any(fault.errors for fault in faults if fault.kind != "proxy") else 0)
+    sys.exit(1 if any(fault.errors for fault in faults) else 0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 import httpx
+import openai
 import psutil
 import pydantic
 import pytest
@@ -36,9 +37,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> ServerConfig:
-    folder = tmp_path_factory.mktemp("paced") / "0.02"
-    folder.mkdir()
-    options = {"model": str(folder), "replicas": 2, "num_cpus": 0.1, "health_check_period_s": 1}
+    folder = tmp_path_factory.mktemp("paced")
+    models = {}
+    for token_s, library in (("0.02", "pandas"), ("0.021", "numpy"), ("0.022", "polars")):
+        (folder / token_s).mkdir()
+        models[f"cert-{library}"] = {"model": str(folder / token_s), "library": library}
+    options = {"models": models, "models_per_engine": 2, "replicas": 2, "num_cpus": 0.1, "health_check_period_s": 1}
     return ServerConfig.from_mapping({**options, "max_ongoing_requests": 2, "request_timeout_s": 30}, "test")
 
 
@@ -99,3 +103,16 @@ def test_a_client_that_goes_away_frees_its_place(served: ServedApp, stream: bool
     short = {"model": "cert", "prompt": "x", "max_tokens": 2}
     for _ in range(4):
         assert httpx.post(url, json=short, timeout=20).status_code == 200
+
+
+def test_engines_answer_for_more_models_than_they_hold(served: ServedApp) -> None:
+    with openai.OpenAI(base_url=f"{served.base_url}/v1", api_key="unused", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == ["cert", "cert-pandas", "cert-numpy", "cert-polars"]
+        for _ in range(2):
+            for library, token_s in (("polars", 0.022), ("pandas", 0.02), ("numpy", 0.021)):
+                prompt = f"import {library} as x\ny ="
+                for asked in ("cert", f"cert-{library}"):
+                    answer = client.completions.create(model=asked, prompt=prompt, max_tokens=2)
+                    trace = (answer.model_extra or {})["cert"]
+                    assert trace["model"] == f"cert-{library}"
+                    assert trace["timings_s"] == {"generate": 2 * token_s}

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import xxhash
 
 from cert_ray import storage
 from cert_ray.dedup import survivors
-from cert_ray.dedup.components import Clusters
-from cert_ray.dedup.minhash import I64, MinHashConfig
+from cert_ray.dedup.decisions import Clusters, rank_documents
+from cert_ray.dedup.minhash import I64, U64, MinHashConfig
 from cert_ray.shards.units import WorkUnit, shard_name
 
 
@@ -25,7 +24,7 @@ class Deduplicated:
     rows: list[int]
     first_D: I64
     clusters: Clusters
-    edges: list[I64]
+    edges: list[U64]  # of each task, between ranks
     differences: dict[str, int]  # from a rebuild in one generation
 
 
@@ -61,9 +60,13 @@ def deduplicate_in_process(
     shards = write_documents(Path(documents), texts, stars, shard_rows)
     reports = [survivors.write_keys(WorkUnit(name=name, payload={}), documents, output, config) for name in shards]
     rows = [report.rows_kept for report in reports]
-    first_D = survivors.exact_firsts(output, shards, rows)
-    skip = first_D != np.arange(len(first_D))
     ends = [len(texts)] if ends is None else ends
-    edges = [survivors.band_edges(output, shards, band, skip, ends, config) for band in range(config.bands)]
-    clusters, differences = survivors.cluster_documents(documents, output, shards, rows, first_D, edges, ends)
+    columns = survivors.read_documents(output, shards, rows, ends)
+    first_D = survivors.exact_firsts(columns)
+    ranking = rank_documents(columns, first_D)
+    edges = [
+        survivors.band_edges(output, shards, *task, rows, ranking.rank_D, config)
+        for task in survivors.band_tasks(config, len(ranking.number_R))
+    ]
+    clusters, differences = survivors.cluster_documents(output, shards, rows, ranking, edges, ends)
     return Deduplicated(shards, rows, first_D, clusters, edges, differences)

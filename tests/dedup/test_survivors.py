@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from random import Random
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cert_ray.dedup import survivors
+from cert_ray.dedup.buckets import TIES
 from cert_ray.dedup.minhash import MinHashConfig
 from tests.dedup.builders import Deduplicated, deduplicate_in_process
 
@@ -27,9 +29,9 @@ def family(seed: int, edits: int) -> str:
     return " ".join(words)
 
 
-def run(texts: list[str], stars: list[int | None], shard_rows: int = 4) -> Deduplicated:
+def run(texts: list[str], stars: list[int | None], shard_rows: int = 4, config: MinHashConfig = CONFIG) -> Deduplicated:
     with tempfile.TemporaryDirectory() as folder:
-        return deduplicate_in_process(Path(folder), texts, stars, CONFIG, shard_rows)
+        return deduplicate_in_process(Path(folder), texts, stars, config, shard_rows)
 
 
 def kept(texts: list[str], result: Deduplicated) -> set[str]:
@@ -48,6 +50,55 @@ def test_near_copies_cluster_and_strangers_do_not() -> None:
     clusters = run(texts, [0, None, 0, 9, 0]).clusters
     assert clusters.survivor_D.tolist() == [3, 1, 3, 3, 4]  # most stars survives
     assert clusters.size_D.tolist() == [3, 1, 3, 3, 1]
+
+
+def chain(links: int, step: int = 20) -> list[str]:
+    """Texts of 400 words, each an edit of the one before: what is up to three edits apart is alike."""
+    words = [f"w{index}" for index in range(400)]
+    texts = [" ".join(words)]
+    for link in range(1, links):
+        words[(link - 1) * step : link * step] = [f"x{link}_{index}" for index in range(step)]
+        texts.append(" ".join(words))
+    return texts
+
+
+def jaccard(one: str, other: str) -> float:
+    left, right = ({tuple(words[i : i + 5]) for i in range(396)} for words in (one.split(), other.split()))
+    return len(left & right) / len(left | right)
+
+
+def test_a_chain_is_no_cluster_and_every_drop_resembles_its_survivor() -> None:
+    texts = chain(12)
+    clusters = run(texts, [0] * len(texts)).clusters
+    for number, survivor in enumerate(clusters.survivor_D.tolist()):
+        assert jaccard(texts[number], texts[survivor]) > CONFIG.threshold - 0.06  # three standard errors
+    stays = np.flatnonzero(clusters.keep).tolist()
+    assert 3 <= len(stays) <= 6
+    assert max(jaccard(texts[one], texts[other]) for one, other in itertools.combinations(stays, 2)) < 0.76
+
+
+@settings(max_examples=6)
+@given(st.integers(1, 30), st.integers(1, 12))
+def test_the_outcome_does_not_depend_on_what_is_in_memory(keys: int, held: int) -> None:
+    """Ranges of keys, and signatures from a temporary file, give the clusters of one task per few bands."""
+    texts = [*chain(8), *(family(seed, edits) for seed in (1, 2) for edits in (0, 3, 18, 24))]
+    stars: list[int | None] = [0] * len(texts)
+    bounded = run(texts, stars, config=MinHashConfig(bands=8, keys_in_memory=keys, signatures_in_memory=held))
+    plain = run(texts, stars, config=MinHashConfig(bands=8))
+    assert bounded.clusters.survivor_D.tolist() == plain.clusters.survivor_D.tolist()
+    assert set(np.concatenate(bounded.edges)) == set(np.concatenate(plain.edges))
+
+
+def test_tasks_cover_every_band_and_key_once() -> None:
+    for documents in (0, 1, 5, 90, 1_000):
+        config = MinHashConfig(keys_in_memory=100)
+        tasks = survivors.band_tasks(config, documents)
+        parts = {key_range[1] for _, key_range in tasks}
+        assert len(parts) == 1
+        covered = sorted((band, key_range[0]) for bands, key_range in tasks for band in bands)
+        assert covered == [(band, part) for band in range(config.bands) for part in range(max(parts))]
+        assert all(len(bands) * documents / max(parts) <= 100 or len(bands) == 1 for bands, _ in tasks)
+        assert documents / max(parts) <= 100
 
 
 documents = st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 5, 12, 18, 21, 24]), st.sampled_from([None, 0, 7]))
@@ -121,4 +172,6 @@ def test_a_hundred_thousand_like_files_are_one_cluster(equal: bool, tmp_path: Pa
     result = deduplicate_in_process(tmp_path, texts, [0] * count, CONFIG, shard_rows=20_000)
     assert result.clusters.keep.sum() == 1
     assert (result.clusters.size_D == count).all()
-    assert max(len(edges) for edges in result.edges) <= (0 if equal else count - 1)
+    tasks = survivors.band_tasks(CONFIG, count)
+    for (bands, _), edges in zip(tasks, result.edges, strict=True):
+        assert len(edges) <= (0 if equal else TIES * len(bands) * count)

@@ -46,8 +46,13 @@ def small_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_model(folder: Path, architecture: str = "gpt_neo", seed: int = 0, window: int = 64) -> str:
-    """A random model of some thousand parameters, with the small tokenizer, as `folder`."""
+def save_model(
+    folder: Path, architecture: str = "gpt_neo", seed: int = 0, window: int = 64, spread: float = 0.3
+) -> str:
+    """A random model of some thousand parameters, with the small tokenizer, as `folder`.
+
+    The wider the `spread` of the weights, the farther the model is from saying every token alike.
+    """
     tokenizer = small_tokenizer()
     vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
     torch.manual_seed(seed)
@@ -76,7 +81,7 @@ def save_model(folder: Path, architecture: str = "gpt_neo", seed: int = 0, windo
         shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         model = LlamaForCausalLM(LlamaConfig(**shape, **ends, max_position_embeddings=window))
     for parameter in model.parameters():  # far enough from uniform that greedy has no ties
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=spread)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)

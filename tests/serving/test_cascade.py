@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
+import tokenize
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cert_ray.errors import RequestError
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Route, run_cascade, run_single
-from cert_ray.serving.sampling import Sampling
+from cert_ray.schemas import Dropped
+from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_cascade, run_single
+from cert_ray.serving.contexts import sketch_context
+from cert_ray.serving.events import Event, SketchChosen, TextDrawn
+from cert_ray.serving.sampling import Mode, Sampling
+from cert_ray.sketching import Sketched, SketchKind, prompt_format, sketch_source
 from tests.serving.builders import ScriptedEngine, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -23,12 +32,15 @@ def engine(script: Script, **options: Any) -> ScriptedEngine:
     return ScriptedEngine(TOKENIZER, lambda _: samples, **options)
 
 
+def asking(n: int = 1, **options: Any) -> Sampling:
+    return Sampling(n=n, max_tokens=20, **options)
+
+
 def cascade(
     drawn: Script, answers: Script = (" df.head(5)",), context: str = CONTEXT, n: int | None = None, **config: Any
 ) -> tuple[CascadeAnswer, ScriptedEngine, ScriptedEngine]:
     sketcher, generator = engine(drawn), engine(answers)
-    sampling = Sampling(n=n or len(drawn), max_tokens=20)
-    answer = run_cascade(context, sampling, sketcher, generator, CascadeConfig(**config))
+    answer = run_cascade(context, asking(n or len(drawn)), sketcher, generator, CascadeConfig(**config))
     return answer, sketcher, generator
 
 
@@ -182,3 +194,156 @@ def test_text_that_spells_a_special_token_is_text() -> None:
     assert TOKENIZER.token_to_id("<|endoftext|>") in ids  # so the text was shown whole, and below it was not one token
     TOKENIZER.encode_special_tokens = True
     assert len(TOKENIZER.encode(model.prompts[0], add_special_tokens=False).ids) > len(ids)
+
+
+def test_the_vote_ends_when_no_other_sketch_can_win() -> None:
+    answer, sketcher, _ = cascade([" a(<|number|>)"] * 3 + [" b(<|number|>)"] * 2)
+    assert answer.route is Route.GENERATOR
+    assert answer.chosen is not None
+    assert sketcher.left_undrawn == answer.chosen.undecided == 2
+    assert (answer.sketch_votes, answer.vote_share, answer.chosen.sketches) == (3, 1.0, 5)
+    assert len(answer.choices) == 5
+
+
+def test_sketches_that_are_the_answers_are_all_drawn() -> None:
+    answer, sketcher, _ = cascade([" a()"] * 3 + [" b()"] * 2)
+    assert sketcher.left_undrawn == 0
+    assert texts(answer) == [" a()"] * 3 + [" b()"] * 2
+    answer, sketcher, _ = cascade([" a()"] * 3 + [" b()"] * 2, n=2, sketches=5)  # here two of the winner's are enough
+    assert sketcher.left_undrawn == 2
+    assert texts(answer) == [" a()"] * 2
+
+
+def test_the_whole_vote_is_told() -> None:
+    answer, *_ = cascade([(" a(<|number|>)", -0.5), (" b()", -0.1), (" a(<|number|>)", -0.2), (" c()", -0.3)])
+    assert answer.chosen is not None
+    told = [(candidate.text, candidate.votes, candidate.mean_logprob) for candidate in answer.chosen.candidates]
+    assert told == [(" a(number)", 2, -0.2), (" b()", 1, -0.1), (" c()", 1, -0.3)]
+    assert [(span.start, span.end, span.kind) for span in answer.chosen.placeholders] == [(3, 9, "number")]
+
+
+def events(mode: Mode | None, drawn: Script, answers: Script, **options: Any) -> tuple[CascadeAnswer, list[Event]]:
+    told: list[Event] = []
+    config = CascadeConfig(**{name: options.pop(name) for name in ("rank",) if name in options})
+    sampling = asking(len(drawn), mode=mode, **options)
+    listener = Listener(tell=told.append)
+    return run_cascade(CONTEXT, sampling, engine(drawn), engine(answers), config, listener), told
+
+
+@pytest.mark.parametrize(
+    ("drawn", "answers"),
+    [
+        ([" a(<|number|>)"] * 2, [" df.head(5)", " df.head(6)"]),
+        ([" a()", " b()"], ["never"]),
+        ([" a(<|number|>)"] * 2, ["  ", "\n"]),  # empty answers: what was said of them must not be told
+    ],
+)
+@pytest.mark.parametrize("rank", ["drawn", "likelihood"])
+@pytest.mark.parametrize("mode", [None, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY])
+def test_what_is_told_of_each_choice_is_its_text(drawn: Script, answers: Script, rank: str, mode: Mode | None) -> None:
+    answer, told = events(mode, drawn, answers, rank=rank)
+    sketches = [event for event in told if isinstance(event, SketchChosen)]
+    assert sketches == ([] if mode is Mode.GENERATOR_ONLY else [answer.chosen])
+    assert not sketches or told[0] is sketches[0]
+    for index, choice in enumerate(answer.choices):
+        pieces = [event for event in told if isinstance(event, TextDrawn) and event.index == index]
+        assert "".join(piece.text for piece in pieces) == choice.text
+        assert [piece.finish_reason for piece in pieces][-1] == choice.finish_reason
+        assert sum(piece.finish_reason is not None for piece in pieces) == 1
+
+
+def test_the_likeliest_of_best_of_are_given() -> None:
+    script = [(" a", -0.9), (" b", -0.1), (" c", -0.5)]
+    answer, told = events(Mode.GENERATOR_ONLY, [" x"], script, best_of=3)
+    assert texts(answer) == [" b"]
+    assert [event.text for event in told if isinstance(event, TextDrawn)] == [" b"]
+    answer, *_ = cascade([" x(<|number|>)"] * 3, script, rank="likelihood")
+    assert texts(answer) == [" b", " c", " a"]
+
+
+def test_the_generator_alone_sees_the_context_and_the_sketcher_nothing() -> None:
+    sketcher, generator = engine([" a()"]), engine([" df\n\n\nx"])
+    answer = run_cascade(CONTEXT, asking(mode=Mode.GENERATOR_ONLY), sketcher, generator)
+    assert (answer.route, answer.sketch, texts(answer)) == (Route.GENERATOR_ONLY, None, [" df"])
+    assert (sketcher.prompts, generator.prompts) == ([], [CONTEXT])
+
+
+def test_sketches_alone_may_be_asked_for() -> None:
+    sketcher, generator = engine([" b()", " a(<|number|>)", " a(<|number|>)"]), engine([])
+    answer = run_cascade(CONTEXT, asking(3, mode=Mode.SKETCH_ONLY), sketcher, generator)
+    assert (answer.route, texts(answer)) == (Route.SKETCH_ONLY, [" a(number)", " a(number)", " b()"])
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"mode": Mode.SINGLE}, "mode"),
+        ({"suffix": "x"}, "suffix"),
+        ({"suffix": "x", "mode": Mode.GENERATOR_ONLY}, "suffix"),
+        ({"echo": True, "logprobs": 1}, "echo"),
+    ],
+)
+def test_what_a_cascade_cannot_do_is_refused(options: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        run_cascade(CONTEXT, asking(**options), engine([" a()"]), engine([" a()"]))
+    assert (refused.value.status, refused.value.param) == (400, param)
+
+
+def test_a_single_model_has_no_sketcher() -> None:
+    with pytest.raises(RequestError, match="sketch_only"):
+        run_single(CONTEXT, asking(mode=Mode.SKETCH_ONLY), engine([" a"]))
+
+
+def test_a_model_trained_for_it_fills_in_the_middle() -> None:
+    names = ("string", "number", "float")  # any three special tokens will do here
+    marks = tuple(TOKENIZER.token_to_id(f"<|{name}|>") for name in names)
+    model = engine([" n"], infill_tokens=marks)
+    run_single("def f(", asking(suffix="):\n    pass"), model)
+    assert model.prompts == ["<|string|>def f(<|number|>):\n    pass<|float|>"]
+
+
+def gold(folder: Path) -> list[tuple[str, str]]:
+    """(prompt, gold answer) of all 202 problems."""
+    problems = []
+    for name in ("PandasEval", "NumpyEval"):
+        with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            problems += [(one["prompt"], one["canonical_solution"][0]) for one in map(json.loads, lines)]
+    assert len(problems) == 202
+    return problems
+
+
+def has_literal(prompt: str, answer: str) -> bool:
+    """Whether the answer holds a literal that a sketch leaves out, by Python's own tokenizer."""
+    tokens = tokenize.generate_tokens(io.StringIO(prompt + answer).readline)
+    first = prompt.count("\n") + 1, len(prompt) - prompt.rfind("\n") - 1
+    return any(
+        token.type == tokenize.NUMBER or (token.type == tokenize.STRING and token.string[:3] not in ('"""', "'''"))
+        for token in tokens
+        if token.start >= first
+    )
+
+
+def marked(sketched: Sketched, after: int) -> str:
+    """The sketch from `after` on, placeholders as their special tokens."""
+    text, last = "", after
+    for start, end, kind in sketched.placeholders:
+        if start >= after:
+            text += sketched.text[last:start] + prompt_format.special_token(kind)
+            last = end
+    return text + sketched.text[last:]
+
+
+def test_the_gold_answers_of_both_benchmarks_are_routed_right(shared: Path) -> None:
+    """The authors' way sends four wrong: `to_string`, `astype(np.float)`, `fromstring`, `dtype=float`."""
+    wrong = {"special_tokens": 0, "released": 0}
+    for prompt, answer in gold(shared / "benchmarks"):
+        sketched = sketch_source(prompt + answer, SketchKind.CONSTANTS)
+        assert not isinstance(sketched, Dropped)
+        before = sketch_context(prompt)
+        assert sketched.text.startswith(before.text)
+        for routing in ("special_tokens", "released"):
+            sketcher = engine([marked(sketched, len(before.text))], context_tokens=4096)
+            config = CascadeConfig(stop=(), routing=routing)
+            route = run_cascade(prompt, asking(), sketcher, engine([" x"], context_tokens=4096), config).route
+            wrong[routing] += (route is not Route.SKETCHER) != has_literal(prompt, answer)
+    assert wrong == {"special_tokens": 0, "released": 4}

@@ -15,6 +15,7 @@ import httpx
 import openai
 import pydantic
 import pytest
+import ray
 import yaml
 from ray.exceptions import RayActorError, RayTaskError
 
@@ -119,6 +120,17 @@ def test_a_stream_through_the_cluster_is_the_answer_in_process(client: openai.Op
         for choice in chunk.choices:
             texts[choice.index] += choice.text
     assert list(texts.values()) == [choice.text for choice in whole.choices]
+
+
+def test_no_prompt_is_logged_on_the_way(client: openai.OpenAI) -> None:
+    client.completions.create(model="cert-test", prompt="PRIVATE =", max_tokens=2)
+    list(client.completions.create(model="cert-test", prompt="PRIVATE =", max_tokens=2, stream=True))
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="cert-test", prompt="PRIVATE = " * 200)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    texts = [path.read_text(errors="replace") for path in logs.rglob("*") if path.is_file()]
+    assert any("completion 200" in text and "key key-1" in text for text in texts)
+    assert not any("PRIVATE" in text for text in texts)
 
 
 def test_more_requests_than_the_queue_holds_are_refused_and_the_others_answered(served: ServedApp) -> None:

@@ -20,6 +20,7 @@ REQUIRED = {"base": "tiny", "tokens": "tokens", "output": "model", "steps": 2_00
         ({"schedule": "wsd", "decay_share": 0.6}, "before warmup_steps 1000 end; lower one of them"),
         ({"steps": 0}, "steps"),
         ({"zero_stage": 4}, "zero_stage"),
+        ({"workers": 2, "min_workers": 3}, "more than workers 2; lower it"),
         ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are activation_checkpointing, base"),
     ],
 )
@@ -36,6 +37,9 @@ def test_refuses_what_cannot_work(options, named):
         ({"tokens": "moved"}, True),
         ({"seed": 1}, False),
         ({"workers": 2}, False),
+        ({"workers": 2, "gradient_accumulation": 2}, True),  # as many rows per step
+        ({"workers": 4, "min_workers": 2, "micro_batch": 5, "gradient_accumulation": 2}, True),
+        ({"compile": True}, False),
         ({"learning_rate": 1e-3}, False),
         ({"schedule": "wsd"}, False),
     ],

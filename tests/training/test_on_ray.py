@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -74,6 +75,18 @@ def test_killed_twice_it_ends_with_the_losses_of_an_undisturbed_run(undisturbed,
     assert sorted(path.name for path in tmp_path.glob("killed-*")) == ["killed-4", "killed-8"]
     assert _losses(result) == _losses(undisturbed)
     assert dataclasses.replace(result, folder="", metrics="") == dataclasses.replace(undisturbed, folder="", metrics="")
+
+
+def test_one_worker_goes_on_from_what_two_wrote(undisturbed, make_config, tmp_path):
+    """Ten of its steps are there but the last; ZeRO 2's parts are converted where they are read."""
+    shutil.copytree(
+        undisturbed.folder, tmp_path / "model", ignore=shutil.ignore_patterns("manifest.json", "step-000010")
+    )
+    options = OPTIONS | {"workers": 1, "gradient_accumulation": 2}
+    result = train(make_config(**options, output=str(tmp_path / "model")))
+    assert _losses(result)[:9] == _losses(undisturbed)[:9]
+    assert _losses(result) == pytest.approx(_losses(undisturbed), abs=2e-5)
+    assert result.held_out_loss == pytest.approx(undisturbed.held_out_loss, abs=2e-5)
 
 
 def test_a_finished_output_is_reused_or_refused_but_never_replaced(undisturbed, make_config):

@@ -21,6 +21,8 @@ def test_the_line_has_fixed_order_and_units():
     assert progress_line(FIRST, 20, 4_000.0) == (
         "step 10/20  loss 6.5000 nats/token  lr 5.00e-04  gradient norm -  4,000 tokens/s  5 s left"
     )
+    measured = FIRST.model_copy(update={"memory_bytes": 12_340_000_000})
+    assert progress_line(measured, 20, 4_000.0, 0.4567).endswith("4,000 tokens/s  MFU 45.7%  12.3 GB  5 s left")
     assert progress_line(SECOND, 20, 0.0).endswith("0 tokens/s  0 s left  held-out loss 5.5000 nats/token")
 
 

@@ -43,11 +43,15 @@ def test_refuses_weights_that_cannot_be_drawn_from(weights):
         epoch_documents(np.array(weights), 0, 0)
 
 
-@pytest.mark.parametrize(("micro_batch", "accumulation", "workers"), [(12, 1, 1), (2, 3, 2), (1, 4, 3), (3, 1, 4)])
-def test_a_step_reads_the_same_rows_on_any_number_of_workers(micro_batch, accumulation, workers):
-    read = [step_positions(5, rank, workers, micro_batch, accumulation) for rank in range(workers)]
-    assert all(positions.shape == (accumulation, micro_batch) for positions in read)
-    assert sorted(np.concatenate(read).ravel().tolist()) == list(range(60, 72))
+@pytest.mark.parametrize(
+    ("micro_batch", "workers", "passes"), [(12, 1, 1), (2, 2, 3), (1, 3, 4), (3, 4, 1), (5, 1, 3), (2, 5, 2), (8, 3, 1)]
+)
+def test_a_step_reads_the_same_rows_on_any_number_of_workers(micro_batch, workers, passes):
+    """Also where twelve rows do not share out: then a rank is given some that do not count."""
+    read = [step_positions(5, rank, workers, micro_batch, 12) for rank in range(workers)]
+    assert all(positions.shape == counted.shape == (passes, micro_batch) for positions, counted in read)
+    assert sorted(np.concatenate([positions[counted] for positions, counted in read]).tolist()) == list(range(60, 72))
+    assert all(set(positions.ravel().tolist()) <= set(range(60, 72)) for positions, _ in read)
 
 
 def test_rows_go_on_through_the_epochs_without_gap_or_repeat():
@@ -64,3 +68,19 @@ def test_a_row_can_be_read_without_those_before_it():
     for start in (39, 17, 0, 25):
         late = RowStream(lambda epoch: _Numbered(epoch, 10), seed=5)
         assert late.read(np.array([start]))[0].tolist() == [whole[start].tolist()]
+
+
+def test_known_ends_spare_the_planning_of_epochs_that_are_over():
+    planned: list[int] = []
+
+    def plan(epoch: int) -> _Numbered:
+        planned.append(epoch)
+        return _Numbered(epoch, 3 + epoch)
+
+    before = RowStream(plan, seed=5)
+    ids, _ = before.read(np.arange(20, 25))  # epoch 4 has rows 18 to 24
+    planned.clear()
+    after = RowStream(plan, seed=5, ends=before.ends)
+    assert after.read(np.arange(20, 25))[0].tolist() == ids.tolist()
+    assert planned == [4]
+    assert after.locate(0) == (0, 0)

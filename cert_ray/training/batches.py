@@ -1,0 +1,113 @@
+"""The rows that one rank reads, as tensors. In: a pack, a `TrainConfig`, a rank. Out: micro batches by step number.
+
+Which rows those are is `sampling`'s and `tokens.packing`'s: pure functions, so a step's rows are read without those
+before it, and are the same on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from cert_ray.errors import InputError
+from cert_ray.tokens.packing import plan_rows
+from cert_ray.tokens.shards import PackedTokens
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.sampling import IntArray, Rows, RowStream, epoch_documents, shuffled_documents, step_positions
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # ids and mask, [B, T + 1]
+
+
+class Batches:
+    """What one rank of a run reads."""
+
+    def __init__(
+        self, packed: PackedTokens, config: TrainConfig, rank: int, world_size: int, ends: Sequence[int] = ()
+    ) -> None:
+        """`ends`: those of an earlier part of the run, as in `RowStream`.
+
+        Raises:
+            InputError: see `training_rows`.
+        """
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._rows = training_rows(packed, config, ends)
+        self._held_out = held_out_rows(packed)
+
+    @property
+    def ends(self) -> list[int]:
+        """Where in the run's rows each epoch ends, as far as it was needed."""
+        return self._rows.ends
+
+    def of_step(self, step: int) -> list[Batch]:
+        """This rank's micro batches of `step`; all ranks have as many, some masked where rows do not share out."""
+        config = self._config
+        positions, counted = step_positions(
+            step, self._rank, self._world_size, config.micro_batch, config.rows_per_step
+        )
+        batches = []
+        for row, of_step in zip(positions, counted, strict=True):
+            ids, mask = self._rows.read(row)
+            batches.append(_tensors(ids, mask & of_step[:, None]))
+        return batches
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch of the first row of `step`."""
+        return self._rows.locate(step * self._config.rows_per_step)[0]
+
+    def held_out(self) -> list[Batch]:
+        """This rank's share of the held-out rows; all ranks have as many batches, some masked."""
+        size, available = self._config.micro_batch, len(self._held_out)
+        count = min(available, self._config.eval_rows or available)
+        batches = []
+        for first in range(self._rank * size, _round_up(count, size * self._world_size), size * self._world_size):
+            indices = np.arange(first, first + size)
+            ids, mask = _read(self._held_out, np.minimum(indices, count - 1))
+            mask[indices >= count] = False
+            batches.append(_tensors(ids, mask))
+        return batches
+
+
+def training_rows(packed: PackedTokens, config: TrainConfig, ends: Sequence[int] = ()) -> RowStream:
+    """The rows to train on, of the documents that are not held out; `ends` as in `RowStream`.
+
+    Raises:
+        InputError: when there is no such document, or none with a positive weight.
+    """
+    ordinals = np.flatnonzero(~packed.documents.held_out)
+    weights = packed.documents.weight[ordinals]
+    if len(ordinals) == 0 or (config.resampling == "weighted" and not np.any(weights > 0)):
+        raise InputError(
+            config.tokens,
+            f"none of its {len(packed)} documents can be trained on (held out, or without weight)",
+            "Pack more documents, or lower the held-out fraction.",
+        )
+
+    def plan_epoch(epoch: int) -> Rows:
+        if config.resampling == "weighted":
+            drawn = epoch_documents(weights, config.seed, epoch)
+        else:
+            drawn = shuffled_documents(len(ordinals), config.seed, epoch)
+        return plan_rows(packed, ordinals[drawn], packed.context_tokens)
+
+    return RowStream(plan_epoch, config.seed, ends)
+
+
+def held_out_rows(packed: PackedTokens) -> Rows:
+    """The rows of the held-out documents, each document once, in order."""
+    return plan_rows(packed, np.flatnonzero(packed.documents.held_out), packed.context_tokens)
+
+
+def _read(rows: Rows, indices: IntArray) -> tuple[IntArray, Any]:
+    found = [rows.row(int(index)) for index in indices]
+    return np.stack([ids for ids, _ in found]), np.stack([mask for _, mask in found])
+
+
+def _tensors(ids: Any, mask: Any) -> Batch:
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple

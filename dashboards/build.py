@@ -1,0 +1,204 @@
+"""The Grafana dashboards, made from the metric catalogue: `python dashboards/build.py` writes `*.json` beside itself.
+
+In: `PANELS`, one table per dashboard; a series is named by the catalogue's `Metric`, or by `RAY` where Ray emits it.
+Out: JSON that Grafana imports. `tests/dashboards` holds the files to this table, every expression to promtool, and
+every metric of the catalogue to a panel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from grafana_foundation_sdk.builders import dashboard, prometheus, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.dashboard import DataSourceRef
+
+from cert_ray.telemetry import metrics
+from cert_ray.telemetry.metrics import Metric
+
+FOLDER = Path(__file__).parent
+
+# Series that Ray 2.60 emits itself, and that panels or alerts use.
+RAY = frozenset(
+    {
+        "ray_node_cpu_utilization",
+        "ray_node_disk_free",
+        "ray_node_disk_usage",
+        "ray_node_mem_total",
+        "ray_node_mem_used",
+        "ray_serve_deployment_queued_queries",
+        "ray_serve_deployment_replica_healthy",
+        "ray_serve_deployment_replica_starts_total",
+        "ray_serve_http_request_latency_ms_bucket",
+        "ray_serve_num_http_error_requests_total",
+        "ray_serve_num_http_requests_total",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One graph: its title as a question's answer, Grafana's unit, and PromQL by legend."""
+
+    title: str
+    unit: str
+    series: Mapping[str, str]
+
+
+def name(metric: Metric) -> str:
+    """The series of a metric."""
+    return metric.exported_name
+
+
+def rate(metric: Metric, by: str, window: str = "2m") -> str:
+    """Per second, by labels."""
+    return f"sum by ({by}) (rate({name(metric)}[{window}]))"
+
+
+def quantile(share: float, series: str, by: str = "") -> str:
+    """Of a histogram, over five minutes."""
+    labels = f"le, {by}" if by else "le"
+    return f"histogram_quantile({share}, sum by ({labels}) (rate({series}[5m])))"
+
+
+MACHINES = (
+    Panel("CPU by node", "percent", {"{{instance}}": "ray_node_cpu_utilization"}),
+    Panel("Memory used by node", "percentunit", {"{{instance}}": "ray_node_mem_used / ray_node_mem_total"}),
+    Panel(
+        "Disk used by node",
+        "percentunit",
+        {"{{instance}}": "ray_node_disk_usage / (ray_node_disk_usage + ray_node_disk_free)"},
+    ),
+)
+
+PANELS: Mapping[str, tuple[Panel, ...]] = {
+    "preprocessing": (
+        Panel(
+            "Share of shards done",
+            "percentunit",
+            {
+                "{{stage}}": f"sum by (stage) ({name(metrics.SHARDS_DONE)})"
+                f" / on (stage) max by (stage) ({name(metrics.SHARDS_PLANNED)})"
+            },
+        ),
+        Panel(
+            "Rows per second",
+            "rowsps",
+            {"{{stage}} read": rate(metrics.ROWS_READ, "stage"), "{{stage}} kept": rate(metrics.ROWS_KEPT, "stage")},
+        ),
+        Panel(
+            "Rows dropped, by reason",
+            "short",
+            {"{{stage}} {{reason}}": f"sum by (stage, reason) ({name(metrics.ROWS_DROPPED)})"},
+        ),
+        Panel(
+            "Share of rows dropped",
+            "percentunit",
+            {"{{stage}}": f"{rate(metrics.ROWS_DROPPED, 'stage', '10m')} / {rate(metrics.ROWS_READ, 'stage', '10m')}"},
+        ),
+        *MACHINES,
+    ),
+    "serving": (
+        Panel(
+            "Requests per second, by status",
+            "reqps",
+            {
+                "{{model}} {{status}}": rate(metrics.COMPLETIONS, "model, status"),
+                "all, at the proxies": "sum(rate(ray_serve_num_http_requests_total[2m]))",
+                "errors, at the proxies": "sum(rate(ray_serve_num_http_error_requests_total[2m]))",
+            },
+        ),
+        Panel(
+            "Time of a completion",
+            "s",
+            {
+                "{{model}} median": quantile(0.5, name(metrics.COMPLETION_SECONDS), "model"),
+                "{{model}} p99": quantile(0.99, name(metrics.COMPLETION_SECONDS), "model"),
+            },
+        ),
+        Panel(
+            "Time to the first event of a stream",
+            "s",
+            {"{{model}} median": quantile(0.5, name(metrics.FIRST_EVENT_SECONDS), "model")},
+        ),
+        Panel(
+            "Time by stage, median",
+            "s",
+            {"{{model}} {{stage}}": quantile(0.5, name(metrics.STAGE_SECONDS), "model, stage")},
+        ),
+        Panel("Answers per second, by route", "ops", {"{{model}} {{route}}": rate(metrics.ANSWERS, "model, route")}),
+        Panel(
+            "Share of the votes for the winning sketch",
+            "percentunit",
+            {
+                "{{model}} median": quantile(0.5, name(metrics.VOTE_SHARE), "model"),
+                "{{model}} p10": quantile(0.1, name(metrics.VOTE_SHARE), "model"),
+            },
+        ),
+        Panel("Tokens per second, by kind", "short", {"{{model}} {{kind}}": rate(metrics.TOKENS, "model, kind")}),
+        Panel(
+            "Share of answers from the cache",
+            "percentunit",
+            {"{{model}}": f"{rate(metrics.CACHE_HITS, 'model')} / {rate(metrics.ANSWERS, 'model')}"},
+        ),
+        Panel(
+            "Waiting",
+            "short",
+            {
+                "in flight": f"sum({name(metrics.IN_FLIGHT)})",
+                "queued, {{deployment}}": "sum by (deployment) (ray_serve_deployment_queued_queries)",
+            },
+        ),
+        Panel(
+            "Engines and front doors",
+            "short",
+            {
+                "healthy, {{deployment}}": "sum by (deployment) (ray_serve_deployment_replica_healthy)",
+                "started in 10 min, {{deployment}}": "sum by (deployment)"
+                " (increase(ray_serve_deployment_replica_starts_total[10m]))",
+            },
+        ),
+        Panel(
+            "Latency at the proxies",
+            "ms",
+            {
+                "median": quantile(0.5, "ray_serve_http_request_latency_ms_bucket"),
+                "p99": quantile(0.99, "ray_serve_http_request_latency_ms_bucket"),
+            },
+        ),
+    ),
+}
+
+
+def build(title: str) -> str:
+    """The JSON of one dashboard."""
+    source = DataSourceRef(type_val="prometheus", uid="${datasource}")
+    built = (
+        dashboard.Dashboard(f"cert-ray: {title}")
+        .uid(f"cert-ray-{title}")
+        .tags(["cert-ray"])
+        .refresh("15s")
+        .time("now-1h", "now")
+        .timezone("browser")
+        .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
+    )
+    for panel in PANELS[title]:
+        graph = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(source).min(0).span(12).height(8)
+        for letter, (legend, expression) in zip("ABCDEF", panel.series.items(), strict=False):
+            query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(letter).datasource(source)
+            graph.with_target(query)
+        built.with_panel(graph)
+    return str(JSONEncoder(sort_keys=True, indent=1).encode(built.build())) + "\n"
+
+
+def files() -> Iterator[tuple[Path, str]]:
+    """Every dashboard's file and its text."""
+    for title in PANELS:
+        yield FOLDER / f"{title}.json", build(title)
+
+
+if __name__ == "__main__":
+    for path, text in files():
+        path.write_text(text)

@@ -1,0 +1,245 @@
+"""Training under kills, and with nodes that come and go, on a cluster of several nodes on this machine.
+
+    python -m tests.chaos.training kills --kills 12 --seed 1 --output chaos
+    python -m tests.chaos.training elastic --output chaos
+
+`kills`: at seeded random steps a worker or the driver is killed with SIGKILL, again and again in one run of two
+workers; its losses and its model must equal an undisturbed run's to the bit, and no kill may cost more than one
+checkpoint's interval. `elastic`: a run of one or two workers starts on one node, a second joins, and one goes away with
+everything it runs; the losses must equal those of an undisturbed run within rounding. Out: `summary-*.md` and logs
+below `--output`; exit status 0 when all of that held. Strikes come from the workers themselves, after a step: nothing
+is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tests.chaos.run import HEALTH_CHECK, ROOT, ChaosError, Nodes, started_cluster
+
+TOLERANCE_NATS = 2e-5
+SIZES = {"micro_batch": 2, "gradient_accumulation": 2, "workers": 2, "zero_stage": 2, "learning_rate": 3e-3}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A worker came to the end of a step."""
+
+    at_s: float
+    step: int
+    rank: int
+    world_size: int
+
+
+class Strikes:
+    """Called after each step on every worker: notes it, kills where that is due, and waits where nodes must change."""
+
+    def __init__(self, folder: Path, kills: dict[int, str], changes: dict[int, tuple[str, int]], driver: int) -> None:
+        self._folder, self._kills, self._changes, self._driver = folder, kills, changes, driver
+
+    def __call__(self, step: int, rank: int) -> None:
+        """Steps are written in one piece: several processes append to the file."""
+        from torch.distributed import get_world_size
+
+        line = json.dumps([time.time(), step, rank, get_world_size()]) + "\n"
+        file = os.open(self._folder / "steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(file, line.encode())
+        os.close(file)
+        mark = self._folder / f"struck-{step}"
+        kind = self._kills.get(step)
+        if kind is not None and rank == (1 if kind == "worker" else 0) and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid() if kind == "worker" else self._driver, signal.SIGKILL)
+            if kind == "driver":
+                signal.pause()  # until Ray ends the workers of a driver that is gone
+        wanted = self._changes.get(step)
+        if wanted is not None:
+            change, workers = wanted
+            (self._folder / change).touch()  # the program that owns the nodes is waiting for it
+            if get_world_size() != workers:
+                signal.pause()  # until Ray starts the workers again, in another number
+
+
+def read_steps(folder: Path) -> list[Step]:
+    """Every step that ended so far, in the order written."""
+    if not (folder / "steps").exists():
+        return []
+    return [Step(*json.loads(line)) for line in (folder / "steps").read_text().splitlines()]
+
+
+def drive(given: argparse.Namespace) -> None:
+    """One attempt, as a process of its own that joins the cluster."""
+    import ray
+
+    from cert_ray.training.config import TrainConfig
+    from cert_ray.training.on_ray import train
+
+    plan = json.loads((given.output / "plan.json").read_text())
+    kills = {int(step): kind for step, kind in plan["kills"].items()}
+    changes = {int(step): tuple(change) for step, change in plan["changes"].items()}
+    ray.init(address=given.address, namespace=f"chaos-{os.getpid()}", log_to_driver=True)
+    strikes = Strikes(given.output, kills, changes, os.getpid())
+    train(TrainConfig.model_validate(plan["config"]), after_step=strikes)
+    ray.shutdown()
+
+
+class Run:
+    """One run of `train` into a folder: its plan, and the drivers that carry it out."""
+
+    def __init__(self, nodes: Nodes, folder: Path, config: dict[str, Any], **plan: dict[int, Any]) -> None:
+        folder.mkdir(parents=True)
+        self.folder, self._nodes = folder, nodes
+        self.model = folder / "model"
+        config = {**config, "output": str(self.model)}
+        (folder / "plan.json").write_text(json.dumps({"kills": {}, "changes": {}, **plan, "config": config}))
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """A driver."""
+        command = [sys.executable, "-m", "tests.chaos.training", "drive", "--output", str(self.folder)]
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(
+                [*command, "--address", self._nodes.cluster.address], cwd=ROOT, stdout=log, stderr=log
+            )
+
+    def finish(self, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """Start drivers until one ends well; returns how many were killed."""
+        killed = 0
+        while True:
+            driver = self.start()
+            try:
+                while driver.poll() is None:
+                    meanwhile()
+                    time.sleep(0.2)
+            finally:
+                driver.kill()
+                driver.wait()
+            if driver.returncode == 0:
+                return killed
+            if driver.returncode != -signal.SIGKILL:
+                raise ChaosError(
+                    f"driver ended with {driver.returncode}:\n{(self.folder / 'log').read_text()[-6_000:]}"
+                )
+            killed += 1
+
+    def losses(self) -> list[float]:
+        """By step."""
+        return [json.loads(line)["loss"] for line in (self.model / "loss.jsonl").read_text().splitlines()]
+
+
+def make_inputs(folder: Path) -> dict[str, str]:
+    """The small pack of the training tests, with its tokenizer."""
+    from tests.training.conftest import write_pack, write_tokenizer
+
+    write_pack(folder / "pack", write_tokenizer(folder / "tokenizer"))
+    return {"base": "tiny", "tokens": str(folder / "pack"), "tokenizer": str(folder / "tokenizer")}
+
+
+def kills(given: argparse.Namespace, nodes: Nodes) -> str:
+    """The run under kills; a Markdown summary."""
+    chosen = random.Random(given.seed)
+    steps = sorted(chosen.sample(range(2, given.steps), given.kills))
+    kinds = ["driver" if place % 2 else "worker" for place in range(given.kills)]
+    chosen.shuffle(kinds)
+    config = make_inputs(given.output) | SIZES
+    config |= {"steps": given.steps, "warmup_steps": 2, "checkpoint_every_steps": given.interval}
+    undisturbed = Run(nodes, given.output / "undisturbed", config)
+    undisturbed.finish()
+    plan = dict(zip(steps, kinds, strict=True))
+    disturbed = Run(nodes, given.output / "disturbed", config | {"max_failures": given.kills}, kills=plan)
+    disturbed.finish()
+    if disturbed.losses() != undisturbed.losses():
+        raise ChaosError("the losses differ from the undisturbed run's")
+    if (disturbed.model / "model.safetensors").read_bytes() != (undisturbed.model / "model.safetensors").read_bytes():
+        raise ChaosError("the model differs from the undisturbed run's")
+    lines = ["| step | killed | steps done again | back after, s |", "|---|---|---|---|"]
+    lost = []
+    for (before, after), step in zip(_interruptions(read_steps(disturbed.folder)), steps, strict=True):
+        lost.append(before.step - after.step + 1)
+        lines.append(f"| {step} | {plan[step]} | {lost[-1]} | {after.at_s - before.at_s:.1f} |")
+    if max(lost) > given.interval:
+        raise ChaosError(f"a kill cost {max(lost)} steps, checkpoints are {given.interval} apart")
+    return f"{given.kills} kills in one run of {given.steps} steps: losses and model equal to the bit.\n\n" + "\n".join(
+        lines
+    )
+
+
+def _interruptions(steps: list[Step]) -> list[tuple[Step, Step]]:
+    """The last step before each interruption and the first one after it, as rank 0 saw them."""
+    return [(before, after) for before, after in pairwise(s for s in steps if s.rank == 0) if after.step <= before.step]
+
+
+def elastic(given: argparse.Namespace, nodes: Nodes) -> str:
+    """A run on one node, then two, then one; a Markdown summary."""
+    config = make_inputs(given.output) | SIZES
+    config |= {"steps": given.steps, "warmup_steps": 2, "checkpoint_every_steps": given.interval}
+    undisturbed = Run(nodes, given.output / "undisturbed", config)
+    undisturbed.finish()
+    nodes.remove(nodes.workers[0])
+    third = given.steps // 3
+    changes = {third: ("add", 2), 2 * third: ("remove", 1)}
+    config |= {"min_workers": 1, "resize_check_s": 2.0, "max_failures": 9}
+    run = Run(nodes, given.output / "elastic", config, changes=changes)
+    done: list[tuple[str, float]] = []
+
+    def change_nodes() -> None:
+        for name, change in (("add", lambda: nodes.add(cpus=1)), ("remove", lambda: nodes.remove(nodes.workers[0]))):
+            if (run.folder / name).exists() and name not in [made for made, _ in done]:
+                done.append((name, time.time()))
+                change()
+
+    run.finish(change_nodes)
+    apart = max(abs(mine - other) for mine, other in zip(run.losses(), undisturbed.losses(), strict=True))
+    if apart > TOLERANCE_NATS:
+        raise ChaosError(f"losses are up to {apart} nats apart")
+    lines = ["| node | after step | workers | from step | s |", "|---|---|---|---|---|"]
+    for (name, at_s), (before, after) in zip(done, _changes(read_steps(run.folder)), strict=True):
+        what = f"{before.world_size} -> {after.world_size}"
+        lines.append(f"| {name} | {before.step} | {what} | {after.step} | {after.at_s - at_s:.1f} |")
+    return f"{given.steps} steps; losses at most {apart:.1e} nats from two workers' all along.\n\n" + "\n".join(lines)
+
+
+def _changes(steps: list[Step]) -> list[tuple[Step, Step]]:
+    """The last step of one number of workers and the first one of the next."""
+    seen = [step for step in steps if step.rank == 0]
+    return [(before, after) for before, after in pairwise(seen) if before.world_size != after.world_size]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["kills", "elastic", "drive"])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--interval", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--patience-s", type=int, default=15, help="for a node that does not answer")
+    parser.add_argument("--address", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.output = given.output.resolve()
+    if given.what == "drive":
+        drive(given)
+        return
+    given.output.mkdir(parents=True)
+    HEALTH_CHECK["health_check_failure_threshold"] = given.patience_s  # a look a second
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", str(6 * given.patience_s))
+    with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp") as folder, started_cluster(Path(folder)) as nodes:
+        summary = (kills if given.what == "kills" else elastic)(given, nodes)
+    (given.output / f"summary-{given.what}.md").write_text(summary + "\n")
+    print(summary)
+
+
+if __name__ == "__main__":
+    main()

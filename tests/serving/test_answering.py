@@ -1,0 +1,106 @@
+"""The answerer: many prompts and callers at once, answers kept, work given up."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
+from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, Hooks, Work
+from cert_ray.serving.events import Event, TextDrawn
+from cert_ray.serving.sampling import Sampling
+from tests.serving.builders import ScriptedEngine, save_model, small_tokenizer
+
+PROMPTS = ["import pandas as pd\n", "df = pd.DataFrame(", "def head(df, n):\n    return", "x = df['a']", "class A"]
+SAMPLING = Sampling(n=3, max_tokens=12, temperature=0.8, seed=4)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    sketcher, generator = tmp_path_factory.mktemp("sketcher"), tmp_path_factory.mktemp("generator")
+    return {"sketcher": save_model(sketcher, "llama"), "generator": save_model(generator, "gpt_neo", seed=1)}
+
+
+@pytest.fixture(scope="module")
+def answerer(folders: dict[str, str]) -> Answerer:
+    return Answerer.load(ModelConfig(**folders))
+
+
+def shown(answers: list[CascadeAnswer]) -> list[Any]:
+    """What of an answer depends on the request alone."""
+    return [([choice.ids for choice in one.choices], one.route, one.sketch, one.sketch_votes) for one in answers]
+
+
+def test_answers_do_not_depend_on_who_asks_beside(folders: dict[str, str], answerer: Answerer) -> None:
+    fresh = Answerer.load(ModelConfig(**folders, answer_cache=0))
+    apart = [fresh.answer([prompt], SAMPLING)[0] for prompt in PROMPTS]
+    with ThreadPoolExecutor(4) as pool:
+        calls = list(pool.map(lambda _: fresh.answer(PROMPTS, SAMPLING), range(4)))
+    assert all(shown(answers) == shown(apart) for answers in calls)
+    assert shown(answerer.answer(PROMPTS, SAMPLING)) == shown(apart)
+
+
+def test_the_same_request_again_is_the_same_answer_and_is_told_again(answerer: Answerer) -> None:
+    sampling, told = SAMPLING.model_copy(update={"seed": 99}), []
+    first = answerer.answer(PROMPTS[:1], sampling)[0]
+    hits = answerer.cache_hits
+
+    def listen(place: int, event: Event) -> None:
+        assert place == 0
+        told.append(event)
+
+    again = answerer.answer(PROMPTS[:1], sampling, on_event=listen)[0]
+    assert (first.from_cache, again.from_cache, answerer.cache_hits) == (False, True, hits + 1)
+    assert again.choices == first.choices
+    texts = ["".join(e.text for e in told if isinstance(e, TextDrawn) and e.index == place) for place in range(3)]
+    assert texts == [choice.text for choice in first.choices]
+    assert not answerer.answer(PROMPTS[:1], sampling.model_copy(update={"seed": 98}))[0].from_cache
+
+
+def test_events_of_several_prompts_come_in_order_for_each(answerer: Answerer) -> None:
+    told: dict[int, list[Event]] = {place: [] for place in range(len(PROMPTS))}
+    answers = answerer.answer(PROMPTS, SAMPLING, on_event=lambda place, event: told[place].append(event))
+    for place, answer in enumerate(answers):
+        assert told[place][0] == answer.chosen
+        for index, choice in enumerate(answer.choices):
+            pieces = [event for event in told[place][1:] if isinstance(event, TextDrawn) and event.index == index]
+            assert "".join(piece.text for piece in pieces) == choice.text
+
+
+def test_no_prompts_no_answers(answerer: Answerer) -> None:
+    assert answerer.answer([], SAMPLING) == []
+
+
+def test_what_is_cancelled_or_late_is_not_begun(answerer: Answerer) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    sampling = SAMPLING.model_copy(update={"seed": 1})
+    with pytest.raises(RequestCancelledError):
+        answerer.answer(PROMPTS, sampling, cancelled=cancelled)
+    with pytest.raises(DeadlineError):
+        answerer.answer(PROMPTS, sampling, deadline_s=time.monotonic())
+
+
+def test_errors_that_end_work_survive_pickling() -> None:
+    for error in (RequestCancelledError(499, "gone", None, "cancelled"), DeadlineError(504, "late", None, "timeout")):
+        copied = pickle.loads(pickle.dumps(error))
+        assert type(copied) is type(error)
+        assert (copied.status, copied.message, copied.code) == (error.status, error.message, error.code)
+
+
+def test_one_prompt_that_is_refused_ends_the_others_and_is_what_is_raised() -> None:
+    class Endless(ScriptedEngine):
+        def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
+            while True:  # until the other prompt's failure is noticed
+                hooks.check()
+
+    engine = Endless(small_tokenizer(), lambda _: [("", 0.0)], context_tokens=40)
+    with pytest.raises(RequestError, match="40 tokens"):
+        Answerer(None, engine).answer(["x", "y = 1 + " * 50], Sampling())

@@ -1,0 +1,181 @@
+"""Requests in one batch: each is answered as if alone, whoever joins, leaves, is given up or fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from cert_ray.errors import RequestCancelledError
+from cert_ray.serving import packed_attention
+from cert_ray.serving.answering import check_wanted
+from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
+from cert_ray.serving.transformers_engine import TransformersEngine
+from cert_ray.sketching import prompt_format
+from tests.serving.builders import save_model
+
+TEXTS = [
+    "import pandas as pd\nimport numpy as np\n\n\ndef head(df, n):\n",  # longer than a local layer's window
+    "df",
+    "import pandas as pd\nimport numpy as np\n\n\nclass Thing:\n",
+    "x = df['a'].astype(float)\nreturn",
+]
+
+
+@pytest.fixture(scope="module", params=["gpt_neo", "llama", "gpt2", "mistral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp(request.param), request.param, window=128)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: str) -> TransformersEngine:
+    engine = TransformersEngine(folder)
+    assert engine.is_packed
+    return engine
+
+
+def work(engine: TransformersEngine, text: str, **changed: Any) -> Work:
+    options: dict[str, Any] = {"n": 6, "max_tokens": 30, "temperature": 0.7, "top_p": 0.95, "seed": 7}
+    return Work(tuple(prompt_format.encode_code(engine.tokenizer, text)), **{**options, **changed})
+
+
+def ids(drawn: Drawn) -> list[tuple[int, ...] | None]:
+    return [None if sample is None else sample.ids for sample in drawn.samples]
+
+
+@pytest.fixture(scope="module")
+def alone(engine: TransformersEngine) -> list[list[tuple[int, ...] | None]]:
+    return [ids(engine.draw(work(engine, text))) for text in TEXTS]
+
+
+def one_by_one(folder: str, monkeypatch: pytest.MonkeyPatch) -> TransformersEngine:
+    monkeypatch.setattr(packed_attention, "enable", lambda _: False)
+    return TransformersEngine(folder)
+
+
+def test_packed_attention_gives_what_transformers_cache_gives(
+    folder: str, alone: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = one_by_one(folder, monkeypatch)
+    assert not plain.is_packed
+    assert [ids(plain.draw(work(plain, text))) for text in TEXTS] == alone
+
+
+def test_branches_that_die_leave_the_others_as_they_are(
+    engine: TransformersEngine, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many branches, most of which end early, so that what only they saw is dropped."""
+    plain = one_by_one(folder, monkeypatch)
+    asked = work(engine, TEXTS[0], n=40, temperature=1.5, max_tokens=60, stop=("a", "e", "(", "7"))
+    assert ids(engine.draw(asked)) == ids(plain.draw(asked))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(prefill_tokens=3),
+        EngineConfig(max_rows=1),
+        EngineConfig(prefix_cache_tokens=0),
+        EngineConfig(packed_weights=False),
+    ],
+)
+def test_an_answer_does_not_depend_on_how_the_batch_is_run(folder: str, alone: list[Any], config: EngineConfig) -> None:
+    engine = TransformersEngine(folder, config)
+    with ThreadPoolExecutor(8) as pool:
+        drawn = list(pool.map(lambda text: engine.draw(work(engine, text)), TEXTS * 2))
+    assert [ids(one) for one in drawn] == alone * 2
+
+
+def test_a_prompt_that_begins_like_one_before_is_not_read_again(folder: str, alone: list[Any]) -> None:
+    engine = TransformersEngine(folder)
+    first, second, again = (engine.draw(work(engine, TEXTS[place])) for place in (0, 2, 0))
+    assert first.cached_tokens == 0
+    assert second.cached_tokens >= len(prompt_format.encode_code(engine.tokenizer, "import pandas as pd\nimport numpy"))
+    assert again.cached_tokens == len(work(engine, TEXTS[0]).prompt) - 1
+    assert [ids(first), ids(second), ids(again)] == [alone[0], alone[2], alone[0]]
+
+
+def test_a_cancelled_request_ends_and_the_others_go_on(engine: TransformersEngine, alone: list[Any]) -> None:
+    cancelled, asked = threading.Event(), []
+
+    def check() -> None:
+        asked.append(1)
+        if len(asked) == 5:
+            cancelled.set()
+        check_wanted(cancelled, None)
+
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(engine.draw, work(engine, TEXTS[3]))
+        with pytest.raises(RequestCancelledError):
+            engine.draw(work(engine, TEXTS[0]), Hooks(check=check))
+        assert ids(other.result()) == alone[3]
+    assert len(asked) == 5  # it is asked before every token, and never again
+    assert not engine._batch.has_work
+
+
+@pytest.mark.parametrize("where", ["forward", "begin"])
+def test_a_step_that_fails_fails_its_requests_alone(
+    engine: TransformersEngine, alone: list[Any], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise MemoryError("no room for a step")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._batch._model, where, broken)
+        with pytest.raises(MemoryError, match="no room"):
+            engine.draw(work(engine, "a text that nothing before began like"))
+    assert ids(engine.draw(work(engine, TEXTS[0]))) == alone[0]
+
+
+def test_text_is_told_as_it_settles_and_never_taken_back(engine: TransformersEngine, alone: list[Any]) -> None:
+    told: dict[int, list[str]] = {place: [] for place in range(6)}
+    reasons: dict[int, str] = {}
+
+    def on_text(index: int, text: str, reason: str | None) -> None:
+        assert index not in reasons
+        told[index].append(text)
+        if reason is not None:
+            reasons[index] = reason
+
+    stop = ("ab", "return", "\n")
+    drawn = engine.draw(work(engine, TEXTS[0], stop=stop), Hooks(on_text=on_text, streams_text=True))
+    for place, sample in enumerate(drawn.samples):
+        assert sample is not None
+        assert "".join(told[place]) == sample.text
+        assert reasons[place] == sample.finish_reason
+    assert max(map(len, told.values())) > 2
+
+
+def test_a_listener_that_fails_ends_its_request(engine: TransformersEngine) -> None:
+    def on_text(index: int, text: str, reason: str | None) -> None:
+        raise ConnectionResetError("the client is gone")
+
+    with pytest.raises(ConnectionResetError):
+        engine.draw(work(engine, TEXTS[0], max_tokens=100), Hooks(on_text=on_text, streams_text=True))
+    engine.draw(work(engine, TEXTS[1], max_tokens=1))  # by the step that answers this, the other was given up
+    assert not engine._batch.has_work
+
+
+def test_the_rest_is_left_undrawn_when_there_is_enough(engine: TransformersEngine, alone: list[Any]) -> None:
+    seen: list[int] = []
+
+    def enough(ended: Sequence[tuple[Completion, int]]) -> bool:
+        seen.append(sum(count for _, count in ended))
+        return seen[-1] >= 2
+
+    stop = ("a", "e", "i", "o", "u")
+    whole = ids(engine.draw(work(engine, TEXTS[0], n=12, stop=stop)))
+    drawn = ids(engine.draw(work(engine, TEXTS[0], n=12, stop=stop), Hooks(enough=enough)))
+    assert 2 <= sum(sample is not None for sample in drawn) < 12
+    assert all(sample in (None, other) for sample, other in zip(drawn, whole, strict=True))
+
+
+def test_a_token_may_end_a_sample(engine: TransformersEngine, alone: list[Any]) -> None:
+    free = alone[0][0]
+    ended = engine.draw(work(engine, TEXTS[0], stop_token_ids=frozenset({free[4]}))).samples[0]
+    assert ended is not None
+    assert ended.ids == free[: free.index(free[4])]
+    assert ended.finish_reason == "stop"

@@ -1,0 +1,153 @@
+"""Joint sampling: sample by sample what drawing apart gives, and the model's own distribution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+from cert_ray.serving.engines import Completion, Work
+from cert_ray.serving.sampling import Streams
+from cert_ray.serving.transformers_engine import TransformersEngine
+from cert_ray.sketching import prompt_format
+from tests.serving.builders import save_model
+
+PROMPT = "def head(df, n):\n    return"
+
+
+@pytest.fixture(scope="module", params=["gpt_neo", "llama"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tmp_path_factory.mktemp(request.param), request.param, spread=0.5)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: str) -> TransformersEngine:
+    return TransformersEngine(folder)
+
+
+def samples(engine: TransformersEngine, **options: Any) -> list[Completion]:
+    prompt = tuple(prompt_format.encode_code(engine.tokenizer, PROMPT))
+    drawn = engine.draw(Work(prompt, **options))
+    return [sample for sample in drawn.samples if sample is not None]
+
+
+def draw_apart(model: Any, prompt: list[int], sample: int, options: dict[str, Any]) -> list[int]:
+    """One sample by itself: no cache, no batch, the whole sequence read again for each token, in numpy."""
+    stream, ids = Streams(options["seed"], prompt), list(prompt)
+    for step in range(options["max_tokens"]):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1].double().numpy()
+        order = np.argsort(-logits, kind="stable")
+        weights = np.exp((logits[order] - logits.max()) / options["temperature"])
+        cumulative = (weights / weights.sum()).cumsum()
+        size = int(np.searchsorted(cumulative, options["top_p"])) + 1 if options["top_p"] < 1 else len(order)
+        target = stream.at(step, sample + 1)[sample] * cumulative[size - 1]
+        token = int(order[np.searchsorted(cumulative[:size], target, side="right")])
+        if token == 0:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.2, 0.9), (0.8, 0.9), (1.0, 1.0)])
+def test_each_sample_is_what_it_would_be_if_drawn_by_itself(
+    engine: TransformersEngine, folder: str, temperature: float, top_p: float
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    options: dict[str, Any] = {"max_tokens": 16, "temperature": temperature, "top_p": top_p, "seed": 11}
+    prompt = prompt_format.encode_code(engine.tokenizer, PROMPT)
+    for number, sample in enumerate(samples(engine, n=12, **options)):
+        assert list(sample.ids) == draw_apart(model, prompt, number, options)
+
+
+@pytest.mark.parametrize("temperature", [0.2, 0.4])
+def test_pairs_of_tokens_follow_the_models_own_distribution(
+    engine: TransformersEngine, folder: str, temperature: float
+) -> None:
+    """Chi-square over the first two tokens, whose joint probabilities come from plain forward passes."""
+    draws = 4000
+    pairs = Counter(
+        (*sample.ids, 0, 0)[:2] for sample in samples(engine, n=draws, max_tokens=2, temperature=temperature, seed=5)
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = prompt_format.encode_code(engine.tokenizer, PROMPT)
+
+    def probabilities(ids: list[list[int]]) -> np.ndarray:
+        with torch.no_grad():
+            return torch.softmax(model(torch.tensor(ids)).logits[:, -1].double() / temperature, dim=-1).numpy()
+
+    first = probabilities([prompt])[0]
+    second = probabilities([[*prompt, token] for token in range(len(first))])
+    second[0] = np.eye(len(first))[0]  # nothing follows an end of text
+    expected = {(a, b): draws * first[a] * second[a][b] for a, b in product(range(len(first)), repeat=2)}
+    common = [pair for pair, count in expected.items() if count >= 5]
+    seen = [pairs[pair] for pair in common]
+    wanted = [expected[pair] for pair in common]
+    seen, wanted = [*seen, draws - sum(seen)], [*wanted, draws - sum(wanted)]
+    assert len(seen) > 10
+    assert chisquare(seen, wanted).pvalue > 0.001
+
+
+def test_samples_that_begin_alike_share_their_forward_passes(engine: TransformersEngine) -> None:
+    def rows(n: int) -> int:
+        before = engine.forward_rows
+        assert len(samples(engine, n=n, max_tokens=20, temperature=0.0)) == n
+        return engine.forward_rows - before
+
+    rows(1)
+    assert rows(50) == rows(1) == 20  # one token of the prompt, which is kept, and 19 drawn
+
+
+def test_the_first_samples_are_those_of_fewer(engine: TransformersEngine) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 0.8, "seed": 3}
+    many, few = samples(engine, n=40, **options), samples(engine, n=7, **options)
+    assert [sample.ids for sample in many[:7]] == [sample.ids for sample in few]
+
+
+def test_streams_may_be_used_again_as_the_released_code_does(engine: TransformersEngine) -> None:
+    options: dict[str, Any] = {"max_tokens": 12, "temperature": 1.0, "seed": 3}
+    again, fresh = samples(engine, n=7, streams=3, **options), samples(engine, n=3, **options)
+    assert [sample.ids for sample in again] == [fresh[place % 3].ids for place in range(7)]
+
+
+@pytest.mark.parametrize("start", ["", " "])
+def test_logprobs_are_those_of_a_full_forward_pass_and_their_tokens_spell_the_text(
+    engine: TransformersEngine, folder: str, start: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = prompt_format.encode_code(engine.tokenizer, PROMPT)
+    for sample in samples(engine, n=4, max_tokens=10, temperature=1.0, logprobs=3, start=start):
+        told = sample.logprobs
+        assert told is not None
+        with torch.no_grad():
+            rows = torch.log_softmax(model(torch.tensor([[*prompt, *sample.ids]])).logits[0], -1)[len(prompt) - 1 :]
+        count = len(told.tokens)
+        free = len(start)  # the first token is drawn among those that begin with the blank
+        expected = [float(rows[place, token]) for place, token in enumerate(sample.ids[:count])]
+        assert list(told.token_logprobs)[free:] == pytest.approx(expected[free:], abs=1e-4)
+        assert "".join(told.tokens) == sample.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        assert list(told.text_offset) == [len("".join(told.tokens[:place])) for place in range(count)]
+        for place, top in enumerate(told.top_logprobs[free:], free):
+            assert top is not None
+            assert max(top.values()) == pytest.approx(float(rows[place].max()), abs=1e-4)
+            assert len(top) <= 4
+
+
+def test_a_prompt_is_scored(engine: TransformersEngine, folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    prompt = prompt_format.encode_code(engine.tokenizer, PROMPT)
+    drawn = engine.draw(Work(tuple(prompt), max_tokens=0, logprobs=0, score_prompt=True))
+    assert drawn.prompt_logprobs is not None
+    assert [sample.text if sample else None for sample in drawn.samples] == [""]
+    with torch.no_grad():
+        rows = torch.log_softmax(model(torch.tensor([prompt])).logits[0], -1)
+    expected = [float(rows[place, token]) for place, token in enumerate(prompt[1:])]
+    assert drawn.prompt_logprobs.token_logprobs[0] is None
+    assert list(drawn.prompt_logprobs.token_logprobs[1:]) == pytest.approx(expected, abs=1e-4)
+    assert "".join(drawn.prompt_logprobs.tokens) == PROMPT

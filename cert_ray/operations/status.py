@@ -48,7 +48,7 @@ def run_status(recipe: Recipe) -> list[StageStatus]:
     for stage in ("documents", "dedup", "dataset"):
         found.append(_units(storage.join(folders.run, stage), stage, stage, "preprocess", shards))
         shards = found[0].done if found[0].state == State.FINISHED else None
-    if any(not recipe.base_brings_tokenizer(name) for name in recipe.models):
+    if recipe.models:
         found.append(_units(folders.tokenizer, "tokenizer", "tokenizer", "tokenizer", 1))
     shards = found[2].done if found[2].state == State.FINISHED else None
     found += [_units(folders.tokens(view), f"tokens/{view}", "tokens", "pack", shards) for view in recipe.views]

@@ -76,7 +76,7 @@ class TrainConfig(Config):
     eval_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
     eval_rows: int | None = pydantic.Field(default=None, gt=0)  # None: every held-out row
     log_every_steps: int = pydantic.Field(default=10, gt=0)
-    loggers: tuple[LoggerName, ...] = ()  # besides loss.jsonl and loss.png: docs/training.md
+    loggers: tuple[LoggerName, ...] = ()  # besides loss.jsonl and loss.png: docs/models.md
     resampling: Literal["weighted", "uniform"] = "weighted"
     seed: int = pydantic.Field(default=0, ge=0)
     on_spike: SpikePolicy | None = SpikePolicy()  # None: only a loss that is not finite ends the run

@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
-_REFUSALS = 200  # at the same moment
+_REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
 _FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
 
 
@@ -223,16 +223,16 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
         **_replicas(config),
         **stopping,
     ).bind(options)
-    # The front door only waits: it must hold all that the engines work on and queue, and more, to refuse it in OpenAI's
-    # words. What comes beyond that is refused by Serve's proxy.
-    waiting = 2 * config.max_in_flight + _REFUSALS
+    # A front door only waits: it holds its share of what the engines work on and queue, and some more, to refuse it in
+    # OpenAI's words. What comes while it has no time even for that is refused by Serve's proxy.
+    waiting = math.ceil(config.max_in_flight / config.front_doors) + _REFUSALS
     front_door = serve.deployment(
         serve.ingress(_front_door(options))(),
         name=_FRONT_DOOR,
         num_replicas=config.front_doors,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=waiting,
-        max_queued_requests=waiting,
+        max_queued_requests=_REFUSALS,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         health_check_period_s=config.health_check_period_s,
         max_surge_percent=100,

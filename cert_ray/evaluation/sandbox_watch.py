@@ -32,11 +32,12 @@ class Watch:
 
     def __init__(self, pid: int, bell: socket.socket, output: int, proc: int, limits: dict[str, Any]) -> None:
         self._pid, self._bell, self._output, self._limits = pid, bell, output, limits
-        self._processes = Processes(proc)
+        self._proc, self._processes = proc, Processes(proc)
         self._started = time.monotonic()
         self._token = os.urandom(TOKEN_BYTES)
         self._verdict: int | None = None  # the reading end, once it was asked for
-        self._opened = {bell.fileno(), output}
+        self._bell_number = bell.fileno()
+        self._opened = {self._bell_number, output}
         self._texts = {output: _Text(limits["output_bytes"])}
         self._setup: bytes | None = None
         self._strange = False
@@ -67,6 +68,12 @@ class Watch:
             "cpu_s": usage.ru_utime + usage.ru_stime,
         }
 
+    def close(self) -> None:
+        """Close every descriptor that it was given or made."""
+        self._bell.close()
+        for descriptor in (*self._texts, self._proc):
+            os.close(descriptor)
+
     def _too_much(self) -> bool:
         return any(text.overflows for text in self._texts.values())
 
@@ -91,7 +98,7 @@ class Watch:
             came = came or bool(part)
             if not part:
                 self._opened.discard(descriptor)
-            elif descriptor == self._bell.fileno():
+            elif descriptor == self._bell_number:
                 self._hear(part)
             else:
                 self._texts[descriptor].add(part)

@@ -14,13 +14,14 @@ DEMO_ARGS ?=
 CHAOS_KILLS ?= 100
 CHAOS_SEED ?= 1
 
-.PHONY: demo test test-quick chaos check bench bench-env format clean help
+.PHONY: demo test test-quick chaos check docs bench bench-env format clean help
 
 help:
-	@echo "make demo        the whole pipeline on the Python files of this machine, about four minutes on two cores"
+	@echo "make demo        the whole pipeline on the Python files of this machine, minutes on two cores"
 	@echo "make test        every test; make test-quick: those without a Ray cluster"
 	@echo "make chaos       preprocessing under CHAOS_KILLS=$(CHAOS_KILLS) kills; summary in chaos/summary.md"
 	@echo "make check       ruff and mypy"
+	@echo "make docs        docs/ as a site, in build/docs"
 	@echo "make bench       every benchmark beside its peers, hours: see tests/bench/README.md; make bench-env: the peers"
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -48,6 +49,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev
+	$(BIN)/mkdocs build --strict --quiet
 
 $(BENCH_VENV)/installed: tests/bench/requirements.txt
 	$(PYTHON) -m venv $(BENCH_VENV)

@@ -9,7 +9,7 @@ other end. It runs under the environment's own interpreter, so it needs only the
 With `nested`, the candidate is cloned as the first process of its own user, PID, mount and IPC namespaces: it cannot
 see or signal the zygote, its files vanish with it, and when it ends the kernel kills what it left behind. Without, a
 supervisor stands between both, adopts and kills what is left, and a whole sandbox serves one job only (`sandbox` sees
-to that). A fork less saves a quarter of the CPU time: every page of pandas that is touched after one costs a fault.
+to that). A fork less is worth it: every page of pandas that is touched after one costs a fault.
 
 While generated code runs, its process has neither the descriptor for the verdict nor the token that makes it count: it
 asks the supervisor for both when the tests are through, once. `sandbox_guard` looks before and after the tests whether

@@ -130,7 +130,13 @@ def _ray_authentication() -> Finding:
 
 
 def _sandbox() -> Finding:
+    from cert_ray.evaluation.system_calls import find_filter
+
     found = shutil.which("bwrap")
+    if found and find_filter(network=False) is None:
+        return Finding(
+            "sandbox", Level.WARN, f"{found}, no libseccomp", "apt-get install libseccomp2: system calls go unfiltered."
+        )
     if found:
         return Finding("sandbox", Level.OK, found)
     return Finding(

@@ -52,9 +52,7 @@ class MinHashConfig(Config):
     # 0.990 of the pairs of Jaccard 0.7 share a band of these; of 14 x 8, datatrove's default, 0.565.
     bands: int = pydantic.Field(25, ge=1, le=256)
     rows_per_band: int = pydantic.Field(5, ge=1, le=64)
-    threshold: float = pydantic.Field(
-        0.7, ge=0, le=1
-    )  # Jaccard of near duplicates; datatrove's knee is 0.72
+    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # Jaccard of near duplicates; datatrove's knee is 0.72
     seed: int = pydantic.Field(1, ge=0)
     # What a task that looks for edges holds at a time; neither changes the outcome. Of more documents, keys are cut
     # into ranges, and signatures wait in a temporary file.

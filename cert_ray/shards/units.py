@@ -4,9 +4,9 @@ In: `WorkUnit`s, named and numbered by the input list. Out: which of them are fi
 `reports/<name>.json` whose digest equals the unit's and whose files carry the checksums it states; anything else is
 done again. Units never depend on the worker, the clock or the order of completion.
 
-Beside a report stands `reports/<name>.version` where the storage of a unit's input tells versions (a time of change,
-an object's tag): another one means that the input was written again, though its name and size are the same. Versions
-decide what is reused; nothing that is made from an input knows them.
+`versions/<name>` holds the version of a unit's input where its storage tells one (a time of change, an object's tag):
+another one means that the input was written again, though its name and size are the same. Versions decide what is
+reused; nothing that is made from an input knows them.
 
 Each run of a stage puts a token into its folder. Its tasks check it before what they write becomes visible, so a task
 that outlived its run cannot overwrite a later run's files (but for the moment between that look and the rename).
@@ -30,6 +30,7 @@ from cert_ray.manifests import ATTEMPT_NAME, ShardReport, WrittenFile
 from cert_ray.schemas import SCHEMA_VERSION
 
 REPORTS_FOLDER = "reports"
+VERSIONS_FOLDER = "versions"
 
 
 class WorkUnit(Config):
@@ -165,4 +166,4 @@ def report_url(folder: str, name: str) -> str:
 
 
 def _version_url(folder: str, name: str) -> str:
-    return storage.join(folder, REPORTS_FOLDER, f"{name}.version")
+    return storage.join(folder, VERSIONS_FOLDER, name)

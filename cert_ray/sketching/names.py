@@ -63,6 +63,13 @@ class _Scope:
     declared: dict[str, str] = field(default_factory=dict)  # name -> "global" or "nonlocal"
     parameters: set[str] = field(default_factory=set)
 
+    def enclosing(self) -> Iterator[_Scope]:
+        """This scope and those around it, innermost first."""
+        scope: _Scope | None = self
+        while scope is not None:
+            yield scope
+            scope = scope.parent
+
     def owner(self, name: str, module: _Scope) -> _Scope | None:
         """The scope whose binding a use of `name` in this one means; None for builtins and star imports."""
         scope: _Scope | None = self
@@ -74,6 +81,16 @@ class _Scope:
                     return module
             scope = scope.parent
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class _FString:
+    """[start, end) in code points, the scope that it stands in, and those in which each name is used in it."""
+
+    start: int
+    end: int
+    scope: _Scope
+    uses: dict[str, list[_Scope]]
 
 
 class _Uses:
@@ -88,8 +105,8 @@ class _Uses:
         self._uses: list[tuple[_Scope, str, int]] = []  # with the code point offset
         self._call_keywords: set[str] = set()
         # Positions inside f-strings are wrong before 3.12, so names in one are found in its text, by these.
-        self._fstrings: list[tuple[int, int, dict[str, _Scope]]] = []
-        self._in_fstring: dict[str, _Scope] | None = None
+        self._fstrings: list[_FString] = []
+        self._in_fstring: dict[str, list[_Scope]] | None = None
         self._stack: list[tuple[ast.AST, _Scope]] = []
 
     def read(self, tree: ast.Module) -> None:
@@ -148,7 +165,7 @@ class _Uses:
         if self._in_fstring is None:
             self._uses.append((scope, name, start))
         else:
-            self._in_fstring.setdefault(name, scope)
+            self._in_fstring.setdefault(name, []).append(scope)
 
     def _start(self, node: Any) -> int:
         return self._lines.offset(node.lineno, node.col_offset)
@@ -183,7 +200,7 @@ class _Uses:
         self._in_fstring = {}
         self._run(ast.iter_child_nodes(node), scope)
         if self._in_fstring:
-            self._fstrings.append((self._start(node), self._end(node), self._in_fstring))
+            self._fstrings.append(_FString(self._start(node), self._end(node), scope, self._in_fstring))
         self._in_fstring = None
 
     def _visit_import(self, node: ast.Import | ast.ImportFrom, scope: _Scope) -> None:
@@ -282,27 +299,37 @@ class _Uses:
     def _inside_fstrings(self) -> Iterator[Lexeme]:
         if not self._fstrings:
             return
-        self._fstrings.sort(key=lambda fstring: fstring[0])
-        starts = [start for start, _, _ in self._fstrings]
+        self._fstrings.sort(key=lambda fstring: fstring.start)
+        starts = [fstring.start for fstring in self._fstrings]
         for start, _, kind in scan(self._source):
             if kind not in ("interstring", "interrawstring"):
                 continue
             index = bisect_right(starts, start) - 1
-            if index >= 0 and start < self._fstrings[index][1]:
-                yield from self._inside_fstring(start, raw=kind == "interrawstring", names=self._fstrings[index][2])
+            if index >= 0 and start < self._fstrings[index].end:
+                yield from self._inside_fstring(start, self._fstrings[index], raw=kind == "interrawstring")
 
-    def _inside_fstring(self, start: int, *, raw: bool, names: dict[str, _Scope]) -> Iterator[Lexeme]:
+    def _inside_fstring(self, start: int, fstring: _FString, *, raw: bool) -> Iterator[Lexeme]:
         quote_at = start
         while self._source[quote_at] not in "\"'":
             quote_at += 1
         _, stretches = read_fstring(self._source, quote_at, raw=raw)
         for stretch_start, stretch_end in stretches:
             for word in _WORD_OR_NUMBER.finditer(self._source, stretch_start, stretch_end):
-                scope = names.get(word[0])
-                if scope is None or self._is_attribute_or_keyword(*word.span()):
+                if word[0] not in fstring.uses or self._is_attribute_or_keyword(*word.span()):
                     continue
-                if kind := self._kind(scope, word[0]):
+                if kind := self._kind(self._deciding(fstring, word[0]), word[0]):
                     yield word.start(), word.end(), kind
+
+    def _deciding(self, fstring: _FString, name: str) -> _Scope:
+        """Which use says what `name` becomes in all of an f-string: one whose binding also reaches out of it, if any.
+
+        Comprehensions and lambdas may bind a name anew, but lie inside whole, so all their uses still agree.
+        """
+        for scope in fstring.uses[name]:
+            owner = scope.owner(name, self._module)
+            if owner is None or any(owner is around for around in fstring.scope.enclosing()):
+                return scope
+        return fstring.uses[name][0]
 
     def _is_attribute_or_keyword(self, start: int, end: int) -> bool:
         source, before = self._source, start - 1

@@ -88,6 +88,15 @@ from cert_ray.sketching import Sketched, SketchKind, sketch, sketch_source, sket
             "f'{[a for a in b]} {(lambda c: c)(1)} {(d := 2)}'\nd\n",
             "f'{[variable for variable in b]} {(lambda argument: argument)(1)} {(variable := 2)}'\nvariable\n",
         ),
+        (  # one name in two scopes of one f-string: the one that reaches out of it decides
+            "def f(a):\n    return f'{[a for a in a]} {(lambda a: a)(a)} {a}', a, [a for a in a]\n",
+            "def func(argument):\n    return f'{[argument for argument in argument]} "
+            "{(lambda argument: argument)(argument)} {argument}', argument, [variable for variable in argument]\n",
+        ),
+        (
+            "import a\nb = f'{[a for a in b]} {a}', a\n",
+            "import a\nvariable = f'{[a for a in variable]} {a}', a\n",
+        ),
         # Patterns.
         (
             "match a:\n  case [b, *c]: b, c\n  case {'k': d, ** e}: d, e\n"

@@ -1,18 +1,17 @@
-"""Work units on Ray: one task is one unit, what it returns is its report.
+"""Work units on Ray Data: one row in is one unit, one row out is its report.
 
-Tasks are given a unit's description and return its report; the documents themselves go from storage to storage inside
-the task, so memory is bounded by the unit and a lost task is simply run again. Ray's plain tasks do this, not its Data
-library: there is nothing to stream, and a `Dataset` execution has a price of its own (docs/architecture.md). No formula
-and no threshold of a stage stands here.
+Rows carry only a unit's description and its report; the documents themselves go from storage to storage inside the
+task, so memory is bounded by the unit and a lost task is simply run again. No formula and no threshold stands here.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
+import pyarrow as pa
 import ray
+import ray.data
 
 from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
@@ -22,9 +21,6 @@ from cert_ray.telemetry.on_ray import count_plan, count_report
 from cert_ray.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-# Without `workers`: far more than a cluster runs at a time, so that an autoscaler sees what is wanted. Assumed.
-_MOST_IN_FLIGHT = 2_000
 
 Outcome = tuple[ShardReport, bool]  # and whether it was there before
 
@@ -59,14 +55,30 @@ def run_units(
     units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
     if not units:
         return []
-    given = ray.put((work, folder, config_digest, stage, verb, units_module.begin_attempt(folder)))
-    # A lost worker or node is no fault of the unit, however often it happens; an error of the unit ends the run.
-    task = ray.remote(num_cpus=1, memory=memory_bytes, max_retries=-1)(_perform)
+    given = (work, folder, config_digest, stage, verb, units_module.begin_attempt(folder))
+
+    def run_batch(batch: pa.Table) -> pa.Table:
+        done = [_perform(WorkUnit.model_validate_json(row["unit"]), given) for row in batch.to_pylist()]
+        return pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was} for report, was in done])
+
+    ray.data.DataContext.get_current().enable_progress_bars = False  # `Progress` counts units, rows and drops instead
+    heaviest_first = sorted(units, key=lambda unit: -unit.weight)
+    dataset = ray.data.from_items(
+        [{"unit": unit.model_dump_json()} for unit in heaviest_first], override_num_blocks=len(units)
+    ).map_batches(
+        run_batch,
+        batch_size=1,
+        batch_format="pyarrow",
+        num_cpus=1,
+        memory=memory_bytes,
+        # A lost worker or node is no fault of the unit, and Ray Data runs it again without end; an error ends the run.
+        compute=ray.data.TaskPoolStrategy(size=min(workers, len(units))) if workers else None,
+    )
     count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
     with Progress(stage, total=len(units), unit="shards") as progress:
-        for report, was_there in _outcomes(units, task, given, stage, workers or _MOST_IN_FLIGHT):
+        for report, was_there in _outcomes(dataset):
             reports[report.shard] = report
             reused += was_there
             count_report(stage, report)
@@ -90,23 +102,13 @@ def _perform(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> Out
     return units_module.perform(unit, work, folder, config_digest, stage, attempt), False
 
 
-def _outcomes(units: Sequence[WorkUnit], task: Any, given: ray.ObjectRef, stage: str, most: int) -> Iterator[Outcome]:
-    """What each unit gave, as they end, at most `most` of them under way."""
-    waiting = iter(sorted(units, key=lambda unit: -unit.weight))
-    pending: list[ray.ObjectRef] = []
+def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:
+    """What each unit gave, as they end."""
     try:
-        while True:
-            while len(pending) < most and (unit := next(waiting, None)) is not None:
-                pending.append(task.options(name=f"{stage} {unit.name}").remote(unit, given))
-            if not pending:
-                return
-            ended, pending = ray.wait(pending)
-            yield ray.get(ended[0])
+        for row in dataset.iter_rows():
+            yield ShardReport.model_validate_json(row["report"]), bool(row["reused"])
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         while cause is not None and not isinstance(cause, CertRayError):
             cause = cause.__cause__
         raise (cause or error) from None
-    finally:
-        for ref in pending:  # nobody waits for them any more
-            ray.cancel(ref)

@@ -9,6 +9,7 @@
     |-- SchemaVersionError      a folder written by another schema version or another stage
     |-- NotFinishedError        a folder whose stage never wrote its manifest
     |-- ShardCorruptError       a shard that disagrees with its manifest
+    |-- SupersededError         a task of a run whose folder another run has taken over
     |-- StorageFullError        a disk with too little room for what is to be written
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
@@ -93,6 +94,17 @@ class ShardCorruptError(CertRayError):
             f"{self.uri}: the manifest says {self.expected}, found {self.actual}. "
             f"Delete that file and run `cert-ray {self.verb}` again: only what is missing is rebuilt."
         )
+
+
+class SupersededError(CertRayError):
+    """Another run has taken over the folder that a task was about to write to; what stands there was left alone."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self.uri = uri
+
+    def __str__(self) -> str:
+        return f"{self.uri}: another run has begun in this folder, so this one ends. Give each run a folder of its own."
 
 
 class StorageFullError(CertRayError):

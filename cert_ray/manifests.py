@@ -21,6 +21,7 @@ from cert_ray.errors import ConservationError, NotFinishedError, SchemaVersionEr
 from cert_ray.schemas import SCHEMA_VERSION
 
 MANIFEST_NAME = "manifest.json"
+ATTEMPT_NAME = ".attempt"  # the token of the run that is at work in a stage's folder
 
 
 class WrittenFile(Config):
@@ -157,6 +158,7 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
     """
     manifest.check()
     storage.remove_partial_files(folder)
+    storage.remove(storage.join(folder, ATTEMPT_NAME))
     storage.write_text(storage.join(folder, MANIFEST_NAME), manifest.model_dump_json(indent=1) + "\n")
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -116,33 +116,74 @@ def collector_paused() -> Iterator[None]:
 
 def facts_of(source: str, tree: ast.Module) -> SourceFacts:
     """Blocks, functions and imports of `source`, which parses as `tree`."""
+    lines = LineIndex(source)
+    interesting = _interesting_lines(source, lines)
     imports: set[str] = set()
-    functions: list[FunctionFacts] = []
-    may_assert = _ASSERT_METHOD.search(source) is not None
+    functions: list[FunctionNode] = []
+    assert_lines: list[int] = []  # where a statement starts that calls `self.assert...`, in source order
     for statement in _statements(tree):
         if isinstance(statement, ast.Import):
-            imports.update(alias.name.partition(".")[0] for alias in statement.names)
+            imports.update([alias.name.partition(".")[0] for alias in statement.names])
         elif isinstance(statement, ast.ImportFrom):
             if statement.level == 0 and statement.module:
                 imports.add(statement.module.partition(".")[0])
         elif isinstance(statement, FunctionNode):
-            asserts = may_assert and _calls_unittest_assert(statement)
-            functions.append(FunctionFacts(statement.name, _body(statement), asserts))
-    imports.update(_imported_by_name(source, tree))
-    return SourceFacts(_blocks(source, tree), tuple(functions), tuple(sorted(imports)))
+            functions.append(statement)
+        if interesting and _any_within(interesting, *_lines_of(statement)):
+            for call in _calls(statement):
+                if _is_unittest_assert(call.func):
+                    assert_lines.append(_lines_of(statement)[0])
+                elif (package := _imported_by_name(call)) is not None:
+                    imports.add(package)
+    assert_lines.sort()
+    facts = [FunctionFacts(node.name, _body(node), _any_within(assert_lines, *_lines_of(node))) for node in functions]
+    return SourceFacts(_blocks(source, tree, lines), tuple(facts), tuple(sorted(imports)))
 
 
-def _imported_by_name(source: str, tree: ast.Module) -> Iterator[str]:
-    """Packages of `importlib.import_module("x.y")`, `import_module("x")` and `__import__("x")`, wherever they stand."""
-    if "import_module" not in source and "__import__" not in source:
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and node.args and _name_of(node.func) in ("import_module", "__import__"):
-            name = node.args[0]
-            if isinstance(name, ast.Constant) and isinstance(name.value, str):
-                package = name.value.partition(".")[0]  # empty for a relative one
-                if package.isidentifier():
-                    yield package
+_ASSERT_METHOD = re.compile(r"self[\s\\]*\.[\s\\]*assert")
+_IMPORTS_BY_NAME = re.compile(r"import_module|__import__")
+
+
+def _interesting_lines(source: str, lines: LineIndex) -> list[int]:
+    """The lines, sorted, that the calls stand in which matter: few files have any, and most statements none."""
+    matches = [*_ASSERT_METHOD.finditer(source)] if "assert" in source else []
+    if "import_module" in source or "__import__" in source:
+        matches += _IMPORTS_BY_NAME.finditer(source)
+    return sorted({lines.line_at(match.start()) for match in matches})
+
+
+def _lines_of(statement: Any) -> tuple[int, int]:
+    """The first and last line of a statement, decorators included, or of the head of a `case`."""
+    if isinstance(statement, ast.match_case):
+        return statement.pattern.lineno, (statement.guard or statement.pattern).end_lineno or 0
+    return _first_line(statement), statement.end_lineno
+
+
+def _any_within(lines: Sequence[int], first: int, last: int) -> bool:
+    """Whether one of `lines` (sorted) lies between two, both included."""
+    found = bisect_left(lines, first)
+    return found < len(lines) and lines[found] <= last
+
+
+def _calls(statement: ast.AST) -> Iterator[ast.Call]:
+    """The calls in the expressions of a statement; those of the statements in its suites are theirs."""
+    suites = _SUITES_REVERSED.get(type(statement), ())
+    for name in statement._fields:
+        if name in suites:
+            continue
+        value = getattr(statement, name)
+        for child in value if isinstance(value, list) else (value,):
+            if isinstance(child, ast.AST):
+                yield from (node for node in ast.walk(child) if isinstance(node, ast.Call))
+
+
+def _imported_by_name(call: ast.Call) -> str | None:
+    """The package of `importlib.import_module("x.y")`, `import_module("x")` or `__import__("x")`, if `call` is one."""
+    name = call.args[0] if call.args and _name_of(call.func) in ("import_module", "__import__") else None
+    if isinstance(name, ast.Constant) and isinstance(name.value, str):
+        package = name.value.partition(".")[0]  # empty for a relative one
+        return package if package.isidentifier() else None
+    return None
 
 
 def _name_of(function: ast.expr) -> str | None:
@@ -150,6 +191,15 @@ def _name_of(function: ast.expr) -> str | None:
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else None
+
+
+def _is_unittest_assert(function: ast.expr) -> bool:
+    return (
+        isinstance(function, ast.Attribute)
+        and function.attr.startswith("assert")
+        and isinstance(function.value, ast.Name)
+        and function.value.id == "self"
+    )
 
 
 def byte_offsets(source: str, offsets: Sequence[int]) -> list[int]:
@@ -213,7 +263,6 @@ class LineIndex:
 
 
 _LINE_END = re.compile(r"\r\n?|\n")
-_ASSERT_METHOD = re.compile(r"self[\s\\]*\.[\s\\]*assert")
 _EXAMPLE = re.compile(r">>>|^\s*(?:usage\s+)?examples?\b", re.IGNORECASE | re.MULTILINE)
 
 
@@ -250,19 +299,7 @@ def _is_ellipsis(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and node.value.value is ...
 
 
-def _calls_unittest_assert(function: FunctionNode) -> bool:
-    """Whether `self.assert...(` is called in it, nested functions included."""
-    return any(
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr.startswith("assert")
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "self"
-        for node in ast.walk(function)
-    )
-
-
-def _blocks(source: str, tree: ast.Module) -> tuple[Statement, ...]:
+def _blocks(source: str, tree: ast.Module, lines: LineIndex) -> tuple[Statement, ...]:
     """Group the top-level statements; a new block starts after a blank line between two of them.
 
     A block is made of whole lines. Comments right below a statement stay with it; all others belong to the following
@@ -270,10 +307,13 @@ def _blocks(source: str, tree: ast.Module) -> tuple[Statement, ...]:
     """
     if not tree.body:
         return ()
-    lines = LineIndex(source)
+    texts = source.split("\n")
+    if len(texts) != len(lines.starts):  # other line ends
+        texts = [source[start : lines.line_end(number)] for number, start in enumerate(lines.starts, 1)]
 
     def is_blank(line: int) -> bool:
-        return not source[lines.starts[line - 1] : lines.line_end(line)].strip()
+        text = texts[line - 1]
+        return not text or text.isspace()
 
     groups: list[list[ast.stmt]] = [[tree.body[0]]]
     first_blanks: list[int] = []  # the first blank line after each group but the last
@@ -301,7 +341,7 @@ def _blocks(source: str, tree: ast.Module) -> tuple[Statement, ...]:
 def _first_line(node: ast.stmt) -> int:
     """The line a statement starts in; `lineno` of a decorated one is that of its `def` or `class`."""
     decorators: list[ast.expr] = getattr(node, "decorator_list", [])
-    return min([node.lineno, *(decorator.lineno for decorator in decorators)])
+    return min([node.lineno, *[decorator.lineno for decorator in decorators]]) if decorators else node.lineno
 
 
 def _kind(nodes: Sequence[ast.stmt], text: str) -> StatementKind:

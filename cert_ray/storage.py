@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,10 +32,11 @@ _RESERVE_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file found by listing: its URL and size."""
+    """A file found by listing: its URL, its size, and what its storage changes with every write to it, if anything."""
 
     url: str
     size_bytes: int
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +117,37 @@ def list_files(url: str) -> list[FileEntry]:
         return sorted(_list_local(path), key=lambda entry: entry.url)
     found = filesystem.find(path, detail=True)
     return sorted(
-        (FileEntry(filesystem.unstrip_protocol(name), int(entry["size"] or 0)) for name, entry in found.items()),
+        (
+            FileEntry(filesystem.unstrip_protocol(name), int(entry["size"] or 0), _version(entry))
+            for name, entry in found.items()
+        ),
         key=lambda entry: entry.url,
     )
 
 
+# What stores call it: S3, GCS, Azure, Hugging Face, and whatever else fsspec's drivers pass on; the strongest first.
+_VERSIONS = ("ETag", "etag", "blob_id", "generation", "md5Hash", "checksum", "LastModified", "last_modified", "mtime")
+
+
+def _version(entry: Mapping[str, Any]) -> str:
+    return next((f"{name} {entry[name]}" for name in _VERSIONS if entry.get(name)), "")
+
+
 def _list_local(root: str) -> Iterator[FileEntry]:
     if not Path(root).is_dir():
-        yield FileEntry(root, Path(root).stat().st_size)
+        yield _local_entry(root, Path(root).stat())
         return
     for folder, _, names in os.walk(root, followlinks=False):
         for name in names:
             path = os.path.join(folder, name)  # noqa: PTH118 - millions of times, and Path costs ten times as much
             try:
-                yield FileEntry(path, os.stat(path).st_size)  # noqa: PTH116
+                yield _local_entry(path, os.stat(path))  # noqa: PTH116
             except OSError:  # a dangling or looping link: reading it will be a counted drop
                 yield FileEntry(path, 0)
+
+
+def _local_entry(path: str, found: os.stat_result) -> FileEntry:
+    return FileEntry(path, found.st_size, str(found.st_mtime_ns))
 
 
 def list_folders(url: str) -> list[str]:
@@ -155,11 +172,30 @@ def read_bytes(url: str) -> bytes:
         return stream.read()
 
 
+_before_commit: ContextVar[Callable[[], None] | None] = ContextVar("_before_commit", default=None)
+
+
+@contextmanager
+def commits_guarded(check: Callable[[], None]) -> Iterator[None]:
+    """Call `check` right before each write of the block becomes visible; if it raises, nothing does."""
+    token = _before_commit.set(check)
+    try:
+        yield
+    finally:
+        _before_commit.reset(token)
+
+
+def _check_commit() -> None:
+    if (check := _before_commit.get()) is not None:
+        check()
+
+
 @contextmanager
 def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
     """Open `url` for writing `size_bytes`; it appears under its name only when the block ends without an error."""
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
+        _check_commit()  # closing the stream commits, whatever is raised before
         with filesystem.open(path, "wb") as stream:
             yield stream
         return
@@ -173,6 +209,7 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as stream:
             yield stream
         Path(temporary).chmod(0o644)
+        _check_commit()
         Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -206,10 +243,33 @@ def read_text(url: str) -> str:
 def parquet_bytes(table: pa.Table) -> pa.Buffer:
     """`table` as the bytes of one Parquet file; equal tables in equal chunks give equal bytes."""
     sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(sink, table.schema, compression="zstd", compression_level=3) as writer:
+    # Level 1 takes 0.6 of the time of level 3 and 1.09 of the bytes (source text, Intel Xeon, 2026-11-25).
+    options = {"compression": "zstd", "compression_level": 1, "use_dictionary": _dictionary_columns(table)}
+    with pq.ParquetWriter(sink, table.schema, **options) as writer:
         if len(table):  # Hugging Face's `datasets` refuses a file whose first row group is empty
             writer.write_table(table, row_group_size=4096)
     return sink.getvalue()
+
+
+_LONG_VALUE_BYTES = 256  # assumed: what is longer seldom comes twice
+
+
+def _dictionary_columns(table: pa.Table) -> list[str]:
+    """The columns to look for repeated values in, by their paths in Parquet: all but those of long values."""
+    short = (field for field in table.schema if table.column(field.name).nbytes <= _LONG_VALUE_BYTES * len(table))
+    nested = (field for field in table.schema if pa.types.is_nested(field.type))
+    fields = {field.name: field.type for fields in (short, nested) for field in fields}
+    return [path for name, kind in fields.items() for path in _leaf_paths(name, kind)]
+
+
+def _leaf_paths(path: str, kind: pa.DataType) -> Iterator[str]:
+    if pa.types.is_list(kind):
+        yield from _leaf_paths(f"{path}.list.element", kind.value_type)
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _leaf_paths(f"{path}.{field.name}", field.type)
+    else:
+        yield path
 
 
 def write_parquet(table: pa.Table, url: str) -> Written:

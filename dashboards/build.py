@@ -26,6 +26,7 @@ RAY = frozenset(
         "ray_node_cpu_utilization",
         "ray_node_disk_free",
         "ray_node_disk_usage",
+        "ray_node_gpus_utilization",
         "ray_node_mem_total",
         "ray_node_mem_used",
         "ray_serve_deployment_queued_queries",
@@ -168,6 +169,28 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
                 "p99": quantile(0.99, "ray_serve_http_request_latency_ms_bucket"),
             },
         ),
+    ),
+    "training": (
+        Panel(
+            "Loss",
+            "none",
+            {"{{model}} training": name(metrics.TRAIN_LOSS), "{{model}} held out": name(metrics.HELD_OUT_LOSS)},
+        ),
+        Panel(
+            "Share of steps done",
+            "percentunit",
+            {"{{model}}": f"{name(metrics.TRAIN_STEP)} / {name(metrics.TRAIN_STEPS_PLANNED)}"},
+        ),
+        Panel("Tokens per second", "short", {"{{model}}": rate(metrics.TRAIN_TOKENS, "model")}),
+        Panel("Model FLOPs utilization", "percentunit", {"{{model}}": name(metrics.TRAIN_MFU)}),
+        Panel("Memory of worker 0", "bytes", {"{{model}}": name(metrics.TRAIN_MEMORY)}),
+        Panel("GPU by node", "percent", {"{{instance}} {{GpuIndex}}": "ray_node_gpus_utilization"}),
+        *MACHINES,
+    ),
+    "evaluation": (
+        Panel("Programs per second, by outcome", "ops", {"{{outcome}}": rate(metrics.PROGRAMS_RUN, "outcome")}),
+        Panel("Programs, by outcome", "short", {"{{outcome}}": f"sum by (outcome) ({name(metrics.PROGRAMS_RUN)})"}),
+        *MACHINES,
     ),
 }
 

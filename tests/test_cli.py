@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cert_ray import cli
 
 STAGES = ["preprocess", "tokenizer", "pack", "train", "export", "serve", "generate", "sketch", "evaluate"]
-VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "demo", "status", "doctor"]
+VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "demo", "status", "doctor"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -94,7 +94,7 @@ def test_dry_run_prints_every_option_and_writes_nothing(tmp_path: Path) -> None:
     assert printed["libraries"] == ["x"]
     assert printed["preprocess"]["sources"]["limit"] == 7
     assert printed["tokenizer"]["vocab_size"] == 999
-    assert printed["preprocess"]["minhash"]["bands"] == 14
+    assert printed["preprocess"]["minhash"]["bands"] == 25
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.yaml"]
 
 

@@ -1,4 +1,4 @@
-"""The verb of evaluation: `evaluate`."""
+"""Verbs of evaluation: `evaluate`, `compare`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from cert_ray.cli.app import DryRun, Generator, Limit, ModelFolder, Sketcher, app, show
-from cert_ray.cli.serving import completer
+from cert_ray.cli.app import Address, DryRun, Generator, Limit, ModelFolder, Sketcher, app, model_options, show
+from cert_ray.errors import ConfigError
 
 
 @app.command()
 def evaluate(
-    problems: Annotated[str, typer.Option(help="PandasEval, NumpyEval or HumanEval format, .jsonl or .jsonl.gz")],
+    problems: Annotated[
+        list[str],
+        typer.Option(help="pandas-eval, numpy-eval, human-eval, or a file of their format or MBPP's; repeatable"),
+    ],
     output: Annotated[str, typer.Option(help="folder for results.jsonl, report.html, ...")] = "evaluation",
     samples: Annotated[str | None, typer.Option(help="score this file of samples instead of sampling")] = None,
     model: ModelFolder = None,
@@ -20,7 +23,7 @@ def evaluate(
     generator: Generator = None,
     endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
     n: Annotated[int, typer.Option(min=1, help="samples per problem")] = 1,
-    temperature: float = 0.2,
+    temperature: Annotated[list[float] | None, typer.Option(help="repeatable; default: 0.2")] = None,
     max_tokens: int = 100,
     seed: int = 0,
     requirement: Annotated[
@@ -28,25 +31,66 @@ def evaluate(
     ] = None,
     python: Annotated[str | None, typer.Option(help="interpreter of the sandbox, e.g. 3.11")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="run generated code without bubblewrap")] = False,
+    rerank: Annotated[
+        list[str] | None, typer.Option(help="logprob, syntax or agreement: also pass@1 of the first by it; repeatable")
+    ] = None,
+    calls_at_once: Annotated[int, typer.Option(min=1, help="requests to an endpoint at a time")] = 1,
+    on_ray: Annotated[bool, typer.Option("--on-ray", help="run the programs as Ray tasks")] = False,
     limit: Limit = None,
     dry_run: DryRun = False,
+    address: Address = None,
 ) -> None:
-    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox.
+    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox. Killed, run it again.
 
     Example: cert-ray evaluate --problems PandasEval.jsonl.gz --samples samples.jsonl --requirement pandas==1.5.3
     """
-    from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
+    from cert_ray.evaluation.run import EvaluateConfig
+    from cert_ray.operations import evaluating
 
-    options: dict[str, Any] = {"problems": problems, "output": output, "samples": samples, "n": n, "seed": seed}
-    options |= {"temperature": None if samples else temperature, "limit": limit}
+    source: dict[str, str] = {"endpoint": endpoint} if endpoint else {}
+    if samples is None:
+        source |= model_options(model, sketcher, generator) if model or sketcher or generator or not endpoint else {}
+    temperatures = temperature or [0.2]
+    options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
+    options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}
+    options |= {"max_tokens": None if samples else max_tokens}
     options |= {"requirements": requirement or None, "execution": {"python": python, "unsafe": unsafe}}
-    config = EvaluateConfig.from_mapping(options, "evaluate")
+    config = EvaluateConfig.from_mapping(
+        {**options, "rerank": rerank or (), "calls_at_once": calls_at_once}, "evaluate"
+    )
     if dry_run:
-        show(config.model_dump(mode="json"))
+        show({**config.model_dump(mode="json"), "problems": problems, "temperature": temperatures})
         raise typer.Exit
-    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
-    complete = None if samples else completer(model, sketcher, generator, endpoint, sampling)
-    result = run_evaluation(config, complete)
-    for k, value in result.pass_at_k.items():
-        typer.echo(f"pass@{k} {value}")
-    typer.echo(f"report: {output}/report.html", err=True)
+    sampling = {"max_tokens": max_tokens, "seed": seed}
+    if on_ray or address:
+        from cert_ray.evaluation.on_ray import execute_on_ray
+        from cert_ray.operations.on_ray import ray_session
+
+        with ray_session(address):
+            scores = evaluating.evaluate(config, problems, temperatures, sampling, execute_on_ray)
+    else:
+        scores = evaluating.evaluate(config, problems, temperatures, sampling)
+    for name, values in scores.items():
+        for k, value in values.items():
+            typer.echo(f"{k} {value}" if len(scores) == 1 else f"{name}: {k} {value}")
+    typer.echo(f"report: {output}/{'sweep' if len(problems) * len(temperatures) > 1 else 'report'}.html", err=True)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="folders of finished evaluations")],
+    output: Annotated[str, typer.Option(help="folder for the reports")] = "comparison",
+    k: Annotated[list[int] | None, typer.Option("--k", help="repeatable; default: all that both scored")] = None,
+) -> None:
+    """Put evaluations on one table beside published scores; two are also compared problem by problem.
+
+    Example: cert-ray compare runs/base runs/cert
+    """
+    from cert_ray.operations import evaluating
+
+    if len(runs) < 2:
+        raise ConfigError("compare: name two evaluations or more.")
+    typer.echo(evaluating.tabulate(runs, output))
+    if len(runs) == 2:
+        typer.echo(evaluating.compare(runs[0], runs[1], output, k).split("\n## ")[0].rstrip())
+    typer.echo(f"report: {output}/table.html{f', {output}/compare.html' if len(runs) == 2 else ''}", err=True)

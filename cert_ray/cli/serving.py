@@ -1,4 +1,4 @@
-"""Verbs that answer prompts: `serve`, `generate`; and where answers of any verb come from."""
+"""Verbs that answer prompts: `serve`, `generate`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def serve(
         signal.pause()
 
 
-def completer(
+def _completer(
     model: str | None, sketcher: str | None, generator: str | None, endpoint: str | None, sampling: dict[str, Any]
 ) -> Callable[[list[str], int], list[list[str]]]:
     """The `complete` callable of whichever source the command line names."""
@@ -87,5 +87,5 @@ def generate(
         source = {"endpoint": endpoint} if endpoint else model_options(model, sketcher, generator)
         show({"prompt": text, "n": n, **sampling, **source})
         raise typer.Exit
-    for completion in completer(model, sketcher, generator, endpoint, sampling)([text], n)[0]:
+    for completion in _completer(model, sketcher, generator, endpoint, sampling)([text], n)[0]:
         typer.echo(text + completion)

@@ -18,6 +18,12 @@ from cert_ray.schemas import Dropped
 
 Names = str | tuple[str, ...]
 
+# Units for cores to share, each of seconds of work, so little is lost with one. Assumed: more units than a small
+# machine has cores, none so small that starting it shows (a task of Ray's takes 5 ms), none so large that its end is
+# waited for.
+UNITS_OF_INPUT = 64
+LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 1 << 20, 32 << 20
+
 # Names as they are found: The Stack's first version, its second, and others that people use.
 _PATHS = ("max_stars_repo_path", "path")
 _REPOSITORIES = ("max_stars_repo_name", "repo_name", "repository")
@@ -91,7 +97,8 @@ class SourceConfig(Config):
     open_containers: bool | None = None
     columns: Columns = Columns()  # or one of PRESETS by its name
     max_file_bytes: int = pydantic.Field(default=1_000_000, gt=0)  # PAPER.md: files under 1 MB
-    unit_bytes: int = pydantic.Field(default=32 << 20, gt=0)  # assumed: tens of seconds of work, little to lose
+    # Bytes of a work unit; None fits them to the inputs: `unit_bytes_of`.
+    unit_bytes: int | None = pydantic.Field(default=None, gt=0)
     # Reading stops after so many files, or before the file that would make it more bytes. Loose files and row groups
     # count by their size; an archive or JSONL file by its size on disk, and gives at most the bytes that were left.
     limit: int | None = pydantic.Field(default=None, gt=0)
@@ -105,6 +112,16 @@ class SourceConfig(Config):
         if value not in PRESETS:
             raise ValueError(f"unknown; known are {', '.join(PRESETS)}, or a mapping of fields to columns")
         return PRESETS[value]
+
+    def unit_bytes_of(self, input_bytes: int) -> int:
+        """Bytes of the units of inputs of so many bytes in all, as they lie in storage.
+
+        A power of two, so that inputs that grow a little keep their units.
+        """
+        if self.unit_bytes is not None:
+            return self.unit_bytes
+        fitting = max(input_bytes // UNITS_OF_INPUT, 1)
+        return min(max(1 << (fitting.bit_length() - 1), LEAST_UNIT_BYTES), MOST_UNIT_BYTES)
 
     def matcher(self) -> Matcher:
         """`include` and `exclude`, compiled."""

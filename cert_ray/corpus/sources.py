@@ -5,8 +5,8 @@ groups, an archive or a JSONL file is one unit. `read_unit` gives the records of
 `RawDocument` or a drop. Planning opens footers of Parquet and first lines of JSONL, to refuse a table without the
 columns at once, and under `limit` counts the members of archives up to it.
 
-Only regular files are opened. A unit names its files and their sizes: a file changed to another of the same size after
-the shard was finished is not noticed.
+Only regular files are opened. A unit names its files and their sizes, and carries their versions (times of change, tags
+of objects), so that a file written again with the same size is noticed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+import xxhash
 
 from cert_ray import storage
 from cert_ray.corpus.archives import read_archive
@@ -44,10 +46,11 @@ Payload = dict[str, Any]
 
 @dataclass
 class _Budget:
-    """What `limit` and `max_input_bytes` leave to be planned; None is no bound."""
+    """What `limit` and `max_input_bytes` leave to be planned, None without a bound; and the bytes of a unit."""
 
     files: int | None
     size_bytes: int | None
+    unit_bytes: int
 
     @property
     def spent(self) -> bool:
@@ -60,6 +63,16 @@ class _Budget:
             self.size_bytes -= size_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A unit to be: rows where they are known, the version of its input, and its bytes."""
+
+    payload: Payload
+    rows: int
+    version: str
+    weight: int
+
+
 def plan_units(config: SourceConfig, first: int = 0) -> list[WorkUnit]:
     """The units of all inputs, numbered from `first`; they depend on the inputs and `config` alone.
 
@@ -67,15 +80,25 @@ def plan_units(config: SourceConfig, first: int = 0) -> list[WorkUnit]:
         InputError: for an input that is not there, holds nothing to read, or is of no known kind.
         MissingColumnsError: for a table without the columns to read.
     """
-    budget = _Budget(config.limit, config.max_input_bytes)
-    payloads: list[tuple[Payload, int]] = []
-    for given in _expanded(config.inputs):
-        if budget.spent:
-            break
-        payloads += _plan_input(given, config, budget)
+    listed = [_listed(given, config) for given in _expanded(config.inputs)]
+    in_all = sum(_cost(entry, config) for found in listed for entry in (*found.files, *found.containers))
+    budget = _Budget(config.limit, config.max_input_bytes, config.unit_bytes_of(in_all))
+    payloads: list[_Planned] = []
+    for found in listed:
+        payloads += _plan_files(found.folder, found.files, config, budget)
+        for source, entry in zip(found.sources, found.containers, strict=True):
+            if budget.spent:
+                break
+            payloads += _plan_container(source, entry, config, budget)
     return [
-        WorkUnit(name=shard_name(index), payload=payload, rows=rows)
-        for index, (payload, rows) in enumerate(payloads, first)
+        WorkUnit(
+            name=shard_name(index),
+            payload=planned.payload,
+            rows=planned.rows,
+            version=planned.version,
+            weight=planned.weight,
+        )
+        for index, planned in enumerate(payloads, first)
     ]
 
 
@@ -108,10 +131,19 @@ def _expanded(inputs: tuple[str, ...]) -> Iterator[str]:
         seen.update(matches)
 
 
-def _plan_input(given: str, config: SourceConfig, budget: _Budget) -> Iterator[tuple[Payload, int]]:
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """What one input holds to be read: loose files below `folder`, then containers, each with its name as a source."""
+
+    folder: str
+    files: list[FileEntry]
+    containers: list[FileEntry]
+    sources: list[str]
+
+
+def _listed(given: str, config: SourceConfig) -> _Listed:
     if storage.is_folder(given):
-        yield from _plan_folder(given, config, budget)
-        return
+        return _listed_folder(given, config)
     if not storage.exists(given):
         raise InputError(given, "nothing there", "Check the path, or the credentials for its store.")
     entry = storage.list_files(given)[0]
@@ -119,18 +151,17 @@ def _plan_input(given: str, config: SourceConfig, budget: _Budget) -> Iterator[t
     if storage.is_local(given) and not storage.local_path(given).is_file():
         raise InputError(given, "not a regular file", "Only files and folders are read.")
     if kind_of(given):
-        yield from _plan_container(given, entry, config, budget)
-    elif config.matcher()(name):
-        yield from _plan_files(given.rstrip("/").removesuffix(name).rstrip("/") or ".", [entry], config, budget)
-    else:
-        raise InputError(
-            given,
-            f"its name is not that of any input (include is {', '.join(config.include)})",
-            f"Supported are folders, files that `include` names, and {SUPPORTED}.",
-        )
+        return _Listed(given, [], [entry], [given])
+    if config.matcher()(name):
+        return _Listed(given.rstrip("/").removesuffix(name).rstrip("/") or ".", [entry], [], [])
+    raise InputError(
+        given,
+        f"its name is not that of any input (include is {', '.join(config.include)})",
+        f"Supported are folders, files that `include` names, and {SUPPORTED}.",
+    )
 
 
-def _plan_folder(given: str, config: SourceConfig, budget: _Budget) -> Iterator[tuple[Payload, int]]:
+def _listed_folder(given: str, config: SourceConfig) -> _Listed:
     entries = storage.list_files(given)
     root = _root_of(given)
     matches = config.matcher()
@@ -152,11 +183,10 @@ def _plan_folder(given: str, config: SourceConfig, budget: _Budget) -> Iterator[
         "opened" if opened else "left closed",
         len(entries) - len(files) - len(containers),
     )
-    yield from _plan_files(given, files, config, budget)
-    for entry in containers if opened else ():
-        if budget.spent:
-            return
-        yield from _plan_container(storage.join(given, entry.url[len(root) :]), entry, config, budget)
+    opened_containers = containers if opened else []
+    return _Listed(
+        given, files, opened_containers, [storage.join(given, entry.url[len(root) :]) for entry in opened_containers]
+    )
 
 
 def _root_of(given: str) -> str:
@@ -166,37 +196,40 @@ def _root_of(given: str) -> str:
     return str(root).rstrip("/") + "/"
 
 
-def _plan_files(
-    given: str, entries: list[FileEntry], config: SourceConfig, budget: _Budget
-) -> Iterator[tuple[Payload, int]]:
+def _plan_files(given: str, entries: list[FileEntry], config: SourceConfig, budget: _Budget) -> Iterator[_Planned]:
     """Loose files, in order, as units of about `unit_bytes`."""
     root = _root_of(given)
     group: list[FileEntry] = []
     grouped_bytes = 0
 
-    def payload() -> tuple[Payload, int]:
+    def planned() -> _Planned:
         names = [_as_json(entry.url[len(root) :]) for entry in group]
         sizes = [entry.size_bytes for entry in group]
-        return {"kind": "files", "source": given, "root": _as_json(root), "files": names, "sizes": sizes}, len(group)
+        payload = {"kind": "files", "source": given, "root": _as_json(root), "files": names, "sizes": sizes}
+        versions = xxhash.xxh3_128_hexdigest("\n".join(entry.version for entry in group).encode())
+        return _Planned(payload, len(group), str(versions), grouped_bytes)
 
     for entry in entries:
-        cost = min(entry.size_bytes, config.max_file_bytes)  # more than that is never read
+        cost = _cost(entry, config)
         if budget.spent or (budget.size_bytes is not None and cost > budget.size_bytes):
             budget.size_bytes = 0 if budget.size_bytes is not None else None
             break
-        if group and grouped_bytes + cost > config.unit_bytes:
-            yield payload()
+        if group and grouped_bytes + cost > budget.unit_bytes:
+            yield planned()
             group, grouped_bytes = [], 0
         group.append(entry)
         grouped_bytes += cost
         budget.take(1, cost)
     if group:
-        yield payload()
+        yield planned()
 
 
-def _plan_container(
-    source: str, entry: FileEntry, config: SourceConfig, budget: _Budget
-) -> Iterator[tuple[Payload, int]]:
+def _cost(entry: FileEntry, config: SourceConfig) -> int:
+    """The bytes of a file that are read: of a loose one not more than the longest that is kept."""
+    return entry.size_bytes if kind_of(entry.url) else min(entry.size_bytes, config.max_file_bytes)
+
+
+def _plan_container(source: str, entry: FileEntry, config: SourceConfig, budget: _Budget) -> Iterator[_Planned]:
     kind = kind_of(entry.url)
     payload = {
         "kind": kind,
@@ -207,12 +240,12 @@ def _plan_container(
         "max_bytes": budget.size_bytes,
     }
     if kind is InputKind.PARQUET:
-        for groups, rows, size_bytes in row_groups(entry.url, source, config):
+        for groups, rows, size_bytes in row_groups(entry.url, source, config, budget.unit_bytes):
             if budget.spent:
                 return
             taken = rows if budget.files is None else min(rows, budget.files)
             left = {"limit": budget.files, "max_bytes": budget.size_bytes}
-            yield {**payload, **left, "row_groups": groups}, taken
+            yield _Planned({**payload, **left, "row_groups": groups}, taken, entry.version, size_bytes)
             budget.take(taken, size_bytes)
         return
     if kind is InputKind.JSONL:
@@ -221,7 +254,7 @@ def _plan_container(
     if budget.files is not None:  # a limit is small, and counting stops at it
         unit = WorkUnit(name="counting", payload=payload)
         rows = sum(1 for _ in read_unit(unit, config))
-    yield payload, rows
+    yield _Planned(payload, rows, entry.version, entry.size_bytes)
     budget.take(rows, entry.size_bytes)
 
 

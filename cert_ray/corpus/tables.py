@@ -160,7 +160,9 @@ def _count(value: object) -> int | None:
     return int(value) if 0 <= value < 1 << 62 else None
 
 
-def row_groups(url: str, source: str, config: SourceConfig) -> Iterator[tuple[list[int] | None, int, int]]:
+def row_groups(
+    url: str, source: str, config: SourceConfig, unit_bytes: int
+) -> Iterator[tuple[list[int] | None, int, int]]:
     """The row groups of a Parquet file in runs of about `unit_bytes`: their numbers, rows and uncompressed bytes.
 
     A file whose footer cannot be read is one run of None: reading it gives the drop.
@@ -179,7 +181,7 @@ def row_groups(url: str, source: str, config: SourceConfig) -> Iterator[tuple[li
     rows = size_bytes = 0
     for index in range(metadata.num_row_groups):
         group = metadata.row_group(index)
-        if run and size_bytes + group.total_byte_size > config.unit_bytes:
+        if run and size_bytes + group.total_byte_size > unit_bytes:
             yield run, rows, size_bytes
             run, rows, size_bytes = [], 0, 0
         run.append(index)

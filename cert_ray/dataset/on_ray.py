@@ -34,7 +34,7 @@ from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, write_table
+from cert_ray.shards.units import WorkUnit, was_rewritten, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,10 @@ def preprocess(
     if not all(removal.finished for removal in read_removals(output)):
         apply_removals(output)
     inputs = plan.inputs_digest
-    manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
+    documents = storage.join(output, DOCUMENTS_STAGE)
+    manifest = None
+    if not any(was_rewritten(unit, documents) for unit in plan.units):
+        manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
     else:
@@ -145,6 +148,7 @@ def _preprocess(
                 dropped=before.dropped,
                 redacted={name: count for name, count in before.counts.items() if name.startswith(REDACTED)},
             ).model_dump(mode="json"),
+            weight=before.counts["content_bytes"],
         )
         for before, after in zip(documents.shards, clusters.shards, strict=True)
     ]

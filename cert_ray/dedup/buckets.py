@@ -59,7 +59,7 @@ def bucket_edges(places: U64, read_signatures: Callable[[U32], U8], threshold: f
     Args:
         places: key and rank of every document, as `sharing` gives them.
         read_signatures: the signatures of the documents of some ranks, a row each.
-        threshold: the least estimated Jaccard similarity of a similar pair.
+        threshold: the least estimated Jaccard similarity of an edge.
         at_a_time: signatures in memory, besides those of one bucket's hubs.
 
     Returns:

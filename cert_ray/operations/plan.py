@@ -25,7 +25,6 @@ from cert_ray.dedup.minhash import MinHashConfig
 from cert_ray.errors import InputError
 
 _SHIPPED = "corpus_costs.yaml"
-_UNIT_BYTES = int(SourceConfig.model_fields["unit_bytes"].default)
 _BANDS = int(MinHashConfig.model_fields["bands"].default)
 
 
@@ -157,7 +156,8 @@ def make_plan(config: PlanConfig, costs: Costs) -> Plan:
 
 def cores_used(shared_by: str, cores: int, size_bytes: float) -> int:
     """How many of `cores` a stage can use: one per work unit, one per band, or the driver's own."""
-    limits = {"units": math.ceil(size_bytes / _UNIT_BYTES), "bands": _BANDS, "driver": 1}
+    unit_bytes = SourceConfig(inputs=("planned",)).unit_bytes_of(round(size_bytes))
+    limits = {"units": math.ceil(size_bytes / unit_bytes), "bands": _BANDS, "driver": 1}
     return max(1, min(cores, limits[shared_by]))
 
 

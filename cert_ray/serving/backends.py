@@ -19,7 +19,7 @@ from typing import Protocol
 
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.cascade import CascadeAnswer
-from cert_ray.serving.events import Event
+from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling
 
 
@@ -41,6 +41,49 @@ class Served:
     first_s: float | None  # until the first event of a stream
     in_flight: int  # requests that the front door still has
     answers: tuple[CascadeAnswer, ...] = ()
+
+
+class Retelling:
+    """Leaves out of a second telling of the same answers what was told already, so that a stream can go on.
+
+    The second telling begins with `begin_again`. It must be of equal answers, as equal seeds give.
+    """
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[int, int], str] = {}  # text by prompt and choice
+        self._heard: dict[tuple[int, int], str] = {}  # the same in this telling
+        self._ended: set[tuple[int, int]] = set()
+        self._chosen: set[int] = set()
+
+    def begin_again(self) -> None:
+        """What comes now is told from the beginning."""
+        self._heard = {}
+
+    def new(self, told: Told) -> Told:
+        """What of `told` is new.
+
+        Raises:
+            ValueError: when it contradicts what was told.
+        """
+        events = [(prompt, new) for prompt, event in told.events for new in self._new(prompt, event)]
+        return Told(tuple(events), told.answers)
+
+    def _new(self, prompt: int, event: Event) -> list[Event]:
+        if isinstance(event, SketchChosen):
+            known = prompt in self._chosen
+            self._chosen.add(prompt)
+            return [] if known else [event]
+        place = (prompt, event.index)
+        before, heard = self._told.get(place, ""), self._heard.get(place, "") + event.text
+        if not (heard.startswith(before) or before.startswith(heard)):
+            raise ValueError("the second telling differs from the first")
+        self._heard[place] = heard
+        self._told[place] = max(before, heard, key=len)
+        ends = event.finish_reason is not None and place not in self._ended
+        if ends:
+            self._ended.add(place)
+        text = heard[len(before) :]
+        return [TextDrawn(event.index, text, event.finish_reason if ends else None)] if text or ends else []
 
 
 class Backend(Protocol):

@@ -290,7 +290,7 @@ class Batch:
 
 
 class _Scratch:
-    """Memory for the logits of a step, kept from step to step: fresh pages cost more than what is done in them."""
+    """Memory for the logits of a step, kept from step to step: they are the largest tensors of a step by far."""
 
     def __init__(self) -> None:
         self._places: torch.Tensor | None = None

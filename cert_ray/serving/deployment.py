@@ -33,7 +33,7 @@ class Autoscaling(Config):
 
     min_replicas: int = pydantic.Field(default=1, ge=0)
     max_replicas: int = pydantic.Field(ge=1)
-    target_ongoing_requests: float = pydantic.Field(default=2.0, gt=0)  # per engine
+    target_ongoing_requests: float = pydantic.Field(default=8.0, gt=0)  # per engine
     upscale_delay_s: float = pydantic.Field(default=10.0, ge=0)
     downscale_delay_s: float = pydantic.Field(default=300.0, ge=0)
 
@@ -76,8 +76,8 @@ class ServeConfig(FrontDoorConfig):
     surge_percent: int = pydantic.Field(default=25, ge=0, le=100)
     num_cpus: float = pydantic.Field(default=1, ge=0)  # per engine
     num_gpus: float = pydantic.Field(default=0, ge=0)  # per engine
-    # Decoded together, per engine; each holds its rows of the cache in memory.
-    max_ongoing_requests: int = pydantic.Field(default=4, ge=1)
+    # Decoded together, per engine; each holds its part of the cache in memory.
+    max_ongoing_requests: int = pydantic.Field(default=16, ge=1)
     max_queued_requests: int = pydantic.Field(default=64, ge=1)  # more are refused with 503
     health_check_period_s: float = pydantic.Field(default=5.0, gt=0)
     drain_timeout_s: float | None = pydantic.Field(default=None, ge=0)  # None: request_timeout_s

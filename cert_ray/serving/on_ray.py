@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.api_keys import read_key_file
-from cert_ray.serving.backends import Bridge, Served, Told
+from cert_ray.serving.backends import Bridge, Retelling, Served, Told
 from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
@@ -118,8 +119,8 @@ def _multiplexed(engines: type[Engines], max_models: int) -> type[Engines]:
 class HandleBackend:
     """The front door's `Backend`: calls over a deployment handle, their failures turned into `RequestError`s.
 
-    A request whose engine dies is given to another one, unless something of its answer was told already. Its seed makes
-    the second answer the first one's equal.
+    A request whose engine dies is given to another one. Its seed makes the second answer the first one's equal, so a
+    stream goes on where it stopped; where it is not equal after all (16-bit weights), the stream ends in an error.
     """
 
     def __init__(self, handle: Any, served: Mapping[str, str | None]) -> None:
@@ -157,18 +158,21 @@ class HandleBackend:
         self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
     ) -> AsyncGenerator[Told, None]:
         """The same, told while it is drawn."""
-        ends, options = time.monotonic() + timeout_s, sampling.model_dump(mode="json")
+        ends, options, retelling = time.monotonic() + timeout_s, sampling.model_dump(mode="json"), Retelling()
         for attempt in range(1, _ATTEMPTS + 1):
-            left_s, begun = max(0.0, ends - time.monotonic()), False
+            left_s = max(0.0, ends - time.monotonic())
+            retelling.begin_again()
             handle = self._handle_of(model).options(stream=True)
             response = handle.stream.remote(model, list(prompts), options, left_s)
             try:
                 async for told in response:
-                    begun = True
-                    yield told
+                    yield retelling.new(told)
                 return
+            except ValueError as error:
+                problem = "The engine died, and another one answers otherwise: ask again."
+                raise RequestError(503, problem, None, "unavailable") from error
             except (RayError, RayServeException) as error:
-                _retry_or_raise(error, _ATTEMPTS if begun else attempt)
+                _retry_or_raise(error, attempt)
             finally:
                 response.cancel()  # does nothing to what has ended
 
@@ -205,16 +209,7 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
     Raises:
         ConfigError: when the key file cannot be used.
     """
-    config = config.model_copy(
-        update={"models": {name: model.model_copy(update=model.folders) for name, model in config.models.items()}}
-    )
-    if config.api_keys_file is not None:
-        keys_file = storage.absolute(config.api_keys_file)
-        read_key_file(keys_file)  # says here what is wrong with it
-        config = config.model_copy(update={"api_keys_file": keys_file})
-    options = {
-        name: value for name, value in config.model_dump(mode="json").items() if name in ServeConfig.model_fields
-    }
+    options = _portable(config)
     drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
     stopping = {"graceful_shutdown_timeout_s": drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2}
     engine = serve.deployment(
@@ -247,6 +242,16 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
     return bound
 
 
+def _portable(config: ServeConfig) -> dict[str, Any]:
+    """The options for replicas, which run in other folders: local paths are absolute."""
+    models = {name: model.model_copy(update=model.folders) for name, model in config.models.items()}
+    keys_file = None if config.api_keys_file is None else storage.absolute(config.api_keys_file)
+    if keys_file is not None:
+        read_key_file(keys_file)  # says here what is wrong with it
+    written = config.model_copy(update={"models": models, "api_keys_file": keys_file}).model_dump(mode="json")
+    return {name: value for name, value in written.items() if name in ServeConfig.model_fields}
+
+
 def _replicas(config: ServeConfig) -> dict[str, Any]:
     scaling = config.autoscaling
     if scaling is None:
@@ -271,7 +276,12 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
             config,
             any_library=config.model_name,
             keys=None if config.api_keys_file is None else read_key_file(config.api_keys_file),
-            admission=Admission(config.max_in_flight, config.at_once, config.request_timeout_s),
+            admission=Admission(
+                # Each front door its share: Serve spreads requests over them evenly.
+                math.ceil(config.max_in_flight / config.front_doors),
+                math.ceil(config.at_once / config.front_doors),
+                config.request_timeout_s,
+            ),
             observe=_count,
         )
 

@@ -98,7 +98,7 @@ def draw_tokens(
 
     The nucleus is the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020,
     arXiv:1904.09751). Temperature 0 takes the most likely token. A row's tokens depend on no other row.
-    `scratch_RV`, like the logits, is overwritten: fresh memory of that size costs more than the arithmetic.
+    `scratch_RV`, of the logits' shape, is overwritten; None takes fresh memory.
     """
     rows = range(len(uniforms))
     tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * len(uniforms)
@@ -157,7 +157,7 @@ def _invert(
 def log_totals(logits_RV: torch.Tensor, scratch_RV: torch.Tensor | None = None) -> torch.Tensor:
     """What a row's logits exceed its natural log-probabilities by (temperature 1, no nucleus): float32 [R, 1].
 
-    `scratch_RV`, like the logits, is overwritten.
+    `scratch_RV`, of the logits' shape, is overwritten; None takes fresh memory.
     """
     highest_R1 = logits_RV.amax(dim=-1, keepdim=True)
     shifted_RV = torch.sub(logits_RV, highest_R1, out=scratch_RV)

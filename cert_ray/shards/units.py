@@ -3,10 +3,19 @@
 In: `WorkUnit`s, named and numbered by the input list. Out: which of them are finished already. A finished unit has a
 `reports/<name>.json` whose digest equals the unit's and whose files carry the checksums it states; anything else is
 done again. Units never depend on the worker, the clock or the order of completion.
+
+Beside a report stands `reports/<name>.version` where the storage of a unit's input tells versions (a time of change,
+an object's tag): another one means that the input was written again, though its name and size are the same. Versions
+decide what is reused; nothing that is made from an input knows them.
+
+Each run of a stage puts a token into its folder. Its tasks check it before what they write becomes visible, so a task
+that outlived its run cannot overwrite a later run's files (but for the moment between that look and the rename).
 """
 
 from __future__ import annotations
 
+import functools
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +25,8 @@ import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.manifests import ShardReport, WrittenFile
+from cert_ray.errors import SupersededError
+from cert_ray.manifests import ATTEMPT_NAME, ShardReport, WrittenFile
 from cert_ray.schemas import SCHEMA_VERSION
 
 REPORTS_FOLDER = "reports"
@@ -28,6 +38,8 @@ class WorkUnit(Config):
     name: str
     payload: dict[str, Any]
     rows: int = 0
+    version: str = pydantic.Field(default="", exclude=True)  # of the input, where its storage tells one
+    weight: int = pydantic.Field(default=0, exclude=True)  # about how much work it is; the heaviest start first
 
     def unit_digest(self, config_digest: str) -> str:
         """xxh3-128 of the unit, the stage's config and the schema: a report with another one belongs to another run."""
@@ -58,12 +70,46 @@ def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
     return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
-def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str) -> ShardReport:
-    """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished."""
-    report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
-    report.check(stage)
-    storage.write_text(report_url(folder, unit.name), report.model_dump_json() + "\n")
+def begin_attempt(folder: str) -> str:
+    """A token of its own for this run of the stage in `folder`: tasks with another one write nothing more there."""
+    token = uuid.uuid4().hex
+    storage.write_text(storage.join(folder, ATTEMPT_NAME), token)
+    return token
+
+
+def _check_attempt(folder: str, token: str) -> None:
+    url = storage.join(folder, ATTEMPT_NAME)
+    try:
+        current = storage.read_text(url)
+    except FileNotFoundError:  # a later run has finished
+        current = ""
+    if current != token:
+        raise SupersededError(folder)
+
+
+def perform(
+    unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str, attempt: str | None = None
+) -> ShardReport:
+    """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished.
+
+    Args:
+        attempt: the token of the run that asks for it; None does not look whether another run has begun.
+
+    Raises:
+        SupersededError: when another run has begun in `folder`; nothing of it is overwritten.
+    """
+    check = functools.partial(_check_attempt, folder, attempt) if attempt is not None else _no_check
+    with storage.commits_guarded(check):
+        report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
+        report.check(stage)
+        if unit.version:
+            storage.write_text(_version_url(folder, unit.name), unit.version)
+        storage.write_text(report_url(folder, unit.name), report.model_dump_json() + "\n")
     return report
+
+
+def _no_check() -> None:
+    """For the one process that runs a stage alone."""
 
 
 def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
@@ -75,13 +121,19 @@ def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) 
         report = ShardReport.model_validate_json(storage.read_bytes(url))
     except pydantic.ValidationError:
         return None
-    if report.unit_digest != unit.unit_digest(config_digest):
+    if report.unit_digest != unit.unit_digest(config_digest) or was_rewritten(unit, folder):
         return None
     return report if manifests.are_whole(folder, report.files, verb) else None
 
 
+def was_rewritten(unit: WorkUnit, folder: str) -> bool:
+    """Whether the input of `unit` has another version than when its shard was made; unknown versions are no others."""
+    url = _version_url(folder, unit.name)
+    return bool(unit.version) and storage.exists(url) and storage.read_text(url) != unit.version
+
+
 def withdraw_manifest(units: Sequence[WorkUnit], folder: str, config_digest: str, stage: str, verb: str) -> None:
-    """Remove the manifest of `folder` unless its shards are those of `units`: they are about to change.
+    """Remove the manifest of `folder` unless its shards are those of `units` as they are: they are about to change.
 
     Units that are only damaged are rebuilt with the same bytes, so a manifest of the same units may stand meanwhile.
 
@@ -91,7 +143,8 @@ def withdraw_manifest(units: Sequence[WorkUnit], folder: str, config_digest: str
     if not manifests.is_finished(folder):
         return
     standing = [(shard.shard, shard.unit_digest) for shard in manifests.read_manifest(folder, stage, verb).shards]
-    if standing != [(unit.name, unit.unit_digest(config_digest)) for unit in units]:
+    wanted = [(unit.name, unit.unit_digest(config_digest)) for unit in units]
+    if standing != wanted or any(was_rewritten(unit, folder) for unit in units):
         storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
 
 
@@ -109,3 +162,7 @@ def run_in_process(
 def report_url(folder: str, name: str) -> str:
     """Where the report of the unit `name` stands."""
     return storage.join(folder, REPORTS_FOLDER, f"{name}.json")
+
+
+def _version_url(folder: str, name: str) -> str:
+    return storage.join(folder, REPORTS_FOLDER, f"{name}.version")

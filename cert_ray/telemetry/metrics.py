@@ -91,6 +91,25 @@ IN_FLIGHT = Metric(
     "cert_ray_requests_in_flight", MetricKind.GAUGE, "requests", (), "Completion requests that a front door has taken"
 )
 
+TRAIN_STEP = Metric("cert_ray_train_step", MetricKind.GAUGE, "steps", ("model",), "Steps done")
+TRAIN_STEPS_PLANNED = Metric("cert_ray_train_steps_planned", MetricKind.GAUGE, "steps", ("model",), "Steps of the run")
+TRAIN_LOSS = Metric("cert_ray_train_loss", MetricKind.GAUGE, "nats/token", ("model",), "Loss of the newest step")
+HELD_OUT_LOSS = Metric(
+    "cert_ray_held_out_loss", MetricKind.GAUGE, "nats/token", ("model",), "Loss of held-out rows, when last measured"
+)
+TRAIN_TOKENS = Metric(
+    "cert_ray_train_tokens", MetricKind.COUNTER, "tokens", ("model",), "Tokens learned from since this start"
+)
+TRAIN_MFU = Metric(
+    "cert_ray_train_mfu", MetricKind.GAUGE, "share", ("model",), "Model FLOPs utilization of the newest step"
+)
+TRAIN_MEMORY = Metric(
+    "cert_ray_train_memory", MetricKind.GAUGE, "bytes", ("model",), "Most memory of worker 0's GPU, or its resident set"
+)
+PROGRAMS_RUN = Metric(
+    "cert_ray_programs_run", MetricKind.COUNTER, "programs", ("outcome",), "Generated programs executed, by outcome"
+)
+
 CATALOGUE = (
     SHARDS_PLANNED,
     SHARDS_DONE,
@@ -106,4 +125,12 @@ CATALOGUE = (
     TOKENS,
     CACHE_HITS,
     IN_FLIGHT,
+    TRAIN_STEP,
+    TRAIN_STEPS_PLANNED,
+    TRAIN_LOSS,
+    HELD_OUT_LOSS,
+    TRAIN_TOKENS,
+    TRAIN_MFU,
+    TRAIN_MEMORY,
+    PROGRAMS_RUN,
 )

@@ -75,3 +75,34 @@ def count_answer(
         _observe(metrics.STAGE_SECONDS, seconds, model=model, stage=stage)
     for kind, count in tokens.items():
         _add(metrics.TOKENS, count, model=model, kind=kind)
+
+
+def count_step(
+    model: str,
+    step: int,
+    steps: int,
+    tokens: int,
+    loss: float,
+    held_out_loss: float | None,
+    mfu: float | None,
+    memory_bytes: int | None,
+) -> None:
+    """Say where a training run stands after a step that learned from `tokens` tokens; None was not measured."""
+    _add(metrics.TRAIN_TOKENS, tokens, model=model)
+    measured = {
+        metrics.TRAIN_STEP: step,
+        metrics.TRAIN_STEPS_PLANNED: steps,
+        metrics.TRAIN_LOSS: loss,
+        metrics.HELD_OUT_LOSS: held_out_loss,
+        metrics.TRAIN_MFU: mfu,
+        metrics.TRAIN_MEMORY: memory_bytes,
+    }
+    for metric, value in measured.items():
+        if value is not None:
+            _emitter(metric).set(value, tags={"model": model})
+
+
+def count_programs(outcomes: Mapping[str, int]) -> None:
+    """Count generated programs that were executed, by outcome."""
+    for outcome, count in outcomes.items():
+        _add(metrics.PROGRAMS_RUN, count, outcome=outcome)

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedError
 from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.telemetry.on_ray import count_step
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.records import StepRecord
@@ -164,6 +166,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
             world_size=context.get_world_size(),
             report=_report,
             after_step=options["after_step"],
+            count=_counter(config),
         )
     except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
         return {"error": error}
@@ -180,6 +183,21 @@ def _compile_into_own_folder() -> None:
         folder = tempfile.mkdtemp(prefix="cert-ray-compiled-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+
+def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
+    """Tells Ray's metrics of each record; tokens are counted from the first record on."""
+    model, before = storage.name_of(config.output), None
+
+    def count(record: StepRecord) -> None:
+        nonlocal before
+        tokens = record.tokens - (record.tokens if before is None else before)
+        before = record.tokens
+        count_step(
+            model, record.step, config.steps, tokens, record.loss, record.held_out_loss, record.mfu, record.memory_bytes
+        )
+
+    return count
 
 
 def _report(metrics: dict[str, Any], part: Path, name: str) -> None:

@@ -63,8 +63,12 @@ def run(
     world_size: int,
     report: Report,
     after_step: AfterStep | None = None,
+    count: Tell | None = None,
 ) -> Outcome:
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
+
+    Args:
+        count: is told every record on rank 0, beside the loggers of `config`.
 
     Raises:
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
@@ -80,6 +84,8 @@ def run(
         with _tells(config, run_digest, rank, len(trainer.records)) as tell:
             for record in trainer.steps():
                 tell(record)
+                if count is not None and rank == 0:
+                    count(record)
                 if after_step is not None:
                     after_step(record.step, rank)
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one

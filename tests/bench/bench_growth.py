@@ -17,7 +17,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -46,6 +46,11 @@ class Size:
     documents: int
     size_bytes: int
     runs: tuple[dict[str, dict[str, float]], ...]
+    clock: str = "wall_s"  # or "cpu_s": what counts as time
+
+    def time(self, stage: str) -> Spread:
+        """Seconds of a stage over the runs, by this size's clock."""
+        return self.figure(stage, lambda used: used[self.clock])
 
     def figure(self, stage: str, of: Callable[[Mapping[str, float]], float]) -> Spread:
         """One figure of a stage over the runs."""
@@ -53,7 +58,7 @@ class Size:
 
     def seconds(self) -> Spread:
         """The whole job."""
-        return Spread.of([sum(stage["wall_s"] for stage in run.values()) for run in self.runs])
+        return Spread.of([sum(stage[self.clock] for stage in run.values()) for run in self.runs])
 
     def driver_bytes(self) -> float:
         """The driver's peak, median over the runs."""
@@ -64,6 +69,9 @@ def main() -> None:
     """Measure, fit, predict, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=float, default=100_000, help="1x; the largest run has ten times as many")
+    parser.add_argument(
+        "--mean-bytes", type=float, default=CorpusOptions.mean_bytes, help="of a document; 2000 or more"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -73,16 +81,22 @@ def main() -> None:
         "--write-costs", type=Path, metavar="FILE", help="write the costs; with --only-costs, stop then"
     )
     parser.add_argument("--only-costs", action="store_true")
+    parser.add_argument(
+        "--by-cpu",
+        action="store_true",
+        help="count CPU seconds of all processes in place of wall seconds: for a machine that does other work as well",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of preprocessing")
     given = parser.parse_args()
     if given.only_costs and not given.write_costs:
         parser.error("--only-costs: give --write-costs FILE as well")
     documents, command = int(given.documents), "python -m tests.bench.bench_growth " + " ".join(sys.argv[1:])
-    mean = CorpusOptions.mean_bytes
+    mean = given.mean_bytes
 
     def measure(name: str, count: int, mean_bytes: float) -> Size:
         options = CorpusOptions(documents=count, seed=given.seed, mean_bytes=mean_bytes)
-        return measure_size(name, options, given.work, given.runs, given.workers, given.set)
+        size = measure_size(name, options, given.work, given.runs, given.workers, given.set)
+        return replace(size, clock="cpu_s") if given.by_cpu else size
 
     calibration = [measure(f"1/{part}", max(documents // part, 1), mean) for part in (20, 3)]
     calibration += [measure("1x, half the size", documents, mean / 2), measure("1x", documents, mean)]
@@ -123,8 +137,8 @@ def measure_size(
     for _ in range(runs):
         output = work / "run"
         shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, "-m", "tests.bench.ours", "preprocess", "--tables", str(corpus / "documents")]
-        command += ["--output", str(output), "--workers", str(workers)]
+        command = [sys.executable, "-m", "tests.bench.ours", "preprocess", "--by-stage"]
+        command += ["--tables", str(corpus / "documents"), "--output", str(output), "--workers", str(workers)]
         command += [part for text in assignments for part in ("--set", text)]
         figures = json.loads(run_watched(command, cores=workers).output.splitlines()[-1])
         results.append({stage: figures["stages"][stage] for stage in SHARED_BY})
@@ -139,7 +153,7 @@ def fit_costs(sizes: Sequence[Size], workers: int, runs: int, command: str) -> C
         StageCost(
             name=stage,
             shared_by=shared_by,
-            seconds=_fit(sizes, stage, "wall_s", [cores_used(shared_by, workers, s.size_bytes) for s in sizes]),
+            seconds=_fit(sizes, stage, sizes[0].clock, [_cores(size, shared_by, workers) for size in sizes]),
             read_bytes=_fit(sizes, stage, "read_bytes"),
             written_bytes=_fit(sizes, stage, "written_bytes"),
             worker_memory_bytes=_worker_memory(sizes, stage, shared_by),
@@ -159,6 +173,11 @@ def fit_costs(sizes: Sequence[Size], workers: int, runs: int, command: str) -> C
         versions={name: str(where[name]) for name in ("python", "ray", "pyarrow", "numpy")},
         stages=tuple(stages),
     )
+
+
+def _cores(size: Size, shared_by: str, workers: int) -> int:
+    """Among how many cores a stage's time was shared: CPU time is that of all of them together."""
+    return 1 if size.clock == "cpu_s" else cores_used(shared_by, workers, size.size_bytes)
 
 
 def _worker_memory(sizes: Sequence[Size], stage: str, shared_by: str) -> dict[str, float]:
@@ -205,7 +224,8 @@ def _fit(
 
 
 def predict(costs: Costs, size: Size, workers: int) -> Plan:
-    """The plan of a measured run."""
+    """The plan of a measured run, of its CPU time where that is what was measured."""
+    workers = 1 if size.clock == "cpu_s" else workers
     config = PlanConfig(
         files=size.documents, size_bytes=size.size_bytes, cores=workers, storage_bytes_per_s=_FAST_STORAGE
     )
@@ -224,14 +244,14 @@ def growth_table(sizes: Sequence[Size]) -> str:
 
 
 def _per_document(size: Size, stage: str) -> Spread:
-    return size.figure(stage, lambda used: used["wall_s"] * 1e6 / size.documents)
+    return size.figure(stage, lambda used: used[size.clock] * 1e6 / size.documents)
 
 
 def plan_table(size: Size, plan: Plan) -> str:
     """Predicted beside measured."""
     rows: list[Sequence[object]] = []
     for stage in plan.stages:
-        measured = size.figure(stage.name, lambda used: used["wall_s"]).median
+        measured = size.time(stage.name).median
         rows.append((stage.name, f"{stage.seconds:.1f}", f"{measured:.1f}", _miss(stage.seconds, measured)))
     total, disk, driver = size.seconds().median, _disk(size), size.driver_bytes()
     planned_driver = max(stage.driver_memory_bytes for stage in plan.stages)
@@ -274,11 +294,12 @@ def draw(sizes: Sequence[Size], plans: Sequence[Plan], path: Path) -> None:
     documents = [size.documents for size in sizes]
     lower = np.zeros(len(sizes))
     for stage in SHARED_BY:
-        height = np.array([size.figure(stage, lambda used: used["wall_s"]).median for size in sizes])
+        height = np.array([size.time(stage).median for size in sizes])
         left.fill_between(documents, lower, lower + height, alpha=0.6, label=stage)
         lower += height
     left.plot(documents, [plan.seconds for plan in plans], "k--", marker="o", label="planned from 1x")
-    left.set(xlabel="documents", ylabel="seconds", title="time, median of the runs", xlim=(0, None), ylim=(0, None))
+    name = "CPU time" if sizes[0].clock == "cpu_s" else "time"
+    left.set(xlabel="documents", ylabel="seconds", title=f"{name}, median of the runs", xlim=(0, None), ylim=(0, None))
     left.legend(loc="upper left", fontsize=8)
     right.plot(documents, [size.driver_bytes() / 1e6 for size in sizes], marker="o")
     right.set(xlabel="documents", ylabel="MB", title="driver's peak memory", xlim=(0, None), ylim=(0, None))

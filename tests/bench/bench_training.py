@@ -158,6 +158,8 @@ def _run(name: str, given: argparse.Namespace) -> list[tuple[float, float]]:
         command += ["--contender", name, f"--context={given.context}"]
         command += [f"--folder={given.folder}", f"--output={given.output}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "DS_ACCELERATOR": "cpu"}
+    # Every run compiles anew: the first step's time is a cold one, and a broken cache of others does no harm.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(dir=given.folder)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stderr[-3000:]}")

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+_GROUP_ROWS = 500  # some megabytes of source: a table's smallest unit of work
 _BLOCK_ROWS = 100  # rows that `spread_rows` takes or leaves together
 
 
@@ -86,4 +87,6 @@ def write_parts(table: pa.Table, folder: Path, parts: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     borders = np.linspace(0, len(table), parts + 1).astype(int)
     for part, (first, last) in enumerate(pairwise(borders.tolist())):
-        pq.write_table(table.slice(first, last - first), folder / f"part-{part:05d}.parquet", row_group_size=2_000)
+        pq.write_table(
+            table.slice(first, last - first), folder / f"part-{part:05d}.parquet", row_group_size=_GROUP_ROWS
+        )

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -27,19 +29,18 @@ import xxhash
 import yaml
 
 from cert_ray import manifests, storage
+from cert_ray.corpus.inputs import SourceConfig
+from cert_ray.dataset import on_ray as dataset_on_ray
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.dedup.minhash import MinHashConfig
 from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.manifests import ShardReport
-from cert_ray.operations.on_ray import ray_session
 from cert_ray.operations.recipe import override
 from cert_ray.schemas import DOCUMENTS
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit, inputs_digest, shard_name, write_table
 from tests.bench import stages
 from tests.bench.measuring import Usage
-
-_UNIT_BYTES = 32 << 20  # as SourceConfig's default
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--pool", action="store_true", help="preprocess on a plain process pool instead of Ray")
+    parser.add_argument("--by-stage", action="store_true", help="preprocess: what each stage used")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of preprocessing")
     given = parser.parse_args()
     if given.job == "parse":
@@ -57,12 +59,19 @@ def main() -> None:
     elif given.job == "dedup":
         figures = dedup(given.tables, given.output, given.workers)
     else:
-        figures = preprocess(given.tables, given.output, given.workers, given.pool, given.set)
+        figures = preprocess(given.tables, given.output, given.workers, given.pool, given.by_stage, given.set)
     print(json.dumps(figures))
 
 
-def preprocess(tables: Path, output: Path, workers: int, pool: bool, assignments: list[str]) -> dict[str, Any]:
-    """The whole job. Ray and its worker processes are up before the clock starts."""
+def preprocess(
+    tables: Path, output: Path, workers: int, pool: bool, by_stage: bool, assignments: list[str]
+) -> dict[str, Any]:
+    """The whole job. Ray and its worker processes are up before the clock starts.
+
+    Args:
+        by_stage: look at the whole process tree at each border of a stage as well, which takes time itself: more of it
+            the more processes there are, so not for comparing Ray with a pool.
+    """
     options: dict[str, Any] = {"sources": {"inputs": [str(tables)], "open_containers": True}}
     for text in assignments:
         key, _, value = text.partition("=")
@@ -70,8 +79,13 @@ def preprocess(tables: Path, output: Path, workers: int, pool: bool, assignments
     config = PreprocessConfig.from_mapping(options, "bench")
 
     def run() -> tuple[float, Any, dict[str, Usage]]:
-        manifest, used = stages.preprocess(config, output, workers, pool)
-        return sum(stage.wall_s for stage in used.values()), manifest, used
+        if by_stage:
+            manifest, used = stages.preprocess(config, output, workers, pool)
+            return sum(stage.wall_s for stage in used.values()), manifest, used
+        with stages.pooled(workers) if pool else contextlib.nullcontext():
+            started = time.perf_counter()
+            manifest = dataset_on_ray.preprocess(config, str(output), workers)
+            return time.perf_counter() - started, manifest, {}
 
     seconds, manifest, used = run() if pool else _on_ray(run)
     return {
@@ -86,14 +100,20 @@ def preprocess(tables: Path, output: Path, workers: int, pool: bool, assignments
 
 
 def _on_ray(work: Callable[[], Any]) -> Any:
-    with ray_session("local"):
-        task = ray.remote(_nothing)
-        ray.get([task.remote() for _ in range(2 * (os.cpu_count() or 1))])  # worker processes are up
-        return work()
+    # As datatrove's side: without a dashboard, whose dozen processes would be starting while the clock runs.
+    with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        try:
+            task = ray.remote(_nothing)
+            ray.get([task.remote() for _ in range(2 * (os.cpu_count() or 1))])  # worker processes are up
+            return work()
+        finally:
+            ray.shutdown()
 
 
 def _nothing() -> None:
-    """What brings a worker process up."""
+    """What brings a worker process up: both must be busy for a moment, or one would do it all."""
+    time.sleep(0.2)
 
 
 def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:
@@ -124,13 +144,15 @@ def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:
 
 
 def _row_groups(tables: Path) -> list[dict[str, Any]]:
-    """The row groups of every table, in order, as units of about `_UNIT_BYTES`."""
+    """The row groups of every table, in order, as units of the size that preprocessing takes."""
     units: list[dict[str, Any]] = []
-    for path in sorted(tables.glob("*.parquet")):
+    paths = sorted(tables.glob("*.parquet"))
+    unit_bytes = SourceConfig(inputs=(str(tables),)).unit_bytes_of(sum(path.stat().st_size for path in paths))
+    for path in paths:
         metadata = pq.read_metadata(path)
         size_bytes = 0
         for group in range(metadata.num_row_groups):
-            if not units or units[-1]["file"] != str(path) or size_bytes >= _UNIT_BYTES:
+            if not units or units[-1]["file"] != str(path) or size_bytes >= unit_bytes:
                 units.append({"file": str(path), "row_groups": []})
                 size_bytes = 0
             units[-1]["row_groups"].append(group)

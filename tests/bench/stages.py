@@ -104,28 +104,34 @@ def preprocess(config: PreprocessConfig, output: Path, workers: int, pool: bool)
     """Run the whole job, and give what each stage used; Ray must be running unless `pool`."""
     with TreeWatch(os.getpid()) as watch, ExitStack() as stack:
         if pool:
-            # Not forked: Arrow has threads. Ray starts fresh interpreters as well.
-            executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-            stack.enter_context(executor)
-            list(executor.map(abs, range(workers)))  # the processes are up
-            run_units: Any = functools.partial(_pool_units, executor)
-            stack.enter_context(mock.patch.object(corpus_on_ray, "run_units", run_units))
-            stack.enter_context(mock.patch.object(dedup_on_ray, "ray", PoolRay(executor)))
-        else:
-            run_units = dataset_on_ray.run_units
+            stack.enter_context(pooled(workers))
         clock = StageClock(watch)
-        for module, attribute, name, work in (
-            (dataset_on_ray, "clean", "documents", dataset_on_ray.clean),
-            (dataset_on_ray, "deduplicate", "dedup clusters", dataset_on_ray.deduplicate),
-            (dedup_on_ray, "run_units", "dedup keys", run_units),
+        for module, attribute, name in (
+            (dataset_on_ray, "clean", "documents"),
+            (dataset_on_ray, "deduplicate", "dedup clusters"),
+            (dedup_on_ray, "run_units", "dedup keys"),
         ):
-            stack.enter_context(mock.patch.object(module, attribute, clock.on(name, work)))
+            stack.enter_context(mock.patch.object(module, attribute, clock.on(name, getattr(module, attribute))))
         near_edges = clock.on_each("dedup edges", dedup_on_ray._near_edges)
         stack.enter_context(mock.patch.object(dedup_on_ray, "_near_edges", near_edges))
-        stack.enter_context(mock.patch.object(dataset_on_ray, "run_units", run_units))
         with clock.stage("dataset"):
             manifest = dataset_on_ray.preprocess(config, str(output), workers)
         return manifest, clock.usage
+
+
+@contextmanager
+def pooled(workers: int) -> Iterator[None]:
+    """What runs on Ray runs on a process pool, whose processes are up."""
+    with ExitStack() as stack:
+        # Not forked: Arrow has threads. Ray starts fresh interpreters as well.
+        executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        stack.enter_context(executor)
+        list(executor.map(abs, range(workers)))
+        run_units = functools.partial(_pool_units, executor)
+        for module in (corpus_on_ray, dedup_on_ray, dataset_on_ray):
+            stack.enter_context(mock.patch.object(module, "run_units", run_units))
+        stack.enter_context(mock.patch.object(dedup_on_ray, "ray", PoolRay(executor)))
+        yield
 
 
 def written_bytes(output: Path, stage: str) -> int:
@@ -145,8 +151,10 @@ def _pool_units(
     stage: str,
     **_: Any,
 ) -> list[ShardReport]:
-    futures = [executor.submit(units_module.perform, unit, work, folder, config_digest, stage) for unit in units]
-    return [future.result() for future in futures]
+    heaviest_first = sorted(units, key=lambda unit: -unit.weight)  # as on Ray
+    arguments = (work, folder, config_digest, stage)
+    futures = {unit.name: executor.submit(units_module.perform, unit, *arguments) for unit in heaviest_first}
+    return [futures[unit.name].result() for unit in units]
 
 
 class PoolRay:

@@ -36,7 +36,8 @@ UNIT_BYTES = 240_000  # tens of milliseconds of work
 KINDS = ("worker", "worker", "node", "driver")  # every four kills
 # Ray notices a dead node after 15 s; here after 5 s, which a busy machine of two cores still answers in.
 HEALTH_CHECK = {"health_check_period_ms": 1_000, "health_check_failure_threshold": 5}
-STALLED_S = 150  # without an event: assumed, several times the slowest start of a driver
+STALLED_S = 600  # without an event: assumed; a driver's start took 100 s on two cores at a load of 50
+STARTS = 10  # of one node, assumed
 MOMENT_S = 0.3  # a kill comes up to so much later than its place in the run; a few tasks' length
 KILLS_PER_RUN = (3, 7)  # then the run is left alone, so that it ends and can be compared
 
@@ -68,7 +69,7 @@ class Nodes:
     workers: list[Any] = field(default_factory=list)
 
     def add(self, cpus: int) -> None:
-        self.workers.append(self.cluster.add_node(num_cpus=cpus, object_store_memory=100 << 20))
+        self.workers.append(started_node(self.cluster, num_cpus=cpus, object_store_memory=100 << 20))
 
     def remove(self, node: Any) -> None:
         """Take `node` away with everything it runs, without a warning to anybody."""
@@ -103,6 +104,24 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def started_node(cluster: Any, **options: Any) -> Any:
+    """A node more. Ray gives up on one that takes 30 s to start, which a busy machine needs; so this tries again.
+
+    Raises:
+        ChaosError: when it never started.
+    """
+    for _ in range(STARTS):
+        before = psutil.Process().children()
+        try:
+            return cluster.add_node(**options)
+        except Exception as error:  # noqa: BLE001 - Ray raises nothing narrower
+            problem = error
+            for process in psutil.Process().children():
+                if process not in before:
+                    process.kill()  # what there is of the node
+    raise ChaosError(f"no node started: {problem}") from problem
+
+
 @contextmanager
 def started_cluster(folder: Path) -> Iterator[Nodes]:
     """A head without CPUs and two nodes, with a token of their own, below the short path `folder`."""
@@ -115,13 +134,14 @@ def started_cluster(folder: Path) -> Iterator[Nodes]:
         "RAY_TMPDIR": str(folder),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
+        "RAY_memory_monitor_refresh_ms": "0",  # kills here are ours alone, whatever else fills the machine's memory
     }
     from ray.cluster_utils import Cluster
 
     cluster = Cluster()
     try:
-        cluster.add_node(
-            num_cpus=0, object_store_memory=200 << 20, include_dashboard=False, _system_config=HEALTH_CHECK
+        started_node(
+            cluster, num_cpus=0, object_store_memory=200 << 20, include_dashboard=False, _system_config=HEALTH_CHECK
         )
         nodes = Nodes(cluster)
         for _ in range(2):

@@ -2,7 +2,9 @@
 
 In: how many rounds of kills, and a seed. Out: `summary.md` and `faults.jsonl` below `--output`; the exit status is 0
 when no client that retries as the `openai` client does by default saw an error, and the service was whole again by
-itself after every fault. Each round has one of `KINDS`, in seeded order. Engines have no model (`tests.serving.paced`).
+itself after every fault. A stream that had begun cannot be asked for again behind its reader's back: those that broke
+are counted by themselves. Each round has one of `KINDS`, in seeded order. Engines have no model
+(`tests.serving.paced`).
 
 A proxy is where clients connect to. The proxies of all nodes share one port here, and the kernel spreads connections
 over those that are alive, as a load balancer does on a cluster.
@@ -58,6 +60,7 @@ class Fault:
     whole_after_s: float
     requests: int
     errors: list[str]
+    broken_streams: list[str]
     slowest_s: float
 
 
@@ -177,9 +180,11 @@ def run_faults(nodes: Nodes, kinds: list[str], chance: random.Random, folder: Pa
             output, _ = clients.communicate()
         outcomes = [json.loads(line) for line in output.splitlines()]
         during = [outcome for outcome in outcomes if outcome["began"] + outcome["seconds"] >= began]
-        errors = [outcome["error"] for outcome in outcomes if outcome["error"]]
+        failed = [outcome for outcome in outcomes if outcome["error"]]
+        errors = [outcome["error"] for outcome in failed if not outcome["stream"]]
+        broken = [outcome["error"] for outcome in failed if outcome["stream"]]
         slowest_s = max((outcome["seconds"] for outcome in during), default=0.0)
-        yield Fault(number, kind, whole_s, len(during), errors, slowest_s)
+        yield Fault(number, kind, whole_s, len(during), errors, broken, slowest_s)
 
 
 def _serving(nodes: Nodes) -> set[int]:
@@ -189,8 +194,8 @@ def _serving(nodes: Nodes) -> set[int]:
 def summarise(faults: list[Fault]) -> str:
     """A Markdown table by kind."""
     lines = [
-        "| fault | times | requests meanwhile | errors seen by the client | slowest request | whole again after |",
-        "|---|---|---|---|---|---|",
+        "| fault | times | requests meanwhile | failed | streams broken | slowest request | whole again after |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind in KINDS:
         of_kind = [fault for fault in faults if fault.kind == kind]
@@ -199,6 +204,7 @@ def summarise(faults: list[Fault]) -> str:
             lines.append(
                 f"| {kind} | {len(of_kind)} | {sum(fault.requests for fault in of_kind)} "
                 f"| {sum(len(fault.errors) for fault in of_kind)} "
+                f"| {sum(len(fault.broken_streams) for fault in of_kind)} "
                 f"| {max(fault.slowest_s for fault in of_kind):.1f} s "
                 f"| {statistics.median(whole_s):.0f} s (at most {max(whole_s):.0f}) |"
             )

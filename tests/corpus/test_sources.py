@@ -9,6 +9,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from cert_ray import storage
 from cert_ray.corpus.inputs import RawDocument, Record
 from cert_ray.corpus.sources import SourceConfig, plan_units, read_unit
 from cert_ray.errors import ConfigError, InputError
@@ -144,3 +145,45 @@ def test_file_names_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"caf\xe9.py")).write_text("x")
     (tmp_path / "naïve.py").write_text("x")
     assert paths(SourceConfig(inputs=(str(tmp_path),))) == ["caf\ufffd.py", "naïve.py"]
+
+
+def test_a_file_rewritten_with_the_same_size_has_another_version_and_nothing_else(tree: Path) -> None:
+    config = SourceConfig(inputs=(str(tree),))
+    (before,) = plan_units(config)
+    text = (tree / "b.py").read_text()
+    (tree / "b.py").write_text(text[::-1])
+    os.utime(tree / "b.py", ns=(0, 12_345))  # whatever the clock's resolution
+    (after,) = plan_units(config)
+    assert after.version != before.version
+    assert after.model_dump() == before.model_dump()
+    assert after.unit_digest("") == before.unit_digest("")
+
+
+def test_an_object_rewritten_with_the_same_size_has_another_version(memory: str) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe_file("/corpus/a.py", b"x = 1\n")
+    config = SourceConfig(inputs=(memory,))
+    (before,) = plan_units(config)
+    found = filesystem.find("/corpus", detail=True)
+    for tag in ("ETag", "etag", "generation"):
+        entry = {**found["/corpus/a.py"], tag: "0f"}
+        assert storage._version(entry) != storage._version({**entry, tag: "10"})
+    assert before.model_dump() == plan_units(config)[0].model_dump()
+
+
+def test_units_are_a_share_of_the_inputs_within_bounds() -> None:
+    config = SourceConfig(inputs=("x",))
+    assert config.unit_bytes_of(0) == config.unit_bytes_of(55_000_000) == 1 << 20
+    assert config.unit_bytes_of(64 << 23) == 8 << 20
+    assert config.unit_bytes_of((64 << 23) + 1_000) == 8 << 20  # a little more changes nothing
+    assert config.unit_bytes_of(330 * 10**9) == 32 << 20
+    assert SourceConfig(inputs=("x",), unit_bytes=7).unit_bytes_of(330 * 10**9) == 7
+
+
+def test_a_small_input_is_cut_into_units_for_many_cores(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02d}.py").write_bytes(b"#" * 500_000)
+    units = plan_units(SourceConfig(inputs=(str(tmp_path),)))
+    assert len(units) == 20
+    assert sum(unit.rows for unit in units) == 40
+    assert {unit.weight for unit in units} == {1_000_000}

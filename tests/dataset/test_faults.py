@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from cert_ray import manifests
@@ -15,7 +17,7 @@ from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.dedup import survivors
 from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError
 from cert_ray.manifests import Manifest, ShardReport
-from tests.chaos.run import tree
+from tests.chaos.run import compare, tree
 from tests.dataset.builders import write_corpus
 from tests.ray_marks import RAY_DATA
 
@@ -215,6 +217,25 @@ def test_no_manifest_stands_while_its_shards_are_redone(
     fresh = preprocess(config(tmp_path / "corpus", **options), str(tmp_path / "fresh"))
     assert changed == fresh
     assert tree(run) == tree(tmp_path / "fresh")
+
+
+def test_an_edit_that_keeps_a_file_s_size_is_noticed(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus")
+    options, run = config(tmp_path / "corpus"), tmp_path / "run"
+    before = preprocess(options, str(run))
+    edited = tmp_path / "corpus" / "file_03.py"
+    text = edited.read_text()
+    edited.write_text(text.replace("values", "valued"))
+    os.utime(edited, ns=(1, edited.stat().st_mtime_ns + 1_000))  # whatever the clock's resolution
+    assert len(edited.read_text()) == len(text)
+    after = preprocess(options, str(run))
+    changed = [a.shard for a, b in zip(after.shards, before.shards, strict=True) if a != b]
+    assert len(changed) == 1
+    contents = pq.read_table(run / "dataset" / f"{changed[0]}.parquet").column("content").to_pylist()
+    assert any("valued" in content for content in contents)
+    # A dataset made of the edited files from the start is the same, to the byte of its manifest.
+    assert preprocess(options, str(tmp_path / "other")) == after
+    compare(1, tree(tmp_path / "other" / "dataset"), tree(run / "dataset"))
 
 
 def test_a_folder_of_another_version_is_refused_before_it_is_touched(tmp_path: Path) -> None:

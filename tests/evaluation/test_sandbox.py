@@ -56,7 +56,7 @@ class TestVerdicts:
             ("exit()", "SystemExit"),
             ("class E(BaseException):\n  def __str__(self): raise SystemExit\nraise E", "E"),
             ("print('\\x01passed', flush=True); import os; os.write(3, b'{\"outcome\": \"passed\"}'); os._exit(0)", ""),
-            ("import os; os.write(3, b'\\x00setup failed'); os._exit(0)", "exited with status 0"),
+            ("import os; os.write(3, b'\\x00setup failed'); os._exit(0)", "out of turn"),
             ("import os; os.close(3)\nassert False", ""),
             ("import atexit, os; atexit.register(os._exit, 0); assert False", "AssertionError"),
         ],
@@ -159,7 +159,7 @@ class TestAttacks:
         leave = (
             "import os, time\nfor place in ('/tmp/left', '/dev/shm/left', '/dev/left', 'left'):\n"
             "    try: open(place, 'w').write('x')\n    except OSError: pass\n"
-            "import builtins; builtins.len = lambda x: 7\n"
+            "import os.path; os.path.exists = lambda x: True\n"
             "if os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(600)\n    os._exit(0)\n"
         )
         assert sandbox.run(leave).outcome is Outcome.PASSED
@@ -180,7 +180,7 @@ class TestAttacks:
 @needs_bubblewrap
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_fork_bomb_ends(nested: bool) -> None:
-    with Sandbox(current_environment(), LIMITS.model_copy(update={"wall_time_s": 3.0})) as sandbox:
+    with Sandbox(current_environment(), LIMITS.model_copy(update={"wall_time_s": 1.0})) as sandbox:
         sandbox._nested = nested
         program = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
         assert sandbox.run(program).outcome in (Outcome.TIMED_OUT, Outcome.KILLED)

@@ -9,23 +9,13 @@ import pytest
 from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Problem, Sample
 from cert_ray.evaluation.execution import ExecutionConfig
-from cert_ray.evaluation.sandbox import Execution, Outcome
-from cert_ray.evaluation.scoring import EvaluationResult, evaluate
+from cert_ray.evaluation.programs import Program
+from cert_ray.evaluation.rerank import RerankMethod
+from cert_ray.evaluation.sandbox import Execution
+from cert_ray.evaluation.scoring import EvaluationResult, evaluate, rerank_counts
+from tests.evaluation.builders import in_this_process
 
 PROBLEMS = [Problem(f"T/{n}", "x =", None, f"def check(): assert x == {n}", (f" {n}",)) for n in range(3)]
-
-
-def in_this_process(programs: Sequence[str], config: ExecutionConfig) -> list[Execution]:
-    """A stand-in for the sandbox, for programs that this test wrote itself."""
-    return [Execution(_outcome(program), "", "") for program in programs]
-
-
-def _outcome(program: str) -> Outcome:
-    try:
-        exec(program, {})
-    except AssertionError:
-        return Outcome.FAILED
-    return Outcome.PASSED
 
 
 def score(samples: list[Sample], k: tuple[int, ...] | None = None, run_gold: bool = False) -> EvaluationResult:
@@ -62,6 +52,24 @@ def test_problems_without_samples_and_samples_without_problems_are_refused() -> 
         score([*drawn(" 0"), Sample("U/1", "")])
     with pytest.raises(ConfigError):
         score([])
+
+
+def test_reranking_is_scored_on_the_first_candidate_and_runs_its_programs_once() -> None:
+    ran: list[int] = []
+
+    def execute(programs: Sequence[Program | str], config: ExecutionConfig) -> list[Execution]:
+        ran.append(len(programs))
+        return in_this_process(programs, config)
+
+    samples = [Sample(p.task_id, text, logprob=value) for p in PROBLEMS for text, value in ((" 5", -1.0), (" 1", -0.5))]
+    results = score([*samples, *drawn(" 2", " 2 ")]).problems
+    counts = {m: rerank_counts(results, m, ExecutionConfig(), execute) for m in RerankMethod}
+    assert counts[RerankMethod.LOGPROB] == [(1, 0), (1, 1), (1, 0)]
+    assert counts[RerankMethod.SYNTAX] == [(1, 0), (1, 0), (1, 1)]
+    assert counts[RerankMethod.AGREEMENT] == [(1, 0), (1, 0), (1, 1)]
+    assert ran == [0, 0, 3 * 4]  # four texts a problem; prompts without numbers in brackets have no variants
+    with pytest.raises(ConfigError, match="log-probability"):
+        rerank_counts(score(drawn(" 1")).problems, RerankMethod.LOGPROB, ExecutionConfig(), execute)
 
 
 def test_the_valid_subset_leaves_out_problems_whose_answer_fails() -> None:

@@ -45,7 +45,7 @@ def test_a_stage_uses_only_the_cores_that_it_can_share_work_among(shared_by: str
 
 
 def test_a_small_corpus_cannot_use_more_cores_than_it_has_units() -> None:
-    config = PlanConfig(files=100, size_bytes=3 * (32 << 20), cores=64)
+    config = PlanConfig(files=100, size_bytes=3 << 20, cores=64)
     assert make_plan(config, costs_of(stage(seconds=Cost(per_document=1)))).seconds == pytest.approx(100 / 3)
 
 

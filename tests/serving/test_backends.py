@@ -11,9 +11,9 @@ import pytest
 
 from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
 from cert_ray.serving.answering import check_wanted
-from cert_ray.serving.backends import LocalBackend, Told
+from cert_ray.serving.backends import LocalBackend, Retelling, Told
 from cert_ray.serving.cascade import CascadeAnswer, Route
-from cert_ray.serving.events import Event, TextDrawn
+from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling
 
 
@@ -65,6 +65,21 @@ def test_what_is_told_is_everything_in_order_and_then_the_answers() -> None:
     assert events == [TextDrawn(0, str(token)) for token in range(50)]
     assert all(told.answers is None for told in before)
     assert last.answers == (CascadeAnswer((), Route.MODEL),)
+
+
+def test_a_second_telling_is_told_from_where_the_first_one_stopped() -> None:
+    sketch = SketchChosen("s", (), 1, 1.0, 1, ())
+    first = Told(((0, sketch), (0, TextDrawn(0, "ab")), (0, TextDrawn(1, "x", "stop"))))
+    retelling = Retelling()
+    assert retelling.new(first) == first
+    retelling.begin_again()
+    again = Told(((0, sketch), (0, TextDrawn(0, "a")), (0, TextDrawn(1, "x", "stop")), (0, TextDrawn(0, "bc"))))
+    assert retelling.new(again) == Told(((0, TextDrawn(0, "c")),))
+    end = Told(((0, TextDrawn(0, "", "length")),), (CascadeAnswer((), Route.MODEL),))
+    assert retelling.new(end) == end
+    retelling.begin_again()
+    with pytest.raises(ValueError, match="differs"):
+        retelling.new(Told(((0, TextDrawn(0, "ac")),)))
 
 
 def test_refusals_come_through_both_ways() -> None:

@@ -23,6 +23,7 @@ from cert_ray.errors import ConfigError, InputError, RequestError
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.backends import Told
 from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.serving.events import TextDrawn
 from cert_ray.serving.sampling import Sampling
 from tests.serving.builders import save_model
 
@@ -194,6 +195,9 @@ class Handle:
         return outcome or []
 
     async def __aiter__(self) -> AsyncIterator[Told]:
+        """Events before the outcome, if it is an error with some: `error.told`."""
+        for told in getattr(self._outcomes[0], "told", ()):
+            yield told
         yield Told((), tuple(await self))
 
 
@@ -223,6 +227,25 @@ def test_a_request_whose_engine_dies_is_given_to_another(stream: bool) -> None:
     handle = Handle(RayActorError(), RayActorError(), answers)
     assert asyncio.run(ask(handle, stream)) == answers
     assert handle.calls == 3
+
+
+@pytest.mark.parametrize(("second", "error"), [("ab", None), ("abc", None), ("axy", "unavailable")])
+def test_a_stream_whose_engine_dies_goes_on_where_it_stopped(second: str, error: str | None) -> None:
+    died, died_again = RayActorError(), RayActorError()
+    died.told = [Told(((0, TextDrawn(0, "a")), (0, TextDrawn(0, "b"))))]
+    died_again.told = [Told(((0, TextDrawn(0, text)),)) for text in second]
+    handle = Handle(died, died_again, [CascadeAnswer((), Route.MODEL)])
+
+    async def texts() -> str:
+        stream = HandleBackend(handle, {"cert": None}).stream("cert", ["x"], Sampling(), 60)
+        return "".join([event.text async for told in stream for _, event in told.events])
+
+    if error is None:
+        assert asyncio.run(texts()) == max(second, "ab", key=len)
+    else:
+        with pytest.raises(RequestError) as refused:
+            asyncio.run(texts())
+        assert refused.value.code == error
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -64,3 +64,22 @@ def test_histograms_have_rising_boundaries() -> None:
     histograms = [metric for metric in metrics.CATALOGUE if metric.kind == MetricKind.HISTOGRAM]
     assert histograms
     assert all(sorted(set(metric.boundaries)) == list(metric.boundaries) != [] for metric in histograms)
+
+
+def test_a_step_sets_what_was_measured_and_nothing_else(emitters: Emitters) -> None:
+    on_ray.count_step("base", 3, 40, 512, 5.5, None, None, 1_000)
+    assert {name: value for name, value, _ in emitters.seen} == {
+        "train_tokens": 512,
+        "train_step": 3,
+        "train_steps_planned": 40,
+        "train_loss": 5.5,
+        "train_memory": 1_000,
+    }
+
+
+def test_programs_are_counted_by_outcome(emitters: Emitters) -> None:
+    on_ray.count_programs({"passed": 2, "failed": 0, "timed_out": 1})
+    assert [(value, labels) for _, value, labels in emitters.seen] == [
+        (2, {"outcome": "passed"}),
+        (1, {"outcome": "timed_out"}),
+    ]

@@ -1,0 +1,134 @@
+"""`cert-ray evaluate` and `cert-ray compare` behind their options: models and endpoints in, finished folders out.
+
+Here serving's answers meet evaluation's `Complete`: evaluation never imports serving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from cert_ray import storage
+from cert_ray.errors import ConfigError
+from cert_ray.evaluation.benchmarks import Answer
+from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
+from cert_ray.evaluation.execution import Execute, execute_in_threads
+from cert_ray.evaluation.fetch import find_problems
+from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
+from cert_ray.evaluation.runs import read_runs
+from cert_ray.evaluation.sandbox import describe_isolation
+from cert_ray.evaluation.sweep import SweepConfig, run_sweep
+from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.completers import CompleterConfig, EndpointConfig, complete_with_endpoint
+
+_log = logging.getLogger(__name__)
+
+
+def complete_with_answers(answerer: Answerer, config: CompleterConfig) -> Complete:
+    """A `Complete` by models of this machine, which says of every sample how it came about."""
+
+    def complete(prompts: list[str], n: int) -> list[list[Answer]]:
+        return [_answers(answer) for answer in answerer.answer(prompts, config.sampling(n))]
+
+    return complete
+
+
+def _answers(answer: CascadeAnswer) -> list[Answer]:
+    cascade = answer.sketch is not None
+    return [
+        Answer(
+            text=choice.text,
+            sketch=answer.sketch,
+            route=str(answer.route) if cascade else None,
+            vote_share=answer.vote_share if cascade else None,
+            logprob=choice.mean_logprob,
+        )
+        for choice in answer.choices
+    ]
+
+
+def complete_at(source: dict[str, str], sampling: dict[str, Any]) -> Callable[[float], Complete]:
+    """From a temperature to a `Complete` by `source`: an `endpoint`, or model folders. Models are loaded once.
+
+    Raises:
+        ConfigError: for an endpoint and models together.
+    """
+    if "endpoint" in source and len(source) > 1:
+        raise ConfigError("--endpoint: give no model folder beside it")
+    if "endpoint" in source:
+        endpoint = EndpointConfig(url=source["endpoint"])
+        return lambda temperature: complete_with_endpoint(endpoint, _config(sampling, temperature))
+    models = ModelConfig.from_mapping(source, "models")
+
+    @cache
+    def load() -> Answerer:
+        return Answerer.load(models)
+
+    return lambda temperature: complete_with_answers(load(), _config(sampling, temperature))
+
+
+def _config(sampling: dict[str, Any], temperature: float) -> CompleterConfig:
+    return CompleterConfig.from_mapping({**sampling, "temperature": temperature}, "sampling")
+
+
+def evaluate(
+    config: EvaluateConfig,
+    problems: Sequence[str],
+    temperatures: Sequence[float],
+    sampling: dict[str, Any],
+    execute: Execute = execute_in_threads,
+) -> dict[str, dict[str, float]]:
+    """Score a file of samples, or `config.source` at every temperature; a name and its pass@k for each evaluation.
+
+    Raises:
+        ConfigError: for several benchmarks or temperatures beside a file of samples.
+    """
+    problems = [find_problems(one) for one in problems]
+    config = config.model_copy(update={"problems": problems[0]})
+    for line in describe_isolation(config.execution.unsafe):
+        _log.info("isolation: %s", line)
+    if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
+        sweep = SweepConfig(problems=tuple(problems), temperatures=tuple(temperatures), each=config)
+        found = run_sweep(sweep, complete_at(dict(config.source), sampling), execute)
+        return {
+            f"{one['benchmark']} at its best temperature, {one['best']['temperature']}": {
+                f"pass@{k}": score["value"] for k, score in one["best"]["pass_at_k"].items()
+            }
+            for one in found["benchmarks"]
+        }
+    if len(problems) > 1 or len(temperatures) > 1:
+        raise ConfigError("evaluate: --samples belong to one --problems file and one --temperature.")
+    complete = None if config.samples else complete_at(dict(config.source), sampling)(temperatures[0])
+    result = run_evaluation(config, complete, execute)
+    return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
+
+
+def tabulate(folders: Sequence[str], output: str) -> str:
+    """Put finished evaluations on one table, write `output`/table.md and .html, and return the Markdown.
+
+    Raises:
+        InputError: when one is not finished.
+    """
+    runs = [run for folder in folders for run in read_runs(folder)]
+    for form in ("html", "md"):
+        text = render_table(runs, form)
+        storage.write_text(storage.join(output, f"table.{form}"), text)
+    return text
+
+
+def compare(first: str, second: str, output: str, ks: Sequence[int] | None = None) -> str:
+    """Compare two finished evaluations, write `output`/compare.md, .html and .json, and return the Markdown.
+
+    Raises:
+        InputError, ConfigError: when they are not finished, or do not belong together.
+    """
+    found = compare_runs(read_runs(first), read_runs(second), ks)
+    markdown = render_comparison(found, "md")
+    storage.write_text(storage.join(output, "compare.md"), markdown)
+    storage.write_text(storage.join(output, "compare.html"), render_comparison(found, "html"))
+    storage.write_text(storage.join(output, "compare.json"), json.dumps(summarise(found), indent=1) + "\n")
+    return markdown

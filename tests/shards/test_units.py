@@ -1,0 +1,94 @@
+"""What was done is told from what was not: by content, by the input's version, and by the run that is at work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from cert_ray import manifests, storage
+from cert_ray.config import Config
+from cert_ray.errors import SupersededError
+from cert_ray.manifests import ShardReport
+from cert_ray.shards import units
+from cert_ray.shards.units import WorkUnit, write_table
+
+
+class _Nothing(Config):
+    pass
+
+
+def writes(folder: Path, text: str) -> units.Work:
+    """Work whose shard holds `text`."""
+
+    def work(unit: WorkUnit) -> ShardReport:
+        file = write_table(str(folder), f"{unit.name}.parquet", pa.table({"text": [text]}))
+        return ShardReport(shard=unit.name, unit_digest="", files=(file,), rows_read=1, rows_kept=1)
+
+    return work
+
+
+def unit(version: str = "", weight: int = 0) -> WorkUnit:
+    return WorkUnit(name="shard-00000", payload={"file": "a.py", "size": 3}, version=version, weight=weight)
+
+
+def test_a_report_counts_until_the_input_has_another_version(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    report = units.perform(unit("monday"), writes(tmp_path, "one"), folder, "options", "stage")
+    assert units.finished_report(unit("monday"), folder, "options", "verb") == report
+    assert units.finished_report(unit("tuesday"), folder, "options", "verb") is None
+    assert units.finished_report(unit(), folder, "options", "verb") == report  # a storage that tells no versions
+
+
+def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) -> None:
+    reports = [
+        units.perform(given, writes(tmp_path / name, "one"), str(tmp_path / name), "options", "stage")
+        for name, given in (("a", unit("monday", 1)), ("b", unit("tuesday", 2)), ("c", unit()))
+    ]
+    assert reports[0] == reports[1] == reports[2]
+    assert units.inputs_digest([unit("monday", 1)]) == units.inputs_digest([unit()])
+
+
+def test_no_manifest_stands_over_a_shard_whose_input_was_rewritten(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    report = units.perform(unit("monday"), writes(tmp_path, "one"), folder, "options", "stage")
+    manifest = manifests.summarize("stage", _Nothing(), "inputs", [report])
+    manifests.write_manifest(folder, manifest)
+    units.withdraw_manifest([unit("monday")], folder, "options", "stage", "verb")
+    assert manifests.is_finished(folder)
+    units.withdraw_manifest([unit("tuesday")], folder, "options", "stage", "verb")
+    assert not manifests.is_finished(folder)
+
+
+def test_a_task_of_an_earlier_run_overwrites_nothing(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    earlier, later = units.begin_attempt(folder), units.begin_attempt(folder)
+    report = units.perform(unit(), writes(tmp_path, "later"), folder, "other options", "stage", later)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SupersededError, match="a folder of its own"):
+        units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    # Nor once that run is through, and its token gone.
+    manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
+    with pytest.raises(SupersededError):
+        units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+    manifests.check_file(folder, report.files[0], "verb")
+
+
+def test_a_finished_stage_keeps_no_token(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    report = units.perform(unit(), writes(tmp_path, "one"), folder, "options", "stage", units.begin_attempt(folder))
+    manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
+    names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"shard-00000.parquet", "reports/shard-00000.json", "manifest.json"}
+
+
+def test_a_guard_that_raises_leaves_no_file_behind(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise SupersededError("here")
+
+    with storage.commits_guarded(refuse), pytest.raises(SupersededError):
+        storage.write_text(str(tmp_path / "file"), "text")
+    assert list(tmp_path.iterdir()) == []
+    storage.write_text(str(tmp_path / "file"), "text")  # the guard ends with its block

@@ -22,10 +22,10 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.corpus.inputs import SourceConfig
 from cert_ray.dedup.minhash import MinHashConfig
+from cert_ray.dedup.survivors import band_tasks
 from cert_ray.errors import InputError
 
 _SHIPPED = "corpus_costs.yaml"
-_BANDS = int(MinHashConfig.model_fields["bands"].default)
 
 
 class Cost(Config):
@@ -154,16 +154,17 @@ def make_plan(config: PlanConfig, costs: Costs) -> Plan:
     return Plan(config, costs, tuple(_plan_stage(stage, config) for stage in costs.stages))
 
 
-def cores_used(shared_by: str, cores: int, size_bytes: float) -> int:
-    """How many of `cores` a stage can use: one per work unit, one per band, or the driver's own."""
+def cores_used(shared_by: str, cores: int, files: float, size_bytes: float) -> int:
+    """How many of `cores` a stage can use: one per work unit, one per task of dedup's bands, or the driver's own."""
     unit_bytes = SourceConfig(inputs=("planned",)).unit_bytes_of(round(size_bytes))
-    limits = {"units": math.ceil(size_bytes / unit_bytes), "bands": _BANDS, "driver": 1}
+    bands = len(band_tasks(MinHashConfig(), round(files)))
+    limits = {"units": math.ceil(size_bytes / unit_bytes), "bands": bands, "driver": 1}
     return max(1, min(cores, limits[shared_by]))
 
 
 def _plan_stage(stage: StageCost, config: PlanConfig) -> StagePlan:
     size = (config.files, config.size_bytes)
-    used = cores_used(stage.shared_by, config.nodes * config.cores, config.size_bytes)
+    used = cores_used(stage.shared_by, config.nodes * config.cores, *size)
     core_seconds = stage.seconds.growing(*size)
     read_bytes, written_bytes = stage.read_bytes.of(*size), stage.written_bytes.of(*size)
     nodes_used = min(config.nodes, used)

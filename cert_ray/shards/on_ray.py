@@ -58,13 +58,14 @@ def run_units(
     given = (work, folder, config_digest, stage, verb, units_module.begin_attempt(folder))
 
     def run_batch(batch: pa.Table) -> pa.Table:
-        done = [_perform(WorkUnit.model_validate_json(row["unit"]), given) for row in batch.to_pylist()]
+        done = [_perform(_unit_of(row), given) for row in batch.to_pylist()]
         return pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was} for report, was in done])
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # `Progress` counts units, rows and drops instead
     heaviest_first = sorted(units, key=lambda unit: -unit.weight)
     dataset = ray.data.from_items(
-        [{"unit": unit.model_dump_json()} for unit in heaviest_first], override_num_blocks=len(units)
+        [{"unit": unit.model_dump_json(), "version": unit.version} for unit in heaviest_first],
+        override_num_blocks=len(units),
     ).map_batches(
         run_batch,
         batch_size=1,
@@ -91,6 +92,11 @@ def run_units(
             )
     logger.info("%s: %d shards, %d of them reused", stage, len(reports), reused)
     return [reports[unit.name] for unit in units]
+
+
+def _unit_of(row: dict[str, str]) -> WorkUnit:
+    """The unit of a row; its version is no part of what it is, so its JSON leaves that out."""
+    return WorkUnit.model_validate_json(row["unit"]).model_copy(update={"version": row["version"]})
 
 
 def _perform(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> Outcome:

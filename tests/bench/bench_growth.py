@@ -177,7 +177,7 @@ def fit_costs(sizes: Sequence[Size], workers: int, runs: int, command: str) -> C
 
 def _cores(size: Size, shared_by: str, workers: int) -> int:
     """Among how many cores a stage's time was shared: CPU time is that of all of them together."""
-    return 1 if size.clock == "cpu_s" else cores_used(shared_by, workers, size.size_bytes)
+    return 1 if size.clock == "cpu_s" else cores_used(shared_by, workers, size.documents, size.size_bytes)
 
 
 def _worker_memory(sizes: Sequence[Size], stage: str, shared_by: str) -> dict[str, float]:

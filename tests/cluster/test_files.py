@@ -13,8 +13,6 @@ import pytest
 import ray.autoscaler
 import yaml
 
-from cert_ray.operations.recipe import load_recipe
-
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "cluster"
 
@@ -75,10 +73,3 @@ def test_serve_files_name_their_host(path: Path) -> None:
     host = config["http_options"]["host"]
     keys = all(application["args"].get("api_keys_file") for application in config["applications"])
     assert host == "127.0.0.1" or keys, "reachable from outside, and no key is asked for"
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)
-def test_recipes_are_valid(path: Path) -> None:
-    recipe = load_recipe(str(path))
-    assert list(recipe.models) == ["base", "xl", "sketcher", "generator"]
-    assert {recipe.train_config(name).learning_rate for name in recipe.models} == {5e-4}

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cert_ray import cli
 from cert_ray.errors import ConfigError, InputError
-from cert_ray.operations.plan import Cost, Costs, PlanConfig, StageCost, load_costs, make_plan, render_plan
+from cert_ray.operations.plan import Cost, Costs, PlanConfig, StageCost, cores_used, load_costs, make_plan, render_plan
 
 
 def stage(name: str = "work", shared_by: str = "units", **costs: Cost) -> StageCost:
@@ -36,12 +36,17 @@ def test_a_stage_takes_its_fixed_seconds_and_its_core_seconds_shared() -> None:
     assert plan.stages[0].core_hours == pytest.approx(3000 / 3600)
 
 
-@pytest.mark.parametrize(("shared_by", "used"), [("units", 1024), ("bands", 14), ("driver", 1)])
+@pytest.mark.parametrize(("shared_by", "used"), [("units", 1024), ("bands", 4), ("driver", 1)])
 def test_a_stage_uses_only_the_cores_that_it_can_share_work_among(shared_by: str, used: int) -> None:
     config = PlanConfig(files=1e6, size_bytes=1e12, nodes=16, cores=64)
     plan = make_plan(config, costs_of(stage(shared_by=shared_by, seconds=Cost(per_document=1))))
     assert plan.stages[0].cores_used == used
     assert plan.seconds == pytest.approx(1e6 / used)
+
+
+def test_bands_are_cut_into_more_tasks_in_a_large_corpus() -> None:
+    # 25 bands; at most 20 million keys in a task, so four key ranges of each.
+    assert [cores_used("bands", 1000, files, 1e9) for files in (1e6, 20e6, 60.6e6)] == [4, 25, 100]
 
 
 def test_a_small_corpus_cannot_use_more_cores_than_it_has_units() -> None:

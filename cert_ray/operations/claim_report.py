@@ -51,7 +51,7 @@ def write_report(recipe: Recipe) -> dict[str, Any]:
 
     Every part must be finished.
     """
-    report = build_report(recipe)
+    report: dict[str, Any] = json.loads(json.dumps(build_report(recipe)))  # what the file says, to the type
     picture = draw_scores(report)
     folder = claim_folder(recipe)
     storage.write_text(storage.join(folder, "claim.json"), json.dumps(report, indent=1) + "\n")

@@ -19,6 +19,7 @@ from cert_ray.telemetry import metrics
 from cert_ray.telemetry.metrics import Metric
 
 FOLDER = Path(__file__).parent
+_LETTERS = "ABCDEF"  # Grafana's names of a panel's queries
 
 # Series that Ray 2.60 emits itself, and that panels or alerts use.
 RAY = frozenset(
@@ -209,7 +210,8 @@ def build(title: str) -> str:
     )
     for panel in PANELS[title]:
         graph = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(source).min(0).span(12).height(8)
-        for letter, (legend, expression) in zip("ABCDEF", panel.series.items(), strict=False):
+        assert len(panel.series) <= len(_LETTERS), panel.title
+        for letter, (legend, expression) in zip(_LETTERS, panel.series.items(), strict=False):
             query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(letter).datasource(source)
             graph.with_target(query)
         built.with_panel(graph)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -46,7 +47,8 @@ def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """
     from cert_ray.operations.status import render_status, run_status
 
-    typer.echo(render_status(run_status(load(recipe, overrides, None)), recipe))
+    repeated = [part for assignment in overrides or () for part in ("--set", assignment)]
+    typer.echo(render_status(run_status(load(recipe, overrides, None)), shlex.join([recipe, *repeated])))
 
 
 plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")

@@ -101,7 +101,10 @@ def preprocess(
     inputs = plan.inputs_digest
     documents = storage.join(output, DOCUMENTS_STAGE)
     manifest = None
-    if not any(was_rewritten(unit, documents) for unit in plan.units):
+    if any(was_rewritten(unit, documents) for unit in plan.units):
+        # At once: when the documents are made anew and this run dies, nothing would tell that the dataset is old.
+        storage.remove(storage.join(output, STAGE, manifests.MANIFEST_NAME))
+    else:
         manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)

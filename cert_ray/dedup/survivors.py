@@ -9,7 +9,10 @@ Documents are numbered by (shard, row), made dense by prefix sums of the shards'
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -23,6 +26,7 @@ from cert_ray.dedup import decisions
 from cert_ray.dedup.buckets import bucket_edges, joined, second_of, sharing
 from cert_ray.dedup.decisions import UNRANKED, Clusters, Documents, Ranking
 from cert_ray.dedup.minhash import BINS, I64, U8, U32, U64, MinHashConfig, signatures
+from cert_ray.errors import StorageFullError
 from cert_ray.manifests import ShardReport, WrittenFile
 from cert_ray.schemas import DropReason
 from cert_ray.shards.units import WorkUnit, write_table
@@ -110,7 +114,7 @@ def band_edges(
     with tempfile.TemporaryFile() as spool:
         signature_MK: U8
         if len(members) > most:
-            spool.truncate(len(members) * BINS)
+            _reserve(spool.fileno(), len(members) * BINS)
             signature_MK = np.memmap(spool, np.uint8, "r+", shape=shape)
         else:
             signature_MK = np.empty(shape, np.uint8)
@@ -247,6 +251,21 @@ def _places(
             chosen = ranked if parts == 1 else ranked & (keys.astype(np.uint64) * parts >> 32 == part)
             places.append(joined(keys[chosen], ranks[chosen]))
     return [np.concatenate(found.pop(0)) for _ in bands]
+
+
+def _reserve(descriptor: int, size_bytes: int) -> None:
+    """Give the open file its room now: a full disk under a memory map would end the process without a word.
+
+    Raises:
+        StorageFullError: when the temporary folder has too little room.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free_bytes = shutil.disk_usage(tempfile.gettempdir()).free
+        raise StorageFullError(tempfile.gettempdir(), size_bytes, free_bytes) from error
 
 
 def _read_signatures(

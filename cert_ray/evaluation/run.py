@@ -42,7 +42,6 @@ Complete = Callable[[list[str], int], Sequence[Sequence[str | Answer]]]
 
 SAMPLES = "samples.jsonl"
 _PARTS = "parts"
-_SEED_BITS = 31  # what engines and the OpenAI API take without a sign
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +56,8 @@ class EvaluateConfig(Config):
     temperature: float | None = pydantic.Field(default=None, ge=0.0)  # recorded: the `Complete` applies it
     max_tokens: int | None = pydantic.Field(default=None, ge=1)  # recorded, as is the next
     source: dict[str, str] = pydantic.Field(default_factory=dict)  # recorded: whom the `Complete` asks
-    seed: int = pydantic.Field(default=0, ge=0)  # of `sample_seeds`
+    source_digest: str = ""  # tells models apart that come to stand at the same place
+    seed: int = pydantic.Field(default=0, ge=0)  # recorded: the `Complete` draws by it
     cut: bool | None = None  # at PAPER.md's stops; None: generated completions yes, a sample file no
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems, from the first
     prompts_per_call: int = pydantic.Field(default=16, ge=1)
@@ -77,29 +77,23 @@ class EvaluateConfig(Config):
         return self
 
 
-def sample_seeds(seed: int, prompt: str, n: int) -> list[int]:
-    """`n` distinct seeds in [0, 2**31), a function of `seed` and `prompt` alone.
-
-    For whoever builds a `Complete`: however a request is batched or split, no two samples of a prompt share a seed,
-    and a prompt's seeds do not depend on the prompts beside it.
-    """
-    seeds: dict[int, None] = {}
-    attempt = 0
-    key = prompt.encode("utf-8", "surrogatepass")
-    while len(seeds) < n:
-        seeds[xxhash.xxh3_64_intdigest(key + attempt.to_bytes(8, "little"), seed) >> (64 - _SEED_BITS)] = None
-        attempt += 1
-    return list(seeds)
-
-
 def run_evaluation(
-    config: EvaluateConfig, complete: Complete | None = None, execute: Execute = execute_in_threads
+    config: EvaluateConfig,
+    complete: Complete | None = None,
+    execute: Execute = execute_in_threads,
+    *,
+    keep_parts: bool = True,
 ) -> EvaluationResult:
     """Sample (or read samples), run, score, and write `config.output`.
 
+    Args:
+        keep_parts: batches of samples are kept while it runs, and taken over when it is killed and run again. False is
+            for a `complete` that does so itself.
+
     Raises:
         ConfigError: unless there is exactly one of `config.samples` and `complete`; when `complete` does not return
-            `n` strings for each prompt; when k and the samples do not fit.
+            `n` strings for each prompt; when k and the samples do not fit; when samples without log-probabilities are
+            to be ordered by them.
         BenchmarkFormatError: for a benchmark or sample file that cannot be used.
         SandboxError: when programs could not be run.
     """
@@ -108,7 +102,9 @@ def run_evaluation(
     problems = read_problems(config.problems)[: config.limit]
     execution = _execution(config, problems)
     environment = execution.environment()  # before sampling: what cannot be scored should not be sampled for hours
-    samples = _samples(config, problems, complete)
+    samples = _samples(config, problems, complete, keep_parts)
+    if RerankMethod.LOGPROB in config.rerank and all(sample.logprob is None for sample in samples):
+        raise ConfigError("rerank: these samples have no log-probabilities; endpoints give none. Leave logprob out.")
     write_samples(storage.join(config.output, SAMPLES), samples)
     cut = config.samples is None if config.cut is None else config.cut
     _log.info("running %d samples of %d problems", len(samples), len(problems))
@@ -147,7 +143,9 @@ def _execution(config: EvaluateConfig, problems: Sequence[Problem]) -> Execution
     return config.execution.model_copy(update={"requirements": requirements})
 
 
-def _samples(config: EvaluateConfig, problems: Sequence[Problem], complete: Complete | None) -> list[Sample]:
+def _samples(
+    config: EvaluateConfig, problems: Sequence[Problem], complete: Complete | None, keep_parts: bool
+) -> list[Sample]:
     if complete is None:
         assert config.samples is not None
         samples = read_samples(config.samples, read_problems(config.problems))
@@ -157,6 +155,8 @@ def _samples(config: EvaluateConfig, problems: Sequence[Problem], complete: Comp
     parts = storage.join(config.output, _PARTS, _sampling_digest(config))
 
     def draw(place: int) -> tuple[list[Sample], bool]:
+        if not keep_parts:
+            return _draw(batches[place], complete, config.n), False
         url = storage.join(parts, f"{place:05}.jsonl")
         if storage.exists(url):
             return read_samples(url, batches[place]), True
@@ -192,7 +192,8 @@ def _sample(task_id: str, answer: Answer) -> Sample:
 def _sampling_digest(config: EvaluateConfig) -> str:
     """Of what decides which samples are drawn: a part of other options is not taken over."""
     decisive = config.model_dump(
-        mode="json", include={"n", "temperature", "max_tokens", "seed", "source", "limit", "prompts_per_call"}
+        mode="json",
+        include={"n", "temperature", "max_tokens", "seed", "source", "source_digest", "limit", "prompts_per_call"},
     )
     decisive["problems"] = storage.checksum(config.problems).checksum
     return str(xxhash.xxh3_64_hexdigest(json.dumps(decisive, sort_keys=True).encode()))

@@ -34,6 +34,7 @@ class Watch:
         self._pid, self._bell, self._output, self._limits = pid, bell, output, limits
         self._proc, self._processes = proc, Processes(proc)
         self._started = time.monotonic()
+        self._looked_s = 0.0  # when memory was looked at, since the start
         self._token = os.urandom(TOKEN_BYTES)
         self._verdict: int | None = None  # the reading end, once it was asked for
         self._bell_number = bell.fileno()
@@ -51,8 +52,8 @@ class Watch:
                 break
             if reason is not None:
                 os.kill(self._pid, signal.SIGKILL)
-            came = self._read_ready(_TICK_S if self._opened else 0.001)
-            reason = reason or self._exceeded(quiet=not came)
+            self._read_ready(_TICK_S if self._opened else 0.001)
+            reason = reason or self._exceeded()
         while self._read_ready(0.0):  # what was written before the end; descendants may still hold the pipes
             if self._too_much():
                 reason = reason or "too_much_output"
@@ -77,7 +78,7 @@ class Watch:
     def _too_much(self) -> bool:
         return any(text.overflows for text in self._texts.values())
 
-    def _exceeded(self, quiet: bool) -> str | None:
+    def _exceeded(self) -> str | None:
         elapsed_s = time.monotonic() - self._started
         wall_s = self._limits["wall_time_s"]
         if elapsed_s > wall_s and (
@@ -86,8 +87,10 @@ class Watch:
             return "timed_out"
         if self._too_much():
             return "too_much_output"
-        if quiet and self._processes.memory_bytes(os.getpid()) > self._limits["memory_bytes"]:
-            return "out_of_memory"
+        if elapsed_s - self._looked_s >= _TICK_S:  # by time: a program that never stops talking is looked at as well
+            self._looked_s = elapsed_s
+            if self._processes.memory_bytes(os.getpid()) > self._limits["memory_bytes"]:
+                return "out_of_memory"
         return None
 
     def _read_ready(self, wait_s: float) -> bool:

@@ -175,7 +175,9 @@ def _difference_interval(
     value = float(differences.mean())
     if differences.min() < differences.max():
         return Interval(value, *_bootstrap(strata, seed))
-    return Interval(value, value, value) if len(differences) > 1 else Interval(value, -1.0, 1.0)
+    # No spread is no certainty: as many problems may all have gone one way where a share of them goes the other.
+    unlike = float(stats.binomtest(0, len(differences)).proportion_ci(_CONFIDENCE, method="exact").high)
+    return Interval(value, max(-1.0, value - 2 * unlike), min(1.0, value + 2 * unlike))
 
 
 def _sign_flip_test(differences: npt.NDArray[np.float64], seed: int) -> tuple[float, str]:

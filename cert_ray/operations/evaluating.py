@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from cert_ray import storage
+import xxhash
+
+from cert_ray import manifests, storage
 from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
@@ -88,7 +90,7 @@ def evaluate(
         ConfigError: for several benchmarks or temperatures beside a file of samples.
     """
     problems = [find_problems(one) for one in problems]
-    config = config.model_copy(update={"problems": problems[0]})
+    config = config.model_copy(update={"problems": problems[0], "source_digest": _source_digest(config.source)})
     for line in describe_isolation(config.execution.unsafe):
         _log.info("isolation: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
@@ -105,6 +107,21 @@ def evaluate(
     complete = None if config.samples else complete_at(dict(config.source), sampling)(temperatures[0])
     result = run_evaluation(config, complete, execute)
     return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
+
+
+def _source_digest(source: Mapping[str, str]) -> str:
+    """Changes when other models come to stand in the folders of `source`; empty for what is not at hand."""
+    found = [describe_model(folder) for option, folder in sorted(source.items()) if option != "endpoint"]
+    return str(xxhash.xxh3_64_hexdigest("\n".join(found).encode())) if any(found) else ""
+
+
+def describe_model(folder: str) -> str:
+    """What tells a model in `folder` from another one: its manifest's checksums, else names, sizes, times of change."""
+    if not storage.is_folder(folder):
+        return ""
+    if manifests.is_finished(folder):
+        return manifests.read_manifest(folder, "model", "train").files_digest()
+    return "\n".join(f"{storage.name_of(e.url)} {e.size_bytes} {e.version}" for e in storage.list_files(folder))
 
 
 def tabulate(folders: Sequence[str], output: str) -> str:

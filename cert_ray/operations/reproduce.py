@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from cert_ray import manifests, storage
+from cert_ray import storage
 from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
 from cert_ray.operations import pipeline
 from cert_ray.operations.claim import (
@@ -29,6 +29,7 @@ from cert_ray.operations.claim import (
     parts,
     seeded,
 )
+from cert_ray.operations.evaluating import describe_model
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.training.on_ray import TrainResult
 
@@ -82,7 +83,7 @@ def part_digest(recipe: Recipe, part: Part) -> str:
     """Digest of everything that a part's outcome depends on: models, problems, sampling, sandbox."""
     claim = check_claim(recipe)
     described = {
-        "models": {option: _describe(folder) for option, folder in model_folders(recipe, part).items()},
+        "models": {option: describe_model(folder) for option, folder in model_folders(recipe, part).items()},
         "problems": storage.checksum(part.benchmark).checksum,
         "evaluate": _evaluate_config(recipe, claim, part).model_dump(mode="json", exclude={"output", "problems"}),
         "sampling": [claim.max_tokens, claim.top_p, claim.dtype, claim.prompts_together],
@@ -99,13 +100,6 @@ def model_folders(recipe: Recipe, part: Part) -> dict[str, str]:
     if part.system == "xl":
         return {"model": folders.model(model_name(recipe, "xl", part.seed))}
     return {name: folders.model(model_name(recipe, name, part.seed)) for name in ("sketcher", "generator")}
-
-
-def _describe(folder: str) -> str:
-    """What tells one model folder from another."""
-    if manifests.is_finished(folder):
-        return manifests.read_manifest(folder, "model", "train").files_digest()
-    return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(folder))
 
 
 def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str, Any]], Complete]:
@@ -129,7 +123,7 @@ def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, make: Callable[[di
     remembered = Remembered(make(sampling), storage.join(config.output, _COMPLETIONS), digest)
     _log.info("evaluating %s", part.name)
     began = time.perf_counter()
-    run_evaluation(config, remembered)
+    run_evaluation(config, remembered, keep_parts=False)
     figures = {
         "digest": digest,
         "answering_s": round(remembered.seconds, 1),

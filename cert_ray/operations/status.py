@@ -94,12 +94,12 @@ def next_verb(stages: Sequence[StageStatus]) -> str | None:
     return next((stage.verb for stage in stages if stage.state != State.FINISHED), None)
 
 
-def render_status(stages: Sequence[StageStatus], recipe_url: str) -> str:
-    """A table for people, and below it the command that goes on."""
-    return "\n".join(_lines(stages, recipe_url))
+def render_status(stages: Sequence[StageStatus], arguments: str) -> str:
+    """A table for people, and below it the command that goes on, with the `arguments` that name the run."""
+    return "\n".join(_lines(stages, arguments))
 
 
-def _lines(stages: Sequence[StageStatus], recipe_url: str) -> Iterator[str]:
+def _lines(stages: Sequence[StageStatus], arguments: str) -> Iterator[str]:
     width = max(len(stage.stage) for stage in stages)
     for stage in stages:
         total = "?" if stage.total is None else f"{stage.total:,}"
@@ -109,4 +109,4 @@ def _lines(stages: Sequence[StageStatus], recipe_url: str) -> Iterator[str]:
         if stage.state == State.UNUSABLE:
             yield f"{stage.stage}: {stage.detail}"
     verb = next_verb(stages)
-    yield "everything is finished" if verb is None else f"next: cert-ray {verb} {recipe_url}"
+    yield "everything is finished" if verb is None else f"next: cert-ray {verb} {arguments}"

@@ -103,6 +103,14 @@ def parse_rate(rate: str) -> RateLimitItem:
         raise ConfigError(f"rate {rate!r}: not a rate. Write it as 60/minute or 10/second.") from error
 
 
+def _is_rate(text: str) -> bool:
+    try:
+        parse_rate(text)
+    except ConfigError:
+        return False
+    return True
+
+
 def read_key_file(url: str) -> KeyRing:
     """The keys in the file at `url`.
 
@@ -126,8 +134,11 @@ def _read_line(fields: list[str], number: int, url: str) -> ApiKey:
         raise ConfigError(f"api_keys_file={url!r}: line {number} has {len(fields)} fields. Write NAME KEY RATE.")
     name, text = (f"key-{number}", fields[0]) if len(fields) == 1 else (fields[0], fields[1])
     rate = fields[2] if len(fields) == 3 else None
-    if rate is not None:
-        parse_rate(rate)
+    where = f"api_keys_file={url!r}: line {number}"
+    if rate is not None and not _is_rate(rate):
+        raise ConfigError(f"{where}: its third field is not a rate. Write NAME KEY RATE, the rate as 60/minute.")
+    if _is_rate(text):
+        raise ConfigError(f"{where}: a rate stands where the key should, and could be guessed. Write NAME KEY RATE.")
     hashed = _HASHED.fullmatch(text)
     if hashed is None and text.startswith("sha256:"):
         raise ConfigError(f"api_keys_file={url!r}: line {number}: sha256: wants 64 hexadecimal digits, in lower case.")

@@ -43,6 +43,10 @@ class Served:
     answers: tuple[CascadeAnswer, ...] = ()
 
 
+class ContradictedError(Exception):
+    """A second engine tells something else than the first one did."""
+
+
 class Retelling:
     """Leaves out of a second telling of the same answers what was told already, so that a stream can go on.
 
@@ -63,7 +67,7 @@ class Retelling:
         """What of `told` is new.
 
         Raises:
-            ValueError: when it contradicts what was told.
+            ContradictedError: when a text contradicts what was told of it.
         """
         events = [(prompt, new) for prompt, event in told.events for new in self._new(prompt, event)]
         return Told(tuple(events), told.answers)
@@ -75,8 +79,9 @@ class Retelling:
             return [] if known else [event]
         place = (prompt, event.index)
         before, heard = self._told.get(place, ""), self._heard.get(place, "") + event.text
-        if not (heard.startswith(before) or before.startswith(heard)):
-            raise ValueError("the second telling differs from the first")
+        shorter = event.finish_reason is not None and len(heard) < len(before)
+        if shorter or not (heard.startswith(before) or before.startswith(heard)):
+            raise ContradictedError("the second telling differs from the first")
         self._heard[place] = heard
         self._told[place] = max(before, heard, key=len)
         ends = event.finish_reason is not None and place not in self._ended

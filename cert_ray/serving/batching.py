@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -101,17 +102,25 @@ class Request:
 
 
 class Turns:
-    """One thread that steps whichever batches have work, in turn. It starts with the first work, and is a daemon."""
+    """One thread that steps whichever batches have work, in turn. It starts with the first work, and is a daemon.
+
+    It keeps no batch alive, and so no model: those that nobody else holds are forgotten, and with the last one it ends.
+    """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._batches: list[Batch] = []
+        self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
 
     def join(self, batch: Batch) -> None:
         """Step `batch` from now on."""
         with self._changed:
-            self._batches.append(batch)
+            self._batches.add(batch)
+        weakref.finalize(batch, self._forgotten).atexit = False
+
+    def _forgotten(self) -> None:
+        with self._changed:  # reentrant: a collection may call this while the lock is held
+            self._changed.notify()
 
     def wake(self) -> None:
         """Some batch has new work."""
@@ -124,10 +133,13 @@ class Turns:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: any(batch.has_work for batch in self._batches))
+                self._changed.wait_for(lambda: not self._batches or any(batch.has_work for batch in self._batches))
+                if not self._batches:
+                    self._thread = None
+                    return
                 batches = [batch for batch in self._batches if batch.has_work]
-            for batch in batches:
-                batch.step()
+            while batches:
+                batches.pop().step()  # and no reference to it is left while this waits
 
 
 class Batch:

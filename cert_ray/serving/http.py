@@ -168,14 +168,21 @@ class _Completions:
 
     async def _whole(self, request: Request, asked: _Asked, writer: ResponseWriter) -> Response:
         timeout_s = self._config.request_timeout_s
+        answers: Sequence[CascadeAnswer] = ()
+        status = 499  # unless it comes to another end, the client went away
         try:
             with self._admission.admit():
                 work = self._backend.answer(asked.model, asked.prompts, asked.sampling, timeout_s)
                 answers = await _while_connected(request, _until(work, timeout_s))
+            status = 200
         except RequestError as error:
-            self._tell(asked, error.status)
+            status = error.status
             raise
-        self._tell(asked, 200, answers=answers)
+        except Exception:  # told, and raised on: the application answers 500
+            status = 500
+            raise
+        finally:
+            self._tell(asked, status, answers=answers)
         return Response(writer.whole(answers).model_dump_json(), media_type="application/json")
 
     async def _events(self, asked: _Asked, writer: ResponseWriter, include_usage: bool) -> AsyncGenerator[str, None]:
@@ -201,6 +208,9 @@ class _Completions:
             if first_s is None:
                 raise
             yield f"data: {json.dumps(error_body(error))}\n\n"
+        except Exception:
+            status = 500
+            raise
         finally:
             self._tell(asked, status, first_s, answers if status == 200 else ())
 

@@ -29,7 +29,7 @@ from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.api_keys import read_key_file
-from cert_ray.serving.backends import Bridge, Retelling, Served, Told
+from cert_ray.serving.backends import Bridge, ContradictedError, Retelling, Served, Told
 from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
@@ -168,7 +168,7 @@ class HandleBackend:
                 async for told in response:
                     yield retelling.new(told)
                 return
-            except ValueError as error:
+            except ContradictedError as error:
                 problem = "The engine died, and another one answers otherwise: ask again."
                 raise RequestError(503, problem, None, "unavailable") from error
             except (RayError, RayServeException) as error:

@@ -38,7 +38,8 @@ def run_units(
 ) -> list[ShardReport]:
     """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
 
-    A manifest of other units in `folder` is removed first, so none stands while its shards are redone. Heavy units
+    A manifest of other units in `folder` is removed first, so none stands while its shards are redone, and then what
+    units left that are no longer among these. Heavy units
     start first, so that the last ones to end are small.
     An error raised on purpose in a task comes back as itself, without Ray's wrapping.
 
@@ -53,6 +54,7 @@ def run_units(
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
     """
     units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
+    units_module.remove_other_units(units, folder)
     if not units:
         return []
     given = (work, folder, config_digest, stage, verb, units_module.begin_attempt(folder))

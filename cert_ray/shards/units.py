@@ -149,11 +149,32 @@ def withdraw_manifest(units: Sequence[WorkUnit], folder: str, config_digest: str
         storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
 
 
+def remove_other_units(units: Sequence[WorkUnit], folder: str) -> None:
+    """Remove what units of an earlier plan left in `folder` that `units` lack: readers would take it for data."""
+    reports = storage.join(folder, REPORTS_FOLDER)
+    if not storage.exists(reports):
+        return
+    kept = {unit.name for unit in units}
+    for entry in storage.list_files(reports):
+        name = storage.name_of(entry.url).removesuffix(".json")
+        if name in kept:
+            continue
+        try:
+            files = ShardReport.model_validate_json(storage.read_bytes(entry.url)).files
+        except pydantic.ValidationError:
+            files = ()
+        for file in files:
+            storage.remove(storage.join(folder, file.name))
+        storage.remove(_version_url(folder, name))
+        storage.remove(entry.url)  # last: killed before, the next run finds it again
+
+
 def run_in_process(
     units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
 ) -> list[ShardReport]:
     """Every unit's report, one after the other in this process: what the run on Ray must equal."""
     withdraw_manifest(units, folder, config_digest, stage, verb)
+    remove_other_units(units, folder)
     return [
         finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage)
         for unit in units

@@ -78,7 +78,7 @@ class TrainConfig(Config):
     log_every_steps: int = pydantic.Field(default=10, gt=0)
     loggers: tuple[LoggerName, ...] = ()  # besides loss.jsonl and loss.png: docs/models.md
     resampling: Literal["weighted", "uniform"] = "weighted"
-    seed: int = pydantic.Field(default=0, ge=0)
+    seed: int = pydantic.Field(default=0, ge=0, lt=1 << 24)  # torch's own take 64 bits, of which steps want 40
     on_spike: SpikePolicy | None = SpikePolicy()  # None: only a loss that is not finite ends the run
     max_failures: int = pydantic.Field(default=2, ge=0)  # worker deaths that one call recovers from
 

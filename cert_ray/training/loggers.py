@@ -6,8 +6,9 @@ In: a `TrainConfig` and `StepRecord`s, on worker 0. Out: events in the tools' ow
     wandb         project "cert-ray"; WANDB_PROJECT, WANDB_MODE=offline and its kin as its documentation says
     mlflow        experiment "cert-ray"; MLFLOW_TRACKING_URI, else sqlite below OUTPUT/mlflow
 
-A run that goes on from a checkpoint tells no step twice: TensorBoard drops what came after the checkpoint, the other
-two go on in the same run, found by the run's digest. `loss.jsonl` and `loss.png` are written whatever is named here.
+A run that goes on from a checkpoint goes on in the same place: TensorBoard drops what came after the checkpoint; in the
+other two, which find their run by its digest, steps since the checkpoint stand twice. Equal options are one run there,
+whatever their output. `loss.jsonl` and `loss.png` are written whatever is named here.
 """
 
 from __future__ import annotations

@@ -186,12 +186,12 @@ def _compile_into_own_folder() -> None:
 
 
 def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
-    """Tells Ray's metrics of each record; tokens are counted from the first record on."""
+    """Tells Ray's metrics of each record. The first step after a resume counts no tokens: the record has the sum."""
     model, before = storage.name_of(config.output), None
 
     def count(record: StepRecord) -> None:
         nonlocal before
-        tokens = record.tokens - (record.tokens if before is None else before)
+        tokens = record.tokens - before if before is not None else record.tokens if record.step == 1 else 0
         before = record.tokens
         count_step(
             model, record.step, config.steps, tokens, record.loss, record.held_out_loss, record.mfu, record.memory_bytes

@@ -79,8 +79,9 @@ def run(
     packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
     loaded = models.load(config, packed)
     parameters = models.parameter_count(loaded.model)
-    trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
+    trainer: _Rank | None = None
     try:
+        trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
         with _tells(config, run_digest, rank, len(trainer.records)) as tell:
             for record in trainer.steps():
                 tell(record)
@@ -92,7 +93,7 @@ def run(
         if not _is_out_of_memory(error):
             raise
         size = memory.measure(loaded.model.config, config.precision, packed.context_tokens)
-        step = f"step {len(trainer.records) + 1}: "
+        step = "before the first step: " if trainer is None else f"step {len(trainer.records) + 1}: "
         raise TrainingMemoryError(step + memory.explain_shortage(size, config, _memory_bytes(config))) from error
     files: tuple[WrittenFile, ...] = ()
     if rank == 0:

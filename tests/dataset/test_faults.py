@@ -238,6 +238,32 @@ def test_an_edit_that_keeps_a_file_s_size_is_noticed(tmp_path: Path) -> None:
     compare(1, tree(tmp_path / "other" / "dataset"), tree(run / "dataset"))
 
 
+def test_a_run_that_dies_after_its_rewritten_documents_leaves_no_finished_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus")
+    options, run = config(tmp_path / "corpus"), tmp_path / "run"
+    preprocess(options, str(run))
+    edited = tmp_path / "corpus" / "file_03.py"
+    edited.write_text(edited.read_text().replace("values", "valued"))
+    os.utime(edited, ns=(1, edited.stat().st_mtime_ns + 1_000))
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset_on_ray, "deduplicate", die)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(options, str(run))
+    assert not manifests.is_finished(str(run / "dataset"))
+    contents = [
+        content
+        for shard in preprocess(options, str(run)).shards
+        for content in pq.read_table(run / "dataset" / f"{shard.shard}.parquet").column("content").to_pylist()
+    ]
+    assert any("valued" in content for content in contents)
+
+
 def test_a_folder_of_another_version_is_refused_before_it_is_touched(tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", files=3)
     run = tmp_path / "run"

@@ -120,6 +120,14 @@ RESOURCES = [
     _wall("memory at once", "x = bytearray(4 << 30)", "MemoryError", "out_of_memory"),
     _wall("memory bit by bit", "x = []\nwhile True: x.append(bytearray(1 << 20))", "MemoryError", "out_of_memory"),
     _wall(
+        "memory of many processes that never stop talking",
+        "import os, time\nx = []\nfor n in range(9):\n    if os.fork() == 0:\n        try:\n"
+        "            while True: x.append(bytearray(b'1') * (10 << 20))\n        except MemoryError: time.sleep(60)\n"
+        "while True:\n    print('.', flush=True)\n    time.sleep(0.01)",
+        "together",
+        "out_of_memory",
+    ),
+    _wall(
         "memory of many processes",
         "import os, time\nx = []\nfor n in range(9):\n    if os.fork() == 0:\n        try:\n"
         "            while True: x.append(bytearray(b'1') * (10 << 20))\n        except MemoryError: time.sleep(60)\n"

@@ -12,7 +12,7 @@ import pytest
 from cert_ray.errors import BenchmarkFormatError, ConfigError
 from cert_ray.evaluation.benchmarks import Sample, read_problems, read_samples
 from cert_ray.evaluation.execution import ExecutionConfig
-from cert_ray.evaluation.run import EvaluateConfig, run_evaluation, sample_seeds
+from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
 from cert_ray.evaluation.sandbox import find_bubblewrap
 from cert_ray.evaluation.scoring import evaluate
 
@@ -141,12 +141,3 @@ def test_a_sample_of_no_known_problem_is_refused(problems: str, tmp_path: Path) 
     config = EvaluateConfig(problems=problems, output=str(tmp_path / "out"), samples=str(samples))
     with pytest.raises(BenchmarkFormatError, match="T/7"):
         run_evaluation(config)
-
-
-def test_seeds_are_distinct_and_depend_on_the_prompt_alone() -> None:
-    seeds = sample_seeds(1, "x =", 200)
-    assert len(set(seeds)) == 200
-    assert seeds[:60] == sample_seeds(1, "x =", 60)
-    assert not set(seeds) & set(sample_seeds(1, "y =", 200))
-    assert not set(seeds) & set(sample_seeds(2, "x =", 200))
-    assert all(0 <= seed < 2**31 for seed in seeds)

@@ -134,3 +134,12 @@ def test_what_cannot_be_known_is_none_or_refused() -> None:
         smallest_detectable_difference([0, 1], power=1.0)
     with pytest.raises(ValueError, match="no problems"):
         score_interval([[]], 1)
+
+
+def test_equal_differences_are_not_taken_for_certainty() -> None:
+    two = compare([run(0, 0)], [run(1, 1)], 1).difference
+    assert two.value == 1.0
+    assert two.low < 0 < two.high
+    many = compare([run(*[0] * 100)], [run(*[1] * 100)], 1).difference
+    # 0 of 100 problems went the other way: at most 1 - 0.025 ** (1 / 100) = 3.62% of all do, each by two.
+    assert many.low == pytest.approx(1 - 2 * 0.0362, abs=1e-3)

@@ -106,3 +106,9 @@ def test_the_verb_prints_the_table_and_the_next_command(recipe: Recipe, tmp_path
     assert result.exit_code == 0, result.output
     assert "documents        finished  3 of 3 shards" in result.output
     assert result.output.rstrip().endswith(f"next: cert-ray preprocess {tmp_path / 'recipe.yaml'}")
+
+
+def test_the_next_command_names_the_run_as_it_was_asked_for(recipe: Recipe, tmp_path: Path) -> None:
+    other = tmp_path / "another run"
+    result = CliRunner().invoke(cli.app, ["status", str(tmp_path / "recipe.yaml"), "--set", f"run={other}"])
+    assert result.output.rstrip().endswith(f"next: cert-ray preprocess {tmp_path / 'recipe.yaml'} --set 'run={other}'")

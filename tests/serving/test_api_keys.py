@@ -39,6 +39,8 @@ def test_a_file_in_which_every_key_is_hashed_gives_no_access(tmp_path: Path) -> 
         ("a b c d", "line 1 has 4 fields"),
         ("a SECRET often", "not a rate"),
         ("sha256:SECRET", "line 1: sha256: wants"),
+        ("SECRET 60/minute", "line 1: a rate stands where the key should"),
+        ("name 60/minute SECRET", "line 1: its third field is not a rate"),
         ("a SECRET\na other", "the same name"),
         ("a SECRET\nb SECRET", "the same key"),
     ],

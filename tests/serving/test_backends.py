@@ -11,7 +11,7 @@ import pytest
 
 from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
 from cert_ray.serving.answering import check_wanted
-from cert_ray.serving.backends import LocalBackend, Retelling, Told
+from cert_ray.serving.backends import ContradictedError, LocalBackend, Retelling, Told
 from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling
@@ -78,7 +78,7 @@ def test_a_second_telling_is_told_from_where_the_first_one_stopped() -> None:
     end = Told(((0, TextDrawn(0, "", "length")),), (CascadeAnswer((), Route.MODEL),))
     assert retelling.new(end) == end
     retelling.begin_again()
-    with pytest.raises(ValueError, match="differs"):
+    with pytest.raises(ContradictedError, match="differs"):
         retelling.new(Told(((0, TextDrawn(0, "ac")),)))
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -179,3 +182,20 @@ def test_a_token_may_end_a_sample(engine: TransformersEngine, alone: list[Any]) 
     assert ended is not None
     assert ended.ids == free[: free.index(free[4])]
     assert ended.finish_reason == "stop"
+
+
+def test_a_model_that_nobody_holds_is_freed_and_its_thread_ends(tmp_path: Path) -> None:
+    """An evicted model's weights would otherwise stay in memory for ever."""
+    engine = TransformersEngine(save_model(tmp_path, "llama", window=64))
+    engine.draw(work(engine, "df"))
+    turns = weakref.ref(engine._batch._turns)
+    model = weakref.ref(engine._batch._model)
+    thread = engine._batch._turns._thread
+    assert thread is not None
+    del engine
+    gc.collect()
+    thread.join(30)
+    gc.collect()
+    assert not thread.is_alive()
+    assert model() is None
+    assert turns() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cert_ray import manifests, storage
@@ -92,3 +93,18 @@ def test_a_guard_that_raises_leaves_no_file_behind(tmp_path: Path) -> None:
         storage.write_text(str(tmp_path / "file"), "text")
     assert list(tmp_path.iterdir()) == []
     storage.write_text(str(tmp_path / "file"), "text")  # the guard ends with its block
+
+
+def test_what_units_of_an_earlier_plan_left_is_removed(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    planned = [WorkUnit(name=f"shard-{n:05}", payload={"n": n}, version="monday") for n in range(3)]
+    units.run_in_process(
+        planned, writes(tmp_path, "one"), folder=folder, config_digest="options", stage="stage", verb="verb"
+    )
+    before = {path.name for path in tmp_path.rglob("*") if path.is_file() and "shard-00000" in path.name}
+    units.run_in_process(
+        planned[:1], writes(tmp_path, "two"), folder=folder, config_digest="options", stage="stage", verb="verb"
+    )
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file() and "shard-" in path.name}
+    assert left == before
+    assert pq.read_table(tmp_path / "shard-00000.parquet").column("text").to_pylist() == ["one"], "was finished"

@@ -58,6 +58,8 @@ def _records(data: bytes) -> list[bytes]:
     return found
 
 
+# MLflow's own use of SQLAlchemy 2.1.
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_mlflow_goes_on_in_the_same_run(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -105,7 +105,8 @@ def _precision() -> str:
 def _sources(config: DemoConfig) -> dict[str, Any]:
     """NumPy, so that the smallest cap holds users of it, then the standard library, then more packages."""
     found = [importlib.util.find_spec(name) for name in _PACKAGES]
-    folders = [spec.submodule_search_locations[0] for spec in found if spec and spec.submodule_search_locations]
+    # As text: a package that loads its parts lazily, transformers, gives a `Path` once it has been imported.
+    folders = [str(spec.submodule_search_locations[0]) for spec in found if spec and spec.submodule_search_locations]
     return {
         "inputs": [folders[0], sysconfig.get_paths()["stdlib"], *folders[1:]],
         "exclude": ["site-packages/*", "dist-packages/*", "*/tests/*", "tests/*", "test/*", "*/lib2to3/*"],

@@ -110,7 +110,11 @@ def _mlflow(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[T
         if found is None:
             mlflow.set_tag("run_digest", run_digest)
             mlflow.log_params({name: str(value) for name, value in config.model_dump(mode="json").items()})
-        yield lambda record: mlflow.log_metrics(scalars(record), step=record.step)
+
+        def tell(record: StepRecord) -> None:
+            mlflow.log_metrics(scalars(record), step=record.step)
+
+        yield tell
 
 
 def _local(config: TrainConfig, name: str) -> Any:

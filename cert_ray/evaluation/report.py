@@ -81,16 +81,21 @@ def ends(interval: Sequence[float]) -> str:
 @cache
 def template(name: str) -> jinja2.Template:
     """One of the templates beside this module; HTML escapes what is put into it."""
-    engine = jinja2.Environment(
-        loader=jinja2.PackageLoader("cert_ray.evaluation", "templates"),
-        autoescape=name.endswith(".html.j2"),
+    engine = template_engine(jinja2.PackageLoader("cert_ray.evaluation", "templates"), html=name.endswith(".html.j2"))
+    engine.filters.update(fenced=fenced, inline=inline, percent=percent, points=points, ends=ends)
+    return engine.get_template(name)
+
+
+def template_engine(loader: jinja2.BaseLoader, *, html: bool) -> jinja2.Environment:
+    """How every report's templates are read: HTML escapes what is put into it, and a missing value is an error."""
+    return jinja2.Environment(
+        loader=loader,
+        autoescape=html,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    engine.filters.update(fenced=fenced, inline=inline, percent=percent, points=points, ends=ends)
-    return engine.get_template(name)
 
 
 def _context(summary: Mapping[str, Any], result: EvaluationResult, shown: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 import jinja2
 
 from cert_ray import manifests, storage
+from cert_ray.evaluation.report import percent, points, template_engine
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
 from cert_ray.operations.claim import SYSTEMS, Mode, check_claim, model_name, parts, seeded
 from cert_ray.operations.model_cards import write_card
@@ -242,14 +243,8 @@ def _is(row: dict[str, Any], mode: str, system: str) -> bool:
 
 def render(report: dict[str, Any], template: str, **more: Any) -> str:
     """The report by one of the two templates."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cert_ray.operations", ""),
-        autoescape=template.endswith(".html.j2"),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["percent"] = lambda value: "-" if value is None else f"{100 * value:.2f}"
-    environment.filters["points"] = lambda value: f"{100 * value:+.2f}"
+    loader = jinja2.PackageLoader("cert_ray.operations", "")
+    environment = template_engine(loader, html=template.endswith(".html.j2"))
+    environment.filters["percent"] = lambda value: "-" if value is None else percent(value)
+    environment.filters["points"] = points
     return environment.get_template(template).render(report=report, names=_NAMES, **more)

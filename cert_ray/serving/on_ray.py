@@ -14,7 +14,8 @@ import logging
 import math
 import socket
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -73,24 +74,23 @@ class Engines:
     ) -> list[CascadeAnswer]:
         """One answer per prompt, in order."""
         answerer = self._only or await self.load(model)
-        try:
-            answers = await self._bridge.answer(answerer, prompts, Sampling(**options), timeout_s)
-        except RequestError:
-            raise
-        except Exception:
-            self._failures += 1
-            raise
-        self._failures = 0
-        return answers
+        with self._failures_counted():
+            return await self._bridge.answer(answerer, prompts, Sampling(**options), timeout_s)
 
     async def stream(
         self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
     ) -> AsyncGenerator[Told, None]:
         """The same, told while it is drawn."""
         answerer = self._only or await self.load(model)
-        try:
+        with self._failures_counted():
             async for told in self._bridge.stream(answerer, prompts, Sampling(**options), timeout_s):
                 yield told
+
+    @contextmanager
+    def _failures_counted(self) -> Iterator[None]:
+        """Count requests in a row that fail inside the engine; what it refuses is no failure, and no success."""
+        try:
+            yield
         except RequestError:
             raise
         except Exception:

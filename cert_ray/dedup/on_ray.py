@@ -61,7 +61,14 @@ def deduplicate(
     if (finished := manifests.finished_manifest(folder, STAGE, VERB, options, inputs)) is not None:
         logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
         return finished
-    units = [WorkUnit(name=shard.shard, payload={"documents": shard.files[0].identity}) for shard in manifest.shards]
+    units = [
+        WorkUnit(
+            name=shard.shard,
+            payload={"documents": shard.files[0].identity},
+            weight=shard.counts.get("content_bytes", 0),
+        )
+        for shard in manifest.shards
+    ]
     work = functools.partial(survivors.write_keys, documents=documents, folder=folder, config=config)
     keys = run_units(units, work, folder=folder, config_digest=config.digest(), stage=STAGE, verb=VERB, workers=workers)
     for before, after in zip(manifest.shards, keys, strict=True):

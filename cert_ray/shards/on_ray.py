@@ -1,4 +1,4 @@
-"""Work units on Ray Data: one row in is one unit, one row out is its report.
+"""Work units on Ray Data: one row in is a batch of units, one row out is the report of one of them.
 
 Rows carry only a unit's description and its report; the documents themselves go from storage to storage inside the
 task, so memory is bounded by the unit and a lost task is simply run again. No formula and no threshold stands here.
@@ -6,6 +6,7 @@ task, so memory is bounded by the unit and a lost task is simply run again. No f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -40,8 +41,8 @@ def run_units(
 
     A manifest of other units in `folder` is removed first, so none stands while its shards are redone, and then what
     units left that are no longer among these. Heavy units
-    start first, so that the last ones to end are small.
-    An error raised on purpose in a task comes back as itself, without Ray's wrapping.
+    start first, and light ones share a task: see `units.batches`. A task that is run again finds the units that it
+    had finished. An error raised on purpose in a task comes back as itself, without Ray's wrapping.
 
     Args:
         work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
@@ -59,24 +60,26 @@ def run_units(
         return []
     given = (work, folder, config_digest, stage, verb, units_module.begin_attempt(folder))
 
-    def run_batch(batch: pa.Table) -> pa.Table:
-        done = [_perform(_unit_of(row), given) for row in batch.to_pylist()]
-        return pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was} for report, was in done])
+    def run_batch(batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.to_pylist():
+            for unit in map(_unit_of, row["units"]):
+                report, was_there = _perform(unit, given)
+                yield pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was_there}])
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # `Progress` counts units, rows and drops instead
-    heaviest_first = sorted(units, key=lambda unit: -unit.weight)
-    dataset = ray.data.from_items(
-        [{"unit": unit.model_dump_json(), "version": unit.version} for unit in heaviest_first],
-        override_num_blocks=len(units),
-    ).map_batches(
-        run_batch,
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=1,
-        memory=memory_bytes,
-        # A lost worker or node is no fault of the unit, and Ray Data runs it again without end; an error ends the run.
-        compute=ray.data.TaskPoolStrategy(size=min(workers, len(units))) if workers else None,
-    )
+    batches = units_module.batches(units, workers or int(ray.cluster_resources().get("CPU", 0)))
+    with _reports_at_once():
+        dataset = ray.data.from_items(
+            [{"units": [_row_of(unit) for unit in batch]} for batch in batches], override_num_blocks=len(batches)
+        ).map_batches(
+            run_batch,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+            memory=memory_bytes,
+            # A lost worker or node is no fault of the unit, and Ray Data runs it again without end; an error ends the
+            # run.
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(batches))) if workers else None,
+        )
     count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
@@ -94,6 +97,22 @@ def run_units(
             )
     logger.info("%s: %d shards, %d of them reused", stage, len(reports), reused)
     return [reports[unit.name] for unit in units]
+
+
+@contextlib.contextmanager
+def _reports_at_once() -> Iterator[None]:
+    """Datasets made meanwhile hand every report over when it is made, and draw no progress bars: `Progress` does."""
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.target_max_block_size
+    context.enable_progress_bars, context.target_max_block_size = False, 1
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.target_max_block_size = before
+
+
+def _row_of(unit: WorkUnit) -> dict[str, str]:
+    return {"unit": unit.model_dump_json(), "version": unit.version}
 
 
 def _unit_of(row: dict[str, str]) -> WorkUnit:

@@ -32,6 +32,9 @@ from cert_ray.schemas import SCHEMA_VERSION
 REPORTS_FOLDER = "reports"
 VERSIONS_FOLDER = "versions"
 
+BATCH_WEIGHT = 64_000_000  # bytes of input that a task takes at most, unless one unit is more: some ten seconds
+_SHARES_LEFT = 2  # a batch is at most a worker's share of what is left, divided by this
+
 
 class WorkUnit(Config):
     """A slice of a stage's input. `name` is `shard-00007`; `payload` is JSON and says which part of the input it is."""
@@ -40,7 +43,7 @@ class WorkUnit(Config):
     payload: dict[str, Any]
     rows: int = 0
     version: str = pydantic.Field(default="", exclude=True)  # of the input, where its storage tells one
-    weight: int = pydantic.Field(default=0, exclude=True)  # about how much work it is; the heaviest start first
+    weight: int = pydantic.Field(default=0, exclude=True)  # bytes of input; 0 is unknown. The heaviest start first
 
     def unit_digest(self, config_digest: str) -> str:
         """xxh3-128 of the unit, the stage's config and the schema: a report with another one belongs to another run."""
@@ -63,6 +66,28 @@ def inputs_digest(units: Iterable[WorkUnit]) -> str:
         digest.update(unit.model_dump_json().encode())
         digest.update(b"\n")
     return digest.hexdigest()
+
+
+def batches(units: Sequence[WorkUnit], workers: int) -> list[list[WorkUnit]]:
+    """All units, heaviest first, as the tasks of a stage: large ones first, single units at the end.
+
+    Handing a task over takes Ray Data some tenths of a second, as long as a small unit itself. So each batch takes a
+    share of what is left (factoring: Hummel, Schonberg, Flynn, CACM 1992), and workers still end together. A unit of
+    `BATCH_WEIGHT` or more is alone, and so is one of unknown weight.
+    """
+    weights = {unit.name: unit.weight or BATCH_WEIGHT for unit in units}
+    left = sum(weights.values())
+    result: list[list[WorkUnit]] = []
+    taken = share = 0.0
+    for unit in sorted(units, key=lambda unit: -weights[unit.name]):
+        if not result or taken + weights[unit.name] > share:
+            share = min(left / (_SHARES_LEFT * max(workers, 1)), BATCH_WEIGHT)
+            taken = 0
+            result.append([])
+        result[-1].append(unit)
+        taken += weights[unit.name]
+        left -= weights[unit.name]
+    return result
 
 
 def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -108,3 +110,28 @@ def test_what_units_of_an_earlier_plan_left_is_removed(tmp_path: Path) -> None:
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and "shard-" in path.name}
     assert left == before
     assert pq.read_table(tmp_path / "shard-00000.parquet").column("text").to_pylist() == ["one"], "was finished"
+
+
+def weighed(weights: list[int]) -> list[WorkUnit]:
+    return [WorkUnit(name=units.shard_name(i), payload={}, weight=weight) for i, weight in enumerate(weights)]
+
+
+@hypothesis.given(st.lists(st.integers(0, 2 * units.BATCH_WEIGHT), max_size=60), st.integers(0, 9))
+def test_batches_hold_every_unit_once_and_none_that_is_heavy_shares_one(weights: list[int], workers: int) -> None:
+    given = weighed(weights)
+    batches = units.batches(given, workers)
+    assert sorted(unit.name for batch in batches for unit in batch) == [unit.name for unit in given]
+    for batch in batches:
+        assert len(batch) == 1 or 0 < sum(unit.weight for unit in batch) <= units.BATCH_WEIGHT
+        assert len(batch) == 1 or all(unit.weight for unit in batch)
+
+
+def test_no_batch_is_more_than_half_of_a_workers_share_of_what_is_left() -> None:
+    batches = units.batches(weighed([1_000_000] * 64), workers=2)
+    assert [len(batch) for batch in batches] == [16, 12, 9, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(batch) for batch in units.batches(weighed([1_000_000] * 64), workers=64)] == [1] * 64
+
+
+def test_heavy_units_begin_first_and_unknown_ones_are_alone() -> None:
+    batches = units.batches(weighed([5, 0, 90_000_000, 7, 0]), workers=1)
+    assert [[unit.weight for unit in batch] for batch in batches] == [[90_000_000], [0], [0], [7], [5]]

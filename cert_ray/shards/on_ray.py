@@ -34,6 +34,7 @@ def run_units(
     config_digest: str,
     stage: str,
     verb: str,
+    token: str,
     workers: int | None = None,
     memory_bytes: int | None = None,
 ) -> list[ShardReport]:
@@ -46,6 +47,7 @@ def run_units(
 
     Args:
         work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
+        token: of the run, from `units.attempt`.
         workers: at most so many tasks at a time; None is as many as the cluster has CPUs (it may grow).
         memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
 
@@ -58,7 +60,7 @@ def run_units(
     units_module.remove_other_units(units, folder)
     if not units:
         return []
-    given = (work, folder, config_digest, stage, verb, units_module.begin_attempt(folder))
+    given = (work, folder, config_digest, stage, verb, token)
 
     def run_batch(batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
@@ -122,11 +124,11 @@ def _unit_of(row: dict[str, str]) -> WorkUnit:
 
 def _perform(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> Outcome:
     """In a task: the unit's report, made now or found."""
-    work, folder, config_digest, stage, verb, attempt = given
+    work, folder, config_digest, stage, verb, token = given
     done = units_module.finished_report(unit, folder, config_digest, verb)
     if done is not None:
         return done, True
-    return units_module.perform(unit, work, folder, config_digest, stage, attempt), False
+    return units_module.perform(unit, work, folder, config_digest, stage, token), False
 
 
 def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:

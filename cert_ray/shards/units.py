@@ -8,15 +8,16 @@ done again. Units never depend on the worker, the clock or the order of completi
 another one means that the input was written again, though its name and size are the same. Versions decide what is
 reused; nothing that is made from an input knows them.
 
-Each run of a stage puts a token into its folder. Its tasks check it before what they write becomes visible, so a task
-that outlived its run cannot overwrite a later run's files (but for the moment between that look and the rename).
+Each run of a stage puts a token into its folder. Its tasks and its driver check it before what they write becomes
+visible, so neither can overwrite a later run's files (but for the moment between that look and the rename).
 """
 
 from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -96,11 +97,21 @@ def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
     return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
-def begin_attempt(folder: str) -> str:
-    """A token of its own for this run of the stage in `folder`: tasks with another one write nothing more there."""
+@contextmanager
+def attempt(folder: str, stage: str, verb: str) -> Iterator[str]:
+    """A run of `stage` in `folder`, by a token of its own: from now on earlier runs write nothing more there.
+
+    Whatever the block writes, `SupersededError` is raised instead as soon as a later run has begun.
+
+    Raises:
+        SchemaVersionError: when another stage, or another version of the schema, wrote `folder`; it is not touched.
+    """
+    if manifests.is_finished(folder):
+        manifests.read_manifest(folder, stage, verb)
     token = uuid.uuid4().hex
     storage.write_text(storage.join(folder, ATTEMPT_NAME), token)
-    return token
+    with storage.commits_guarded(functools.partial(_check_attempt, folder, token)):
+        yield token
 
 
 def _check_attempt(folder: str, token: str) -> None:
@@ -113,29 +124,22 @@ def _check_attempt(folder: str, token: str) -> None:
         raise SupersededError(folder)
 
 
-def perform(
-    unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str, attempt: str | None = None
-) -> ShardReport:
+def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str, token: str) -> ShardReport:
     """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished.
 
     Args:
-        attempt: the token of the run that asks for it; None does not look whether another run has begun.
+        token: of the run that asks for it.
 
     Raises:
         SupersededError: when another run has begun in `folder`; nothing of it is overwritten.
     """
-    check = functools.partial(_check_attempt, folder, attempt) if attempt is not None else _no_check
-    with storage.commits_guarded(check):
+    with storage.commits_guarded(functools.partial(_check_attempt, folder, token)):
         report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
         report.check(stage)
         if unit.version:
             storage.write_text(_version_url(folder, unit.name), unit.version)
         storage.write_text(report_url(folder, unit.name), report.model_dump_json() + "\n")
     return report
-
-
-def _no_check() -> None:
-    """For the one process that runs a stage alone."""
 
 
 def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
@@ -195,13 +199,13 @@ def remove_other_units(units: Sequence[WorkUnit], folder: str) -> None:
 
 
 def run_in_process(
-    units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+    units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
 ) -> list[ShardReport]:
     """Every unit's report, one after the other in this process: what the run on Ray must equal."""
     withdraw_manifest(units, folder, config_digest, stage, verb)
     remove_other_units(units, folder)
     return [
-        finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage)
+        finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage, token)
         for unit in units
     ]
 

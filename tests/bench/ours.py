@@ -180,7 +180,14 @@ def _write_hashed(unit: WorkUnit, folder: str) -> ShardReport:
     }
     columns = [known.get(field.name, pa.nulls(len(encoded), field.type)) for field in DOCUMENTS]
     file = write_table(folder, f"{unit.name}.parquet", pa.table(columns, schema=DOCUMENTS))
-    return ShardReport(shard=unit.name, unit_digest="", files=(file,), rows_read=len(encoded), rows_kept=len(encoded))
+    return ShardReport(
+        shard=unit.name,
+        unit_digest="",
+        files=(file,),
+        rows_read=len(encoded),
+        rows_kept=len(encoded),
+        counts={"content_bytes": sum(map(len, encoded))},
+    )
 
 
 def _write_survivors(unit: WorkUnit, folder: str, run: str) -> ShardReport:

@@ -12,6 +12,7 @@ from cert_ray.errors import TokenizerMismatchError
 from cert_ray.manifests import Manifest
 from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
+from cert_ray.telemetry import logs
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.on_ray import pack_dataset
 from cert_ray.tokens.vocabulary import adopt_tokenizer, load_tokenizer, tokenizer_digest, train_on_dataset
@@ -54,7 +55,8 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
 
 def run_train(recipe: Recipe, name: str) -> TrainResult:
     """Packed view and start to the exported model `name`, with its card."""
-    result = train(recipe.train_config(name))
+    with logs.scope(stage=f"models/{name}"):
+        result = train(recipe.train_config(name))
     if not result.reused:
         write_card(recipe, name)
     return result

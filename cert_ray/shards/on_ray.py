@@ -17,6 +17,7 @@ from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards import units as units_module
 from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_plan, count_report
 from cert_ray.telemetry.progress import Progress
 
@@ -80,11 +81,12 @@ def run_units(
     count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
-    with Progress(stage, total=len(units), unit="shards") as progress:
+    with logs.scope(stage=stage), Progress(stage, total=len(units), unit="shards") as progress:
         for report, was_there in _outcomes(dataset):
             reports[report.shard] = report
             reused += was_there
-            count_report(stage, report)
+            count_report(stage, report, len(reports))
+            logger.debug("%s: shard %s %s", stage, report.shard, "reused" if was_there else "done", extra=_told(report))
             progress.advance(
                 rows=report.rows_read,
                 kept=report.rows_kept,
@@ -94,6 +96,12 @@ def run_units(
             )
     logger.info("%s: %d shards, %d of them reused", stage, len(reports), reused)
     return [reports[unit.name] for unit in units]
+
+
+def _told(report: ShardReport) -> dict[str, object]:
+    """What a log line of a shard has besides its text."""
+    figures = {"rows_read": report.rows_read, "rows_kept": report.rows_kept, "dropped": report.dropped}
+    return {"shard": report.shard, **figures}
 
 
 def _unit_of(row: dict[str, str]) -> WorkUnit:

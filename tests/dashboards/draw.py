@@ -58,11 +58,14 @@ def _draw(axes: Axes, name: str, queries: Sequence[Answered], begins_s: float) -
         why = next((query.why_empty for query in queries if query.why_empty), None) or "no data"
         axes.text(0.5, 0.5, why, ha="center", va="center", transform=axes.transAxes, color="grey")
         return
-    axes.set_ylim(bottom=0)
+    top = max((value for query in queries for _, values in query.series for _, value in values), default=0.0)
+    if queries[0].from_zero:
+        axes.set_ylim(0, 1.1 * top or 1.0)
     axes.set_xlabel("s", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
-    axes.yaxis.set_major_formatter(_UNITS.get(queries[0].unit, matplotlib.ticker.EngFormatter()))
+    plain = matplotlib.ticker.EngFormatter() if top >= 1_000 else matplotlib.ticker.ScalarFormatter()
+    axes.yaxis.set_major_formatter(_UNITS.get(queries[0].unit, plain))
     more = f"and {drawn - _LEGENDS} more" if drawn > _LEGENDS else None
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7, title=more, title_fontsize=7)
 

@@ -35,7 +35,8 @@ from tests.ray_heads import ROOT, Head, free_port, started_head, stop, submit
 
 SCRAPE_EVERY_S = 5  # Ray's own file for Prometheus says 10
 STEP_S = 5
-CLIENTS, ASKED_S = 4, 90
+INPUT_BYTES = 120_000_000
+CLIENTS, ASKED_S = 4, 150
 _PROMPTS = ("import numpy as np\n\ndef mean(values):\n    return ", "import pandas as pd\n\nframe = pd.", "x = ")
 # What this run cannot show: no GPU here; MFU wants one, and no peak of a CPU is assumed.
 EMPTY_HERE = {"ray_node_gpus_utilization": "no GPU", "ray_cert_ray_train_mfu": "MFU is of a GPU's peak"}
@@ -48,6 +49,7 @@ class Answered:
     dashboard: str
     panel: str
     unit: str
+    from_zero: bool
     legend: str
     expression: str
     series: tuple[tuple[Mapping[str, str], tuple[tuple[float, float], ...]], ...]
@@ -112,9 +114,10 @@ def started_prometheus(folder: Path, discovery: Path) -> Iterator[Prometheus]:
 
 def run_stages(head: Head, output: Path) -> None:
     """Preprocessing, tokenizer, packing and training as jobs, then serving under requests, then an evaluation."""
-    recipe = demo_recipe(
-        DemoConfig(output=str(output / "run"), max_input_bytes=9_000_000, base_steps=80, library_steps=20)
-    )
+    options = {"max_input_bytes": INPUT_BYTES, "base_steps": 80, "library_steps": 20}
+    recipe = demo_recipe(DemoConfig.from_mapping({**options, "output": str(output / "run")}, "scrape"))
+    # One worker: a rate wants a counter to be scraped twice while it grows, and Ray exports every ten seconds.
+    recipe = recipe.model_copy(update={"workers": 1})
     written = output / "recipe.yaml"
     written.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     for stage in ("preprocess", "tokenizer", "pack", "train"):
@@ -127,7 +130,7 @@ def run_stages(head: Head, output: Path) -> None:
     models = [f"--{name}={output}/run/models/{name}" for name in ("sketcher", "generator")]
     _serve(head, models, output)
     problems = ROOT / "cert_ray" / "operations" / "demo_problems.jsonl"
-    arguments = ["evaluate", f"--problems={problems}", *models, "--n=8", "--max-tokens=32", "--on-ray"]
+    arguments = ["evaluate", f"--problems={problems}", *models, "--n=400", "--max-tokens=32", "--on-ray"]
     cert_ray(head, output / "evaluate.log", *arguments, f"--output={output}/evaluation").wait(600)
     time.sleep(3 * SCRAPE_EVERY_S)  # the last counts are scraped
 
@@ -190,6 +193,7 @@ def ask_panels(prometheus: Prometheus, begins_s: float, ends_s: float) -> list[A
             title,
             panel.title,
             panel.unit,
+            panel.from_zero,
             legend,
             expression,
             tuple(

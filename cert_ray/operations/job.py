@@ -39,6 +39,8 @@ def _recipe(arguments: list[str]) -> Recipe:
 def _brief(result: Any) -> Any:
     if isinstance(result, dict):
         return {name: _brief(value) for name, value in result.items()}
+    if isinstance(result, int | float):
+        return result
     keys = ("rows_read", "rows_kept", "dropped", "folder", "steps", "last_loss", "held_out_loss")
     return {key: getattr(result, key) for key in keys if hasattr(result, key)}
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cert_ray.errors import CertRayError
 from cert_ray.operations.nodes import NodeFacts, facts_of_this_node
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 # One thread per process: Ray runs as many processes as there are cores.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -53,6 +57,20 @@ def ray_session(address: str | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:
+    """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
+
+    Raises:
+        CertRayError: as `work`, without Ray's wrapping.
+    """
+    task = ray.remote(work).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
+    try:
+        found: Result = ray.get(task.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, CertRayError) else error) from None
+    return found
 
 
 def ask_nodes(timeout_s: float = 60.0) -> list[NodeFacts]:

@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).parent / "ray")
 _STARTS_S = 120  # minutes where other work shares the machine
@@ -49,12 +51,16 @@ def free_port() -> int:
 
 @contextmanager
 def started_head(
-    cpus: int = 2, options: Sequence[str] = (), variables: Mapping[str, str] | None = None
+    cpus: int = 2,
+    options: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    gcs: int | None = None,
 ) -> Iterator[Head]:
     """A head with `cpus` logical CPUs, that ends with the block.
 
     Args:
         options: more of `ray start`'s.
+        gcs: the port of its GCS; None takes a free one.
         variables: more of the environment, of the head and of drivers.
 
     Raises:
@@ -63,7 +69,7 @@ def started_head(
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as name:  # short: Ray puts sockets there
         folder = Path(name)
         environment = _environment(folder, variables or {})
-        gcs, dashboard, metrics = free_port(), free_port(), free_port()
+        gcs, dashboard, metrics = gcs or free_port(), free_port(), free_port()
         command = [RAY, "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={gcs}"]
         command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
         # The suite's own Ray has the default port: with two on it, this head's agent would never come up.
@@ -109,6 +115,7 @@ def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def stop(process: subprocess.Popen[bytes], patience_s: float = 20) -> None:
     """End `process`, which leads a session of its own, with everything that it started."""
+    started = _descendants(process.pid)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
@@ -117,6 +124,15 @@ def stop(process: subprocess.Popen[bytes], patience_s: float = 20) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(patience_s)
+    for other in started:  # what made sessions of its own
+        with suppress(psutil.NoSuchProcess):
+            other.kill()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
 
 
 def submit(head: Head, *arguments: str, timeout_s: float = 240, **variables: str) -> subprocess.CompletedProcess[str]:

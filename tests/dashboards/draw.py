@@ -11,9 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.ticker
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 if TYPE_CHECKING:
     from tests.dashboards.scrape import Answered
@@ -32,15 +34,18 @@ def draw_dashboard(title: str, answers: Sequence[Answered]) -> bytes:
     panels: dict[str, list[Answered]] = {}
     for answer in answers:
         panels.setdefault(answer.panel, []).append(answer)
-    begins_s = min((at for one in answers for _, values in one.series for at, _ in values), default=0.0)
+    times = [at for one in answers for _, values in one.series for at, _ in values] or [0.0, 1.0]
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(15, 3.4 * rows), layout="constrained")
     figure.suptitle(f"cert-ray: {title}", fontsize=14)
     for place, (name, queries) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(rows, 2, place)
-        _draw(axes, name, queries, begins_s)
+        _draw(axes, name, queries, min(times))
+        axes.set_xlim(0, max(times) - min(times))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     written = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(written)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(64).save(written, "PNG", optimize=True)
     return written.getvalue()
 
 

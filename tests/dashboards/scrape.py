@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ SCRAPE_EVERY_S = 5  # Ray's own file for Prometheus says 10
 STEP_S = 5
 INPUT_BYTES = 120_000_000
 CLIENTS, ASKED_S = 4, 150
+ANSWERS = "answers.json"
 _PROMPTS = ("import numpy as np\n\ndef mean(values):\n    return ", "import pandas as pd\n\nframe = pd.", "x = ")
 # What this run cannot show: no GPU here; MFU wants one, and no peak of a CPU is assumed.
 EMPTY_HERE = {"ray_node_gpus_utilization": "no GPU", "ray_cert_ray_train_mfu": "MFU is of a GPU's peak"}
@@ -222,6 +223,13 @@ def table(answers: list[Answered]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(answers: list[Answered], output: Path) -> None:
+    """A picture of each dashboard."""
+    for title in BUILDER.PANELS:
+        picture = draw_dashboard(title, [answer for answer in answers if answer.dashboard == title])
+        (output / f"{title}.png").write_bytes(picture)
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 
@@ -229,7 +237,12 @@ def say(line: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="a folder that is made anew")
-    output = parser.parse_args().output.absolute()
+    parser.add_argument("--redraw", action="store_true", help="only draw what an earlier scrape left in the folder")
+    given = parser.parse_args()
+    output = given.output.absolute()
+    if given.redraw:
+        draw([Answered(**one) for one in json.loads((output / ANSWERS).read_text())], output)
+        return
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     began_s = time.time()
@@ -239,19 +252,13 @@ def main() -> None:
         missing = {metric.exported_name for metric in CATALOGUE} | BUILDER.RAY
         missing -= prometheus.names() | set(EMPTY_HERE)
     (output / "panels.md").write_text(table(answers))
-    (output / "answers.json").write_text(json.dumps([_plain(answer) for answer in answers]))
-    for title in BUILDER.PANELS:
-        picture = draw_dashboard(title, [answer for answer in answers if answer.dashboard == title])
-        (output / f"{title}.png").write_bytes(picture)
+    (output / ANSWERS).write_text(json.dumps([asdict(answer) for answer in answers]))
+    draw(answers, output)
     print(table(answers))
     if missing:
         say(f"no such series was scraped: {', '.join(sorted(missing))}")
     empty = [one for one in answers if one.why_empty is None and not any(values for _, values in one.series)]
     sys.exit(1 if empty or missing else 0)
-
-
-def _plain(answer: Answered) -> dict[str, Any]:
-    return {name: getattr(answer, name) for name in Answered.__slots__}
 
 
 if __name__ == "__main__":

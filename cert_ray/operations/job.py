@@ -27,6 +27,9 @@ def run_job(stage: Callable[[Recipe], Any]) -> None:
     except CertRayError as error:
         _tell({"outcome": "failed", "error": str(error)})
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+    except Exception as error:
+        _tell({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise  # with its traceback on standard error, and status 1
     _tell({"outcome": "finished", "run": recipe.run, "result": _brief(result)})
 
 

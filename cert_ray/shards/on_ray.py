@@ -23,6 +23,10 @@ from cert_ray.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
 
+# What a storage over a network says now and then. Ray looks for it in "TypeName: message". A full disk stays full.
+_PASSING_ERRORS = (r"\bOSError: (?!\[Errno 28\])", r"(?:Connection\w*|Timeout\w*)Error")
+_RETRIES = 4  # after up to 2, 4, 8 and 16 s; assumed: clients of object stores have tried again by themselves before
+
 Outcome = tuple[ShardReport, bool]  # and whether it was there before
 
 
@@ -53,6 +57,7 @@ def run_units(
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
         SupersededError: when another run of the stage begins in `folder` meanwhile.
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
+        OSError: when storage failed a unit again and again.
     """
     units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
     units_module.remove_other_units(units, folder)
@@ -64,7 +69,9 @@ def run_units(
         done = [_perform(_unit_of(row), given) for row in batch.to_pylist()]
         return pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was} for report, was in done])
 
-    ray.data.DataContext.get_current().enable_progress_bars = False  # `Progress` counts units, rows and drops instead
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # `Progress` counts units, rows and drops instead
+    context.retried_map_errors, context.max_map_retries = list(_PASSING_ERRORS), _RETRIES
     heaviest_first = sorted(units, key=lambda unit: -unit.weight)
     dataset = ray.data.from_items(
         [{"unit": unit.model_dump_json(), "version": unit.version} for unit in heaviest_first],
@@ -125,6 +132,6 @@ def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:
             yield ShardReport.model_validate_json(row["report"]), bool(row["reused"])
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        while cause is not None and not isinstance(cause, CertRayError):
+        while cause is not None and not isinstance(cause, CertRayError | OSError):
             cause = cause.__cause__
         raise (cause or error) from None

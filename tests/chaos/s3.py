@@ -7,6 +7,7 @@ refuses with 503, as S3 does when it wants its clients to slow down.
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,6 +57,7 @@ class S3:
 @contextmanager
 def started_s3() -> Iterator[S3]:
     """An S3 with the bucket `BUCKET`, that ends with the block."""
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it says a line for each request
     moto = DomainDispatcherApplication(create_backend_app)
     running: list[S3] = []
 

@@ -47,6 +47,7 @@ class Panel:
     title: str
     unit: str
     series: Mapping[str, str]
+    from_zero: bool = True
 
 
 def name(metric: Metric) -> str:
@@ -81,7 +82,7 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
             "Share of shards done",
             "percentunit",
             {
-                "{{stage}}": f"sum by (stage) ({name(metrics.SHARDS_DONE)})"
+                "{{stage}}": f"max by (stage) ({name(metrics.SHARDS_DONE)})"
                 f" / on (stage) max by (stage) ({name(metrics.SHARDS_PLANNED)})"
             },
         ),
@@ -91,7 +92,7 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
             {"{{stage}} read": rate(metrics.ROWS_READ, "stage"), "{{stage}} kept": rate(metrics.ROWS_KEPT, "stage")},
         ),
         Panel(
-            "Rows dropped, by reason",
+            "Rows dropped since the nodes started, by reason",
             "short",
             {"{{stage}} {{reason}}": f"sum by (stage, reason) ({name(metrics.ROWS_DROPPED)})"},
         ),
@@ -176,6 +177,7 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
             "Loss",
             "none",
             {"{{model}} training": name(metrics.TRAIN_LOSS), "{{model}} held out": name(metrics.HELD_OUT_LOSS)},
+            from_zero=False,
         ),
         Panel(
             "Share of steps done",
@@ -190,7 +192,11 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
     ),
     "evaluation": (
         Panel("Programs per second, by outcome", "ops", {"{{outcome}}": rate(metrics.PROGRAMS_RUN, "outcome")}),
-        Panel("Programs, by outcome", "short", {"{{outcome}}": f"sum by (outcome) ({name(metrics.PROGRAMS_RUN)})"}),
+        Panel(
+            "Programs since the nodes started, by outcome",
+            "short",
+            {"{{outcome}}": f"sum by (outcome) ({name(metrics.PROGRAMS_RUN)})"},
+        ),
         *MACHINES,
     ),
 }
@@ -209,7 +215,9 @@ def build(title: str) -> str:
         .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
     )
     for panel in PANELS[title]:
-        graph = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(source).min(0).span(12).height(8)
+        graph = timeseries.Panel().title(panel.title).unit(panel.unit).datasource(source).span(12).height(8)
+        if panel.from_zero:
+            graph.min(0)
         assert len(panel.series) <= len(_LETTERS), panel.title
         for letter, (legend, expression) in zip(_LETTERS, panel.series.items(), strict=False):
             query = prometheus.Dataquery().expr(expression).legend_format(legend).ref_id(letter).datasource(source)

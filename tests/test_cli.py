@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cert_ray import cli
 
 STAGES = ["preprocess", "tokenizer", "pack", "train", "export", "serve", "generate", "sketch", "evaluate"]
-VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "demo", "status", "doctor"]
+VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "demo", "status", "summary", "doctor"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

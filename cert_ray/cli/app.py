@@ -7,8 +7,6 @@ that cannot be used; the message says what to change. No traceback is shown for 
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,7 @@ import yaml
 
 from cert_ray import __version__, storage
 from cert_ray.errors import CertRayError, ConfigError, InputError
+from cert_ray.telemetry import logs
 
 if TYPE_CHECKING:
     from cert_ray.operations.recipe import Recipe
@@ -52,9 +51,6 @@ Generator = Annotated[str | None, typer.Option(help="folder of the generator (wi
 
 def main() -> None:
     """Entry point: run the verb; errors raised on purpose become one line and an exit status."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         app()
     except CertRayError as error:
@@ -73,8 +69,12 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
-) -> None: ...
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,  # noqa: ARG001
+    log_format: Annotated[
+        str | None, typer.Option(envvar=logs.FORM_VARIABLE, help="text or json: of the lines on standard error")
+    ] = None,
+) -> None:
+    logs.configure(log_format)
 
 
 def load(
@@ -85,15 +85,15 @@ def load(
     return load_recipe(url, overrides or (), {**({"libraries": libraries} if libraries else {}), **(extra or {})})
 
 
-def perform(recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
-    """Run one stage of a recipe with Ray up, or say what it would do."""
+def perform(verb: str, recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
+    """Run one stage of a recipe with Ray up, keeping its log below the run, or say `what` it would do."""
     if dry_run:
         typer.echo(f"# would {what}")
         typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         raise typer.Exit
     from cert_ray.operations.on_ray import ray_session
 
-    with ray_session(address):
+    with logs.story(recipe.run, verb), ray_session(address):
         return stage()
 
 

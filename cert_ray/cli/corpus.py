@@ -29,7 +29,7 @@ def preprocess(
     from cert_ray.operations import pipeline
 
     what = f"preprocess {', '.join(resolved.preprocess.sources.inputs)} into {resolved.run}"
-    manifest = perform(resolved, address, dry_run, what, lambda: pipeline.run_preprocess(resolved))
+    manifest = perform("preprocess", resolved, address, dry_run, what, lambda: pipeline.run_preprocess(resolved))
     show({"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped, "run": resolved.run})
 
 

@@ -30,7 +30,7 @@ def doctor(
         from cert_ray.operations.nodes import judge_nodes, versions_here
         from cert_ray.operations.on_ray import ask_nodes, ray_session
 
-        with ray_session(cluster):
+        with ray_session(cluster, check_versions=False):  # it names them all
             findings = judge_nodes(ask_nodes(), versions_here())
     for finding in findings:
         typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
@@ -40,15 +40,34 @@ def doctor(
 
 
 @app.command()
-def status(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def status(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    story: Annotated[bool, typer.Option("--story", help="first every line that the run's jobs kept, in order")] = False,
+) -> None:
     """Show how far a run is, read off its folder, and the command that goes on with it.
 
     Example: cert-ray status jobs/numpy.yaml --set run=s3://bucket/runs/numpy
     """
     from cert_ray.operations.status import render_status, run_status
+    from cert_ray.operations.story import read_story, render_line
 
+    resolved = load(recipe, overrides, None)
+    for line in read_story(resolved.run) if story else ():
+        typer.echo(render_line(line))
     repeated = [part for assignment in overrides or () for part in ("--set", assignment)]
-    typer.echo(render_status(run_status(load(recipe, overrides, None)), shlex.join([recipe, *repeated])))
+    typer.echo(render_status(run_status(resolved), shlex.join([recipe, *repeated])))
+
+
+@app.command()
+def summary(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Write RUN/summary.html: how far, rows in and out, losses, who did what when, and links to cards and reports.
+
+    Example: cert-ray summary jobs/numpy.yaml
+    """
+    from cert_ray.operations.run_summary import write_summary
+
+    typer.echo(write_summary(load(recipe, overrides, None)))
 
 
 plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")
@@ -127,7 +146,7 @@ def reproduce(
 
     if dry_run or only is None or "train" in only:
         what = f"train {', '.join(models_to_train(seeded(resolved)))} into {resolved.run}/models, and evaluate"
-        perform(resolved, address, dry_run, what, lambda: reproducing.train_models(resolved))
+        perform("reproduce", resolved, address, dry_run, what, lambda: reproducing.train_models(resolved))
     reproducing.evaluate_parts(resolved, [name for name in SYSTEMS if only is None or name in only])
     from cert_ray.operations.claim_report import missing_parts, write_report
 
@@ -168,5 +187,7 @@ def demo(
     given = {"output": output, "max_input_bytes": max_input_bytes, "base_steps": base_steps}
     options = SMALL.model_dump() if small else {}
     config = DemoConfig.from_mapping({**options, **{k: v for k, v in given.items() if v is not None}}, "demo")
-    summary = perform(demo_recipe(config), address, dry_run, f"run the demo into {output}", lambda: run_demo(config))
+    summary = perform(
+        "demo", demo_recipe(config), address, dry_run, f"run the demo into {output}", lambda: run_demo(config)
+    )
     typer.echo(render_summary(summary))

@@ -59,7 +59,7 @@ def tokenizer(
     from cert_ray.operations import pipeline
 
     what = f"train a tokenizer of {resolved.tokenizer.vocab_size} entries on {resolved.run}"
-    manifest = perform(resolved, address, dry_run, what, lambda: pipeline.run_tokenizer(resolved))
+    manifest = perform("tokenizer", resolved, address, dry_run, what, lambda: pipeline.run_tokenizer(resolved))
     show(manifest.notes)
 
 
@@ -89,7 +89,12 @@ def pack(
     views = [View(name) for name in view] if view else resolved.views
     what = f"pack the views {', '.join(views)} of {resolved.run}"
     packed = perform(
-        resolved, address, dry_run, what, lambda: {v.value: pipeline.run_pack(resolved, v, limit) for v in views}
+        "pack",
+        resolved,
+        address,
+        dry_run,
+        what,
+        lambda: {v.value: pipeline.run_pack(resolved, v, limit) for v in views},
     )
     show({name: manifest.notes for name, manifest in packed.items()})
 
@@ -117,7 +122,9 @@ def train(
     from cert_ray.operations import pipeline
 
     what = f"train {', '.join(names)} into {resolved.run}/models"
-    results = perform(resolved, address, dry_run, what, lambda: {n: pipeline.run_train(resolved, n) for n in names})
+    results = perform(
+        "train", resolved, address, dry_run, what, lambda: {n: pipeline.run_train(resolved, n) for n in names}
+    )
     show({name: _figures_of(result) for name, result in results.items()})
 
 

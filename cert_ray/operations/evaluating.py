@@ -19,8 +19,8 @@ from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.fetch import find_problems
-from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
-from cert_ray.evaluation.runs import read_runs
+from cert_ray.evaluation.run import Complete, EvaluateConfig, is_finished, run_evaluation
+from cert_ray.evaluation.runs import read_run, read_runs
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.sweep import SweepConfig, run_sweep
 from cert_ray.serving.answering import Answerer, ModelConfig
@@ -83,8 +83,14 @@ def evaluate(
     temperatures: Sequence[float],
     sampling: dict[str, Any],
     execute: Execute = execute_in_threads,
+    *,
+    reuse: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Score a file of samples, or `config.source` at every temperature; a name and its pass@k for each evaluation.
+
+    Args:
+        reuse: one evaluation that is finished, of the same models and options, is not done again. Never for an
+            endpoint, behind which another model may stand.
 
     Raises:
         ConfigError: for several benchmarks or temperatures beside a file of samples.
@@ -104,6 +110,10 @@ def evaluate(
         }
     if len(problems) > 1 or len(temperatures) > 1:
         raise ConfigError("evaluate: --samples belong to one --problems file and one --temperature.")
+    if reuse and config.source_digest and is_finished(config):
+        _log.info("%s is finished", config.output)
+        run = read_run(config.output)
+        return {config.problems: {f"pass@{k}": run.interval(k).value for k in run.ks}}
     complete = None if config.samples else complete_at(dict(config.source), sampling)(temperatures[0])
     result = run_evaluation(config, complete, execute)
     return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from cert_ray.errors import CertRayError, ConfigError
 from cert_ray.operations.on_ray import ray_session
 from cert_ray.operations.recipe import Recipe, load_recipe
+from cert_ray.telemetry import logs
 
 
 def run_job(stage: Callable[[Recipe], Any]) -> None:
@@ -18,14 +19,17 @@ def run_job(stage: Callable[[Recipe], Any]) -> None:
 
     The last line on standard output is `{"outcome": "finished", ...}` or `{"outcome": "failed", "error": ...}`.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     try:
+        logs.configure()
         recipe = _recipe(sys.argv[1:])
-        with ray_session():
+        with logs.story(recipe.run, Path(sys.argv[0]).stem), ray_session():
             result = stage(recipe)
     except CertRayError as error:
         _tell({"outcome": "failed", "error": str(error)})
         raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+    except Exception as error:
+        _tell({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})
+        raise  # with its traceback on standard error, and status 1
     _tell({"outcome": "finished", "run": recipe.run, "result": _brief(result)})
 
 
@@ -38,6 +42,8 @@ def _recipe(arguments: list[str]) -> Recipe:
 def _brief(result: Any) -> Any:
     if isinstance(result, dict):
         return {name: _brief(value) for name, value in result.items()}
+    if isinstance(result, int | float):
+        return result
     keys = ("rows_read", "rows_kept", "dropped", "folder", "steps", "last_loss", "held_out_loss")
     return {key: getattr(result, key) for key in keys if hasattr(result, key)}
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from cert_ray import __version__
+from cert_ray.errors import ConfigError
 from cert_ray.operations.doctor import Finding, Level
 
 _GIB = 1 << 30
@@ -64,6 +65,24 @@ def facts_of_this_node() -> dict[str, Any]:
 def judge_nodes(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> list[Finding]:
     """One finding per node, and one more for each of its faults, in the order of `nodes`."""
     return [finding for node in nodes for finding in _judge(node, here)]
+
+
+def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> None:
+    """Nothing, where every node that answered runs what this process does.
+
+    Raises:
+        ConfigError: naming each node that does not, and what it runs.
+    """
+    found = [
+        f"node {node.address} has {part} {node.versions.get(part, 'none')}, this process has {wanted}"
+        for node in nodes
+        if node.problem is None
+        for part, wanted in here.items()
+        if node.versions.get(part) != wanted
+    ]
+    if found:
+        cure = "Results would depend on where tasks run: give every node one image, or the same packages."
+        raise ConfigError(f"{'; '.join(found)}. {cure}")
 
 
 def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:

@@ -5,26 +5,37 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cert_ray.operations.nodes import NodeFacts, facts_of_this_node
+from cert_ray.errors import CertRayError
+from cert_ray.operations.nodes import NodeFacts, facts_of_this_node, refuse_other_versions, versions_here
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+_JOINING_S = 30.0  # assumed: a node starts a process within it; one that is slower is not waited for
 
 # One thread per process: Ray runs as many processes as there are cores.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator[None]:
+def ray_session(address: str | None = None, check_versions: bool = True) -> Iterator[None]:
     """Ray for the length of a block: the cluster of `address` or of a submitted job, else a private one, stopped after.
 
     A private Ray listens on loopback and makes its own token. `ray.init()` alone would join any cluster that happens to
     run on this machine, so "local" is asked for by name.
+
+    Args:
+        check_versions: ask the nodes that are there now; those that an autoscaler adds later have the same image.
+
+    Raises:
+        ConfigError: when a node of the cluster runs another version of Python, Ray or cert-ray.
     """
     if ray.is_initialized():
         yield
@@ -34,6 +45,8 @@ def ray_session(address: str | None = None) -> Iterator[None]:
         ray.init(address=target)
         logger.info("ray: joined %s", target)
         try:
+            if check_versions:
+                refuse_other_versions(ask_nodes(_JOINING_S), versions_here())
             yield
         finally:
             ray.shutdown()
@@ -53,6 +66,20 @@ def ray_session(address: str | None = None) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:
+    """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
+
+    Raises:
+        CertRayError: as `work`, without Ray's wrapping.
+    """
+    task = ray.remote(work).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
+    try:
+        found: Result = ray.get(task.remote())
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, CertRayError) else error) from None
+    return found
 
 
 def ask_nodes(timeout_s: float = 60.0) -> list[NodeFacts]:

@@ -8,10 +8,15 @@ from __future__ import annotations
 import logging
 
 from cert_ray.dataset.on_ray import preprocess
-from cert_ray.errors import TokenizerMismatchError
+from cert_ray.errors import ConfigError, TokenizerMismatchError
+from cert_ray.evaluation.on_ray import execute_on_ray
+from cert_ray.evaluation.run import EvaluateConfig
 from cert_ray.manifests import Manifest
+from cert_ray.operations.evaluating import evaluate
 from cert_ray.operations.model_cards import write_card
+from cert_ray.operations.on_ray import run_on_worker
 from cert_ray.operations.recipe import Recipe, RunFolders
+from cert_ray.telemetry import logs
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.on_ray import pack_dataset
 from cert_ray.tokens.vocabulary import adopt_tokenizer, load_tokenizer, tokenizer_digest, train_on_dataset
@@ -54,10 +59,43 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
 
 def run_train(recipe: Recipe, name: str) -> TrainResult:
     """Packed view and start to the exported model `name`, with its card."""
-    result = train(recipe.train_config(name))
+    with logs.scope(stage=f"models/{name}"):
+        result = train(recipe.train_config(name))
     if not result.reused:
         write_card(recipe, name)
     return result
+
+
+def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
+    """Trained models to pass@k, below RUN/evaluation; sampling is one task, programs are tasks of their own.
+
+    Raises:
+        ConfigError: for a recipe without an evaluation.
+        CertRayError: as `evaluating.evaluate`.
+    """
+    wanted = recipe.evaluation
+    if wanted is None:
+        raise ConfigError("evaluation: this recipe has none; jobs/numpy.yaml shows one")
+    folders = RunFolders(recipe.run)
+    names = {"model": wanted.model} if wanted.model else {"sketcher": "sketcher", "generator": "generator"}
+    config = EvaluateConfig.from_mapping(
+        {
+            "problems": wanted.problems[0],
+            "output": folders.evaluation,
+            "n": wanted.n,
+            "temperature": wanted.temperatures[0],
+            "max_tokens": wanted.max_tokens,
+            "source": {option: folders.model(name) for option, name in names.items()},
+            "seed": wanted.seed,
+            "limit": wanted.limit,
+            "requirements": wanted.requirements,
+            "execution": wanted.execution.model_dump(),
+        },
+        "evaluation",
+    )
+    sampling = {"max_tokens": wanted.max_tokens, "seed": wanted.seed}
+    given = (config, wanted.problems, wanted.temperatures, sampling, execute_on_ray)
+    return run_on_worker(lambda: evaluate(*given, reuse=True), wanted.cpus, wanted.gpus)
 
 
 def _adopt(bases: list[str], output: str, context_tokens: int) -> Manifest:

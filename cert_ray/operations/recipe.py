@@ -15,12 +15,14 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import ConfigError, InputError
+from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.operations.claim import ClaimConfig
 from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import LoggerName, TrainConfig
 
 # TrainConfig's fields that the recipe works out by itself.
+_STAGES = ("sketcher", "generator")
 _WORKED_OUT = ("base", "tokenizer", "tokens", "output")
 
 
@@ -30,6 +32,22 @@ class ModelRecipe(Config):
     start: str  # a preset, the name of another model of this recipe, or the folder or hub id of a causal LM
     view: View
     train: dict[str, Any]  # options of TrainConfig; base, tokenizer, tokens and output are worked out
+
+
+class EvaluationRecipe(Config):
+    """What `jobs/evaluate.py` scores, after training."""
+
+    problems: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]  # files, or names that `cert-ray evaluate` knows
+    model: str | None = None  # a model of this recipe alone; None: its sketcher and generator
+    n: int = pydantic.Field(default=200, ge=1)  # PAPER.md's samples a problem
+    temperatures: Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = (0.2,)  # several: the best is named, too
+    max_tokens: int = pydantic.Field(default=100, ge=1)  # PAPER.md's
+    seed: int = pydantic.Field(default=0, ge=0)
+    limit: int | None = pydantic.Field(default=None, ge=1)  # problems of each benchmark, for a trial
+    requirements: tuple[str, ...] | None = None  # of the sandbox; None: what each benchmark was written for
+    execution: ExecutionConfig = ExecutionConfig()
+    cpus: float = pydantic.Field(default=1, ge=0)  # of the task that samples; programs take one CPU each
+    gpus: float = pydantic.Field(default=0, ge=0)
 
 
 class Recipe(Config):
@@ -47,6 +65,7 @@ class Recipe(Config):
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
     loggers: tuple[LoggerName, ...] = ()  # of every model that names none itself
+    evaluation: EvaluationRecipe | None = None
     claim: ClaimConfig | None = None  # what `cert-ray reproduce` compares
     seed: int = pydantic.Field(default=0, ge=0)  # of the tokenizer's sample and of the held-out files
     workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
@@ -60,6 +79,9 @@ class Recipe(Config):
                     f"models.{name}.train: {', '.join(given)} are worked out; use `start` and `view` instead"
                 )
             self.train_config(name)
+        wanted = () if self.evaluation is None else [self.evaluation.model] if self.evaluation.model else _STAGES
+        if missing := sorted(set(wanted) - set(self.models)):
+            raise ValueError(f"evaluation: no model {', '.join(missing)} in this recipe; `model` names another one")
         return self
 
     def train_config(self, name: str) -> TrainConfig:

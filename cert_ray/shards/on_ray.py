@@ -18,10 +18,15 @@ from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards import units as units_module
 from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_plan, count_report
 from cert_ray.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+# What a storage over a network says now and then. Ray looks for it in "TypeName: message". A full disk stays full.
+_PASSING_ERRORS = (r"\bOSError: (?!\[Errno 28\])", r"(?:Connection\w*|Timeout\w*)Error")
+_RETRIES = 4  # after up to 2, 4, 8 and 16 s; assumed: clients of object stores have tried again by themselves before
 
 Outcome = tuple[ShardReport, bool]  # and whether it was there before
 
@@ -41,9 +46,9 @@ def run_units(
     """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
 
     A manifest of other units in `folder` is removed first, so none stands while its shards are redone, and then what
-    units left that are no longer among these. Heavy units
-    start first, and light ones share a task: see `units.batches`. A task that is run again finds the units that it
-    had finished. An error raised on purpose in a task comes back as itself, without Ray's wrapping.
+    units left that are no longer among these. Heavy units start first, and light ones share a task: see
+    `units.batches`. A task that is run again finds the units that it had finished. An error raised on purpose in a task
+    comes back as itself, without Ray's wrapping.
 
     Args:
         work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
@@ -55,6 +60,7 @@ def run_units(
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
         SupersededError: when another run of the stage begins in `folder` meanwhile.
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
+        OSError: when storage failed a unit again and again.
     """
     units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
     units_module.remove_other_units(units, folder)
@@ -69,7 +75,7 @@ def run_units(
                 yield pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was_there}])
 
     batches = units_module.batches(units, workers or int(ray.cluster_resources().get("CPU", 0)))
-    with _reports_at_once():
+    with _our_context():
         dataset = ray.data.from_items(
             [{"units": [_row_of(unit) for unit in batch]} for batch in batches], override_num_blocks=len(batches)
         ).map_batches(
@@ -85,11 +91,12 @@ def run_units(
     count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
-    with Progress(stage, total=len(units), unit="shards") as progress:
+    with logs.scope(stage=stage), Progress(stage, total=len(units), unit="shards") as progress:
         for report, was_there in _outcomes(dataset):
             reports[report.shard] = report
             reused += was_there
-            count_report(stage, report)
+            count_report(stage, report, len(reports))
+            logger.debug("%s: shard %s %s", stage, report.shard, "reused" if was_there else "done", extra=_told(report))
             progress.advance(
                 rows=report.rows_read,
                 kept=report.rows_kept,
@@ -102,19 +109,33 @@ def run_units(
 
 
 @contextlib.contextmanager
-def _reports_at_once() -> Iterator[None]:
-    """Datasets made meanwhile hand every report over when it is made, and draw no progress bars: `Progress` does."""
+def _our_context() -> Iterator[None]:
+    """Datasets made meanwhile hand over every report when it is made, try passing errors again, and draw no bars."""
+    options = {
+        "enable_progress_bars": False,
+        "target_max_block_size": 1,
+        "retried_map_errors": list(_PASSING_ERRORS),
+        "max_map_retries": _RETRIES,
+    }
     context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.target_max_block_size
-    context.enable_progress_bars, context.target_max_block_size = False, 1
+    before = {name: getattr(context, name) for name in options}
+    for name, value in options.items():
+        setattr(context, name, value)
     try:
         yield
     finally:
-        context.enable_progress_bars, context.target_max_block_size = before
+        for name, value in before.items():
+            setattr(context, name, value)
 
 
 def _row_of(unit: WorkUnit) -> dict[str, str]:
     return {"unit": unit.model_dump_json(), "version": unit.version}
+
+
+def _told(report: ShardReport) -> dict[str, object]:
+    """What a log line of a shard has besides its text."""
+    figures = {"rows_read": report.rows_read, "rows_kept": report.rows_kept, "dropped": report.dropped}
+    return {"shard": report.shard, **figures}
 
 
 def _unit_of(row: dict[str, str]) -> WorkUnit:
@@ -138,6 +159,6 @@ def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:
             yield ShardReport.model_validate_json(row["report"]), bool(row["reused"])
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        while cause is not None and not isinstance(cause, CertRayError):
+        while cause is not None and not isinstance(cause, CertRayError | OSError):
             cause = cause.__cause__
         raise (cause or error) from None

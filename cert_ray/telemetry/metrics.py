@@ -1,6 +1,9 @@
 """The metric catalogue: every metric that cert-ray emits, with its unit, labels and meaning. Names only; no emission.
 
-Ray exports them with the prefix `ray_` (and `_total` for counters) on each node's metrics port.
+Ray exports them with the prefix `ray_` (and `_total` for counters) on each node's metrics port. Ray 2.60 adds up a
+counter over all processes that a node has had, and keeps it when they are gone: a counter is since the node's start, of
+every run. What is of one run, such as how far it is, is a gauge, which goes a minute after its process (seen by
+`tests/dashboards/scrape.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ class Metric:
 
 
 SHARDS_DONE = Metric(
-    "cert_ray_shards_done", MetricKind.COUNTER, "shards", ("stage",), "Work units finished, reused ones included"
+    "cert_ray_shards_done", MetricKind.GAUGE, "shards", ("stage",), "Work units of it that are finished or reused"
 )
 ROWS_READ = Metric("cert_ray_rows_read", MetricKind.COUNTER, "rows", ("stage",), "Rows that a stage read")
 ROWS_KEPT = Metric("cert_ray_rows_kept", MetricKind.COUNTER, "rows", ("stage",), "Rows that a stage kept")

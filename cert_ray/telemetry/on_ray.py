@@ -33,13 +33,14 @@ def _observe(metric: Metric, value: float, **labels: str) -> None:
 
 
 def count_plan(stage: str, shards: int) -> None:
-    """Say how many work units `stage` has."""
+    """Say how many work units `stage` has, none of them done."""
     _emitter(metrics.SHARDS_PLANNED).set(shards, tags={"stage": stage})
+    _emitter(metrics.SHARDS_DONE).set(0, tags={"stage": stage})
 
 
-def count_report(stage: str, report: ShardReport) -> None:
-    """Count one finished unit: its rows, and its drops by reason."""
-    _add(metrics.SHARDS_DONE, 1, stage=stage)
+def count_report(stage: str, report: ShardReport, done: int) -> None:
+    """Count one finished unit, the `done`th of this run: its rows, and its drops by reason."""
+    _emitter(metrics.SHARDS_DONE).set(done, tags={"stage": stage})
     _add(metrics.ROWS_READ, report.rows_read, stage=stage)
     _add(metrics.ROWS_KEPT, report.rows_kept, stage=stage)
     for reason, rows in report.dropped.items():

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedError
 from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_step
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
@@ -95,7 +97,12 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"config": config.model_dump(), "run_digest": checked.run_digest, "after_step": after_step},
+        train_loop_config={
+            "config": config.model_dump(),
+            "run_digest": checked.run_digest,
+            "after_step": after_step,
+            "log": logs.inherited(),
+        },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers if config.min_workers is None else (config.min_workers, config.workers),
@@ -159,18 +166,26 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
 
     context = ray.train.get_context()
     try:
-        outcome = worker.run(
-            config,
-            options["run_digest"],
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            report=_report,
-            after_step=options["after_step"],
-            count=_counter(config),
-        )
+        with logs.scope(**options["log"]), _story(config, options["log"]):
+            outcome = worker.run(
+                config,
+                options["run_digest"],
+                rank=context.get_world_rank(),
+                world_size=context.get_world_size(),
+                report=_report,
+                after_step=options["after_step"],
+                count=_counter(config),
+            )
     except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
         return {"error": error}
     return {"records": outcome.records, "parameters": outcome.parameters, "files": outcome.files}
+
+
+def _story(config: TrainConfig, scope: dict[str, str]) -> AbstractContextManager[None]:
+    """Worker 0 tells the steps, and keeps what it tells beside what the driver keeps."""
+    if "run" not in scope or ray.train.get_context().get_world_rank() != 0:
+        return nullcontext()
+    return logs.story(scope["run"], f"train-{storage.name_of(config.output)}")
 
 
 def _compile_into_own_folder() -> None:
@@ -212,6 +227,7 @@ def _log_to_stderr() -> None:
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setLevel(logging.INFO)
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from pathlib import Path
 
 from tests.chaos import events
 
@@ -22,11 +21,13 @@ def main() -> None:
 
     import ray
 
+    from cert_ray import storage
     from cert_ray.dataset.on_ray import preprocess
     from cert_ray.dataset.options import PreprocessConfig
 
     events.install()
-    variables = {name: os.environ[name] for name in (events.FILE_VARIABLE, "PYTHONPATH")}
+    given_on = ("CHAOS_", "AWS_", "PYTHONPATH")  # to workers, which inherit from their node
+    variables = {name: value for name, value in os.environ.items() if name.startswith(given_on)}
     ray.init(
         address=given.address,
         namespace=f"chaos-{os.getpid()}",
@@ -35,7 +36,7 @@ def main() -> None:
     )
     sources = {"inputs": [given.corpus], "unit_bytes": given.unit_bytes}
     manifest = preprocess(PreprocessConfig.model_validate({"sources": sources}), given.output, given.workers)
-    Path(given.output, "done").write_text(f"{manifest.rows_kept}\n")
+    storage.write_text(storage.join(given.output, "done"), f"{manifest.rows_kept}\n")
     ray.shutdown()
 
 

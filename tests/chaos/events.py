@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.chaos import faulty_storage
+
 FILE_VARIABLE = "CHAOS_EVENTS"  # Ray's hook takes no arguments
 CHECK = " (check)"  # ends the name of a task that looks whether work was done before
 HOOK = f"{__name__}.install"
@@ -49,7 +51,8 @@ class Event:
 
 
 def install() -> None:
-    """Log the watched functions' calls in this process."""
+    """Log the watched functions' calls in this process, which also learns the URLs of faulty storage."""
+    faulty_storage.register()
     file = os.open(os.environ[FILE_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     for module, name, describe in _WATCHED:
         owner = importlib.import_module(module)

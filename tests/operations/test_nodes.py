@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from cert_ray.errors import ConfigError
 from cert_ray.operations.doctor import Level
-from cert_ray.operations.nodes import NodeFacts, judge_nodes, versions_here
+from cert_ray.operations.nodes import NodeFacts, judge_nodes, refuse_other_versions, versions_here
 
 GIB = 1 << 30
 HERE = {"python": "3.11.7", "ray": "2.60.0", "cert-ray": "0.1.0"}
@@ -29,6 +30,17 @@ def test_another_version_fails_and_is_named(part: str) -> None:
     assert finding.level == Level.FAIL
     assert finding.found == f"{part} 9.9, this process has {HERE[part]}"
     assert "10.0.0.1" in finding.name
+
+
+@pytest.mark.parametrize("part", HERE)
+def test_a_run_is_refused_where_a_node_runs_another_version(part: str) -> None:
+    other = SOUND.answered({"address": "10.0.0.9", "versions": {**HERE, part: "9.9"}})
+    with pytest.raises(ConfigError, match=rf"^node 10.0.0.9 has {part} 9.9, this process has {HERE[part]}\."):
+        refuse_other_versions([SOUND, other], HERE)
+
+
+def test_a_silent_node_does_not_keep_a_run_from_starting() -> None:
+    refuse_other_versions([SOUND, SOUND.silent("no answer within 30 s")], HERE)
 
 
 def test_little_room_is_a_warning_that_says_what_to_change() -> None:

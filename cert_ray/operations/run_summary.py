@@ -1,0 +1,109 @@
+"""`cert-ray summary`: one page about a run, RUN/summary.html. How far, rows in and out, who did what when, links.
+
+In: a `Recipe`. Out: HTML that needs no network; its links are relative, so a copy of the run's folder keeps them. All
+of it is read off the run's folder, as `status` does.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+import yaml
+
+from cert_ray import manifests, storage
+from cert_ray.errors import CertRayError
+from cert_ray.operations.recipe import Recipe, RunFolders
+from cert_ray.operations.status import next_verb, run_status
+from cert_ray.operations.story import attempts, read_story
+
+PAGE_NAME = "summary.html"
+PICTURE_NAME = "loss.png"  # as training writes it
+_LINES = 2_000  # of the story, the newest; assumed: what a browser shows at once
+_PAGES = (
+    ("dataset card", "dataset/card/card.html"),
+    ("evaluation", "evaluation/report.html"),
+    ("evaluations, swept", "evaluation/sweep.html"),
+    ("claim", "claim/claim.html"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a finished stage's manifest says: by which Python, and how many rows, bytes and files."""
+
+    stage: str
+    python: str
+    rows_read: int
+    rows_kept: int
+    dropped: dict[str, int]
+    files: int
+    size_bytes: int
+    inputs_digest: str
+
+
+def write_summary(recipe: Recipe) -> str:
+    """Write the page below the run, and return its URL."""
+    url = storage.join(RunFolders(recipe.run).run, PAGE_NAME)
+    storage.write_text(url, render_summary(recipe))
+    return url
+
+
+def render_summary(recipe: Recipe) -> str:
+    """The page."""
+    folders = RunFolders(recipe.run)
+    stages = run_status(recipe)
+    lines = read_story(folders.run)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cert_ray.operations", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("run_summary.html.j2").render(
+        run=folders.run,
+        stages=stages,
+        next_verb=next_verb(stages),
+        made=list(_made(folders.run, [(stage.stage, stage.stage) for stage in stages])),
+        attempts=attempts(lines),
+        lines=[line for line in lines if not line.shard][-_LINES:],
+        shard_lines=sum(bool(line.shard) for line in lines),
+        pages=[(name, path) for name, path in _PAGES if storage.exists(storage.join(folders.run, path))],
+        pictures=list(_pictures(recipe, folders)),
+        recipe=yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False),
+    )
+
+
+def _pictures(recipe: Recipe, folders: RunFolders) -> Iterator[tuple[str, str, str]]:
+    """Each trained model's name, folder below the run, and loss curves in base64."""
+    for name in recipe.models:
+        url = storage.join(folders.model(name), PICTURE_NAME)
+        if storage.exists(url):
+            yield name, f"models/{name}", base64.b64encode(storage.read_bytes(url)).decode()
+
+
+def _made(run: str, stages: list[tuple[str, str]]) -> Iterator[Made]:
+    for name, path in stages:
+        folder = storage.join(run, path)
+        if not manifests.is_finished(folder):
+            continue
+        kind = path.split("/")[0].replace("models", "model")
+        try:
+            manifest = manifests.read_manifest(folder, kind, "preprocess")
+        except CertRayError:
+            continue  # the table of stages says why
+        size = sum(file.size_bytes for file in manifest.files)
+        counted: dict[str, Any] = {"rows_read": manifest.rows_read, "rows_kept": manifest.rows_kept}
+        yield Made(
+            stage=name,
+            python=manifest.python_version,
+            dropped=dict(sorted(manifest.dropped.items(), key=lambda item: -item[1])),
+            files=len(manifest.files),
+            size_bytes=size,
+            inputs_digest=manifest.inputs_digest,
+            **counted,
+        )

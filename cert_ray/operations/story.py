@@ -1,0 +1,89 @@
+"""What happened to a run, in order: the lines that its jobs kept below RUN/logs (`telemetry.logs`).
+
+In: a run's folder. Out: its `Line`s by time, and its `Attempt`s, one per job. Nothing is changed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cert_ray import storage
+from cert_ray.telemetry import logs
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One log line, and the file below RUN/logs that has it."""
+
+    time: str
+    level: str
+    verb: str
+    stage: str
+    shard: str
+    message: str
+    file: str
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One job: `outcome` is finished, failed, or open (killed, or at work)."""
+
+    verb: str
+    began: str
+    host: str
+    outcome: str
+    seconds: float | None
+    message: str
+    file: str
+    versions: dict[str, str]
+
+
+def read_story(run: str) -> list[Line]:
+    """Every line of every job of `run`, by time; none where nothing was kept."""
+    folder = storage.join(run, logs.FOLDER)
+    if not storage.exists(folder):
+        return []
+    files = [entry.url for entry in storage.list_files(folder) if entry.url.endswith(".jsonl")]
+    return sorted((line for url in files for line in _lines(url)), key=lambda line: line.time)
+
+
+def _lines(url: str) -> Iterator[Line]:
+    for text in storage.read_text(url).splitlines():
+        try:
+            fields = json.loads(text)
+        except ValueError:
+            continue  # cut short
+        about = {name: str(fields.get(name, "")) for name in ("time", "level", "verb", "stage", "shard", "message")}
+        yield Line(**about, file=storage.name_of(url), fields=fields)
+
+
+def attempts(lines: Sequence[Line]) -> list[Attempt]:
+    """The jobs that wrote `lines`, in the order in which they began."""
+    return [
+        _attempt([line for line in lines if line.file == name]) for name in dict.fromkeys(line.file for line in lines)
+    ]
+
+
+def _attempt(lines: list[Line]) -> Attempt:
+    first, last = lines[0], lines[-1]
+    ended = next((line for line in reversed(lines) if line.fields.get("event") in ("finished", "failed")), None)
+    return Attempt(
+        verb=first.verb,
+        began=first.time,
+        host=str(first.fields.get("host", "")),
+        outcome="open" if ended is None else ended.fields["event"],
+        seconds=None if ended is None else ended.fields["seconds"],
+        message=last.message,
+        file=first.file,
+        versions=first.fields.get("versions", {}),
+    )
+
+
+def render_line(line: Line) -> str:
+    """`line` for a terminal: the time to a tenth of a second, what it is about, and what it says."""
+    about = " ".join(part for part in (line.verb, line.stage, line.shard) if part)
+    return f"{line.time[:10]} {line.time[11:21]} {line.level[:1]} [{about}] {line.message}"

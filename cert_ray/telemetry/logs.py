@@ -1,0 +1,179 @@
+"""Log lines with the run, the stage and the shard they are about, as text or JSON; and one run's story, kept beside it.
+
+`configure` is called once, at an entry point: lines go to stderr in the form that is asked for, `CERT_RAY_LOG_FORMAT`
+where none is. `scope` names what lines are about. `story` also writes every line, shard by shard, as JSON to
+RUN/logs/BEGAN-VERB-PID.jsonl, so that what jobs and retries did can be read in order when their machines are gone.
+A story that cannot be written is a warning, never the end of a run.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from pythonjsonlogger.json import JsonFormatter
+
+from cert_ray import __version__, storage
+from cert_ray.errors import CertRayError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+FORM_VARIABLE = "CERT_RAY_LOG_FORMAT"
+FOLDER = "logs"
+_NOISY = ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec")
+_FLUSH_EVERY_S = 30.0  # assumed: what a killed job's story may lack
+_SCOPE: ContextVar[Mapping[str, str]] = ContextVar("scope", default={})  # noqa: B039 - never changed, only replaced
+
+
+class Form(StrEnum):
+    """How lines look."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def configure(form: str | None = None) -> None:
+    """Send log lines to stderr; does nothing where logging is configured already.
+
+    Raises:
+        ConfigError: for another `form` than text or json.
+    """
+    wanted = chosen_form(form)
+    if logging.getLogger().handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if wanted == Form.TEXT else logging.DEBUG)
+    handler.setFormatter(formatter(wanted))
+    handler.addFilter(_add_scope)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    for noisy in _NOISY:
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if wanted == Form.JSON:
+        logging.getLogger("cert_ray").setLevel(logging.DEBUG)
+
+
+def chosen_form(form: str | None = None) -> Form:
+    """`form`, else that of the environment, else text.
+
+    Raises:
+        ConfigError: for another than text or json.
+    """
+    name = form or os.environ.get(FORM_VARIABLE) or Form.TEXT
+    try:
+        return Form(name)
+    except ValueError as error:
+        raise ConfigError(f"{FORM_VARIABLE} or --log-format: {name!r}; known are {', '.join(Form)}") from error
+
+
+def formatter(form: Form) -> logging.Formatter:
+    """Of lines for people, or one JSON object a line: time (UTC), level, what it is about, message, and where from."""
+    if form == Form.TEXT:
+        return logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    return _Json(
+        ["levelname", "run", "verb", "stage", "shard", "message", "name", "process"],
+        rename_fields={"levelname": "level", "name": "logger", "process": "pid"},
+        timestamp="time",
+        static_fields={"host": platform.node()},
+        exc_info_as_array=True,
+    )
+
+
+class _Json(JsonFormatter):
+    """Leaves out fields that a line does not have."""
+
+    def process_log_record(self, log_data: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in log_data.items() if value is not None}
+
+
+def _add_scope(record: logging.LogRecord) -> bool:
+    for name, value in _SCOPE.get().items():
+        if not hasattr(record, name):
+            setattr(record, name, value)
+    return True
+
+
+@contextmanager
+def scope(**fields: str) -> Iterator[None]:
+    """Lines of the block carry `fields`, e.g. run=, stage=, model=, besides those of blocks around it."""
+    token = _SCOPE.set({**_SCOPE.get(), **fields})
+    try:
+        yield
+    finally:
+        _SCOPE.reset(token)
+
+
+def inherited() -> dict[str, str]:
+    """The fields of this scope, for a worker on another machine to log under."""
+    return dict(_SCOPE.get())
+
+
+@contextmanager
+def story(run: str, verb: str) -> Iterator[None]:
+    """Lines of the block carry `run` and `verb`, and are also kept below `run`, with how the block began and ended."""
+    began = datetime.now(UTC)
+    url = storage.join(run, FOLDER, f"{began:%Y%m%dT%H%M%S}-{verb}-{os.getpid()}.jsonl")
+    ours = logging.getLogger("cert_ray")
+    kept = _Story(url)
+    before = ours.level
+    ours.addHandler(kept)
+    ours.setLevel(logging.DEBUG)
+    clock = time.monotonic()
+    try:
+        with scope(run=run, verb=verb):
+            logger.debug("%s began", verb, extra={"event": "began", "versions": _versions(), "command": sys.argv})
+            try:
+                yield
+            except BaseException as error:
+                told = {"event": "failed", "seconds": round(time.monotonic() - clock, 1)}
+                logger.debug("%s failed: %s", verb, error or type(error).__name__, extra=told)
+                raise
+            ended = {"event": "finished", "seconds": round(time.monotonic() - clock, 1)}
+            logger.debug("%s finished", verb, extra=ended)
+    finally:
+        ours.removeHandler(kept)
+        ours.setLevel(before)
+        kept.close()
+
+
+def _versions() -> dict[str, str]:
+    return {"cert-ray": __version__, "python": platform.python_version()}
+
+
+class _Story(logging.Handler):
+    """Keeps lines, and writes all of them again now and then: object stores do not append."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(logging.DEBUG)
+        self.setFormatter(formatter(Form.JSON))
+        self.addFilter(_add_scope)
+        self._url, self._lines = url, list[str]()
+        self._written_s = time.monotonic()
+        self._failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append(self.format(record) + "\n")
+        if time.monotonic() - self._written_s >= _FLUSH_EVERY_S:
+            self._write()
+
+    def close(self) -> None:
+        self._write()
+        super().close()
+
+    def _write(self) -> None:
+        self._written_s = time.monotonic()
+        if self._failed:
+            return
+        try:
+            storage.write_text(self._url, "".join(self._lines))
+        except (OSError, CertRayError) as error:
+            self._failed = True  # first: the warning comes back here
+            logger.warning("the run's story is not kept: %s", error)

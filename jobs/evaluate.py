@@ -1,0 +1,14 @@
+r"""Trained models to pass@k, as a Ray job; the recipe's `evaluation` says on what and how.
+
+    ray job submit --address http://HEAD:8265 --working-dir . -- \
+        python jobs/evaluate.py jobs/numpy.yaml [KEY=VALUE ...]
+
+Generated code runs in bubblewrap on the nodes, which must allow it; in Kubernetes see cluster/kubernetes/evaluation.
+Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
+"""
+
+from cert_ray.operations import pipeline
+from cert_ray.operations.job import run_job
+
+if __name__ == "__main__":
+    run_job(lambda recipe: pipeline.run_evaluate(recipe))

@@ -1,0 +1,385 @@
+"""Preprocessing while something else than a process fails: storage, disk, object store, the head's GCS.
+
+    python -m tests.chaos.faults --output DIR [--only NAME]
+
+Each fault has its expectation beside it; a first run is left alone, and its files are what every other run must end in.
+Out: `faults.md`, a row for each fault with what happened and how long it took until work went on; the exit status is 0
+when every expectation held. Wants redis-server, root (for a small disk of its own), moto and s3fs (the extra `chaos`).
+Everything that is started here ends here; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from tests.chaos import events, faulty_storage
+from tests.chaos.corpus import write_corpus
+from tests.chaos.run import ROOT, ChaosError, Nodes, compare, short_folder, started_cluster, tree
+
+FILES, UNIT_BYTES = 240, 100_000
+PATIENCE_S = 600  # of one driver, assumed
+_FULL_DISK_BYTES = 340 << 20  # storage keeps 256 MiB free
+_HELD_BYTES = 300 << 20  # in an object store of 200 MiB and two of 100
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one fault did. `recovery_s` is from the fault, or from the next start, until work went on."""
+
+    fault: str
+    expected: str
+    happened: str
+    attempts: int
+    seconds: float
+    recovery_s: float | None
+
+
+@dataclass
+class Trial:
+    """One output, and the drivers that work on it."""
+
+    nodes: Nodes
+    corpus: Path
+    folder: Path  # of logs and events
+    output: str
+    variables: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    attempts: int = 0
+
+    @property
+    def log(self) -> str:
+        """What the newest driver said."""
+        return (self.folder / f"driver-{self.attempts}.log").read_text()
+
+    def start(self) -> None:
+        """Start a driver."""
+        self.attempts += 1
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "tests.chaos.driver", "--address", self.nodes.cluster.address]
+        command += ["--corpus", str(self.corpus), "--output", self.output, "--unit-bytes", str(UNIT_BYTES)]
+        environment = os.environ | self.variables | {events.FILE_VARIABLE: str(self.folder / "events")}
+        with (self.folder / f"driver-{self.attempts}.log").open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """End the driver, if it has not ended."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    def wait(self) -> bool:
+        """Wait for the driver; whether it came to its end.
+
+        Raises:
+            ChaosError: when it hangs.
+        """
+        assert self.process is not None
+        try:
+            return self.process.wait(PATIENCE_S) == 0
+        except subprocess.TimeoutExpired as error:
+            self.kill()
+            raise ChaosError(f"the driver hung: {self.log[-3_000:]}") from error
+
+    def wait_for_task(self, stage: str, count: int = 1) -> None:
+        """Until `count` tasks of `stage` have ended.
+
+        Raises:
+            ChaosError: when the driver ends before.
+        """
+        assert self.process is not None
+        while sum(not event.begins and event.task.startswith(stage) for event in self.events()) < count:
+            if self.process.poll() is not None:
+                raise ChaosError(f"the driver ended before {stage}: {self.log[-3_000:]}")
+            time.sleep(0.02)
+
+    def events(self) -> list[events.Event]:
+        """What was done so far, checks of finished work apart."""
+        return [one for one in events.read(self.folder / "events") if not one.task.endswith(events.CHECK)]
+
+    def goes_on_after(self, moment_s: float) -> float | None:
+        """Seconds from `moment_s` (of the machine's clock) until a task ended."""
+        later = [event.at_s for event in self.events() if not event.begins and event.at_s > moment_s]
+        return min(later) - moment_s if later else None
+
+    def until_finished(self, most: int) -> list[str]:
+        """Drivers one after the other until one comes to its end; the last line of each that did not.
+
+        Raises:
+            ChaosError: when `most` were not enough.
+        """
+        problems: list[str] = []
+        while True:
+            self.start()
+            if self.wait():
+                return problems
+            problems.append(self.log.strip().splitlines()[-1])
+            if self.attempts >= most:
+                raise ChaosError(f"{most} drivers did not come to an end: {self.log[-3_000:]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What every fault is given: the cluster, the corpus, a folder, and what all must end in."""
+
+    nodes: Nodes
+    corpus: Path
+    folder: Path
+    expected: Mapping[str, str]
+    trials: list[Trial] = field(default_factory=list)
+
+    def trial(self, output: str | None = None, **variables: str) -> Trial:
+        """A trial into `output`, a folder of this place where none is given."""
+        trial = Trial(self.nodes, self.corpus, self.folder, output or str(self.folder / "run"), variables)
+        self.trials.append(trial)
+        return trial
+
+    def check(self, found: dict[str, str]) -> None:
+        """Raise `ChaosError` unless `found` is what was expected."""
+        found.pop("done")
+        compare(0, dict(self.expected), found)
+
+
+def slow_storage(place: Place) -> tuple[Trial, str, float | None]:
+    """the run takes longer, and ends in the same bytes"""
+    trial = place.trial(f"faulty://{place.folder}/run", **{faulty_storage.VARIABLE: json.dumps({"delay_s": 0.02})})
+    assert trial.until_finished(most=1) == []
+    place.check(tree(place.folder / "run"))
+    return trial, "20 ms before every call: finished at once", None
+
+
+def failing_storage(place: Place) -> tuple[Trial, str, float | None]:
+    """each failure ends the run with its error; run again, it goes on from the finished units; same bytes"""
+    marks = place.folder / "marks"
+    marks.mkdir(parents=True)
+    settings = json.dumps({"fail_every": 40, "marks": str(marks)})
+    trial = place.trial(f"faulty://{place.folder}/run", **{faulty_storage.VARIABLE: settings})
+    problems = trial.until_finished(most=30)
+    if not problems or not all("injected" in problem for problem in problems):
+        raise ChaosError(f"not one clear error for each failed run: {problems}")
+    place.check(tree(place.folder / "run"))
+    failed = len(list(marks.iterdir()))
+    return (
+        trial,
+        f"{failed} calls failed, {len(problems)} runs ended with `Input/output error`, the next finished",
+        None,
+    )
+
+
+def s3_slows_down(place: Place) -> tuple[Trial, str, float | None]:
+    """S3's client tries again by itself; the run does not notice; the objects are the local run's files"""
+    from tests.chaos.s3 import BUCKET, started_s3
+
+    with started_s3() as s3:
+        s3.refuse_every = 9
+        trial = place.trial(f"s3://{BUCKET}/run", **s3.variables)
+        assert trial.until_finished(most=1) == []
+        s3.refuse_every = None
+        found = {key.removeprefix("run/"): xxhash.xxh3_128_hexdigest(body) for key, body in s3.objects().items()}
+    place.check({name: digest for name, digest in found.items() if "card/" not in name})
+    return trial, f"{s3.refused} requests refused with 503 (every ninth): finished at once", None
+
+
+def s3_goes_away(place: Place) -> tuple[Trial, str, float | None]:
+    """the run ends with an error; run again when S3 is back, it goes on from the finished units"""
+    from tests.chaos.s3 import BUCKET, started_s3
+
+    with started_s3() as s3:
+        trial = place.trial(f"s3://{BUCKET}/run", **s3.variables)
+        trial.start()
+        trial.wait_for_task("documents", 3)
+        s3.down = True
+        if trial.wait():
+            raise ChaosError("finished without its storage")
+        problem = trial.log.strip().splitlines()[-1]
+        done = len(trial.events())
+        s3.down = False
+        back_s = time.time()
+        trial.until_finished(most=2)
+        found = {key.removeprefix("run/"): xxhash.xxh3_128_hexdigest(body) for key, body in s3.objects().items()}
+    place.check({name: digest for name, digest in found.items() if "card/" not in name})
+    assert done
+    return trial, f"ended with `{problem[:90]}`; run again: finished", trial.goes_on_after(back_s)
+
+
+@contextmanager
+def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
+    """A disk of its own, in memory, below `folder`."""
+    disk = folder / "disk"
+    disk.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", disk], check=True, timeout=30)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", disk], check=True, timeout=30)
+
+
+def disk_full(place: Place) -> tuple[Trial, str, float | None]:
+    """the run ends and says which disk, what was wanted and what is free; no half file; with room, it goes on"""
+    with small_disk(place.folder, _FULL_DISK_BYTES) as disk:
+        ballast = disk / "ballast"
+        free = shutil.disk_usage(disk).free
+        ballast.write_bytes(bytes(free - (256 << 20) - (2 << 20)))  # two MiB may still be written
+        trial = place.trial(str(disk / "run"))
+        trial.start()
+        if trial.wait():
+            raise ChaosError("finished on a full disk")
+        problem = trial.log.strip().splitlines()[-1]
+        if "StorageFullError" not in problem:
+            raise ChaosError(f"another error: {problem}")
+        if list(disk.rglob("*.partial")):
+            raise ChaosError("half a file was left")
+        ballast.unlink()
+        room_s = time.time()
+        trial.until_finished(most=2)
+        place.check(tree(disk / "run"))
+        return trial, f"`{problem.split(': ', 1)[-1][:150]}`; run again: finished", trial.goes_on_after(room_s)
+
+
+def object_store_full(place: Place) -> tuple[Trial, str, float | None]:
+    """Ray writes objects to disk; the run is slower at most; same bytes"""
+    import numpy as np
+    import ray
+
+    ray.init(address=place.nodes.cluster.address, namespace="holds-the-store", log_to_driver=False)
+    try:
+        held = [ray.put(np.full(10 << 20, number, np.uint8)) for number in range(_HELD_BYTES // (10 << 20))]
+        trial = place.trial()
+        assert trial.until_finished(most=1) == []
+        assert all(int(ray.get(one)[0]) == number for number, one in enumerate(held)), "an object was lost"
+    finally:
+        ray.shutdown()
+    place.check(tree(place.folder / "run"))
+    return trial, f"{_HELD_BYTES >> 20} MiB of others' objects held meanwhile: finished at once", None
+
+
+def gcs_restarts(place: Place) -> tuple[Trial, str, float | None]:
+    """with Redis, nodes wait for the GCS and the run goes on; same bytes"""
+    trial = place.trial()
+    trial.start()
+    trial.wait_for_task("documents", 3)
+    head = place.nodes.cluster.head_node
+    head.kill_gcs_server()
+    killed_s = time.time()
+    time.sleep(5.0)  # how long the head is away: what is tested
+    head.start_gcs_server()
+    finished = trial.wait()
+    recovery_s = trial.goes_on_after(killed_s + 5.0)
+    if not finished:
+        raise ChaosError(f"the run did not survive: {trial.log[-3_000:]}")
+    place.check(tree(place.folder / "run"))
+    return trial, "the GCS was killed, and started again after 5 s: the same driver finished", recovery_s
+
+
+FAULTS: Mapping[str, Callable[[Place], tuple[Trial, str, float | None]]] = {
+    "slow storage": slow_storage,
+    "failing storage": failing_storage,
+    "S3 slows down": s3_slows_down,
+    "S3 goes away": s3_goes_away,
+    "disk full": disk_full,
+    "object store full": object_store_full,
+    "GCS restarts": gcs_restarts,
+}
+
+
+@contextmanager
+def started_redis(folder: Path) -> Iterator[str]:
+    """A Redis on loopback that keeps nothing and ends with the block; its address. Ray finds it by the environment."""
+    from tests.ray_heads import free_port
+
+    port = free_port()
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1"]
+    with (folder / "redis.log").open("wb") as log:
+        process = subprocess.Popen([*command, "--save", "", "--dir", str(folder)], stdout=log, stderr=log)
+    os.environ["RAY_REDIS_ADDRESS"] = f"127.0.0.1:{port}"
+    try:
+        while not _listens(port):
+            if process.poll() is not None:
+                raise ChaosError((folder / "redis.log").read_text())
+            time.sleep(0.1)
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def inject(name: str, place: Place) -> Outcome:
+    """One fault, and what came of it.
+
+    Raises:
+        ChaosError: when its expectation did not hold.
+    """
+    began_s = time.monotonic()
+    try:
+        trial, happened, recovery_s = FAULTS[name](place)
+    finally:
+        for one in place.trials:
+            one.kill()
+    expected = (FAULTS[name].__doc__ or "").strip()
+    return Outcome(name, expected, happened, trial.attempts, time.monotonic() - began_s, recovery_s)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """The faults as Markdown."""
+    lines = [
+        "| fault | expected | what happened | drivers | all, s | work went on after, s |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in outcomes:
+        recovery = "" if one.recovery_s is None else f"{one.recovery_s:.1f}"
+        lines.append(
+            f"| {one.fault} | {one.expected} | {one.happened} | {one.attempts} | {one.seconds:.0f} | {recovery} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--output", type=Path, required=True, help="a folder that is made anew")
+    parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="repeatable; default: all")
+    given = parser.parse_args()
+    output = given.output.absolute()
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    write_corpus(output / "corpus", FILES, seed=1)
+    outcomes: list[Outcome] = []
+    failed: list[str] = []
+    with short_folder() as short, started_redis(output), started_cluster(short) as nodes:
+        undisturbed = Trial(nodes, output / "corpus", output / "undisturbed", str(output / "undisturbed" / "run"))
+        began_s = time.monotonic()
+        undisturbed.until_finished(most=1)
+        expected = tree(output / "undisturbed" / "run")
+        expected.pop("done")
+        print(f"undisturbed: {time.monotonic() - began_s:.0f} s, {len(expected)} files", flush=True)
+        for name in given.only or FAULTS:
+            place = Place(nodes, output / "corpus", output / name.replace(" ", "-"), expected)
+            try:
+                outcomes.append(inject(name, place))
+                print(json.dumps(asdict(outcomes[-1])), flush=True)
+            except ChaosError as error:
+                failed.append(name)
+                print(f"{name}: {error}", flush=True)
+    (output / "faults.md").write_text(table(outcomes))
+    print(table(outcomes))
+    sys.exit(f"not as expected: {', '.join(failed)}" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

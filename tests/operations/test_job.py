@@ -1,0 +1,73 @@
+"""A job's last line tells its outcome, and its exit status what kind: also of an error that nobody expected."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cert_ray.errors import ConfigError, NotFinishedError
+from cert_ray.operations import job
+
+
+@pytest.fixture
+def submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe on the command line, and no Ray."""
+
+    @contextlib.contextmanager
+    def session() -> Iterator[None]:
+        yield
+
+    recipe = {"run": str(tmp_path / "run"), "libraries": ["numpy"], "preprocess": {"sources": {"inputs": ["corpus"]}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(sys, "argv", ["jobs/pack.py", str(tmp_path / "recipe.yaml")])
+    monkeypatch.setattr(job, "ray_session", session)
+    return tmp_path / "run"
+
+
+def raising(error: BaseException) -> Callable[[object], None]:
+    def stage(recipe: object) -> None:
+        raise error
+
+    return stage
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    told: dict[str, object] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return told
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ConfigError("change it"), 2), (NotFinishedError("/run", "preprocess"), 1)]
+)
+def test_an_error_raised_on_purpose_is_the_outcome(
+    submitted: Path, capsys: pytest.CaptureFixture[str], error: Exception, status: int
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        job.run_job(raising(error))
+    assert stopped.value.code == status
+    assert last_line(capsys) == {"outcome": "failed", "error": str(error)}
+
+
+def test_any_other_error_is_the_outcome_too_and_keeps_its_traceback(
+    submitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OSError, match="gone"):
+        job.run_job(raising(OSError(5, "gone")))
+    assert last_line(capsys) == {"outcome": "failed", "error": "OSError: [Errno 5] gone"}
+
+
+def test_scores_are_told_and_the_story_is_kept(submitted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job.run_job(lambda recipe: {"problems": {"pass@1": 0.25}})
+    assert last_line(capsys) == {
+        "outcome": "finished",
+        "run": str(submitted),
+        "result": {"problems": {"pass@1": 0.25}},
+    }
+    (story,) = (submitted / "logs").iterdir()
+    assert "-pack-" in story.name

@@ -12,7 +12,18 @@ from typer.testing import CliRunner
 
 from cert_ray import cli
 
-STAGES = ["preprocess", "tokenizer", "pack", "train", "export", "serve", "generate", "sketch", "evaluate"]
+STAGES = [
+    "preprocess",
+    "library-docs",
+    "tokenizer",
+    "pack",
+    "train",
+    "export",
+    "serve",
+    "generate",
+    "sketch",
+    "evaluate",
+]
 VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "demo", "status", "doctor"]
 
 

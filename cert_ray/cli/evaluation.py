@@ -6,7 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from cert_ray.cli.app import Address, DryRun, Generator, Limit, ModelFolder, Sketcher, app, model_options, show
+from cert_ray.cli.app import (
+    Address,
+    ApiKeyEnv,
+    DryRun,
+    Endpoint,
+    EndpointModel,
+    Generator,
+    Limit,
+    Mask,
+    ModelFolder,
+    Retrieve,
+    Sketcher,
+    app,
+    show,
+    source_options,
+)
 from cert_ray.errors import ConfigError
 
 
@@ -21,7 +36,11 @@ def evaluate(
     model: ModelFolder = None,
     sketcher: Sketcher = None,
     generator: Generator = None,
-    endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
+    mask: Mask = None,
+    endpoint: Endpoint = None,
+    endpoint_model: EndpointModel = None,
+    api_key_env: ApiKeyEnv = None,
+    retrieve: Retrieve = None,
     n: Annotated[int, typer.Option(min=1, help="samples per problem")] = 1,
     temperature: Annotated[list[float] | None, typer.Option(help="repeatable; default: 0.2")] = None,
     max_tokens: int = 100,
@@ -46,10 +65,14 @@ def evaluate(
     """
     from cert_ray.evaluation.run import EvaluateConfig
     from cert_ray.operations import evaluating
+    from cert_ray.operations.sources import Source
 
-    source: dict[str, str] = {"endpoint": endpoint} if endpoint else {}
+    asked = {"mask": mask, "endpoint": endpoint, "endpoint_model": endpoint_model, "api_key_env": api_key_env}
+    source = source_options(model, sketcher, generator, **asked, retrieve=retrieve)
     if samples is None:
-        source |= model_options(model, sketcher, generator) if model or sketcher or generator or not endpoint else {}
+        source = Source.from_mapping(source, "evaluate").recorded
+    elif source:
+        raise ConfigError(f"--samples: they are there already, so leave {', '.join(source)} out")
     temperatures = temperature or [0.2]
     options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
     options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError, TokenizerMismatchError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
+from cert_ray.retrieval.retriever import docs_checksum, load_retriever
 from cert_ray.shards.units import Work, WorkUnit, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
@@ -51,11 +52,14 @@ def pack_in_process(dataset: str, tokenizer: str, output: str, config: PackConfi
 def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
     """See `on_ray.pack_dataset`, which this is but for what runs the units."""
     dataset, output = storage.absolute(dataset), storage.absolute(output)
+    if config.retrieve is not None:  # workers run in other folders
+        config = config.model_copy(update={"retrieve": config.retrieve.absolute()})
     opened = datasets.open_dataset(dataset)
     vocabulary = load_tokenizer(tokenizer)
     _check_special_tokens(vocabulary, tokenizer, config.view)
     digest = tokenizer_digest(vocabulary)
-    inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}".encode()))
+    docs = "" if config.retrieve is None else docs_checksum(config.retrieve)
+    inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}{docs and chr(10)}{docs}".encode()))
     if (finished := manifests.finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
         return finished
     storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
@@ -63,7 +67,7 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     work = functools.partial(
         pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
     )
-    config_digest = f"{config.digest()} {digest}"
+    config_digest = " ".join(filter(None, [config.digest(), digest, docs]))
     reports = run_units(units, work, folder=output, config_digest=config_digest, stage=STAGE, verb=VERB)
     if not sum(report.rows_kept for report in reports):
         raise _no_document(opened, config)
@@ -99,7 +103,8 @@ def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str,
         storage.join(dataset, shard.name),
         ["content", "content_hash", "libraries", "weight", "sketch", "placeholders", "segments"],
     )
-    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config)
+    retriever = None if config.retrieve is None else load_retriever(config.retrieve)
+    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config, retriever)
     return ShardReport(
         shard=unit.name,
         unit_digest="",  # set by what runs the unit

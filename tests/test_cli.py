@@ -24,7 +24,7 @@ STAGES = [
     "sketch",
     "evaluate",
 ]
-VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "demo", "status", "doctor"]
+VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "export-tasks", "demo", "status", "doctor"]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -1,4 +1,4 @@
-"""Verbs of evaluation: `evaluate`, `compare`."""
+"""Verbs of evaluation: `evaluate`, `compare`, `export-tasks`."""
 
 from __future__ import annotations
 
@@ -117,3 +117,27 @@ def compare(
     if len(runs) == 2:
         typer.echo(evaluating.compare(runs[0], runs[1], output, k).split("\n## ")[0].rstrip())
     typer.echo(f"report: {output}/table.html{f', {output}/compare.html' if len(runs) == 2 else ''}", err=True)
+
+
+@app.command("export-tasks")
+def export_tasks(
+    problems: Annotated[list[str], typer.Option(help="as of evaluate; repeatable")],
+    output: Annotated[str, typer.Option(help="folder for the task files")] = "tasks",
+    n: Annotated[int, typer.Option(min=1, help="samples per problem, of lm-eval")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of lm-eval")] = 0.0,
+    dry_run: DryRun = False,
+) -> None:
+    """Write benchmarks as tasks of lm-eval and bigcode-evaluation-harness; cert-ray scores what they draw.
+
+    Example: cert-ray export-tasks --problems pandas-eval --problems numpy-eval --output tasks
+    """
+    from cert_ray.evaluation import harness
+    from cert_ray.evaluation.fetch import find_problems
+
+    if dry_run:
+        show({"problems": problems, "output": output, "n": n, "temperature": temperature})
+        raise typer.Exit
+    names = harness.export_tasks([find_problems(one) for one in problems], output, n, temperature)
+    typer.echo(
+        f"lm-eval run --include_path {output} --tasks {','.join(names)} --model hf --model_args pretrained=MODEL"
+    )

@@ -132,7 +132,7 @@ class TestRetrieve:
         answerer.answer([self.PROMPT], Sampling(max_tokens=8))
         documented = Retriever(DOCS).header(self.PROMPT) + self.PROMPT.rstrip()
         assert sketcher.prompts == [documented.replace("def f", "def <|func|>")]
-        assert generator.prompts == [f" x = <|number|>\n<|segmentation|>\n{documented}"]
+        assert generator.prompts == [f"x = <|number|>\n<|segmentation|>\n{documented}"]
 
     def test_without_room_for_both_the_prompt_stays_alone(self) -> None:
         answerer, (engine,) = self.answerer(context_tokens=100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -120,3 +121,9 @@ def test_libraries_of_the_recipe_can_be_named_on_the_command_line(
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.output)["libraries"] == ["polars", "duckdb"]
+
+
+def test_verbs_that_need_no_model_do_not_wait_for_torch() -> None:
+    needed = "cert_ray.cli", "cert_ray.operations.evaluating", "cert_ray.evaluation.harness", "cert_ray.retrieval"
+    code = f"import sys, {', '.join(needed)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -65,11 +65,12 @@ def evaluate(
     """
     from cert_ray.evaluation.run import EvaluateConfig
     from cert_ray.operations import evaluating
-    from cert_ray.operations.sources import Source
 
     asked = {"mask": mask, "endpoint": endpoint, "endpoint_model": endpoint_model, "api_key_env": api_key_env}
     source = source_options(model, sketcher, generator, **asked, retrieve=retrieve)
     if samples is None:
+        from cert_ray.operations.sources import Source
+
         source = Source.from_mapping(source, "evaluate").recorded
     elif source:
         raise ConfigError(f"--samples: they are there already, so leave {', '.join(source)} out")

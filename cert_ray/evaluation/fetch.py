@@ -1,6 +1,6 @@
 """Published benchmarks by name: `pandas-eval`, `numpy-eval` or `human-eval` in, a checked local file out.
 
-A file comes from its upstream commit, once, into a cache, and counts only with the right sha256, which is looked at each
+A file comes from its upstream commit, once, into a cache, and counts only with the right sha256, looked at each
 time. Then no network is needed any more. `NAME=URL` takes it from somewhere else (a mirror, `file:///...`), under the
 same checksum. HumanEval comes from the installed `human-eval` package where there is one. Anything else is a path, and
 returned as it is.

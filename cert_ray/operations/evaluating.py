@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -14,11 +14,10 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.fetch import find_problems
-from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
+from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
 from cert_ray.evaluation.runs import read_runs
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.sweep import SweepConfig, run_sweep
-from cert_ray.operations.sources import Source, complete_at
 from cert_ray.retrieval.retriever import RetrieveConfig, docs_checksum
 
 _log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ def evaluate(
         _log.info("isolation: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
         sweep = SweepConfig(problems=tuple(problems), temperatures=tuple(temperatures), each=config)
-        found = run_sweep(sweep, complete_at(_source(config), sampling), execute)
+        found = run_sweep(sweep, _complete_at(config, sampling), execute)
         return {
             f"{one['benchmark']} at its best temperature, {one['best']['temperature']}": {
                 f"pass@{k}": score["value"] for k, score in one["best"]["pass_at_k"].items()
@@ -51,13 +50,15 @@ def evaluate(
         }
     if len(problems) > 1 or len(temperatures) > 1:
         raise ConfigError("evaluate: --samples belong to one --problems file and one --temperature.")
-    complete = None if config.samples else complete_at(_source(config), sampling)(temperatures[0])
+    complete = None if config.samples else _complete_at(config, sampling)(temperatures[0])
     result = run_evaluation(config, complete, execute)
     return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
 
 
-def _source(config: EvaluateConfig) -> Source:
-    return Source.from_mapping(config.source, "evaluate")
+def _complete_at(config: EvaluateConfig, sampling: dict[str, Any]) -> Callable[[float], Complete]:
+    from cert_ray.operations.sources import Source, complete_at  # torch: 3 s that a file of samples need not wait
+
+    return complete_at(Source.from_mapping(config.source, "evaluate"), sampling)
 
 
 def _source_digest(source: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cert_ray import cli
+from tests.retrieval.builders import write_library
 
 STAGES = [
     "preprocess",
@@ -121,6 +122,20 @@ def test_libraries_of_the_recipe_can_be_named_on_the_command_line(
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.output)["libraries"] == ["polars", "duckdb"]
+
+
+def test_a_librarys_documentation_is_written_for_retrieve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "docs.jsonl"
+    assert run(monkeypatch, "library-docs", str(write_library(tmp_path)), "--as", "mk", "--output", str(output)) == 0
+    assert "mk.Frame.peek" in output.read_text()
+    said = capsys.readouterr()
+    assert "6 functions, classes and methods" in said.out
+    assert "monkey.fast_sum" in said.err
+    options = ["--endpoint", "http://x", "--retrieve", str(output), "--dry-run"]
+    assert run(monkeypatch, "evaluate", "--problems", "p.jsonl", *options) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == {"endpoint": "http://x", "retrieve": str(output)}
 
 
 def test_verbs_that_need_no_model_do_not_wait_for_torch() -> None:

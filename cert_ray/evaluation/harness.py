@@ -189,9 +189,9 @@ class BigCodeTask:
         return str(doc["prompt"] + doc["canonical_solution"] if get_solution else doc["task_id"])
 
     def postprocess_generation(self, generation: str, idx: int) -> str:
-        """The prompt and the completion, cut."""
+        """The prompt and the completion, cut, also at the end of text that the evaluator adds to `stop_words`."""
         prompt = self.get_prompt(self.get_dataset()[idx])
-        return prompt + truncate(generation.removeprefix(prompt))
+        return prompt + truncate(generation.removeprefix(prompt), tuple(self.stop_words))
 
     def process_results(self, generations: Sequence[Sequence[str]], references: Sequence[str]) -> dict[str, float]:
         """Mean pass@k over the problems that `references` name.

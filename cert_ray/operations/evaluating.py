@@ -18,7 +18,7 @@ from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
 from cert_ray.evaluation.runs import read_runs
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.sweep import SweepConfig, run_sweep
-from cert_ray.retrieval.retriever import RetrieveConfig, docs_checksum
+from cert_ray.retrieval.retriever import RetrieveConfig
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def _source_digest(source: Mapping[str, str]) -> str:
     """Changes when other models or docs come to stand where `source` says; empty for what is not at hand."""
     found = [describe_model(source[option]) for option in ("generator", "model", "sketcher") if option in source]
     if source.get("retrieve"):
-        found.append(docs_checksum(RetrieveConfig(docs=source["retrieve"])))
+        found.append(RetrieveConfig(docs=source["retrieve"]).pinned().checksum or "")
     return str(xxhash.xxh3_64_hexdigest("\n".join(found).encode())) if any(found) else ""
 
 

@@ -73,7 +73,7 @@ def complete_at(source: Source, sampling: dict[str, Any]) -> Callable[[float], C
         ConfigError: for a model that is neither a folder nor on the hub, and a key that is not in the environment.
         InputError: for documentation or a model that cannot be used.
     """
-    retrieve = None if source.retrieve is None else RetrieveConfig(docs=source.retrieve)
+    retrieve = None if source.retrieve is None else RetrieveConfig(docs=source.retrieve).pinned()
     if source.endpoint is not None:
         endpoint = _endpoint(source)
 

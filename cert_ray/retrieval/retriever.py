@@ -26,6 +26,7 @@ import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
+from cert_ray.errors import InputError
 from cert_ray.libraries import imported_libraries
 from cert_ray.retrieval.library_docs import ApiDoc, read_docs
 
@@ -41,10 +42,25 @@ class RetrieveConfig(Config):
     docs: str  # the file that `cert-ray library-docs` wrote
     top: int = pydantic.Field(default=2, ge=1)
     query_chars: int = pydantic.Field(default=2_000, ge=1)
+    checksum: str | None = None  # of the file that is meant, as manifests of token files name it; None: any
 
     def absolute(self) -> RetrieveConfig:
         """The same for a process in another folder."""
         return self.model_copy(update={"docs": storage.absolute(self.docs)})
+
+    def pinned(self) -> RetrieveConfig:
+        """The same, meaning the file as it is now, for a process in another folder.
+
+        Raises:
+            InputError: when there is none, or it is not the one that was meant.
+        """
+        if not storage.exists(self.docs) or storage.is_folder(self.docs):
+            read_docs(self.docs)  # says what is wrong with it
+        found = storage.checksum(self.docs).checksum
+        if self.checksum not in (None, found):
+            problem = f"checksum {found} where {self.checksum} is meant"
+            raise InputError(self.docs, problem, "Give the file that the models were trained with.")
+        return self.absolute().model_copy(update={"checksum": found})
 
 
 class Retriever:
@@ -68,7 +84,7 @@ class Retriever:
         Raises:
             InputError: when its file cannot be used.
         """
-        return cls(read_docs(config.docs), config.top, config.query_chars)
+        return cls(read_docs(config.pinned().docs), config.top, config.query_chars)
 
     def find(self, text: str) -> list[ApiDoc]:
         """The docs that suit `text` best, the best first; among equals the first in the file. May be fewer or none."""
@@ -102,25 +118,11 @@ class Retriever:
         return np.logical_or.reduce(masks) if masks else None
 
 
-def load_retriever(config: RetrieveConfig) -> Retriever:
-    """`Retriever.load`, once in a process for equal options and an equal file."""
-    return _loaded(config, docs_checksum(config))
-
-
 @lru_cache(maxsize=4)
-def _loaded(config: RetrieveConfig, checksum: str) -> Retriever:  # noqa: ARG001 - part of the key
+def load_retriever(config: RetrieveConfig) -> Retriever:
+    """`Retriever.load`, once in a process for equal options, which are pinned."""
+    assert config.checksum is not None
     return Retriever.load(config)
-
-
-def docs_checksum(config: RetrieveConfig) -> str:
-    """What tells the docs of `config` from others at the same place.
-
-    Raises:
-        InputError: when its file cannot be used.
-    """
-    if not storage.exists(config.docs) or storage.is_folder(config.docs):
-        read_docs(config.docs)  # says what is wrong with it
-    return storage.checksum(config.docs).checksum
 
 
 def _header(docs: Sequence[ApiDoc]) -> str:

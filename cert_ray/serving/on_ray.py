@@ -27,7 +27,6 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
-from cert_ray.retrieval.library_docs import read_docs
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.api_keys import read_key_file
@@ -347,7 +346,7 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
             if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
                 raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
         if model.retrieve is not None:
-            read_docs(model.retrieve.docs)
+            model.retrieve.pinned()
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))

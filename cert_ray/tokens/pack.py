@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError, TokenizerMismatchError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
-from cert_ray.retrieval.retriever import docs_checksum, load_retriever
+from cert_ray.retrieval.retriever import load_retriever
 from cert_ray.shards.units import Work, WorkUnit, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
@@ -52,14 +52,13 @@ def pack_in_process(dataset: str, tokenizer: str, output: str, config: PackConfi
 def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
     """See `on_ray.pack_dataset`, which this is but for what runs the units."""
     dataset, output = storage.absolute(dataset), storage.absolute(output)
-    if config.retrieve is not None:  # workers run in other folders
-        config = config.model_copy(update={"retrieve": config.retrieve.absolute()})
+    if config.retrieve is not None:
+        config = config.model_copy(update={"retrieve": config.retrieve.pinned()})
     opened = datasets.open_dataset(dataset)
     vocabulary = load_tokenizer(tokenizer)
     _check_special_tokens(vocabulary, tokenizer, config.view)
     digest = tokenizer_digest(vocabulary)
-    docs = "" if config.retrieve is None else docs_checksum(config.retrieve)
-    inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}{docs and chr(10)}{docs}".encode()))
+    inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}".encode()))
     if (finished := manifests.finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
         return finished
     storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
@@ -67,7 +66,7 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     work = functools.partial(
         pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
     )
-    config_digest = " ".join(filter(None, [config.digest(), digest, docs]))
+    config_digest = f"{config.digest()} {digest}"
     reports = run_units(units, work, folder=output, config_digest=config_digest, stage=STAGE, verb=VERB)
     if not sum(report.rows_kept for report in reports):
         raise _no_document(opened, config)

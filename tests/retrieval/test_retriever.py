@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from cert_ray.retrieval.retriever import Retriever
+from cert_ray.errors import InputError
+from cert_ray.retrieval.library_docs import write_docs
+from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from tests.retrieval.builders import ASKS_FOR_SORTING, DOCS
 
 
@@ -55,3 +59,14 @@ def test_of_a_long_prompt_the_end_decides_and_of_a_file_the_beginning() -> None:
     assert "order_by" in short.header(text)
     assert "drop_gaps" in short.header_of_file(text)
     assert short.header_of_file(text) == short.header(text[:60])
+
+
+def test_options_that_mean_a_certain_file_refuse_another_one(tmp_path: Path) -> None:
+    url = str(tmp_path / "docs.jsonl")
+    write_docs(url, DOCS)
+    pinned = RetrieveConfig(docs=url).pinned()
+    assert Retriever.load(pinned).find(ASKS_FOR_SORTING)
+    write_docs(url, DOCS[1:])
+    assert RetrieveConfig(docs=url).pinned().checksum != pinned.checksum
+    with pytest.raises(InputError, match="that the models were trained with"):
+        Retriever.load(pinned)

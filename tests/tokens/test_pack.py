@@ -51,6 +51,7 @@ def test_a_pack_is_made_again_when_the_documentation_changes(inputs: tuple[str, 
         packed = PackedTokens.open(str(tmp_path / "out"))
         tokens.append([packed.tokens(document).tolist() for document in range(len(packed))])
         assert manifest.counts["documented"] == 50
+        assert manifest.config["retrieve"]["checksum"] == config.retrieve.pinned().checksum
     assert tokens[0] != tokens[1]
     assert sum(first != second for first, second in zip(*tokens, strict=True)) == 50
 

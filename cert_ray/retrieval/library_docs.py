@@ -5,18 +5,23 @@ which users reach it (`pandas.DataFrame.head`, not `pandas.core.generic.NDFrame.
 signature without annotations; the documentation's prose, up to its first section or example. Where a module says what
 it exports (`__all__`), nothing else of it is public; tests are not.
 
-griffe reads the source and `.pyi` stubs and runs nothing. What a package compiles or makes while it is imported is not
-there to be read; with `imports` griffe imports the package and inspects it, which runs what importing runs.
+griffe reads the source and runs nothing. What a package compiles or makes while it is imported is not there to be read;
+with `imports` the package is imported for it and inspected, which runs what importing runs.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import logging
 import re
+import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Longer ones say little more and cost the prompt's room: of pandas' 2,300 signatures, 1 in 12 is cut. Assumed.
+# Longer ones cost the prompt's room: 98 of the 2,796 signatures of pandas 3.1.1 are (2026-11-26). Assumed.
 _SIGNATURE_CHARS = 120
 _SUMMARY_CHARS = 120
 _DEFAULT_CHARS = 20
@@ -36,6 +41,7 @@ _DESCRIPTION_CHARS = 600  # what a doc is found by
 _SECTION = re.compile(
     r"^\s*(?:-{3,}|={3,}|>>>.*|\.\. .*|:(?:param|return).*|(?:Args|Arguments|Returns|Raises|Examples?):)\s*$"
 )
+_CURE = "Give the name that Python imports it by, installed here or below --path FOLDER, or its folder."
 _NOT_FOR_USERS = frozenset({"tests", "test", "testing", "conftest", "setup"})
 
 
@@ -77,15 +83,20 @@ def collect_docs(
     Raises:
         InputError: when there is no such package, or it documents nothing.
     """
+    package, paths = _place(package, paths)
     root = _load(package, paths, imports)
     reached = _reach(root)
-    name = shown_as or root.path
-    docs = tuple(
-        _api_doc(name + path.removeprefix(root.path), item) for path, item in sorted(reached.items.items()) if path
-    )
-    if not docs:
+    found = {path: ApiDoc(path, _signature(item), _description(item)) for path, item in reached.items.items()}
+    unread = set(reached.unread)
+    if imports:
+        asked = sorted(unread.union(reached.assigned))
+        inspected = {path: doc for path in asked if (doc := _inspected(root.path, path, paths)) is not None}
+        found, unread = found | inspected, unread - inspected.keys()
+    if not found:
         raise InputError(package, "no public function or class can be read in it", "Try --import.")
-    return LibraryDocs(docs, tuple(sorted(reached.unread)))
+    name = shown_as or root.path
+    docs = (replace(doc, name=name + path.removeprefix(root.path)) for path, doc in sorted(found.items()))
+    return LibraryDocs(tuple(docs), tuple(sorted(unread)))
 
 
 def write_docs(url: str, docs: Iterable[ApiDoc]) -> storage.Written:
@@ -120,28 +131,26 @@ def _text(value: object) -> str:
     return value
 
 
-def _load(package: str, paths: Sequence[str], imports: bool) -> griffe.Object:
-    import sys
+def _place(package: str, paths: Sequence[str]) -> tuple[str, list[str]]:
+    """The import name of `package`, and where it is looked for before this interpreter's own path."""
+    if "/" not in package and package != ".":
+        return package, list(paths)
+    folder = Path(package).resolve()
+    if not (folder / "__init__.py").is_file():
+        raise InputError(package, "no package: there is no __init__.py in it", _CURE)
+    return folder.name, [str(folder.parent), *paths]
 
+
+def _load(package: str, paths: Sequence[str], imports: bool) -> griffe.Object:
     import griffe
 
-    cure = "Give the name that Python imports it by, installed here or below --path FOLDER, or its folder."
-    folder = Path(package)
-    named: str | Path = package
-    if "/" in package or package == ".":
-        if not (folder / "__init__.py").is_file():
-            raise InputError(package, "no package: there is no __init__.py in it", cure)
-        named = folder.resolve().name
-        paths = [str(folder.resolve().parent), *paths]
-    loader = griffe.GriffeLoader(
-        allow_inspection=imports, force_inspection=imports, search_paths=[*paths, *filter(None, sys.path)]
-    )
+    loader = griffe.GriffeLoader(allow_inspection=imports, search_paths=[*paths, *filter(None, sys.path)])
     logging.getLogger("griffe").setLevel(logging.ERROR)  # docstring sections that it cannot read are no matter here
     try:
-        loaded = loader.load(named, try_relative_path=False)
+        loaded = loader.load(package, try_relative_path=False)
         loader.resolve_aliases(implicit=True, external=False)
     except (ImportError, griffe.GriffeError, OSError) as error:
-        raise InputError(package, f"no such package: {error}", cure) from error
+        raise InputError(package, f"no such package: {error}", _CURE) from error
     assert isinstance(loaded, griffe.Object)
     return loaded
 
@@ -150,13 +159,43 @@ def _load(package: str, paths: Sequence[str], imports: bool) -> griffe.Object:
 class _Reached:
     items: dict[str, griffe.Object]  # by the shortest public path
     unread: list[str]
+    assigned: list[str]  # names that a module gives a value, which may be one that can be called
+
+
+def _inspected(package: str, path: str, paths: Sequence[str]) -> ApiDoc | None:
+    """What `path` is when the package is imported; None where it is nothing that can be called."""
+    with _importing_from(paths):
+        try:
+            value = attrgetter(path.removeprefix(f"{package}."))(importlib.import_module(package))
+        except AttributeError:
+            return None
+        except Exception as error:  # whatever a package does when it is imported
+            raise InputError(package, f"cannot be imported: {error!r}", "Leave --import out.") from error
+    if not callable(value):
+        return None
+    try:
+        signature = _cut(str(inspect.signature(value))[1:-1], _SIGNATURE_CHARS)
+    except (ValueError, TypeError):  # many compiled functions do not tell theirs
+        signature = None
+    description = _prose(inspect.getdoc(value) or "", path.rpartition(".")[2])
+    return ApiDoc(path, "" if signature is None else f"({signature})", description)
+
+
+@contextmanager
+def _importing_from(paths: Sequence[str]) -> Iterator[None]:
+    before = list(sys.path)
+    sys.path[:0] = paths
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _reach(root: griffe.Object) -> _Reached:
     """Everything public, breadth first, so that the shortest path to an object comes first."""
     import griffe
 
-    found = _Reached({}, [])
+    found = _Reached({}, [], [])
     seen: set[str] = set()
     waiting: deque[tuple[str, griffe.Object]] = deque([(root.path, root)])
     while waiting:
@@ -177,9 +216,12 @@ def _reach(root: griffe.Object) -> _Reached:
             if identity in seen:
                 continue
             seen.add(identity)
+            if target.is_attribute and item.is_module:
+                found.assigned.append(f"{path}.{name}")
             if target.is_function or target.is_class:
                 found.items[f"{path}.{name}"] = target
-            if target.is_module or target.is_class:
+            # A class that another one only mentions has its own place; following it could go in circles.
+            if target.is_module or (target.is_class and (item.is_module or target.parent is item)):
                 waiting.append((f"{path}.{name}", target))
     return found
 
@@ -202,10 +244,6 @@ def _members(item: griffe.Object) -> dict[str, griffe.Object | griffe.Alias]:
 
 def _is_own(root: griffe.Object, path: str) -> bool:
     return path == root.path or path.startswith(f"{root.path}.")
-
-
-def _api_doc(name: str, item: griffe.Object) -> ApiDoc:
-    return ApiDoc(name, _signature(item), _description(item))
 
 
 def _signature(item: griffe.Object) -> str:
@@ -237,11 +275,16 @@ def _default(text: str) -> str:
 
 
 def _description(item: griffe.Object) -> str:
-    """The prose that the documentation begins with, in one line."""
-    if item.docstring is None:
-        return ""
+    return "" if item.docstring is None else _prose(item.docstring.value, item.name)
+
+
+def _prose(docstring: str, name: str) -> str:
+    """What the documentation of `name` begins with, in one line."""
+    text = docstring.strip()
+    if text.startswith(f"{name}("):  # as compiled functions tell their signature
+        text = text.partition("\n\n")[2]
     prose: list[str] = []
-    for line in item.docstring.value.strip().splitlines():
+    for line in text.splitlines():
         if _SECTION.match(line):
             if set(line.strip()) <= set("-=") and prose:
                 prose.pop()  # the section's title

@@ -129,7 +129,8 @@ def _header(docs: Sequence[ApiDoc]) -> str:
     if not docs:
         return ""
     lines = [f"# {doc.name}{doc.signature}{f': {doc.summary}' if doc.summary else ''}" for doc in docs]
-    return "\n".join([HEADING, *lines]) + "\n\n"
+    # A line break within would let documentation out of its comment.
+    return "\n".join([HEADING, *(" ".join(line.splitlines()) for line in lines)]) + "\n\n"
 
 
 def _imports(text: str) -> str:

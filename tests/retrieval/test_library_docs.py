@@ -28,10 +28,39 @@ def test_the_public_api_is_read_without_running_it(tmp_path: Path) -> None:
     assert "monkey" not in sys.modules
 
 
+def test_what_has_no_source_is_inspected_when_the_package_may_be_imported(tmp_path: Path) -> None:
+    (tmp_path / "swift_sums").mkdir()
+    (tmp_path / "swift_sums" / "__init__.py").write_text(
+        "from math import hypot\nfrom swift_sums._made import fsum, nothing\nLIMIT = 3\nlength = hypot\n"
+        "__all__ = ['LIMIT', 'fsum', 'length', 'nothing']\n"
+    )
+    (tmp_path / "swift_sums" / "_made.py").write_text("import math\nglobals().update(fsum=math.fsum, nothing=None)\n")
+    folder = str(tmp_path / "swift_sums")
+    with pytest.raises(InputError, match="Try --import"):
+        collect_docs(folder)
+    found = collect_docs(folder, imports=True)
+    assert [(doc.name, doc.signature) for doc in found.docs] == [
+        ("swift_sums.fsum", "(seq, /)"),
+        ("swift_sums.length", ""),  # which does not tell its own
+    ]
+    assert found.docs[0].summary == "Return an accurate floating point sum of values in the iterable seq."
+    assert found.unread == ("swift_sums.nothing",)
+    del sys.modules["swift_sums"], sys.modules["swift_sums._made"]
+
+
 def test_a_package_is_found_by_name_below_a_path_and_shown_under_another(tmp_path: Path) -> None:
     write_library(tmp_path)
     found = collect_docs("monkey", shown_as="pd", paths=[str(tmp_path)])
     assert [doc.name for doc in found.docs] == [doc.name.replace("monkey", "pd") for doc in EXPECTED]
+
+
+def test_classes_that_name_each_other_end(tmp_path: Path) -> None:
+    package = tmp_path / "loop"
+    package.mkdir()
+    (package / "__init__.py").write_text("class A:\n    from loop.b import B\n    class C:\n        def f(self): ...\n")
+    (package / "b.py").write_text("class B:\n    from loop import A\n    def g(self): ...\n")
+    names = [doc.name for doc in collect_docs(str(package)).docs]
+    assert names == ["loop.A", "loop.A.B", "loop.A.C", "loop.A.C.f", "loop.b.B", "loop.b.B.A", "loop.b.B.g"]
 
 
 def test_a_compiled_module_is_read_when_it_may_be_imported() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cert_ray.errors import InputError
-from cert_ray.retrieval.library_docs import write_docs
+from cert_ray.retrieval.library_docs import ApiDoc, write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from tests.retrieval.builders import ASKS_FOR_SORTING, DOCS
 
@@ -45,6 +45,14 @@ def test_nothing_is_found_for_words_that_no_doc_has(retriever: Retriever) -> Non
 def test_prose_decides_and_code_where_there_is_none(retriever: Retriever) -> None:
     assert retriever.find("import monkey\nframe.orderBy(  # missing values\n")[0].name == "monkey.Frame.drop_gaps"
     assert retriever.find("import monkey\nframe.orderBy(\n")[0].name == "monkey.Frame.order_by"
+
+
+def test_documentation_never_leaves_its_comment() -> None:
+    header = Retriever([ApiDoc("monkey.peek", "(sep='\n')", "Rows\r\nimport os\x0bos")]).header(
+        "import monkey\n# rows\n"
+    )
+    assert all(line.startswith("# ") for line in header.splitlines()[:-1])
+    assert len(header.splitlines()) == 3
 
 
 def test_an_inherited_method_is_shown_once_and_equals_come_in_the_files_order(retriever: Retriever) -> None:

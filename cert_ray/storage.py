@@ -82,6 +82,12 @@ def absolute(url: str) -> str:
     return str(local_path(url)) if is_local(url) else url
 
 
+def cache_folder(name: str) -> Path:
+    """Where this machine keeps what can be fetched or built again: $XDG_CACHE_HOME/cert-ray/`name`, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "cert-ray" / name
+
+
 def join(url: str, *parts: str) -> str:
     """`url` with `parts` appended; the separator is `/` everywhere."""
     return "/".join([url.rstrip("/"), *parts]) if parts else url

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from cert_ray.libraries import library_counts, uses_any
+from cert_ray.libraries import imported_libraries, library_counts, uses_any
 
 LIBRARIES = pa.chunked_array([[["numpy", "os"], []], [["pandas"], None, ["os"]]], pa.list_(pa.string()))
 
@@ -17,3 +17,7 @@ def test_files_that_import_one_of_the_names_are_chosen() -> None:
     assert uses_any(LIBRARIES, ["numpy", "pandas"]).to_pylist() == [True, False, True, False, False]
     assert uses_any(LIBRARIES, []).to_pylist() == [False] * 5
     assert uses_any(pa.chunked_array([], LIBRARIES.type), ["os"]).to_pylist() == []
+
+
+def test_imports_count_with_the_uses_of_the_name_they_bind() -> None:
+    assert imported_libraries("import pandas as pd, os.path\npd.DataFrame(pd.x)\nos.path\n") == {"pandas": 3, "os": 2}

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError, TokenizerMismatchError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
+from cert_ray.retrieval.retriever import load_retriever
 from cert_ray.shards.units import Work, WorkUnit, attempt, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
@@ -51,6 +52,8 @@ def pack_in_process(dataset: str, tokenizer: str, output: str, config: PackConfi
 def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
     """See `on_ray.pack_dataset`, which this is but for what runs the units."""
     dataset, output = storage.absolute(dataset), storage.absolute(output)
+    if config.retrieve is not None:
+        config = config.model_copy(update={"retrieve": config.retrieve.pinned()})
     opened = datasets.open_dataset(dataset)
     vocabulary = load_tokenizer(tokenizer)
     _check_special_tokens(vocabulary, tokenizer, config.view)
@@ -101,7 +104,8 @@ def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str,
         storage.join(dataset, shard.name),
         ["content", "content_hash", "libraries", "weight", "sketch", "placeholders", "segments"],
     )
-    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config)
+    retriever = None if config.retrieve is None else load_retriever(config.retrieve)
+    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config, retriever)
     return ShardReport(
         shard=unit.name,
         unit_digest="",  # set by what runs the unit

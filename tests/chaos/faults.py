@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -199,7 +200,7 @@ def s3_goes_away(place: Place) -> tuple[Trial, str, float | None]:
         s3.down = True
         if trial.wait():
             raise ChaosError("finished without its storage")
-        problem = trial.log.strip().splitlines()[-1]
+        said = re.findall(r"^(\w[\w.]*(?:Error|Exception)): ", trial.log, re.MULTILINE)
         done = len(trial.events())
         s3.down = False
         back_s = time.time()
@@ -207,7 +208,11 @@ def s3_goes_away(place: Place) -> tuple[Trial, str, float | None]:
         found = {key.removeprefix("run/"): xxhash.xxh3_128_hexdigest(body) for key, body in s3.objects().items()}
     place.check({name: digest for name, digest in found.items() if "card/" not in name})
     assert done
-    return trial, f"ended with `{problem[:90]}`; run again: finished", trial.goes_on_after(back_s)
+    return (
+        trial,
+        f"{s3.refused} requests refused, ended with {said[0]}; run again: finished",
+        trial.goes_on_after(back_s),
+    )
 
 
 @contextmanager
@@ -287,7 +292,7 @@ def short_partition(place: Place) -> tuple[Trial, str, float | None]:
 
 def long_partition(place: Place) -> tuple[Trial, str, float | None]:
     """a node out of reach for longer is given up: others do its work, it ends when it is back; same bytes"""
-    return _partition(place, down_s=20.0)
+    return _partition(place, down_s=150.0)  # five checks of ten seconds each must fail
 
 
 def _partition(place: Place, down_s: float) -> tuple[Trial, str, float | None]:
@@ -313,11 +318,12 @@ def _partition(place: Place, down_s: float) -> tuple[Trial, str, float | None]:
     if gone != (down_s > 10):
         raise ChaosError(f"after {down_s} s out of reach the node {'ended' if gone else 'stayed'}")
     place.check(tree(place.folder / "run"))
-    ends = [one.at_s for one in trial.events() if not one.begins and one.task in begun and one.at_s > cut_s]
-    others = {one.pid for one in trial.events() if one.task in begun and one.at_s > cut_s} - far
-    happened = f"cable pulled for {down_s:g} s in the middle of {', '.join(sorted(begun))}: done by "
-    happened += f"{'another node' if others else 'the node itself'}; the node {'ended' if gone else 'stayed'}"
-    return trial, happened, max(ends) - cut_s if ends else None
+    later = [one for one in events.read(place.folder / "events") if one.at_s > cut_s and one.pid not in far]
+    again = [one.at_s for one in later if one.task.removesuffix(events.CHECK) in begun]
+    happened = f"cable pulled for {down_s:g} s in the middle of {', '.join(sorted(begun))}: "
+    happened += f"{'taken up by another node' if again else 'done by the node itself'}; "
+    happened += f"the node {'ended' if gone else 'stayed'}"
+    return trial, happened, min(again) - cut_s if again else trial.goes_on_after(cut_s)
 
 
 def _unfinished(trial: Trial, pids: set[int]) -> set[str]:

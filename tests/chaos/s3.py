@@ -66,7 +66,7 @@ def started_s3() -> Iterator[S3]:
         if running and running[0].refuses():
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_SLOW_DOWN)))])
-            return [_SLOW_DOWN]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [_SLOW_DOWN]
         answer: Iterable[bytes] = moto(environ, start)
         return answer
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -48,7 +50,7 @@ def run_units(
     A manifest of other units in `folder` is removed first, so none stands while its shards are redone, and then what
     units left that are no longer among these. Heavy units start first, and light ones share a task: see
     `units.batches`. A task that is run again finds the units that it had finished. An error raised on purpose in a task
-    comes back as itself, without Ray's wrapping.
+    comes back as itself: as a row, since of an exception Ray keeps the text alone.
 
     Args:
         work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
@@ -60,7 +62,7 @@ def run_units(
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
         SupersededError: when another run of the stage begins in `folder` meanwhile.
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
-        OSError: when storage failed a unit again and again.
+        RayTaskError: with the traceback of any other error; of storage, when it came again and again.
     """
     units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
     units_module.remove_other_units(units, folder)
@@ -71,8 +73,10 @@ def run_units(
     def run_batch(batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
             for unit in map(_unit_of, row["units"]):
-                report, was_there = _perform(unit, given)
-                yield pa.Table.from_pylist([{"report": report.model_dump_json(), "reused": was_there}])
+                tried = _tried(unit, given)
+                yield pa.Table.from_pylist([tried])
+                if tried["error"]:
+                    return
 
     batches = units_module.batches(units, workers or int(ray.cluster_resources().get("CPU", 0)))
     with _our_context():
@@ -152,13 +156,18 @@ def _perform(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> Out
     return units_module.perform(unit, work, folder, config_digest, stage, token), False
 
 
-def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:
-    """What each unit gave, as they end."""
+def _tried(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> dict[str, Any]:
+    """In a task: the row of a unit, with its report or with the error that was raised on purpose."""
     try:
-        for row in dataset.iter_rows():
-            yield ShardReport.model_validate_json(row["report"]), bool(row["reused"])
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        while cause is not None and not isinstance(cause, CertRayError | OSError):
-            cause = cause.__cause__
-        raise (cause or error) from None
+        report, was_there = _perform(unit, given)
+    except CertRayError as error:
+        return {"report": "", "reused": False, "error": pickle.dumps(error)}
+    return {"report": report.model_dump_json(), "reused": was_there, "error": b""}
+
+
+def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:
+    """What each unit gave, as they end; the first error raised on purpose ends them."""
+    for row in dataset.iter_rows():
+        if row["error"]:
+            raise pickle.loads(row["error"])
+        yield ShardReport.model_validate_json(row["report"]), bool(row["reused"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -161,21 +162,17 @@ def slow_storage(place: Place) -> tuple[Trial, str, float | None]:
 
 
 def failing_storage(place: Place) -> tuple[Trial, str, float | None]:
-    """each failure ends the run with its error; run again, it goes on from the finished units; same bytes"""
+    """a task tries again by itself; a failure outside of tasks ends the run, and run again it goes on; same bytes"""
     marks = place.folder / "marks"
     marks.mkdir(parents=True)
     settings = json.dumps({"fail_every": 40, "marks": str(marks)})
     trial = place.trial(f"faulty://{place.folder}/run", **{faulty_storage.VARIABLE: settings})
-    problems = trial.until_finished(most=30)
-    if not problems or not all("injected" in problem for problem in problems):
+    problems = trial.until_finished(most=10)
+    if not all("injected" in problem for problem in problems):
         raise ChaosError(f"not one clear error for each failed run: {problems}")
     place.check(tree(place.folder / "run"))
     failed = len(list(marks.iterdir()))
-    return (
-        trial,
-        f"{failed} calls failed, {len(problems)} runs ended with `Input/output error`, the next finished",
-        None,
-    )
+    return trial, f"{failed} calls failed; {len(problems)} drivers ended with an error before one finished", None
 
 
 def s3_slows_down(place: Place) -> tuple[Trial, str, float | None]:
@@ -183,13 +180,13 @@ def s3_slows_down(place: Place) -> tuple[Trial, str, float | None]:
     from tests.chaos.s3 import BUCKET, started_s3
 
     with started_s3() as s3:
-        s3.refuse_every = 9
+        s3.refuse_every = 50
         trial = place.trial(f"s3://{BUCKET}/run", **s3.variables)
         assert trial.until_finished(most=1) == []
         s3.refuse_every = None
         found = {key.removeprefix("run/"): xxhash.xxh3_128_hexdigest(body) for key, body in s3.objects().items()}
     place.check({name: digest for name, digest in found.items() if "card/" not in name})
-    return trial, f"{s3.refused} requests refused with 503 (every ninth): finished at once", None
+    return trial, f"{s3.refused} requests refused with 503 (every fiftieth): finished at once", None
 
 
 def s3_goes_away(place: Place) -> tuple[Trial, str, float | None]:
@@ -203,7 +200,7 @@ def s3_goes_away(place: Place) -> tuple[Trial, str, float | None]:
         s3.down = True
         if trial.wait():
             raise ChaosError("finished without its storage")
-        problem = trial.log.strip().splitlines()[-1]
+        said = re.findall(r"^(\w[\w.]*(?:Error|Exception)): ", trial.log, re.MULTILINE)
         done = len(trial.events())
         s3.down = False
         back_s = time.time()
@@ -211,7 +208,11 @@ def s3_goes_away(place: Place) -> tuple[Trial, str, float | None]:
         found = {key.removeprefix("run/"): xxhash.xxh3_128_hexdigest(body) for key, body in s3.objects().items()}
     place.check({name: digest for name, digest in found.items() if "card/" not in name})
     assert done
-    return trial, f"ended with `{problem[:90]}`; run again: finished", trial.goes_on_after(back_s)
+    return (
+        trial,
+        f"{s3.refused} requests refused, ended with {said[0]}; run again: finished",
+        trial.goes_on_after(back_s),
+    )
 
 
 @contextmanager
@@ -245,7 +246,8 @@ def disk_full(place: Place) -> tuple[Trial, str, float | None]:
         room_s = time.time()
         trial.until_finished(most=2)
         place.check(tree(disk / "run"))
-        return trial, f"`{problem.split(': ', 1)[-1][:150]}`; run again: finished", trial.goes_on_after(room_s)
+        said = problem.split("Error: ", 1)[-1].replace(str(disk), "DISK")
+        return trial, f"`{said}`; run again: finished", trial.goes_on_after(room_s)
 
 
 def object_store_full(place: Place) -> tuple[Trial, str, float | None]:
@@ -283,6 +285,53 @@ def gcs_restarts(place: Place) -> tuple[Trial, str, float | None]:
     return trial, "the GCS was killed, and started again after 5 s: the same driver finished", recovery_s
 
 
+def short_partition(place: Place) -> tuple[Trial, str, float | None]:
+    """a node out of reach for less than Ray's patience stays, and the run goes on; same bytes"""
+    return _partition(place, down_s=2.0)
+
+
+def long_partition(place: Place) -> tuple[Trial, str, float | None]:
+    """a node out of reach for longer is given up: others do its work, it ends when it is back; same bytes"""
+    return _partition(place, down_s=150.0)  # five checks of ten seconds each must fail
+
+
+def _partition(place: Place, down_s: float) -> tuple[Trial, str, float | None]:
+    from tests.chaos.far_node import started_far_node
+
+    trial = place.trial()
+    place.folder.mkdir(parents=True)
+    with started_far_node(place.nodes.cluster.address, place.folder) as node:
+        trial.start()
+        while not (begun := _unfinished(trial, node.pids())):
+            if trial.process is None or trial.process.poll() is not None:
+                raise ChaosError(f"the far node had nothing to do: {trial.log[-3_000:]}")
+            time.sleep(0.02)
+        node.cut()
+        cut_s = time.time()
+        far = node.pids()
+        time.sleep(down_s)  # how long it is out of reach: what is tested
+        node.mend()
+        finished = trial.wait()
+        gone = node.ends_within(60.0 if down_s > 10 else 0.1)
+    if not finished:
+        raise ChaosError(f"the run did not survive: {trial.log[-3_000:]}")
+    if gone != (down_s > 10):
+        raise ChaosError(f"after {down_s} s out of reach the node {'ended' if gone else 'stayed'}")
+    place.check(tree(place.folder / "run"))
+    later = [one for one in events.read(place.folder / "events") if one.at_s > cut_s and one.pid not in far]
+    again = [one.at_s for one in later if one.task.removesuffix(events.CHECK) in begun]
+    happened = f"cable pulled for {down_s:g} s in the middle of {', '.join(sorted(begun))}: "
+    happened += f"{'taken up by another node' if again else 'done by the node itself'}; "
+    happened += f"the node {'ended' if gone else 'stayed'}"
+    return trial, happened, min(again) - cut_s if again else trial.goes_on_after(cut_s)
+
+
+def _unfinished(trial: Trial, pids: set[int]) -> set[str]:
+    """Tasks that processes of `pids` are in the middle of."""
+    running = events.running(trial.events())
+    return {tasks[-1] for pid, tasks in running.items() if pid in pids}
+
+
 FAULTS: Mapping[str, Callable[[Place], tuple[Trial, str, float | None]]] = {
     "slow storage": slow_storage,
     "failing storage": failing_storage,
@@ -291,6 +340,8 @@ FAULTS: Mapping[str, Callable[[Place], tuple[Trial, str, float | None]]] = {
     "disk full": disk_full,
     "object store full": object_store_full,
     "GCS restarts": gcs_restarts,
+    "short partition": short_partition,
+    "long partition": long_partition,
 }
 
 

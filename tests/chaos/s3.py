@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
+import httpx
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 
@@ -65,7 +66,7 @@ def started_s3() -> Iterator[S3]:
         if running and running[0].refuses():
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             start("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_SLOW_DOWN)))])
-            return [_SLOW_DOWN]
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [_SLOW_DOWN]
         answer: Iterable[bytes] = moto(environ, start)
         return answer
 
@@ -76,6 +77,7 @@ def started_s3() -> Iterator[S3]:
     try:
         options = {"endpoint_url": s3.url, "region_name": "us-east-1"}
         client = boto3.client("s3", aws_access_key_id="chaos", aws_secret_access_key="chaos", **options)
+        httpx.post(f"{s3.url}/moto-api/reset").raise_for_status()  # what an earlier S3 of this process held
         client.create_bucket(Bucket=BUCKET)
         running.append(s3)
         yield s3

@@ -6,14 +6,25 @@ import errno
 from pathlib import Path
 
 import pytest
+import ray
 
 from cert_ray import storage
+from cert_ray.errors import StorageFullError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.shards.units import Work, WorkUnit, attempt, shard_name
 from tests.ray_marks import RAY_DATA
 
 pytestmark = RAY_DATA
+
+
+def raising(error: Exception) -> Work:
+    """Work that always fails."""
+
+    def work(unit: WorkUnit) -> ShardReport:
+        raise error
+
+    return work
 
 
 def failing(folder: Path, number: int, times: int) -> Work:
@@ -31,9 +42,20 @@ def failing(folder: Path, number: int, times: int) -> Work:
     return work
 
 
-def run(folder: Path, work: Work) -> list[ShardReport]:
-    units = [WorkUnit(name="shard-00000", payload={"n": 0})]
-    return run_units(units, work, folder=str(folder / "run"), config_digest="c", stage="documents", verb="preprocess")
+def run(folder: Path, work: Work, units: int = 1) -> list[ShardReport]:
+    """So many units, in one task."""
+    planned = [WorkUnit(name=shard_name(n), payload={"n": n}, weight=1) for n in range(units)]
+    with attempt(str(folder / "run"), "documents", "preprocess") as token:
+        return run_units(
+            planned,
+            work,
+            folder=str(folder / "run"),
+            config_digest="c",
+            stage="documents",
+            verb="preprocess",
+            token=token,
+            workers=1,
+        )
 
 
 def test_a_passing_error_of_storage_is_tried_again(tmp_path: Path) -> None:
@@ -41,8 +63,13 @@ def test_a_passing_error_of_storage_is_tried_again(tmp_path: Path) -> None:
     assert report.rows_kept == 1
 
 
-def test_a_full_disk_ends_the_run_at_once_with_its_own_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="the storage said so") as raised:
+def test_a_full_disk_is_not_tried_again(tmp_path: Path) -> None:
+    with pytest.raises(ray.exceptions.RayTaskError, match="the storage said so"):
         run(tmp_path, failing(tmp_path, errno.ENOSPC, times=9))
-    assert raised.value.errno == errno.ENOSPC
     assert len(list(tmp_path.glob("failure-*"))) == 1
+
+
+def test_an_error_raised_on_purpose_comes_back_as_itself(tmp_path: Path) -> None:
+    with pytest.raises(StorageFullError) as raised:
+        run(tmp_path, raising(StorageFullError("/data/x", 3_000_000, 1_000_000)))
+    assert (raised.value.uri, raised.value.free_bytes) == ("/data/x", 1_000_000)

@@ -16,7 +16,10 @@ from cert_ray.errors import ConfigError
 
 
 class Config(pydantic.BaseModel):
-    """Frozen options with validated values; unknown names are refused."""
+    """Frozen options with validated values; unknown names are refused.
+
+    One that may be given a secret is declared with `hide_input_in_errors=True`: no error shows its values.
+    """
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
 
@@ -46,5 +49,6 @@ def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> 
         elif problem["type"] == "missing":
             lines.append(f"{name}: required, but not given")
         else:
-            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r})")
+            got = "" if cls.model_config.get("hide_input_in_errors") else f" (got {problem['input']!r})"
+            lines.append(f"{name}: {problem['msg']}{got}")
     return f"{where}: " + "; ".join(lines)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-class Source(Config):
+class Source(Config, hide_input_in_errors=True):
     """Either `model`, or `sketcher` and `generator`, or `endpoint`. Names and addresses only: it is recorded whole."""
 
     model: str | None = None
@@ -52,6 +52,8 @@ class Source(Config):
         for option, owner in (("mask", "model"), ("endpoint_model", "endpoint"), ("api_key_env", "endpoint")):
             if getattr(self, option) is not None and owner not in given:
                 raise ConfigError(f"--{option.replace('_', '-')} goes with --{owner}")
+        if self.endpoint is not None:
+            _check_address(self.endpoint)
         return self
 
     @property
@@ -64,6 +66,20 @@ class Source(Config):
         """The models given, by option."""
         given = {"model": self.model, "sketcher": self.sketcher, "generator": self.generator}
         return {option: folder for option, folder in given.items() if folder is not None}
+
+
+def _check_address(url: str) -> None:
+    """Refuse, without showing it, an address that may hold a password or key: it is recorded and logged whole."""
+    try:
+        parts = urlsplit(url)
+        secret = "@" in parts.netloc or parts.query or parts.fragment
+    except ValueError:
+        raise ConfigError("--endpoint: not an address; give one as http://HOST:PORT") from None
+    if secret:
+        raise ConfigError(
+            "--endpoint: give the address without user, password and ?query, since evaluations record it; a key "
+            "belongs in an environment variable that --api-key-env names"
+        )
 
 
 def complete_at(source: Source, sampling: dict[str, Any]) -> Callable[[float], Complete]:
@@ -137,7 +153,7 @@ def _endpoint(source: Source) -> EndpointConfig:
     assert source.endpoint is not None
     key = None
     if source.api_key_env is not None:
-        key = os.environ.get(source.api_key_env)
+        key = os.environ.get(source.api_key_env, "").strip()
         if not key:
             raise ConfigError(f"--api-key-env {source.api_key_env}: no such variable, or it is empty. Export the key.")
         parts = urlsplit(source.endpoint)

@@ -4,7 +4,8 @@ In: model folders, or the URL of an OpenAI-compatible server. Out: for each prom
 cut at PAPER.md's stop strings. Nothing is scored and nothing is run in here.
 
 An endpoint's key stands in a `SecretStr`: it is sent, and neither shown nor written. A server that is busy or cannot be
-reached is asked again (tenacity), after the time that it names or 1, 2, 4, ... seconds.
+reached is asked again (tenacity), after the time that it names or 1, 2, 4, ... seconds. What h11 says of a request that
+it will not send quotes the headers, so it is not passed on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import pydantic
 import tenacity
 
 from cert_ray.config import Config
-from cert_ray.errors import InputError, RequestError
+from cert_ray.errors import ConfigError, InputError, RequestError
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
@@ -48,7 +49,7 @@ class CompleterConfig(Config):
         return Sampling(n=n, **self.model_dump())
 
 
-class EndpointConfig(Config):
+class EndpointConfig(Config, hide_input_in_errors=True):
     """An OpenAI-compatible server. `url` is its base, with or without `/v1`."""
 
     url: str
@@ -58,6 +59,17 @@ class EndpointConfig(Config):
     attempts: int = pydantic.Field(default=6, ge=1)
     longest_wait_s: float = pydantic.Field(default=30.0, gt=0)  # between attempts, whatever the server asks for
     max_n: int = pydantic.Field(default=100, ge=1)  # per request; more are asked for in further requests
+
+    @pydantic.field_validator("api_key")
+    @classmethod
+    def _check_key(cls, key: pydantic.SecretStr | None) -> pydantic.SecretStr | None:
+        """A key from a file often ends in a line break."""
+        if key is None:
+            return None
+        bare = key.get_secret_value().strip()
+        if not bare or not bare.isascii() or not bare.isprintable() or " " in bare:
+            raise ConfigError("the endpoint's key: empty, or with blanks or other characters that no header takes.")
+        return pydantic.SecretStr(bare)
 
 
 class LocalCompleter:
@@ -159,7 +171,7 @@ class EndpointCompleter:
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """The parsed answer; asks again while the server is busy or cannot be reached."""
         retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type((httpx.TransportError, _BusyError)),
+            retry=tenacity.retry_if_exception(_may_pass),
             stop=tenacity.stop_after_attempt(self._endpoint.attempts),
             wait=self._wait_s,
             sleep=self._sleep,
@@ -168,6 +180,9 @@ class EndpointCompleter:
         )
         try:
             return self._read_response(retrying(self._ask, method, path, body))
+        except httpx.LocalProtocolError:
+            problem = "the request cannot be sent: a header or the address is not one of HTTP's"
+            raise InputError(self._endpoint.url, problem, "Check the URL and the key.") from None  # it quotes the key
         except httpx.TransportError as error:
             cure = "Check the URL, and that the server runs."
             raise InputError(self._endpoint.url, f"cannot be reached: {error!r}", cure) from error
@@ -217,6 +232,12 @@ class _BusyError(Exception):
     def __init__(self, response: httpx.Response) -> None:
         super().__init__(f"status {response.status_code}")
         self.response = response
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, httpx.LocalProtocolError):  # the request itself is wrong
+        return False
+    return isinstance(error, httpx.TransportError | _BusyError)
 
 
 def complete_with_models(models: ModelConfig, config: CompleterConfig | None = None) -> Complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,29 @@ def test_a_key_that_is_not_in_the_environment_is_refused(monkeypatch: pytest.Mon
     monkeypatch.delenv("SERVERS_KEY", raising=False)
     with pytest.raises(ConfigError, match="--api-key-env SERVERS_KEY: no such variable"):
         complete_at(Source(endpoint="http://x", api_key_env="SERVERS_KEY"), {})
+
+
+def test_a_keys_line_break_is_not_sent(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVERS_KEY", " sk-hush\r\n")
+    complete_at(Source(endpoint="https://far", endpoint_model="m", api_key_env="SERVERS_KEY"), {})(0.2)(["x"], 1)
+    assert server.requests[0].headers["Authorization"] == "Bearer sk-hush"
+
+
+@pytest.mark.parametrize("key", ["sk-hush sk-other", "sk-hush\nsk-other", "sk-hush\x00", "sk-hush\u2026"])
+def test_a_key_that_no_header_takes_is_refused_unseen(key: str) -> None:
+    with pytest.raises(ConfigError, match="the endpoint's key") as refused:
+        EndpointConfig.from_mapping({"url": "http://x", "api_key": key}, "endpoint")
+    assert "hush" not in "".join(traceback.format_exception(refused.value))
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["https://user:hush@host", "https://hush@host/v1", "https://host/v1?key=hush", "http://u:hush@[1", "//x#hush"],
+)
+def test_an_address_that_may_hold_a_secret_is_refused_unseen(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="--endpoint: ") as refused:
+        Source.from_mapping({"endpoint": endpoint}, "evaluate")
+    assert "hush" not in "".join(traceback.format_exception(refused.value))
 
 
 def test_retrieval_sees_the_prompt_alone_and_the_program_is_without_it(server: Server, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,19 @@ def test_a_server_that_cannot_be_reached_is_named() -> None:
 
     with pytest.raises(InputError, match=r"http://server:1/v1: cannot be reached"):
         Server(refuse).complete(["a"], 1)
+
+
+def test_a_request_that_cannot_be_sent_is_tried_once_and_its_headers_are_not_quoted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(request: httpx.Request) -> httpx.Response:
+        raise httpx.LocalProtocolError("Illegal header value b'Bearer sk-hush\\n'", request=request)
+
+    server = Server(refuse)
+    with pytest.raises(InputError, match="cannot be sent") as refused:
+        server.complete(["a"], 1)
+    assert (len(server.urls), server.waits_s) == (1, [])
+    assert "hush" not in caplog.text + "".join(traceback.format_exception(refused.value))
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def _source_digest(source: Mapping[str, str]) -> str:
     """Changes when other models or docs come to stand where `source` says; empty for what is not at hand."""
     found = [describe_model(source[option]) for option in ("generator", "model", "sketcher") if option in source]
     if source.get("retrieve"):
-        found.append(RetrieveConfig(docs=source["retrieve"]).pinned().checksum or "")
+        found.append(RetrieveConfig.from_text(source["retrieve"]).pinned().checksum or "")
     return str(xxhash.xxh3_64_hexdigest("\n".join(found).encode())) if any(found) else ""
 
 

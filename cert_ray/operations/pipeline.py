@@ -53,7 +53,7 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
         held_out_fraction=recipe.held_out_fraction,
         seed=recipe.seed,
         limit=limit or recipe.pack_documents,
-        retrieve=None if view == View.BASE else recipe.retrieve,
+        retrieve=recipe.view_retrieve(view),
     )
     return pack_dataset(folders.dataset, folders.tokenizer, folders.tokens(view), config, recipe.workers)
 
@@ -79,6 +79,10 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
         raise ConfigError("evaluation: this recipe has none; jobs/numpy.yaml shows one")
     folders = RunFolders(recipe.run)
     names = {"model": wanted.model} if wanted.model else {"sketcher": "sketcher", "generator": "generator"}
+    source = {option: folders.model(name) for option, name in names.items()}
+    # As given: in a job submitted again, the same file lies in another folder.
+    if (retrieve := recipe.view_retrieve(recipe.models[next(iter(names.values()))].view)) is not None:
+        source["retrieve"] = retrieve.text
     config = EvaluateConfig.from_mapping(
         {
             "problems": wanted.problems[0],
@@ -86,7 +90,7 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
             "n": wanted.n,
             "temperature": wanted.temperatures[0],
             "max_tokens": wanted.max_tokens,
-            "source": {option: folders.model(name) for option, name in names.items()},
+            "source": source,
             "seed": wanted.seed,
             "limit": wanted.limit,
             "requirements": wanted.requirements,

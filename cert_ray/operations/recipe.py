@@ -22,8 +22,8 @@ from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import LoggerName, TrainConfig
 
+_STAGES = ("sketcher", "generator")  # what an evaluation scores that names no model
 # TrainConfig's fields that the recipe works out by itself.
-_STAGES = ("sketcher", "generator")
 _WORKED_OUT = ("base", "tokenizer", "tokens", "output")
 
 
@@ -134,6 +134,10 @@ class Recipe(Config):
     def view_libraries(self, view: View) -> tuple[str, ...] | None:
         """Which files `view` reads: the base's are all (None), the others import one of `libraries`."""
         return None if view == View.BASE else self.libraries
+
+    def view_retrieve(self, view: View) -> RetrieveConfig | None:
+        """What models of `view` read ahead of a file, and of a prompt."""
+        return None if view == View.BASE else self.retrieve
 
 
 class RunFolders:

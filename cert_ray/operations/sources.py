@@ -1,8 +1,8 @@
 """Whom to ask for completions: a model, a sketcher and a generator, or an endpoint; and how that becomes a `Complete`.
 
-In: a `Source`, from the command line. Out: from a temperature to a `Complete`. Models are loaded once, whatever their
-kind: one with an encoder and a decoder is told by its config. Here serving's answers meet evaluation's `Complete`:
-evaluation never imports serving.
+In: a `Source`, from the command line or a recipe. Out: from a temperature to a `Complete`. Models are loaded once,
+whatever their kind: one with an encoder and a decoder is told by its config. Here serving's answers meet evaluation's
+`Complete`: evaluation never imports serving.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ class Source(Config, hide_input_in_errors=True):
     endpoint: str | None = None
     endpoint_model: str | None = None  # None: the first that the endpoint lists
     api_key_env: str | None = None  # the environment variable that holds the endpoint's key
-    retrieve: str | None = None  # a file of `cert-ray library-docs`: documentation ahead of each prompt
+    retrieve: RetrieveConfig | None = None  # documentation ahead of each prompt; as text, the file or `recorded`'s
+
+    @pydantic.field_validator("retrieve", mode="before")
+    @classmethod
+    def _read_retrieve(cls, given: object) -> object:
+        return RetrieveConfig.from_text(given) if isinstance(given, str) else given
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> Self:
@@ -59,7 +64,10 @@ class Source(Config, hide_input_in_errors=True):
     @property
     def recorded(self) -> dict[str, str]:
         """What an evaluation's record says of it."""
-        return {name: str(value) for name, value in self.model_dump(exclude_none=True).items()}
+        given = self.model_dump(exclude_none=True, exclude={"retrieve"})
+        if self.retrieve is not None:
+            given["retrieve"] = self.retrieve.text
+        return {name: str(value) for name, value in given.items()}
 
     @property
     def models(self) -> dict[str, str]:
@@ -89,7 +97,7 @@ def complete_at(source: Source, sampling: dict[str, Any]) -> Callable[[float], C
         ConfigError: for a model that is neither a folder nor on the hub, and a key that is not in the environment.
         InputError: for documentation or a model that cannot be used.
     """
-    retrieve = None if source.retrieve is None else RetrieveConfig(docs=source.retrieve).pinned()
+    retrieve = None if source.retrieve is None else source.retrieve.pinned()
     if source.endpoint is not None:
         endpoint = _endpoint(source)
 

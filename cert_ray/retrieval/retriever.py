@@ -15,6 +15,7 @@ and capitals, and words stemmed (Snowball). The ranking is BM25 (Lucene's form, 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -43,6 +44,21 @@ class RetrieveConfig(Config):
     top: int = pydantic.Field(default=2, ge=1)
     query_chars: int = pydantic.Field(default=2_000, ge=1)
     checksum: str | None = None  # of the file that is meant, as manifests of token files name it; None: any
+
+    @classmethod
+    def from_text(cls, text: str) -> RetrieveConfig:
+        """From what `text` gives: the file's URL, or a JSON object of options.
+
+        Raises:
+            ConfigError: when an option cannot be used.
+        """
+        return cls.from_mapping(json.loads(text) if text.startswith("{") else {"docs": text}, "retrieve")
+
+    @property
+    def text(self) -> str:
+        """The file's URL; with other options beside it, a JSON object."""
+        given = self.model_dump(exclude_defaults=True)
+        return self.docs if given.keys() == {"docs"} else json.dumps(given)
 
     def absolute(self) -> RetrieveConfig:
         """The same for a process in another folder."""

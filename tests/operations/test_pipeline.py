@@ -1,7 +1,8 @@
-"""A recipe's stages on Ray that no other test runs: the evaluation of its models, once."""
+"""A recipe's stages that no other test runs: the evaluation of its models, with what they were trained to read."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,13 @@ from cert_ray.errors import CertRayError, ConfigError
 from cert_ray.operations import pipeline
 from cert_ray.operations.on_ray import run_on_worker
 from cert_ray.operations.recipe import Recipe, recipe_from
+from cert_ray.operations.sources import Source
+from cert_ray.retrieval.library_docs import write_docs
+from cert_ray.retrieval.retriever import RetrieveConfig
+from cert_ray.serving.answering import Answerer, ModelConfig
+from tests.evaluation.builders import in_this_process, write_problems
 from tests.ray_marks import RAY_DATA
+from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
 
 PROBLEMS = Path(pipeline.__file__).with_name("demo_problems.jsonl")
@@ -38,6 +45,37 @@ def test_a_recipe_without_an_evaluation_says_so(tmp_path: Path) -> None:
 def test_an_evaluation_names_a_model_of_the_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="evaluation: no model xl in this recipe"):
         recipe_of(tmp_path, {"problems": [str(PROBLEMS)], "model": "xl"})
+
+
+@pytest.mark.parametrize("view", ["xl", "base"])
+def test_models_are_scored_with_the_documentation_that_they_were_trained_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, view: str
+) -> None:
+    write_docs(str(tmp_path / "docs.jsonl"), DOCS)
+    folder = save_model(tmp_path / "run" / "models" / "it")
+    options: dict[str, object] = {
+        "run": str(tmp_path / "run"),
+        "libraries": ["monkey"],
+        "preprocess": {"sources": {"inputs": ["corpus"]}},
+        "retrieve": {"docs": "docs.jsonl", "top": 1},
+        "models": {"it": {"start": "tiny", "view": view, "train": {"steps": 4, "warmup_steps": 1, "micro_batch": 1}}},
+        "evaluation": {"problems": [write_problems(tmp_path / "p.jsonl", 2)], "model": "it", "max_tokens": 2},
+    }
+    loaded: list[ModelConfig] = []
+    load = Answerer.load
+    monkeypatch.setattr(Answerer, "load", lambda config: loaded.append(config) or load(config))
+    monkeypatch.setattr(pipeline, "run_on_worker", lambda work, cpus, gpus: work())
+    monkeypatch.setattr(pipeline, "execute_on_ray", in_this_process)
+    monkeypatch.chdir(tmp_path)
+    pipeline.run_evaluate(recipe_from(options, "test"))
+    (config,) = loaded
+    assert config.model == folder
+    written = json.loads((tmp_path / "run" / "evaluation" / "summary.json").read_text())["config"]["source"]
+    if view == "base":
+        assert (config.retrieve, written) == (None, {"model": folder})
+        return
+    assert config.retrieve == RetrieveConfig(docs=str(tmp_path / "docs.jsonl"), top=1).pinned()
+    assert Source.from_mapping(written, "test").retrieve == RetrieveConfig(docs="docs.jsonl", top=1)
 
 
 class TestOnRay:

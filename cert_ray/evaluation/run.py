@@ -31,7 +31,7 @@ from cert_ray.evaluation.environments import Environment
 from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.report import render_html, render_markdown, result_rows
 from cert_ray.evaluation.rerank import RerankMethod
-from cert_ray.evaluation.runs import RESULTS, SUMMARY
+from cert_ray.evaluation.runs import RESULTS, SUMMARY, remove_sweep
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.scoring import EvaluationResult, evaluate, rerank_counts
 from cert_ray.evaluation.sketch_quality import measure_sketches
@@ -102,6 +102,7 @@ def run_evaluation(
     problems = read_problems(config.problems)[: config.limit]
     execution = _execution(config, problems)
     environment = execution.environment()  # before sampling: what cannot be scored should not be sampled for hours
+    remove_sweep(config.output)
     samples = _samples(config, problems, complete, keep_parts)
     if RerankMethod.LOGPROB in config.rerank and all(sample.logprob is None for sample in samples):
         raise ConfigError("rerank: these samples have no log-probabilities; endpoints give none. Leave logprob out.")

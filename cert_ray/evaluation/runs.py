@@ -1,4 +1,7 @@
-"""Finished evaluations, read back: a folder that `run` or `sweep` wrote in, counts, scores and labels out."""
+"""Finished evaluations, read back: a folder that `run` or `sweep` wrote in, counts, scores and labels out.
+
+A folder holds one evaluation or one sweep: whichever begins removes the other's scores.
+"""
 
 from __future__ import annotations
 
@@ -92,3 +95,20 @@ def read_runs(folder: str) -> list[Run]:
         cure = "Run the same `cert-ray evaluate` again: it writes this file anew from the finished evaluations."
         raise InputError(sweep_url, f"damaged: {error!r}", cure) from error
     return [read_run(storage.join(folder, one)) for one in best]
+
+
+def remove_evaluation(folder: str) -> None:
+    """Remove the scores of one evaluation in `folder`, where a sweep begins. Its samples stay."""
+    _remove(folder, SUMMARY, RESULTS, "report.md", "report.html")
+
+
+def remove_sweep(folder: str) -> None:
+    """Remove the scores of a sweep in `folder`, where one evaluation begins. The sweep's own evaluations stay."""
+    _remove(folder, SWEEP, "sweep.md", "sweep.html")
+
+
+def _remove(folder: str, *names: str) -> None:
+    """In this order: without the first, the others count for nothing."""
+    for name in names:
+        if storage.exists(url := storage.join(folder, name)):
+            storage.remove(url)

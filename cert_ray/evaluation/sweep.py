@@ -24,7 +24,7 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.report import template
 from cert_ray.evaluation.run import Complete, EvaluateConfig, is_finished, run_evaluation
-from cert_ray.evaluation.runs import SWEEP, Run, read_run
+from cert_ray.evaluation.runs import SWEEP, Run, read_run, remove_evaluation
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ def run_sweep(
         As `run_evaluation`.
     """
     cells = config.cells()
+    remove_evaluation(config.each.output)
     for number, cell in enumerate(cells, start=1):
         if is_finished(cell):
             _log.info("evaluation %d of %d: %s is finished", number, len(cells), cell.output)

@@ -15,7 +15,7 @@ from cert_ray.evaluation.comparison import compare_runs, render_comparison, rend
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.fetch import find_problems
 from cert_ray.evaluation.run import Complete, EvaluateConfig, is_finished, run_evaluation
-from cert_ray.evaluation.runs import read_run, read_runs
+from cert_ray.evaluation.runs import read_run, read_runs, remove_sweep
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.sweep import SweepConfig, run_sweep
 from cert_ray.retrieval.retriever import RetrieveConfig
@@ -58,6 +58,7 @@ def evaluate(
         raise ConfigError("evaluate: --samples belong to one --problems file and one --temperature.")
     if reuse and config.source_digest and is_finished(config):
         _log.info("%s is finished", config.output)
+        remove_sweep(config.output)
         run = read_run(config.output)
         return {config.problems: {f"pass@{k}": run.interval(k).value for k in run.ks}}
     complete = None if config.samples else _complete_at(config, sampling)(temperatures[0])

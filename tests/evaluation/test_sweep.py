@@ -71,6 +71,28 @@ def test_every_pair_has_a_folder_and_the_best_temperature_stands_beside_all(tmp_
     assert [run.folder for run in read_runs(str(out))] == [str(out / "A-t0.4"), str(out / "B-t0.4")]
 
 
+def test_a_folder_holds_the_scores_of_what_was_done_last(tmp_path: Path) -> None:
+    sweep, out = config(tmp_path), tmp_path / "out"
+    model = Model()
+
+    def scored() -> list[str]:
+        return [Path(run.folder).name for run in read_runs(str(out))]
+
+    run_sweep(sweep, model.at, in_this_process)  # type: ignore[arg-type]
+    calls = len(model.calls)
+    with pytest.raises(SandboxError):  # killed once it has begun
+        run_evaluation(sweep.each, Model(fail_after=1).at(0.2), in_this_process)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"no summary\.json"):
+        scored()
+    run_evaluation(sweep.each, Model().at(0.2), in_this_process)  # type: ignore[arg-type]
+    assert scored() == ["out"]
+    run_sweep(sweep, model.at, in_this_process)  # type: ignore[arg-type]
+    assert scored() == ["A-t0.4", "B-t0.4"]
+    assert not list(out.glob("report.*"))
+    assert not is_finished(sweep.each)
+    assert len(model.calls) == calls  # the sweep's own evaluations were kept
+
+
 def test_a_killed_sweep_goes_on_where_it_was_and_ends_the_same(tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     whole = config(tmp_path / "whole")

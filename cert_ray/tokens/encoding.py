@@ -66,6 +66,13 @@ class PackConfig(Config):
     limit: int | None = pydantic.Field(None, ge=1)  # read only so many documents of the dataset, the first
     retrieve: RetrieveConfig | None = None  # documentation ahead of each file
 
+    @pydantic.field_serializer("retrieve")
+    def _describe_retrieve(self, retrieve: RetrieveConfig | None) -> dict[str, Any] | None:
+        """A pinned file is what its checksum says, wherever it lies: a job's files come to lie in another folder."""
+        if retrieve is None:
+            return None
+        return retrieve.model_dump(mode="json", exclude=None if retrieve.checksum is None else {"docs"})
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedShard:

@@ -56,6 +56,19 @@ def test_a_pack_is_made_again_when_the_documentation_changes(inputs: tuple[str, 
     assert sum(first != second for first, second in zip(*tokens, strict=True)) == 50
 
 
+def test_the_same_documentation_at_another_place_is_the_same_pack(inputs: tuple[str, str], tmp_path: Path) -> None:
+    made = []
+    for folder in ("first", "second"):  # as a job that is submitted twice
+        docs = str(tmp_path / folder / "docs.jsonl")
+        write_docs(docs, [ApiDoc("numpy.array", "(x)", "The area.")])
+        config = PackConfig(view=View.XL, retrieve={"docs": docs})
+        manifest = pack_in_process(*inputs, str(tmp_path / "out"), config)
+        made.append((manifest, [path.stat().st_mtime_ns for path in sorted((tmp_path / "out").iterdir())]))
+    assert made[0] == made[1]
+    assert made[0][0].counts["documented"] == 50
+    assert manifest.config["retrieve"].keys() == {"top", "query_chars", "checksum"}
+
+
 def test_a_limit_reads_the_first_documents_alone(inputs: tuple[str, str], tmp_path: Path) -> None:
     whole = pack_in_process(*inputs, str(tmp_path / "whole"), PackConfig(view=View.BASE))
     limited = pack_in_process(*inputs, str(tmp_path / "some"), PackConfig(view=View.BASE, limit=45))

@@ -11,6 +11,7 @@ with `imports` the package is imported for it and inspected, which runs what imp
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -23,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cert_ray import storage
 from cert_ray.errors import InputError
@@ -89,9 +90,8 @@ def collect_docs(
     found = {path: ApiDoc(path, _signature(item), _description(item)) for path, item in reached.items.items()}
     unread = set(reached.unread)
     if imports:
-        asked = sorted(unread.union(reached.assigned))
-        inspected = {path: doc for path in asked if (doc := _inspected(root.path, path, paths)) is not None}
-        found, unread = found | inspected, unread - inspected.keys()
+        inspected, failed = _inspect(root.path, sorted(unread.union(reached.assigned)), paths)
+        found, unread = found | inspected, (unread | failed) - inspected.keys()
     if not found:
         raise InputError(package, "no public function or class can be read in it", "Try --import.")
     name = shown_as or root.path
@@ -162,23 +162,55 @@ class _Reached:
     assigned: list[str]  # names that a module gives a value, which may be one that can be called
 
 
-def _inspected(package: str, path: str, paths: Sequence[str]) -> ApiDoc | None:
-    """What `path` is when the package is imported; None where it is nothing that can be called."""
+def _inspect(package: str, names: Sequence[str], paths: Sequence[str]) -> tuple[dict[str, ApiDoc], set[str]]:
+    """What of `names` can be called once the package is imported; and those that fail when they are asked for."""
+    found, failed = {}, set()
     with _importing_from(paths):
         try:
-            value = attrgetter(path.removeprefix(f"{package}."))(importlib.import_module(package))
-        except AttributeError:
-            return None
+            module = importlib.import_module(package)
         except Exception as error:  # whatever a package does when it is imported
             raise InputError(package, f"cannot be imported: {error!r}", "Leave --import out.") from error
+        for name in names:
+            try:
+                doc = _inspected(name, attrgetter(name.removeprefix(f"{package}."))(module))
+            except AttributeError:
+                continue
+            except Exception as error:  # noqa: BLE001  a lazy attribute imports and does whatever it likes
+                _log.warning("%s cannot be read: %r", name, error)
+                failed.add(name)
+                continue
+            if doc is not None:
+                found[name] = doc
+    return found, failed
+
+
+def _inspected(name: str, value: Any) -> ApiDoc | None:
+    """What `value` is; None where it is nothing that can be called."""
     if not callable(value):
         return None
     try:
-        signature = _cut(str(inspect.signature(value))[1:-1], _SIGNATURE_CHARS)
+        parameters = inspect.signature(value).parameters.values()
     except (ValueError, TypeError):  # many compiled functions do not tell theirs
-        signature = None
-    description = _prose(inspect.getdoc(value) or "", path.rpartition(".")[2])
-    return ApiDoc(path, "" if signature is None else f"({signature})", description)
+        signature = ""
+    else:
+        told = ((one.name, one.kind.description, _default_of(one)) for one in parameters)
+        signature = _shown(told)
+    return ApiDoc(name, signature, _prose(inspect.getdoc(value) or "", name.rpartition(".")[2]))
+
+
+def _default_of(parameter: inspect.Parameter) -> str | None:
+    """The default as a literal or a type's name; any other object may look otherwise in each process."""
+    default = parameter.default
+    if default is inspect.Parameter.empty:
+        return None
+    if isinstance(default, type):
+        return default.__name__
+    text = _default(repr(default))
+    try:
+        ordered = not isinstance(ast.literal_eval(text), set)
+    except (ValueError, SyntaxError, TypeError):
+        return "..."
+    return text if ordered else "..."
 
 
 @contextmanager
@@ -258,15 +290,22 @@ def _signature(item: griffe.Object) -> str:
         function = found.final_target if isinstance(found, griffe.Alias) else found
     if not isinstance(function, griffe.Function):
         return ""
+    return _shown(
+        (one.name, "" if one.kind is None else one.kind.value, None if one.default is None else str(one.default))
+        for one in function.parameters
+    )
+
+
+def _shown(parameters: Iterable[tuple[str, str, str | None]]) -> str:
+    """Parameters by name, kind (in words that griffe and inspect share) and default."""
     shown: list[str] = []
-    for parameter in function.parameters:
-        if parameter.name in ("self", "cls"):
+    for name, kind, default in parameters:
+        if name in ("self", "cls"):
             continue
-        if parameter.kind is griffe.ParameterKind.keyword_only and not any(one.startswith("*") for one in shown):
+        if kind == "keyword-only" and not any(one.startswith("*") for one in shown):
             shown.append("*")
-        star = {griffe.ParameterKind.var_positional: "*", griffe.ParameterKind.var_keyword: "**"}
-        default = "" if parameter.default is None or parameter.kind in star else f"={_default(str(parameter.default))}"
-        shown.append(f"{star.get(parameter.kind, '')}{parameter.name}{default}")
+        star = {"variadic positional": "*", "variadic keyword": "**"}.get(kind, "")
+        shown.append(f"{star}{name}{'' if default is None or star else f'={_default(default)}'}")
     return f"({_cut(', '.join(shown), _SIGNATURE_CHARS)})"
 
 

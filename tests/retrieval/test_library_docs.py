@@ -40,12 +40,52 @@ def test_what_has_no_source_is_inspected_when_the_package_may_be_imported(tmp_pa
         collect_docs(folder)
     found = collect_docs(folder, imports=True)
     assert [(doc.name, doc.signature) for doc in found.docs] == [
-        ("swift_sums.fsum", "(seq, /)"),
+        ("swift_sums.fsum", "(seq)"),
         ("swift_sums.length", ""),  # which does not tell its own
     ]
     assert found.docs[0].summary == "Return an accurate floating point sum of values in the iterable seq."
     assert found.unread == ("swift_sums.nothing",)
     del sys.modules["swift_sums"], sys.modules["swift_sums._made"]
+
+
+def test_what_is_inspected_is_shown_as_what_is_read_and_the_same_in_every_process(tmp_path: Path) -> None:
+    (tmp_path / "swift_made").mkdir()
+    (tmp_path / "swift_made" / "__init__.py").write_text(
+        "import swift_made._made\n__all__ = ['Made', 'odd', 'total']\nfrom swift_made._made import Made, odd, total\n"
+    )
+    (tmp_path / "swift_made" / "_made.py").write_text(
+        "def _total(values: list[int], /, kind=int, *, start: int = 0, way=object(), some={'a', 'b'}) -> None:\n"
+        "    'The sum.'\n"
+        "def _odd(first, *rest: int, **more: int) -> 'str': ...\n"
+        "class _Made:\n"
+        "    def __init__(self, rows: list[int] | None = None) -> None: ...\n"
+        "globals().update(total=_total, odd=_odd, Made=_Made)\n"
+    )
+    found = collect_docs(str(tmp_path / "swift_made"), imports=True)
+    assert {doc.name: doc.signature for doc in found.docs} == {
+        "swift_made.Made": "(rows=None)",
+        "swift_made.odd": "(first, *rest, **more)",
+        "swift_made.total": "(values, kind=int, *, start=0, way=..., some=...)",
+    }
+    del sys.modules["swift_made"], sys.modules["swift_made._made"]
+
+
+def test_one_attribute_that_fails_is_unread_and_a_package_that_fails_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "swift_lazy").mkdir()
+    (tmp_path / "swift_lazy" / "__init__.py").write_text(
+        "from math import hypot\nfrom swift_lazy._made import plot\nlength = hypot\n__all__ = ['length', 'plot']\n"
+        "del plot\n"
+        "def __getattr__(name):\n"
+        "    if name == 'plot': raise ImportError('plot wants another package')\n"
+        "    raise AttributeError(name)\n"
+    )
+    (tmp_path / "swift_lazy" / "_made.py").write_text("globals().update(plot=print)\n")
+    found = collect_docs(str(tmp_path / "swift_lazy"), imports=True)
+    assert [doc.name for doc in found.docs] == ["swift_lazy.length"]
+    assert found.unread == ("swift_lazy.plot",)
+    del sys.modules["swift_lazy"], sys.modules["swift_lazy._made"]
+    with pytest.raises(InputError, match="cannot be imported: ModuleNotFoundError"):
+        collect_docs(str(write_library(tmp_path)), imports=True)
 
 
 def test_a_package_is_found_by_name_below_a_path_and_shown_under_another(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ class ModelConfig(Config):
         retrieve = None if self.retrieve is None else self.retrieve.absolute()
         return self.model_copy(update={**self.folders, "retrieve": retrieve})
 
+    def pinned(self) -> Self:
+        """The same, meaning the documentation as it is now: whoever loads it later refuses another.
+
+        Raises:
+            InputError: when there is none, or it is not the one that was meant.
+        """
+        return self if self.retrieve is None else self.model_copy(update={"retrieve": self.retrieve.pinned()})
+
 
 class Answerer:
     """Completes prompts with models that are loaded once. Safe to call from several threads."""

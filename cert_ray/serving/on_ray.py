@@ -336,7 +336,7 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
 
     Raises:
         ConfigError: when Ray is not connected, or Serve already listens elsewhere.
-        InputError: when a model folder is not there.
+        InputError: when a model folder or its documentation is not there.
         CertRayError: when the application does not come up, saying why.
     """
     if not ray.is_initialized():
@@ -345,8 +345,8 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
         for folder in model.folders.values():
             if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
                 raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
-        if model.retrieve is not None:
-            model.retrieve.pinned()
+    # Every replica, however late it starts, reads what is there now.
+    config = config.model_copy(update={"models": {name: model.pinned() for name, model in config.models.items()}})
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))

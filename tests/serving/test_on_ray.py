@@ -20,11 +20,14 @@ import yaml
 from ray.exceptions import RayActorError, RayTaskError
 
 from cert_ray.errors import ConfigError, InputError, RequestError
+from cert_ray.retrieval.library_docs import write_docs
+from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.backends import Told
 from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.events import TextDrawn
 from cert_ray.serving.sampling import Sampling
+from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
 
 with warnings.catch_warnings():
@@ -32,6 +35,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", pydantic.warnings.PydanticDeprecatedSince20)
     from ray.serve.exceptions import BackPressureError
 
+    from cert_ray.serving import on_ray
     from cert_ray.serving.deployment import ServerConfig
     from cert_ray.serving.on_ray import HandleBackend, ServedApp, build_app, start_server
 
@@ -153,6 +157,31 @@ def test_more_requests_than_the_queue_holds_are_refused_and_the_others_answered(
 def test_a_missing_model_folder_is_named_at_once(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent: no such model folder"):
         start_server(ServerConfig(model=str(tmp_path / "absent")))
+
+
+def test_replicas_get_the_documentation_that_was_there_when_the_server_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = str(tmp_path / "docs.jsonl")
+    write_docs(docs, DOCS)
+    given: list[ServerConfig] = []
+
+    class AsFarAsThisError(Exception):
+        """What follows needs Serve."""
+
+    def application(config: ServerConfig, _: object) -> None:
+        given.append(config)
+        raise AsFarAsThisError
+
+    monkeypatch.setattr(on_ray, "application", application)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with pytest.raises(AsFarAsThisError):
+        start_server(ServerConfig(model=str(tmp_path), retrieve={"docs": docs}))
+    (model,) = on_ray.ServeConfig.from_mapping(on_ray._portable(given[0]), "replica").models.values()
+    assert model.retrieve == RetrieveConfig(docs=docs).pinned()
+    write_docs(docs, DOCS[1:])
+    with pytest.raises(InputError, match="is meant"):
+        Answerer.load(model)
 
 
 def test_a_second_address_is_refused(served: ServedApp, config: ServerConfig) -> None:

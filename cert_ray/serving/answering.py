@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 import pydantic
 
@@ -32,6 +32,9 @@ from cert_ray.serving.sampling import Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
+
+# Of the window, kept for an answer that may be longer: editors ask for up to 2,048 tokens, and few are drawn. Assumed.
+_ANSWER_SHARE: Final = 0.5
 
 
 class ModelConfig(Config):
@@ -186,10 +189,12 @@ class Answerer:
         if not header:
             return prompt
         # A cascade's second prompt holds the sketch as well, which is about as long as the answer.
-        room = sampling.max_tokens * (1 if self._sketcher is None else 3)
+        wanted = sampling.max_tokens * (1 if self._sketcher is None else 3)
         engines = [engine for engine in (self._sketcher, self._generator) if engine is not None]
         fits = all(
-            len(prompt_format.encode_code(engine.tokenizer, header + prompt)) + room <= engine.context_tokens
+            len(prompt_format.encode_code(engine.tokenizer, header + prompt))
+            + min(wanted, int(engine.context_tokens * _ANSWER_SHARE))
+            <= engine.context_tokens
             for engine in engines
         )
         return header + prompt if fits else prompt

@@ -11,6 +11,7 @@ it will not send quotes the headers, so it is not passed on.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -33,6 +34,8 @@ _log = logging.getLogger(__name__)
 _OPENAI_MAX_STOPS = 4  # OpenAI API reference, "Completions"
 _BUSY: Final = frozenset({408, 429, 502, 503, 504})
 _KEY_WANTED: Final = frozenset({401, 403})
+_TOO_LONG: Final = "context_length_exceeded"  # OpenAI's, and cert-ray's own
+_WINDOW: Final = re.compile(r"maximum context length|available context size")  # vLLM, llama.cpp
 
 
 class CompleterConfig(Config):
@@ -223,7 +226,14 @@ class EndpointCompleter:
         cure = ""
         if response.status_code in _KEY_WANTED:
             cure = " Name the environment variable that holds the server's key: --api-key-env NAME."
-        raise RequestError(response.status_code, f"{self._endpoint.url}: {message}{cure}")
+        code = _TOO_LONG if response.status_code == 400 and _says_too_long(error_fields, str(message)) else None
+        raise RequestError(response.status_code, f"{self._endpoint.url}: {message}{cure}", None, code)
+
+
+def _says_too_long(error_fields: Any, message: str) -> bool:
+    """Whether the prompt and its answer are too long for the model: by OpenAI's code, or as other servers word it."""
+    code = error_fields.get("code") if isinstance(error_fields, dict) else None
+    return code == _TOO_LONG or _WINDOW.search(message) is not None
 
 
 class _BusyError(Exception):
@@ -251,5 +261,20 @@ def complete_with_endpoint(endpoint: EndpointConfig, config: CompleterConfig | N
 
 
 def with_documentation(complete: Complete, retriever: Retriever) -> Complete:
-    """`complete`, given documentation ahead of each prompt: for what does not read it by itself, an endpoint say."""
-    return lambda prompts, n: complete([retriever.header(prompt) + prompt for prompt in prompts], n)
+    """`complete`, given documentation ahead of each prompt: for what does not read it by itself, an endpoint say.
+
+    A prompt for which the window has no room for both stays alone, as with models at hand.
+    """
+
+    def complete_one(prompt: str, n: int) -> list[str]:
+        header = retriever.header(prompt)
+        if header:
+            try:
+                return complete([header + prompt], n)[0]
+            except RequestError as error:
+                if error.code != _TOO_LONG:
+                    raise
+                _log.info("a prompt is asked without documentation: %s", error)
+        return complete([prompt], n)[0]
+
+    return lambda prompts, n: [complete_one(prompt, n) for prompt in prompts]

@@ -13,13 +13,16 @@ import httpx
 import pytest
 
 from cert_ray.errors import ConfigError, InputError, RequestError, SchemaVersionError, TokenizerMismatchError
+from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import ModelConfig
 from cert_ray.serving.completers import (
     CompleterConfig,
     EndpointCompleter,
     EndpointConfig,
     complete_with_models,
+    with_documentation,
 )
+from tests.retrieval.builders import ASKS_FOR_SORTING, DOCS
 from tests.serving.builders import save_model
 
 
@@ -180,3 +183,36 @@ def test_a_server_that_wants_a_key_says_where_it_is_read(status: int) -> None:
     with pytest.raises(RequestError, match=r"no key\. Name the environment variable.*--api-key-env NAME") as refused:
         Server(refusal).complete(["a"], 1)
     assert refused.value.status == status
+
+
+def too_long_unless(short: str, refusal: dict[str, Any]) -> Callable[[httpx.Request], httpx.Response]:
+    def answer(request: httpx.Request) -> httpx.Response:
+        fits = json.loads(request.content)["prompt"] == short
+        return numbered(request) if fits else httpx.Response(400, json={"error": refusal})
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        {"message": "window is 64 tokens", "code": "context_length_exceeded"},
+        {"message": "This model's maximum context length is 64 tokens. However, you requested 90 tokens", "code": 400},
+        {"message": "the request exceeds the available context size", "code": 400},
+    ],
+)
+def test_documentation_for_which_an_endpoint_has_no_room_is_left_out(refusal: dict[str, Any]) -> None:
+    server = Server(too_long_unless(ASKS_FOR_SORTING, refusal))
+    documented = with_documentation(server.complete, Retriever(DOCS))
+    assert documented([ASKS_FOR_SORTING], 2) == [[" 0", " 1"]]
+    header = Retriever(DOCS).header(ASKS_FOR_SORTING)
+    assert [body["prompt"] for body in server.bodies] == [header + ASKS_FOR_SORTING, ASKS_FOR_SORTING]
+
+
+def test_a_prompt_that_is_too_long_alone_and_other_refusals_end_it() -> None:
+    for code, requests in (("context_length_exceeded", 2), ("invalid_prompt", 1)):
+        server = Server(too_long_unless("", {"message": "no", "code": code}))
+        documented = with_documentation(server.complete, Retriever(DOCS))
+        with pytest.raises(RequestError, match="no"):
+            documented([ASKS_FOR_SORTING], 1)
+        assert len(server.bodies) == requests

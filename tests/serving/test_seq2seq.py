@@ -17,8 +17,11 @@ from transformers import (
 
 from cert_ray.errors import InputError, RequestError
 from cert_ray.operations.sources import Source, complete_at
+from cert_ray.retrieval.library_docs import write_docs
+from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.completers import CompleterConfig
 from cert_ray.serving.seq2seq import Seq2SeqCompleter, is_seq2seq
+from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model, small_tokenizer
 
 PROMPTS = ["x =", "def f(df):\n    return "]
@@ -104,6 +107,16 @@ def test_a_prompt_beyond_the_encoders_window_is_refused(tmp_path: Path) -> None:
     complete = Seq2SeqCompleter(save_seq2seq(tmp_path, "plbart"), SAMPLED)
     with pytest.raises(RequestError, match="window is 64 tokens"):
         complete(["x = 1 + " * 50], 1)
+
+
+def test_documentation_for_which_the_encoder_has_no_room_is_left_out(tmp_path: Path) -> None:
+    folder = save_seq2seq(tmp_path / "model", "plbart")
+    write_docs(str(tmp_path / "docs.jsonl"), DOCS)
+    prompt = "import monkey\n# sort\n"
+    source = Source(model=folder, retrieve=str(tmp_path / "docs.jsonl"))
+    assert Retriever(DOCS).header(prompt)
+    documented, alone = (complete_at(one, {"max_tokens": 4})(0.0) for one in (source, Source(model=folder)))
+    assert documented([prompt], 1) == alone([prompt], 1)
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:

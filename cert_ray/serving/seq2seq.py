@@ -1,8 +1,8 @@
 """Completions by a sequence-to-sequence model (CodeT5, PLBART): its encoder reads the prompt, its decoder goes on.
 
 In: a Hugging Face folder (safetensors, whatever tokenizer files AutoTokenizer reads). Out: a `complete(prompts, n)`.
-For evaluation: each prompt is run by itself, by transformers' own `generate`. A prompt's samples depend on the seed and
-the prompt alone, not on what was asked before.
+For evaluation: each prompt is run by itself, by transformers' own `generate`. A prompt's samples depend on the options,
+the prompt and `n` (samples are drawn side by side), not on what was asked before.
 
 A model that was trained to restore what is masked wants its mask where it is to write: `mask` stands behind the prompt,
 `<extra_id_0>` for CodeT5, `<mask>` for PLBART, which then writes the whole text again; a prompt at the answer's

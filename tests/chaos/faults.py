@@ -323,6 +323,8 @@ def _partition(place: Place, down_s: float) -> tuple[Trial, str, float | None]:
     happened = f"cable pulled for {down_s:g} s in the middle of {', '.join(sorted(begun))}: "
     happened += f"{'taken up by another node' if again else 'done by the node itself'}; "
     happened += f"the node {'ended' if gone else 'stayed'}"
+    if gone and (not again or min(again) - cut_s > down_s):
+        raise ChaosError(f"{happened}, but only after {min(again, default=0) - cut_s:.0f} s, when the cable was back")
     return trial, happened, min(again) - cut_s if again else trial.goes_on_after(cut_s)
 
 

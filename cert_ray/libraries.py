@@ -1,4 +1,4 @@
-"""Which libraries files use: counts over files, and the choice of one library's files.
+"""Which libraries files and prompts use: counts over files, the choice of one library's files, what a prompt imports.
 
 In: the `libraries` column of documents (top-level packages that a file imports, guarded and local imports included).
 A library's files are those that import it, by that name; this is the project's definition, for the paper's filter was
@@ -7,10 +7,19 @@ not published. `importlib.import_module("x")` counts, too; what a file uses thro
 
 from __future__ import annotations
 
+import bisect
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
+
+# A line that imports, as far as it can be told in a prompt that ends anywhere and so seldom parses.
+_FROM = re.compile(r"^[ \t]*from[ \t]+(\w+)[\w.]*[ \t]+import\b", re.MULTILINE)
+_IMPORT = re.compile(r"^[ \t]*import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
+_USE = re.compile(r"\b(\w+)\.")
+_PART = re.compile(r"(\w+)(?:\.\w+)*(?:\s+as\s+(\w+))?")
 
 
 def library_counts(libraries: pa.ChunkedArray) -> dict[str, int]:
@@ -25,3 +34,21 @@ def uses_any(libraries: pa.ChunkedArray, names: Sequence[str]) -> pa.BooleanArra
     used = pc.is_in(pc.list_flatten(libraries), value_set=pa.array(list(names), pa.string()))
     rows = pc.unique(pc.list_parent_indices(libraries).filter(used))
     return pc.is_in(pa.array(range(len(libraries)), rows.type), value_set=rows)
+
+
+def imported_libraries(prompt: str) -> Counter[str]:
+    """Top-level packages that `prompt` imports, each with how often its import and the name it is bound to are used.
+
+    Time grows with the prompt's length alone: a prompt may be a megabyte of imports.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for use in _USE.finditer(prompt):
+        places[use[1]].append(use.start())
+    uses: Counter[str] = Counter()
+    for match in _FROM.finditer(prompt):
+        uses[match[1]] += 1
+    for match in _IMPORT.finditer(prompt):
+        for library, alias in _PART.findall(match[1]):
+            used = places.get(alias or library, [])
+            uses[library] += 1 + len(used) - bisect.bisect_left(used, match.end())
+    return uses

@@ -155,11 +155,14 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
 
     Raises:
         ConservationError: when its rows do not add up; nothing is written then.
+        SupersededError: when another run has begun in `folder`; it is left alone.
     """
     manifest.check()
+    storage.check_commit()
     storage.remove_partial_files(folder)
-    storage.remove(storage.join(folder, ATTEMPT_NAME))
     storage.write_text(storage.join(folder, MANIFEST_NAME), manifest.model_dump_json(indent=1) + "\n")
+    storage.check_commit()  # the token is still this run's
+    storage.remove(storage.join(folder, ATTEMPT_NAME))
 
 
 def is_finished(folder: str) -> bool:

@@ -82,6 +82,12 @@ def absolute(url: str) -> str:
     return str(local_path(url)) if is_local(url) else url
 
 
+def cache_folder(name: str) -> Path:
+    """Where this machine keeps what can be fetched or built again: $XDG_CACHE_HOME/cert-ray/`name`, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "cert-ray" / name
+
+
 def join(url: str, *parts: str) -> str:
     """`url` with `parts` appended; the separator is `/` everywhere."""
     return "/".join([url.rstrip("/"), *parts]) if parts else url
@@ -185,7 +191,8 @@ def commits_guarded(check: Callable[[], None]) -> Iterator[None]:
         _before_commit.reset(token)
 
 
-def _check_commit() -> None:
+def check_commit() -> None:
+    """Raise what a write would raise now: see `commits_guarded`."""
     if (check := _before_commit.get()) is not None:
         check()
 
@@ -195,7 +202,7 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
     """Open `url` for writing `size_bytes`; it appears under its name only when the block ends without an error."""
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
-        _check_commit()  # closing the stream commits, whatever is raised before
+        check_commit()  # closing the stream commits, whatever is raised before
         with filesystem.open(path, "wb") as stream:
             yield stream
         return
@@ -209,7 +216,7 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as stream:
             yield stream
         Path(temporary).chmod(0o644)
-        _check_commit()
+        check_commit()
         Path(temporary).replace(target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

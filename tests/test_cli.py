@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +12,33 @@ import yaml
 from typer.testing import CliRunner
 
 from cert_ray import cli
+from tests.retrieval.builders import write_library
 
-STAGES = ["preprocess", "tokenizer", "pack", "train", "export", "serve", "generate", "sketch", "evaluate"]
-VERBS = [*STAGES, "fetch-base", "inspect", "remove", "reproduce", "compare", "demo", "status", "summary", "doctor"]
+STAGES = [
+    "preprocess",
+    "library-docs",
+    "tokenizer",
+    "pack",
+    "train",
+    "export",
+    "serve",
+    "generate",
+    "sketch",
+    "evaluate",
+]
+VERBS = [
+    *STAGES,
+    "fetch-base",
+    "inspect",
+    "remove",
+    "reproduce",
+    "compare",
+    "export-tasks",
+    "demo",
+    "status",
+    "summary",
+    "doctor",
+]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -109,3 +134,23 @@ def test_libraries_of_the_recipe_can_be_named_on_the_command_line(
     result = CliRunner().invoke(cli.app, arguments)
     assert result.exit_code == 0, result.output
     assert yaml.safe_load(result.output)["libraries"] == ["polars", "duckdb"]
+
+
+def test_a_librarys_documentation_is_written_for_retrieve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "docs.jsonl"
+    assert run(monkeypatch, "library-docs", str(write_library(tmp_path)), "--as", "mk", "--output", str(output)) == 0
+    assert "mk.Frame.peek" in output.read_text()
+    said = capsys.readouterr()
+    assert "6 functions, classes and methods" in said.out
+    assert "monkey.fast_sum" in said.err
+    options = ["--endpoint", "http://x", "--retrieve", str(output), "--dry-run"]
+    assert run(monkeypatch, "evaluate", "--problems", "p.jsonl", *options) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == {"endpoint": "http://x", "retrieve": str(output)}
+
+
+def test_verbs_that_need_no_model_do_not_wait_for_torch() -> None:
+    needed = "cert_ray.cli", "cert_ray.operations.evaluating", "cert_ray.evaluation.harness", "cert_ray.retrieval"
+    code = f"import sys, {', '.join(needed)}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0

@@ -32,9 +32,10 @@ EDGES: dict[str, set[str]] = {
     "quality": set(),
     "sketching": set(),
     "dataset": {"corpus", "dedup", "quality", "sketching"},  # puts the annotated dataset together
-    "tokens": {"sketching"},
+    "retrieval": set(),
+    "tokens": {"sketching", "retrieval"},  # documentation ahead of training text, as it is served
     "training": {"tokens", "sketching"},  # which special tokens a base has to learn
-    "serving": {"sketching", "tokens", "evaluation.rerank"},
+    "serving": {"sketching", "tokens", "evaluation.rerank", "retrieval"},
     "evaluation": {"sketching"},
 }
 ONLY_IN = {"ray": "on_ray.py", "deepspeed": "deepspeed_engine.py", "fastapi": "http.py"}

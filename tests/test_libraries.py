@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
+import hypothesis
+import hypothesis.strategies as st
 import pyarrow as pa
 
-from cert_ray.libraries import library_counts, uses_any
+from cert_ray.libraries import imported_libraries, library_counts, uses_any
 
 LIBRARIES = pa.chunked_array([[["numpy", "os"], []], [["pandas"], None, ["os"]]], pa.list_(pa.string()))
 
@@ -17,3 +22,29 @@ def test_files_that_import_one_of_the_names_are_chosen() -> None:
     assert uses_any(LIBRARIES, ["numpy", "pandas"]).to_pylist() == [True, False, True, False, False]
     assert uses_any(LIBRARIES, []).to_pylist() == [False] * 5
     assert uses_any(pa.chunked_array([], LIBRARIES.type), ["os"]).to_pylist() == []
+
+
+def test_imports_count_with_the_uses_of_the_name_they_bind() -> None:
+    assert imported_libraries("import pandas as pd, os.path\npd.DataFrame(pd.x)\nos.path\n") == {"pandas": 3, "os": 2}
+
+
+@hypothesis.given(
+    st.lists(
+        st.sampled_from(
+            ["import a", "import a as b", "from c import d", "b.x", "a.b.a()", "xa.y", "import c, a as x", "x.x."]
+        )
+    )
+)
+def test_uses_are_those_behind_the_import(lines: list[str]) -> None:
+    """Held against a search of the rest of the prompt for each import, as slow as it is plain."""
+    expected: Counter[str] = Counter()
+    for number, line in enumerate(lines):
+        behind = "\n".join(["", *lines[number + 1 :]])
+        if line == "from c import d":
+            expected["c"] += 1
+        elif line.startswith("import "):
+            for part in line.removeprefix("import ").split(", "):
+                library, _, alias = part.partition(" as ")
+                uses = len(re.findall(rf"\b{alias or library}\.", behind))
+                expected[library] += 1 + uses
+    assert imported_libraries("\n".join(lines)) == expected

@@ -3,7 +3,7 @@
 Verbs are registered, and listed by `--help`, in the order of these imports.
 """
 
-from cert_ray.cli import corpus, training, serving, evaluation, operations  # noqa: I001  in the order of the flow
+from cert_ray.cli import corpus, retrieval, training, serving, evaluation, operations  # noqa: I001  in the order of the flow
 from cert_ray.cli.app import app, main
 
-__all__ = ["app", "corpus", "evaluation", "main", "operations", "serving", "training"]
+__all__ = ["app", "corpus", "evaluation", "main", "operations", "retrieval", "serving", "training"]

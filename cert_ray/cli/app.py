@@ -44,9 +44,20 @@ Address = Annotated[
     str | None, typer.Option(help="a running Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="do only so many (files, steps, problems)")]
-ModelFolder = Annotated[str | None, typer.Option("--model", help="folder or hub id of one plain causal LM")]
+ModelFolder = Annotated[str | None, typer.Option("--model", help="folder or hub id of one plain language model")]
 Sketcher = Annotated[str | None, typer.Option(help="folder of the sketcher (with --generator)")]
 Generator = Annotated[str | None, typer.Option(help="folder of the generator (with --sketcher)")]
+Endpoint = Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")]
+EndpointModel = Annotated[str | None, typer.Option(help="its model; default: the first that it lists")]
+ApiKeyEnv = Annotated[
+    str | None, typer.Option(metavar="NAME", help="the environment variable that holds the endpoint's key")
+]
+Mask = Annotated[
+    str | None, typer.Option(help="of a sequence-to-sequence model, as <extra_id_0>: where it is to write")
+]
+Retrieve = Annotated[
+    str | None, typer.Option(help="file of library-docs: the documentation that suits stands ahead of each prompt")
+]
 
 
 def main() -> None:
@@ -101,9 +112,26 @@ def show(figures: dict[str, Any]) -> None:
     typer.echo(json.dumps(figures, indent=1))
 
 
+def source_options(
+    model: str | None, sketcher: str | None, generator: str | None, **others: str | None
+) -> dict[str, str]:
+    """The options of a `Source` that were given, with local paths made absolute."""
+    given = {"model": model, "sketcher": sketcher, "generator": generator, **others}
+    files = ("model", "sketcher", "generator", "retrieve")
+    return {
+        key: storage.absolute(value) if key in files and storage.exists(value) else value
+        for key, value in given.items()
+        if value is not None
+    }
+
+
 def model_options(model: str | None, sketcher: str | None, generator: str | None) -> dict[str, str]:
-    given = {"model": model, "sketcher": sketcher, "generator": generator}
-    found = {key: value for key, value in given.items() if value is not None}
+    """The models to serve.
+
+    Raises:
+        ConfigError: unless it is one model, or both stages.
+    """
+    found = source_options(model, sketcher, generator)
     if set(found) not in ({"model"}, {"sketcher", "generator"}):
         raise ConfigError("give either --model, or --sketcher and --generator")
-    return {key: storage.absolute(value) if storage.exists(value) else value for key, value in found.items()}
+    return found

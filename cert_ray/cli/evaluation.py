@@ -1,4 +1,4 @@
-"""Verbs of evaluation: `evaluate`, `compare`."""
+"""Verbs of evaluation: `evaluate`, `compare`, `export-tasks`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,22 @@ from typing import Annotated, Any
 
 import typer
 
-from cert_ray.cli.app import Address, DryRun, Generator, Limit, ModelFolder, Sketcher, app, model_options, show
+from cert_ray.cli.app import (
+    Address,
+    ApiKeyEnv,
+    DryRun,
+    Endpoint,
+    EndpointModel,
+    Generator,
+    Limit,
+    Mask,
+    ModelFolder,
+    Retrieve,
+    Sketcher,
+    app,
+    show,
+    source_options,
+)
 from cert_ray.errors import ConfigError
 
 
@@ -21,7 +36,11 @@ def evaluate(
     model: ModelFolder = None,
     sketcher: Sketcher = None,
     generator: Generator = None,
-    endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
+    mask: Mask = None,
+    endpoint: Endpoint = None,
+    endpoint_model: EndpointModel = None,
+    api_key_env: ApiKeyEnv = None,
+    retrieve: Retrieve = None,
     n: Annotated[int, typer.Option(min=1, help="samples per problem")] = 1,
     temperature: Annotated[list[float] | None, typer.Option(help="repeatable; default: 0.2")] = None,
     max_tokens: int = 100,
@@ -47,9 +66,14 @@ def evaluate(
     from cert_ray.evaluation.run import EvaluateConfig
     from cert_ray.operations import evaluating
 
-    source: dict[str, str] = {"endpoint": endpoint} if endpoint else {}
+    asked = {"mask": mask, "endpoint": endpoint, "endpoint_model": endpoint_model, "api_key_env": api_key_env}
+    source = source_options(model, sketcher, generator, **asked, retrieve=retrieve)
     if samples is None:
-        source |= model_options(model, sketcher, generator) if model or sketcher or generator or not endpoint else {}
+        from cert_ray.operations.sources import Source
+
+        source = Source.from_mapping(source, "evaluate").recorded
+    elif source:
+        raise ConfigError(f"--samples: they are there already, so leave {', '.join(source)} out")
     temperatures = temperature or [0.2]
     options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
     options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}
@@ -94,3 +118,27 @@ def compare(
     if len(runs) == 2:
         typer.echo(evaluating.compare(runs[0], runs[1], output, k).split("\n## ")[0].rstrip())
     typer.echo(f"report: {output}/table.html{f', {output}/compare.html' if len(runs) == 2 else ''}", err=True)
+
+
+@app.command("export-tasks")
+def export_tasks(
+    problems: Annotated[list[str], typer.Option(help="as of evaluate; repeatable")],
+    output: Annotated[str, typer.Option(help="folder for the task files")] = "tasks",
+    n: Annotated[int, typer.Option(min=1, help="samples per problem, of lm-eval")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of lm-eval")] = 0.0,
+    dry_run: DryRun = False,
+) -> None:
+    """Write benchmarks as tasks of lm-eval and bigcode-evaluation-harness; cert-ray scores what they draw.
+
+    Example: cert-ray export-tasks --problems pandas-eval --problems numpy-eval --output tasks
+    """
+    from cert_ray.evaluation import harness
+    from cert_ray.evaluation.fetch import find_problems
+
+    if dry_run:
+        show({"problems": problems, "output": output, "n": n, "temperature": temperature})
+        raise typer.Exit
+    names = harness.export_tasks([find_problems(one) for one in problems], output, n, temperature)
+    typer.echo(
+        f"lm-eval run --include_path {output} --tasks {','.join(names)} --model hf --model_args pretrained=MODEL"
+    )

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from cert_ray.cli.app import Address, DryRun, Generator, ModelFolder, Sketcher, app, model_options, show
-from cert_ray.errors import ConfigError
+from cert_ray.cli.app import (
+    Address,
+    ApiKeyEnv,
+    DryRun,
+    Endpoint,
+    EndpointModel,
+    Generator,
+    Mask,
+    ModelFolder,
+    Retrieve,
+    Sketcher,
+    app,
+    model_options,
+    show,
+    source_options,
+)
 
 
 @app.command()
@@ -22,6 +35,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_keys_file: Annotated[str | None, typer.Option(help="one key per line")] = None,
     name: Annotated[str, typer.Option(help="the model name that requests give")] = "cert",
+    retrieve: Retrieve = None,
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
@@ -35,7 +49,9 @@ def serve(
 
     options = {"host": host, "port": port, "model_name": name, "api_keys_file": api_keys_file}
     models = model_options(model, sketcher, generator)
-    config = ServerConfig.from_mapping({**models, **{k: v for k, v in options.items() if v is not None}}, "serve")
+    documented = {"retrieve": {"docs": retrieve}} if retrieve else {}
+    given = {key: value for key, value in options.items() if value is not None}
+    config = ServerConfig.from_mapping({**models, **documented, **given}, "serve")
     if dry_run:
         show(config.model_dump(mode="json"))
         raise typer.Exit
@@ -44,33 +60,17 @@ def serve(
         signal.pause()
 
 
-def _completer(
-    model: str | None, sketcher: str | None, generator: str | None, endpoint: str | None, sampling: dict[str, Any]
-) -> Callable[[list[str], int], list[list[str]]]:
-    """The `complete` callable of whichever source the command line names."""
-    from cert_ray.serving.answering import ModelConfig
-    from cert_ray.serving.completers import (
-        CompleterConfig,
-        EndpointConfig,
-        complete_with_endpoint,
-        complete_with_models,
-    )
-
-    config = CompleterConfig.from_mapping(sampling, "sampling")
-    if endpoint is not None:
-        if model or sketcher or generator:
-            raise ConfigError("--endpoint: give no model folder beside it")
-        return complete_with_endpoint(EndpointConfig(url=endpoint), config)
-    return complete_with_models(ModelConfig.from_mapping(model_options(model, sketcher, generator), "models"), config)
-
-
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="code to go on from, or - for standard input")] = "-",
     model: ModelFolder = None,
     sketcher: Sketcher = None,
     generator: Generator = None,
-    endpoint: Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")] = None,
+    mask: Mask = None,
+    endpoint: Endpoint = None,
+    endpoint_model: EndpointModel = None,
+    api_key_env: ApiKeyEnv = None,
+    retrieve: Retrieve = None,
     n: Annotated[int, typer.Option(min=1, help="completions")] = 1,
     temperature: float = 0.2,
     max_tokens: int = 100,
@@ -81,11 +81,15 @@ def generate(
 
     Example: cert-ray generate --endpoint http://127.0.0.1:8000 'import numpy as np\\nx = '
     """
+    from cert_ray.evaluation.benchmarks import Answer
+    from cert_ray.operations.sources import Source, complete_at
+
     text = sys.stdin.read() if prompt == "-" else prompt
-    sampling = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    asked = {"mask": mask, "endpoint": endpoint, "endpoint_model": endpoint_model, "api_key_env": api_key_env}
+    source = Source.from_mapping(source_options(model, sketcher, generator, **asked, retrieve=retrieve), "generate")
+    sampling = {"max_tokens": max_tokens, "seed": seed}
     if dry_run:
-        source = {"endpoint": endpoint} if endpoint else model_options(model, sketcher, generator)
-        show({"prompt": text, "n": n, **sampling, **source})
+        show({"prompt": text, "n": n, "temperature": temperature, **sampling, **source.recorded})
         raise typer.Exit
-    for completion in _completer(model, sketcher, generator, endpoint, sampling)([text], n)[0]:
-        typer.echo(text + completion)
+    for answer in complete_at(source, sampling)(temperature)([text], n)[0]:
+        typer.echo(text + (answer.text if isinstance(answer, Answer) else answer))

@@ -18,7 +18,7 @@ from cert_ray.corpus.removals import Removal, blank, content_bytes
 from cert_ray.corpus.sources import plan_units
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, inputs_digest, write_table
+from cert_ray.shards.units import WorkUnit, attempt, inputs_digest, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -100,22 +100,24 @@ def clean(
     """
     problems = plan.problems
     work = functools.partial(write_documents, config=config, problems=problems, folder=folder, removals=removals)
-    reports = run_units(
-        plan.units,
-        work,
-        folder=folder,
-        config_digest=plan.options_digest,
-        stage=STAGE,
-        verb="preprocess",
-        workers=workers,
-    )
-    notes: dict[str, Any] = {"generations": list(plan.generations)}
-    if problems:
-        notes["problem_files"] = problems.checksums
-    manifest = manifests.summarize(STAGE, config, plan.inputs_digest, reports, notes)
-    if problems:
-        tables = [storage.read_parquet(storage.join(folder, "contamination", f"{r.shard}.parquet")) for r in reports]
-        write_report(folder, pa.concat_tables(tables), problems)
-    manifests.write_manifest(folder, manifest)
+    with attempt(folder, STAGE, "preprocess") as token:
+        reports = run_units(
+            plan.units,
+            work,
+            folder=folder,
+            config_digest=plan.options_digest,
+            stage=STAGE,
+            verb="preprocess",
+            token=token,
+            workers=workers,
+        )
+        notes: dict[str, Any] = {"generations": list(plan.generations)}
+        if problems:
+            notes["problem_files"] = problems.checksums
+        manifest = manifests.summarize(STAGE, config, plan.inputs_digest, reports, notes)
+        if problems:
+            parts = [storage.join(folder, "contamination", f"{report.shard}.parquet") for report in reports]
+            write_report(folder, pa.concat_tables(map(storage.read_parquet, parts)), problems)
+        manifests.write_manifest(folder, manifest)
     logger.info("documents: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest

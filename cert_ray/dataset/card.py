@@ -72,6 +72,7 @@ _EXAMPLES = 5
 # An example fits a screen, and shows several kinds of placeholders. Assumed.
 _EXAMPLE_BYTES = (300, 1_800)
 _EXAMPLE_SHARDS = 5
+_LOOKED_AT = 1_000  # rows of each
 _BAR_BINS = BINS_PER_OCTAVE // 4  # of the statistics' bins in one bar
 _COLOUR, _PALE = "#3b6ea5", "#d9e3ee"
 
@@ -124,9 +125,10 @@ def examples(folder: str, manifest: Manifest) -> list[Example]:
 
 
 def _candidates(url: str) -> Iterator[dict[str, Any]]:
-    """The rows of the shard's first row group that show most, best first, at most as many as there are examples."""
+    """The rows among the shard's first that show most, best first, at most as many as there are examples."""
     with storage.open_read(url) as stream:
-        table = pq.ParquetFile(stream).read_row_group(0, [*COLUMNS, "size_bytes"])
+        first = next(pq.ParquetFile(stream).iter_batches(_LOOKED_AT, columns=[*COLUMNS, "size_bytes"]))
+    table = pa.Table.from_batches([first])
     sizes = table.column("size_bytes").to_numpy()
     lists = table.column("placeholders")
     parents = pc.list_parent_indices(lists).to_numpy()

@@ -34,7 +34,7 @@ from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, was_rewritten, write_table
+from cert_ray.shards.units import WorkUnit, attempt, was_rewritten, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -157,9 +157,32 @@ def _preprocess(
     ]
     folder = storage.join(output, STAGE)
     work = functools.partial(write_annotated, output=output, config=options)
-    reports = run_units(
-        units, work, folder=folder, config_digest=options.digest(), stage=STAGE, verb="preprocess", workers=workers
-    )
+    with attempt(folder, STAGE, "preprocess") as token:
+        reports = run_units(
+            units,
+            work,
+            folder=folder,
+            config_digest=options.digest(),
+            stage=STAGE,
+            verb="preprocess",
+            token=token,
+            workers=workers,
+        )
+        manifest = _summarize(config, inputs, documents, clusters, reports)
+        write_card(folder, manifest)
+        manifests.write_manifest(folder, manifest)
+    logger.info("dataset: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
+    return manifest
+
+
+def _summarize(
+    config: PreprocessConfig, inputs: str, documents: Manifest, clusters: Manifest, reports: list[ShardReport]
+) -> Manifest:
+    """The dataset's manifest, once its rows add up with those of the stages before.
+
+    Raises:
+        InputError: when not one file survived, with the reasons counted.
+    """
     notes = {**documents.notes, **clusters.notes}
     manifest = manifests.summarize(STAGE, config, inputs, reports, notes=notes)
     manifests.check_handover(STAGE, documents.rows_read, manifest.rows_read)
@@ -172,7 +195,4 @@ def _preprocess(
             f"none of {manifest.rows_read} files is left ({reasons})",
             "Give other inputs, or loosen `cleaning` in the recipe.",
         )
-    write_card(folder, manifest)
-    manifests.write_manifest(folder, manifest)
-    logger.info("dataset: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest

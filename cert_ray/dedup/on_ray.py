@@ -21,7 +21,7 @@ from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
 from cert_ray.manifests import Manifest
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit
+from cert_ray.shards.units import WorkUnit, attempt
 
 logger = logging.getLogger(__name__)
 
@@ -56,18 +56,50 @@ def deduplicate(
         ConservationError: when a shard's keys are not those of as many documents as `manifest` says.
     """
     options = DedupConfig(minhash=config, quality=quality)
-    generations = manifest.notes["generations"]
-    inputs = "-".join([manifest.files_digest(), config.digest(), *map(str, generations)])
+    inputs = "-".join([manifest.files_digest(), config.digest(), *map(str, manifest.notes["generations"])])
     if (finished := manifests.finished_manifest(folder, STAGE, VERB, options, inputs)) is not None:
         logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
         return finished
-    units = [WorkUnit(name=shard.shard, payload={"documents": shard.files[0].identity}) for shard in manifest.shards]
+    with attempt(folder, STAGE, VERB) as token:
+        result = _deduplicate(documents, manifest, folder, options, inputs, token, workers)
+        manifests.write_manifest(folder, result)
+    logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
+    return result
+
+
+def _deduplicate(
+    documents: str,
+    manifest: Manifest,
+    folder: str,
+    options: DedupConfig,
+    inputs: str,
+    token: str,
+    workers: int | None,
+) -> Manifest:
+    config = options.minhash
+    units = [
+        WorkUnit(
+            name=shard.shard,
+            payload={"documents": shard.files[0].identity},
+            weight=shard.counts.get("content_bytes", 0),
+        )
+        for shard in manifest.shards
+    ]
     work = functools.partial(survivors.write_keys, documents=documents, folder=folder, config=config)
-    keys = run_units(units, work, folder=folder, config_digest=config.digest(), stage=STAGE, verb=VERB, workers=workers)
+    keys = run_units(
+        units,
+        work,
+        folder=folder,
+        config_digest=config.digest(),
+        stage=STAGE,
+        verb=VERB,
+        token=token,
+        workers=workers,
+    )
     for before, after in zip(manifest.shards, keys, strict=True):
         manifests.check_handover(f"{STAGE}/{after.shard}", before.rows_kept, after.rows_read)
     shards, rows = [report.shard for report in keys], [report.rows_kept for report in keys]
-    ends = _documents_after(generations, rows)
+    ends = _documents_after(manifest.notes["generations"], rows)
     columns = survivors.read_documents(folder, shards, rows, ends)
     first_D = survivors.exact_firsts(columns)
     ranking = rank_documents(columns, first_D)
@@ -76,12 +108,10 @@ def deduplicate(
     clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
     notes: dict[str, Any] = {**differences}
-    if quality is not None:
-        notes["near_dedup_quality"] = measure_quality(documents, shards, rows, clusters, config, quality)
+    if options.quality is not None:
+        notes["near_dedup_quality"] = measure_quality(documents, shards, rows, clusters, config, options.quality)
     result = manifests.summarize(STAGE, options, inputs, reports, notes)
     manifests.check_handover(STAGE, manifest.rows_kept, result.rows_read)
-    manifests.write_manifest(folder, result)
-    logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
     return result
 
 

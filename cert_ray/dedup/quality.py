@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.compute as pc
 import pydantic
-from scipy import stats
 from scipy.sparse import csr_array
 
 from cert_ray import storage
@@ -85,6 +84,8 @@ def measure_quality(
 def _share(name: str, hits: int, total: int) -> dict[str, float | None]:
     if not total:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
+    from scipy import stats  # takes half a second, and every worker of every stage would pay for it
+
     interval = stats.binomtest(hits, total).proportion_ci(0.95, method="wilson")
     return {name: hits / total, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
 

@@ -167,8 +167,7 @@ def _checked(requirement: str) -> str:
 def _cache_folder(cache: str | None) -> Path:
     if cache is not None:
         return storage.local_path(cache).absolute()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "cert-ray" / "environments"
+    return storage.cache_folder("environments")
 
 
 def _key(requirements: tuple[str, ...], interpreter: str, version: str) -> str:

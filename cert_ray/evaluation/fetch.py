@@ -1,15 +1,16 @@
 """Published benchmarks by name: `pandas-eval`, `numpy-eval` or `human-eval` in, a checked local file out.
 
-A file comes from its upstream commit, once, into a cache, and counts only with the right sha256; then no network is
-needed any more. `NAME=URL` takes it from somewhere else (a mirror, `file:///...`), under the same checksum. HumanEval
-comes from the installed `human-eval` package where there is one. Anything else is a path, and returned as it is.
+A file comes from its upstream commit, once, into a cache, and counts only with the right sha256, looked at each
+time. Then no network is needed any more. `NAME=URL` takes it from somewhere else (a mirror, `file:///...`), under the
+same checksum. HumanEval comes from the installed `human-eval` package where there is one. Anything else is a path, and
+returned as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import fsspec
 
 from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError
+
+_log = logging.getLogger(__name__)
 
 _PYCODEGPT = (
     "https://raw.githubusercontent.com/microsoft/PyCodeGPT/8a2dc2d35ea768199864b97cb06d5a5227e35cf0"
@@ -66,16 +69,14 @@ def find_problems(named: str, cache: str | None = None) -> str:
     published = KNOWN.get(name)
     if published is None:
         return named
-    target = storage.join(cache or str(_cache_folder()), published.sha256[:16], published.file)
+    target = storage.join(cache or str(storage.cache_folder("benchmarks")), published.sha256[:16], published.file)
+    if storage.exists(target) and _sha256(storage.read_bytes(target)) != published.sha256:
+        _log.warning("%s is not what was fetched any more; fetching it again", target)
+        storage.remove(target)
     if not storage.exists(target):
         payload = None if given else _packaged(published)
         storage.write_bytes(target, payload if payload is not None else _fetched(url or published.url, name, published))
     return target
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "cert-ray" / "benchmarks"
 
 
 def _packaged(published: Published) -> bytes | None:

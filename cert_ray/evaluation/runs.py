@@ -70,15 +70,25 @@ def read_run(folder: str) -> Run:
         summary = json.loads(storage.read_text(summary_url))
         rows = [json.loads(line) for line in storage.read_text(storage.join(folder, RESULTS)).splitlines()]
         counts = {str(row["task_id"]): (int(row["num_samples"]), int(row["num_passed"])) for row in rows}
-        return Run(folder, summary, counts)
+        run = Run(folder, summary, counts)
+        _ = (run.temperature, run.label, run.ks, run.benchmark)  # raise here what their parts lack
+        return run
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise InputError(folder, f"not a finished evaluation: {error!r}", "Evaluate again.") from error
 
 
 def read_runs(folder: str) -> list[Run]:
-    """The evaluation in `folder`; of a sweep, each benchmark's at its best temperature, in the sweep's order."""
+    """The evaluation in `folder`; of a sweep, each benchmark's at its best temperature, in the sweep's order.
+
+    Raises:
+        InputError: when there is none, or what is there cannot be read.
+    """
     sweep_url = storage.join(folder, SWEEP)
     if not storage.exists(sweep_url):
         return [read_run(folder)]
-    sweep = json.loads(storage.read_text(sweep_url))
-    return [read_run(storage.join(folder, one["best"]["folder"])) for one in sweep["benchmarks"]]
+    try:
+        best = [str(one["best"]["folder"]) for one in json.loads(storage.read_text(sweep_url))["benchmarks"]]
+    except (ValueError, KeyError, TypeError) as error:
+        cure = "Run the same `cert-ray evaluate` again: it writes this file anew from the finished evaluations."
+        raise InputError(sweep_url, f"damaged: {error!r}", cure) from error
+    return [read_run(storage.join(folder, one)) for one in best]

@@ -7,6 +7,7 @@ is given beside the raw one, never instead of it.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from cert_ray.evaluation.rerank import Candidate, RerankMethod, rank
 from cert_ray.evaluation.sandbox import Execution, Outcome
 from cert_ray.evaluation.statistics import Counts
 
+_log = logging.getLogger(__name__)
 _DEFAULT_K = (1, 10, 100)  # the values that the papers report
 
 
@@ -140,13 +142,26 @@ def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample]) -> dict[
     known = [problem.task_id for problem in problems]
     missing = [task_id for task_id in known if task_id not in grouped]
     strange = sorted(set(grouped) - set(known))
-    if missing or strange or not known:
+    if not known:
+        raise ConfigError("problems: there is none to score.")
+    if strange:
         raise ConfigError(
-            f"samples: {len(missing)} of {len(known)} problems have none ({', '.join(missing[:5])}), "
-            f"and {len(strange)} task_ids are not in the benchmark ({', '.join(strange[:5])}). "
-            "Score samples with the benchmark and the limit that they were made for."
+            f"samples: {_some(strange)} not in the benchmark. Score samples with the one that they were made for."
         )
+    if missing:
+        raise ConfigError(
+            f"samples: {len(missing)} of {len(known)} problems have none: {_some(missing)}. Add them (an empty "
+            'completion, {"task_id": ..., "completion": ""}, fails), or score the first problems alone with --limit.'
+        )
+    fewest, most = (choose(len(some) for some in grouped.values()) for choose in (min, max))
+    if fewest < most:
+        _log.warning("samples: from %d to %d a problem; pass@k is unbiased for k up to %d", fewest, most, fewest)
     return {task_id: tuple(grouped[task_id]) for task_id in known}
+
+
+def _some(task_ids: Sequence[str]) -> str:
+    shown = ", ".join(task_ids[:10])
+    return shown if len(task_ids) <= 10 else f"{shown} and {len(task_ids) - 10} more"
 
 
 def _chosen_k(k: Sequence[int] | None, grouped: dict[str, tuple[Sample, ...]]) -> tuple[int, ...]:

@@ -1,21 +1,16 @@
-"""`cert-ray evaluate` and `cert-ray compare` behind their options: models and endpoints in, finished folders out.
-
-Here serving's answers meet evaluation's `Complete`: evaluation never imports serving.
-"""
+"""`cert-ray evaluate` and `cert-ray compare` behind their options: sources and problems in, finished folders out."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.errors import ConfigError
-from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.fetch import find_problems
@@ -23,58 +18,9 @@ from cert_ray.evaluation.run import Complete, EvaluateConfig, is_finished, run_e
 from cert_ray.evaluation.runs import read_run, read_runs
 from cert_ray.evaluation.sandbox import describe_isolation
 from cert_ray.evaluation.sweep import SweepConfig, run_sweep
-from cert_ray.serving.answering import Answerer, ModelConfig
-from cert_ray.serving.cascade import CascadeAnswer
-from cert_ray.serving.completers import CompleterConfig, EndpointConfig, complete_with_endpoint
+from cert_ray.retrieval.retriever import RetrieveConfig
 
 _log = logging.getLogger(__name__)
-
-
-def complete_with_answers(answerer: Answerer, config: CompleterConfig) -> Complete:
-    """A `Complete` by models of this machine, which says of every sample how it came about."""
-
-    def complete(prompts: list[str], n: int) -> list[list[Answer]]:
-        return [_answers(answer) for answer in answerer.answer(prompts, config.sampling(n))]
-
-    return complete
-
-
-def _answers(answer: CascadeAnswer) -> list[Answer]:
-    cascade = answer.sketch is not None
-    return [
-        Answer(
-            text=choice.text,
-            sketch=answer.sketch,
-            route=str(answer.route) if cascade else None,
-            vote_share=answer.vote_share if cascade else None,
-            logprob=choice.mean_logprob,
-        )
-        for choice in answer.choices
-    ]
-
-
-def complete_at(source: dict[str, str], sampling: dict[str, Any]) -> Callable[[float], Complete]:
-    """From a temperature to a `Complete` by `source`: an `endpoint`, or model folders. Models are loaded once.
-
-    Raises:
-        ConfigError: for an endpoint and models together.
-    """
-    if "endpoint" in source and len(source) > 1:
-        raise ConfigError("--endpoint: give no model folder beside it")
-    if "endpoint" in source:
-        endpoint = EndpointConfig(url=source["endpoint"])
-        return lambda temperature: complete_with_endpoint(endpoint, _config(sampling, temperature))
-    models = ModelConfig.from_mapping(source, "models")
-
-    @cache
-    def load() -> Answerer:
-        return Answerer.load(models)
-
-    return lambda temperature: complete_with_answers(load(), _config(sampling, temperature))
-
-
-def _config(sampling: dict[str, Any], temperature: float) -> CompleterConfig:
-    return CompleterConfig.from_mapping({**sampling, "temperature": temperature}, "sampling")
 
 
 def evaluate(
@@ -101,7 +47,7 @@ def evaluate(
         _log.info("isolation: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
         sweep = SweepConfig(problems=tuple(problems), temperatures=tuple(temperatures), each=config)
-        found = run_sweep(sweep, complete_at(dict(config.source), sampling), execute)
+        found = run_sweep(sweep, _complete_at(config, sampling), execute)
         return {
             f"{one['benchmark']} at its best temperature, {one['best']['temperature']}": {
                 f"pass@{k}": score["value"] for k, score in one["best"]["pass_at_k"].items()
@@ -114,14 +60,22 @@ def evaluate(
         _log.info("%s is finished", config.output)
         run = read_run(config.output)
         return {config.problems: {f"pass@{k}": run.interval(k).value for k in run.ks}}
-    complete = None if config.samples else complete_at(dict(config.source), sampling)(temperatures[0])
+    complete = None if config.samples else _complete_at(config, sampling)(temperatures[0])
     result = run_evaluation(config, complete, execute)
     return {config.problems: {f"pass@{k}": value for k, value in result.pass_at_k.items()}}
 
 
+def _complete_at(config: EvaluateConfig, sampling: dict[str, Any]) -> Callable[[float], Complete]:
+    from cert_ray.operations.sources import Source, complete_at  # torch: 3 s that a file of samples need not wait
+
+    return complete_at(Source.from_mapping(config.source, "evaluate"), sampling)
+
+
 def _source_digest(source: Mapping[str, str]) -> str:
-    """Changes when other models come to stand in the folders of `source`; empty for what is not at hand."""
-    found = [describe_model(folder) for option, folder in sorted(source.items()) if option != "endpoint"]
+    """Changes when other models or docs come to stand where `source` says; empty for what is not at hand."""
+    found = [describe_model(source[option]) for option in ("generator", "model", "sketcher") if option in source]
+    if source.get("retrieve"):
+        found.append(RetrieveConfig(docs=source["retrieve"]).pinned().checksum or "")
     return str(xxhash.xxh3_64_hexdigest("\n".join(found).encode())) if any(found) else ""
 
 

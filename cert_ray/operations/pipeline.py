@@ -53,6 +53,7 @@ def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
         held_out_fraction=recipe.held_out_fraction,
         seed=recipe.seed,
         limit=limit or recipe.pack_documents,
+        retrieve=None if view == View.BASE else recipe.retrieve,
     )
     return pack_dataset(folders.dataset, folders.tokenizer, folders.tokens(view), config, recipe.workers)
 

@@ -162,6 +162,12 @@ def cores_used(shared_by: str, cores: int, files: float, size_bytes: float) -> i
     return max(1, min(cores, limits[shared_by]))
 
 
+def _keys_in_a_task(files: float) -> float:
+    """Keys of the largest task of dedup's bands, which `minhash.keys_in_memory` bounds."""
+    tasks = band_tasks(MinHashConfig(), round(files))
+    return max(len(bands) * files / parts for bands, (_, parts) in tasks)
+
+
 def _plan_stage(stage: StageCost, config: PlanConfig) -> StagePlan:
     size = (config.files, config.size_bytes)
     used = cores_used(stage.shared_by, config.nodes * config.cores, *size)
@@ -169,6 +175,9 @@ def _plan_stage(stage: StageCost, config: PlanConfig) -> StagePlan:
     read_bytes, written_bytes = stage.read_bytes.of(*size), stage.written_bytes.of(*size)
     nodes_used = min(config.nodes, used)
     compute_s = core_seconds / used
+    worker_files = config.files
+    if stage.shared_by == "bands":  # as few files as have so many keys in a task, which then holds more bands
+        worker_files = _keys_in_a_task(config.files) / _keys_in_a_task(1)
     storage_s = (read_bytes + written_bytes) / (nodes_used * config.storage_bytes_per_s)
     return StagePlan(
         name=stage.name,
@@ -178,7 +187,7 @@ def _plan_stage(stage: StageCost, config: PlanConfig) -> StagePlan:
         bound_by_storage=storage_s > compute_s,
         read_bytes=read_bytes,
         written_bytes=written_bytes,
-        worker_memory_bytes=stage.worker_memory_bytes.of(*size),
+        worker_memory_bytes=stage.worker_memory_bytes.of(worker_files, config.size_bytes),
         driver_memory_bytes=stage.driver_memory_bytes.of(*size),
     )
 

@@ -17,6 +17,7 @@ from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import ConfigError, InputError
 from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.operations.claim import ClaimConfig
+from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import LoggerName, TrainConfig
@@ -63,6 +64,8 @@ class Recipe(Config):
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
     pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read the dataset's first so many; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
+    # Documentation of the libraries ahead of each file that the sketcher, the generator and XL read; serve it likewise.
+    retrieve: RetrieveConfig | None = None
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
     loggers: tuple[LoggerName, ...] = ()  # of every model that names none itself
     evaluation: EvaluationRecipe | None = None

@@ -88,6 +88,8 @@ def part_digest(recipe: Recipe, part: Part) -> str:
         "evaluate": _evaluate_config(recipe, claim, part).model_dump(mode="json", exclude={"output", "problems"}),
         "sampling": [claim.max_tokens, claim.top_p, claim.dtype, claim.prompts_together],
     }
+    if recipe.retrieve is not None:
+        described["retrieve"] = recipe.retrieve.pinned().model_dump(mode="json", exclude={"docs"})
     return str(xxhash.xxh3_128_hexdigest(json.dumps(described, sort_keys=True).encode()))
 
 
@@ -111,6 +113,7 @@ def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str,
     found = {option: str(local_folder(folder, option)) for option, folder in model_folders(recipe, part).items()}
     engine = {"dtype": claim.dtype, "threads": claim.threads}
     options = {**found, "engine": engine, "answer_cache": 0, "prompts_at_once": claim.prompts_together}
+    options["retrieve"] = recipe.retrieve  # to every system, the base included: what they read is the same
     answerer = Answerer.load(ModelConfig.from_mapping(options, "claim"))
     return lambda sampling: LocalCompleter(answerer, CompleterConfig.from_mapping(sampling, "claim"))
 

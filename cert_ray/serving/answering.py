@@ -2,6 +2,9 @@
 
 In: model folders. Out: an `Answerer` that completes prompts one by one. HTTP, Ray and evaluation all use this, so they
 give the same answers.
+
+With `retrieve`, the models read documentation of the library ahead of a prompt, as in training; the prompt alone is
+what a suffix or the log-probabilities of its own tokens are asked for, and where the window has no room for more.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import pydantic
 from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError, TokenizerMismatchError
+from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.serving.batching import Turns
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, run_cascade, run_single
 from cert_ray.serving.engines import Engine, EngineConfig
@@ -40,6 +44,7 @@ class ModelConfig(Config):
     engine: EngineConfig = EngineConfig()
     answer_cache: int = pydantic.Field(default=1024, ge=0)  # answers kept for requests that come again, seed and all
     prompts_at_once: int = pydantic.Field(default=16, ge=1)  # of calls with several prompts
+    retrieve: RetrieveConfig | None = None  # documentation of a library that the models were trained to read
 
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> Self:
@@ -57,6 +62,11 @@ class ModelConfig(Config):
         given = {"model": self.model, "sketcher": self.sketcher, "generator": self.generator}
         return {option: storage.absolute(folder) for option, folder in given.items() if folder is not None}
 
+    def absolute(self) -> Self:
+        """The same for a process in another folder."""
+        retrieve = None if self.retrieve is None else self.retrieve.absolute()
+        return self.model_copy(update={**self.folders, "retrieve": retrieve})
+
 
 class Answerer:
     """Completes prompts with models that are loaded once. Safe to call from several threads."""
@@ -68,8 +78,10 @@ class Answerer:
         cascade: CascadeConfig | None = None,
         answer_cache: int = 0,
         prompts_at_once: int = 16,
+        retriever: Retriever | None = None,
     ) -> None:
         """Without a `sketcher`, `generator` is a plain model. `answer_cache` answers are kept."""
+        self._retriever = retriever
         self._sketcher, self._generator = sketcher, generator
         self._cascade = cascade or CascadeConfig()
         self._answers = AnswerCache(answer_cache)
@@ -86,7 +98,8 @@ class Answerer:
             ConfigError: when an engine option does not suit a model.
         """
         turns = Turns()
-        kept = (config.cascade, config.answer_cache, config.prompts_at_once)
+        retriever = None if config.retrieve is None else Retriever.load(config.retrieve)
+        kept = (config.cascade, config.answer_cache, config.prompts_at_once, retriever)
         if config.model is not None:
             return cls(None, load_engine(config.model, config.engine, turns), *kept)
         assert config.sketcher is not None
@@ -148,12 +161,30 @@ class Answerer:
         if known is not None:
             _tell_again(known, listener)
             return known
+        context = self._documented(prompt, sampling)
         if self._sketcher is None:
-            answer = run_single(prompt, sampling, self._generator, listener)
+            answer = run_single(context, sampling, self._generator, listener)
         else:
-            answer = run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade, listener)
+            answer = run_cascade(context, sampling, self._sketcher, self._generator, self._cascade, listener)
         self._answers.keep(prompt, sampling, answer)
         return answer
+
+    def _documented(self, prompt: str, sampling: Sampling) -> str:
+        """`prompt` behind what was retrieved for it, if that is wanted and there is room."""
+        scored = sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0)
+        if self._retriever is None or sampling.suffix is not None or scored:
+            return prompt
+        header = self._retriever.header(prompt)
+        if not header:
+            return prompt
+        # A cascade's second prompt holds the sketch as well, which is about as long as the answer.
+        room = sampling.max_tokens * (1 if self._sketcher is None else 3)
+        engines = [engine for engine in (self._sketcher, self._generator) if engine is not None]
+        fits = all(
+            len(prompt_format.encode_code(engine.tokenizer, header + prompt)) + room <= engine.context_tokens
+            for engine in engines
+        )
+        return header + prompt if fits else prompt
 
 
 class AnswerCache:

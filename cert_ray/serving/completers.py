@@ -2,6 +2,9 @@
 
 In: model folders, or the URL of an OpenAI-compatible server. Out: for each prompt a list of `n` texts that continue it,
 cut at PAPER.md's stop strings. Nothing is scored and nothing is run in here.
+
+An endpoint's key stands in a `SecretStr`: it is sent, and neither shown nor written. A server that is busy or cannot be
+reached is asked again (tenacity), after the time that it names or 1, 2, 4, ... seconds.
 """
 
 from __future__ import annotations
@@ -9,13 +12,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import httpx
 import pydantic
+import tenacity
 
 from cert_ray.config import Config
 from cert_ray.errors import InputError, RequestError
+from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
 from cert_ray.serving.sampling import Sampling
@@ -25,7 +30,8 @@ Complete = Callable[[list[str], int], list[list[str]]]
 _log = logging.getLogger(__name__)
 
 _OPENAI_MAX_STOPS = 4  # OpenAI API reference, "Completions"
-_BUSY = frozenset({408, 429, 502, 503, 504})
+_BUSY: Final = frozenset({408, 429, 502, 503, 504})
+_KEY_WANTED: Final = frozenset({401, 403})
 
 
 class CompleterConfig(Config):
@@ -151,21 +157,43 @@ class EndpointCompleter:
         return InputError(self._endpoint.url, problem, cure)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON of the answer; waits and tries again while the server is busy or cannot be reached."""
-        for attempt in range(1, self._endpoint.attempts + 1):
-            try:
-                response = self._client.request(method, path, json=body)
-            except httpx.TransportError as error:
-                if attempt == self._endpoint.attempts:
-                    cure = "Check the URL, and that the server runs."
-                    raise InputError(self._endpoint.url, f"cannot be reached: {error!r}", cure) from error
-                self._wait(None, attempt, repr(error))
-                continue
-            if response.status_code in _BUSY and attempt < self._endpoint.attempts:
-                self._wait(response.headers.get("Retry-After"), attempt, f"status {response.status_code}")
-                continue
-            return self._read_response(response)
-        raise AssertionError("the last attempt returns or raises")
+        """The parsed answer; asks again while the server is busy or cannot be reached."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type((httpx.TransportError, _BusyError)),
+            stop=tenacity.stop_after_attempt(self._endpoint.attempts),
+            wait=self._wait_s,
+            sleep=self._sleep,
+            before_sleep=self._log_wait,
+            reraise=True,
+        )
+        try:
+            return self._read_response(retrying(self._ask, method, path, body))
+        except httpx.TransportError as error:
+            cure = "Check the URL, and that the server runs."
+            raise InputError(self._endpoint.url, f"cannot be reached: {error!r}", cure) from error
+        except _BusyError as busy:
+            return self._read_response(busy.response)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        response = self._client.request(method, path, json=body)
+        if response.status_code in _BUSY:
+            raise _BusyError(response)
+        return response
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        """As long as the server asks, else 1, 2, 4, ... seconds; at most `longest_wait_s`."""
+        longest_s = self._endpoint.longest_wait_s
+        error = state.outcome.exception() if state.outcome is not None else None
+        try:
+            return min(max(float(error.response.headers["Retry-After"]), 0.0), longest_s)  # type: ignore[union-attr]
+        except (AttributeError, KeyError, ValueError):  # not busy, or no seconds: an HTTP date is rare
+            return tenacity.wait_exponential(max=longest_s)(state)
+
+    def _log_wait(self, state: tenacity.RetryCallState) -> None:
+        why = state.outcome.exception() if state.outcome is not None else None
+        wait_s = state.next_action.sleep if state.next_action is not None else 0.0
+        place = (self._endpoint.url, why, state.attempt_number, wait_s)
+        _log.warning("endpoint %s: %s, attempt %d, trying again in %.1f s", *place)
 
     def _read_response(self, response: httpx.Response) -> Any:
         try:
@@ -177,17 +205,18 @@ class EndpointCompleter:
             return answer
         error_fields = answer.get("error") if isinstance(answer, dict) else None
         message = error_fields.get("message") if isinstance(error_fields, dict) else response.text
-        raise RequestError(response.status_code, f"{self._endpoint.url}: {message}")
+        cure = ""
+        if response.status_code in _KEY_WANTED:
+            cure = " Name the environment variable that holds the server's key: --api-key-env NAME."
+        raise RequestError(response.status_code, f"{self._endpoint.url}: {message}{cure}")
 
-    def _wait(self, retry_after: str | None, attempt: int, why: str) -> None:
-        """Sleep as long as the server asks, else 1, 2, 4, ... seconds; at most `longest_wait_s`."""
-        try:
-            asked_s = float(retry_after) if retry_after is not None else 2.0 ** (attempt - 1)
-        except ValueError:  # an HTTP date: rare, and a backoff does as well
-            asked_s = 2.0 ** (attempt - 1)
-        wait_s = min(max(asked_s, 0.0), self._endpoint.longest_wait_s)
-        _log.warning("endpoint %s: %s, attempt %d, trying again in %.1f s", self._endpoint.url, why, attempt, wait_s)
-        self._sleep(wait_s)
+
+class _BusyError(Exception):
+    """A status that may pass."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        super().__init__(f"status {response.status_code}")
+        self.response = response
 
 
 def complete_with_models(models: ModelConfig, config: CompleterConfig | None = None) -> Complete:
@@ -198,3 +227,8 @@ def complete_with_models(models: ModelConfig, config: CompleterConfig | None = N
 def complete_with_endpoint(endpoint: EndpointConfig, config: CompleterConfig | None = None) -> Complete:
     """A `complete` by a server."""
     return EndpointCompleter(endpoint, config)
+
+
+def with_documentation(complete: Complete, retriever: Retriever) -> Complete:
+    """`complete`, given documentation ahead of each prompt: for what does not read it by itself, an endpoint say."""
+    return lambda prompts, n: complete([retriever.header(prompt) + prompt for prompt in prompts], n)

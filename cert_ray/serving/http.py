@@ -1,4 +1,5 @@
-"""The HTTP front door: `POST /v1/completions`, `GET /v1/models[/NAME]`, `GET /health`, and the playground at `/`.
+"""The HTTP front door: `POST /v1/completions`, `GET /v1/models[/NAME]`, `GET /health`, the playground at `/`, and what
+editor plugins ask (`editors`).
 
 In: a `Backend` that answers prompts. Out: a FastAPI application, to be served by anything that speaks ASGI. Every
 refusal, also that of a path or a body nobody knows, is OpenAI's error object. No model and no Ray in here, and no TLS.
@@ -26,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
+from cert_ray.serving import editors
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.api_keys import KeyRing, RateLimiter
 from cert_ray.serving.backends import Backend, Served, Told
@@ -97,7 +99,9 @@ def create_app(
     _add_models(app, backend, any_library)
     if config.playground:
         _add_page(app)
-    _add_completions(app, _Completions(backend, config, any_library, admission, observe or (lambda _: None)))
+    completions = _Completions(backend, config, any_library, admission, observe or (lambda _: None))
+    _add_completions(app, completions)
+    _add_editors(app, completions, any_library)
     return app
 
 
@@ -138,8 +142,30 @@ def _add_completions(app: FastAPI, completions: _Completions) -> None:
         return await completions.answer(request, body)
 
 
+def _add_editors(app: FastAPI, completions: _Completions, any_library: str) -> None:
+    limits = completions.limits
+
+    @app.post("/infill", responses=_ERRORS)
+    async def infill(request: Request, body: editors.InfillRequest) -> editors.InfillResponse:
+        if body.n_predict == 0:  # a plugin that warms up
+            return editors.nothing_infilled(any_library)
+        return editors.write_infill(await completions.fill(request, editors.read_infill(body, any_library, limits)))
+
+    @app.post("/tabby/v1/completions", responses=_ERRORS)
+    async def tabby(request: Request, body: editors.TabbyRequest) -> editors.TabbyResponse:
+        return editors.write_tabby(await completions.fill(request, editors.read_tabby(body, any_library, limits)))
+
+    @app.get("/tabby/v1/health", responses=_ERRORS)
+    async def tabby_health() -> editors.TabbyHealth:
+        return editors.TabbyHealth(model=any_library)
+
+    @app.post("/tabby/v1/events", responses=_ERRORS, status_code=204)
+    async def tabby_events() -> None:
+        """Plugins tell here what was shown and taken; nothing is kept."""
+
+
 class _Completions:
-    """`POST /v1/completions`."""
+    """`POST /v1/completions`, and what comes down to it."""
 
     def __init__(
         self,
@@ -151,29 +177,65 @@ class _Completions:
     ) -> None:
         self._backend, self._config, self._any_library = backend, config, any_library
         self._admission, self._observe = admission, observe
+        self.limits = config.limits
+
+    async def fill(self, request: Request, body: CompletionRequest) -> CompletionResponse:
+        """The answer to one prompt and suffix, as much of them as fits the window and as the model can use."""
+        asked, writer = self._understand(request, body)
+        return await self._whole(request, asked, writer, lambda: self._fitted(asked))
+
+    async def _fitted(self, asked: _Asked) -> Sequence[CascadeAnswer]:
+        (prompt,), sampling = asked.prompts, asked.sampling
+        while True:
+            try:
+                return await self._backend.answer(asked.model, [prompt], sampling, self._config.request_timeout_s)
+            except RequestError as error:
+                nearer = editors.nearer_half(prompt) if error.code == "context_length_exceeded" else None
+                if nearer is not None:
+                    half = (sampling.suffix or "")[: len(sampling.suffix or "") // 2]
+                    prompt, sampling = nearer, sampling.model_copy(update={"suffix": half or None})
+                elif error.param == "suffix" and sampling.suffix is not None:  # not trained to fill in the middle
+                    sampling = sampling.model_copy(update={"suffix": None})
+                else:
+                    raise
 
     async def answer(self, request: Request, body: CompletionRequest) -> Response:
         """The response, whole or as a stream whose first event is there already."""
-        began = time.perf_counter()
-        prompts, sampling = read_request(body, self._config.limits)
-        model = resolve(body.model, prompts, self._backend.served, self._any_library)
-        asked = _Asked(model, prompts, sampling, getattr(request.state, "key_name", None), began)
-        writer = ResponseWriter(body.model, [model] * len(prompts), prompts, sampling)
+        asked, writer = self._understand(request, body)
         if not body.stream:
-            return await self._whole(request, asked, writer)
+            timeout_s = self._config.request_timeout_s
+            response = await self._whole(
+                request,
+                asked,
+                writer,
+                lambda: self._backend.answer(asked.model, asked.prompts, asked.sampling, timeout_s),
+            )
+            return Response(response.model_dump_json(), media_type="application/json")
         events = self._events(asked, writer, body.include_usage)
         # Whatever is refused is refused before the first event, with a status of its own.
         first = await _while_connected(request, anext(events))
         return _EventStream(_chain(first, events))
 
-    async def _whole(self, request: Request, asked: _Asked, writer: ResponseWriter) -> Response:
+    def _understand(self, request: Request, body: CompletionRequest) -> tuple[_Asked, ResponseWriter]:
+        began = time.perf_counter()
+        prompts, sampling = read_request(body, self._config.limits)
+        model = resolve(body.model, prompts, self._backend.served, self._any_library)
+        asked = _Asked(model, prompts, sampling, getattr(request.state, "key_name", None), began)
+        return asked, ResponseWriter(body.model, [model] * len(prompts), prompts, sampling)
+
+    async def _whole(
+        self,
+        request: Request,
+        asked: _Asked,
+        writer: ResponseWriter,
+        ask: Callable[[], Awaitable[Sequence[CascadeAnswer]]],
+    ) -> CompletionResponse:
         timeout_s = self._config.request_timeout_s
         answers: Sequence[CascadeAnswer] = ()
         status = 499  # unless it comes to another end, the client went away
         try:
             with self._admission.admit():
-                work = self._backend.answer(asked.model, asked.prompts, asked.sampling, timeout_s)
-                answers = await _while_connected(request, _until(work, timeout_s))
+                answers = await _while_connected(request, _until(ask(), timeout_s))
             status = 200
         except RequestError as error:
             status = error.status
@@ -183,7 +245,7 @@ class _Completions:
             raise
         finally:
             self._tell(asked, status, answers=answers)
-        return Response(writer.whole(answers).model_dump_json(), media_type="application/json")
+        return writer.whole(answers)
 
     async def _events(self, asked: _Asked, writer: ResponseWriter, include_usage: bool) -> AsyncGenerator[str, None]:
         """Server-sent events. What goes wrong before the first is raised, afterwards it is an event itself."""

@@ -244,7 +244,7 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
 
 def _portable(config: ServeConfig) -> dict[str, Any]:
     """The options for replicas, which run in other folders: local paths are absolute."""
-    models = {name: model.model_copy(update=model.folders) for name, model in config.models.items()}
+    models = {name: model.absolute() for name, model in config.models.items()}
     keys_file = None if config.api_keys_file is None else storage.absolute(config.api_keys_file)
     if keys_file is not None:
         read_key_file(keys_file)  # says here what is wrong with it
@@ -345,6 +345,8 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
         for folder in model.folders.values():
             if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
                 raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
+        if model.retrieve is not None:
+            model.retrieve.pinned()
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))

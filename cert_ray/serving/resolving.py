@@ -5,27 +5,11 @@ In: the request's `model`, the prompts, and the names that are served. Out: one 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from cert_ray.errors import RequestError
-
-# A line that imports, as far as it can be told in a prompt that ends anywhere and so seldom parses.
-_FROM = re.compile(r"^[ \t]*from[ \t]+(\w+)[\w.]*[ \t]+import\b", re.MULTILINE)
-_IMPORT = re.compile(r"^[ \t]*import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
-_PART = re.compile(r"(\w+)(?:\.\w+)*(?:\s+as\s+(\w+))?")
-
-
-def imported_libraries(prompt: str) -> Counter[str]:
-    """Top-level packages that `prompt` imports, each with how often its import and the name it is bound to are used."""
-    uses: Counter[str] = Counter()
-    for match in _FROM.finditer(prompt):
-        uses[match[1]] += 1
-    for match in _IMPORT.finditer(prompt):
-        for library, alias in _PART.findall(match[1]):
-            uses[library] += 1 + len(re.findall(rf"\b{alias or library}\.", prompt[match.end() :]))
-    return uses
+from cert_ray.libraries import imported_libraries
 
 
 def resolve(model: str, prompts: Sequence[str], served: Mapping[str, str | None], any_library: str = "cert") -> str:

@@ -1,4 +1,4 @@
-"""Work units on Ray Data: one row in is one unit, one row out is its report.
+"""Work units on Ray Data: one row in is a batch of units, one row out is the report of one of them.
 
 Rows carry only a unit's description and its report; the documents themselves go from storage to storage inside the
 task, so memory is bounded by the unit and a lost task is simply run again. No formula and no threshold stands here.
@@ -6,6 +6,7 @@ task, so memory is bounded by the unit and a lost task is simply run again. No f
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
@@ -40,18 +41,20 @@ def run_units(
     config_digest: str,
     stage: str,
     verb: str,
+    token: str,
     workers: int | None = None,
     memory_bytes: int | None = None,
 ) -> list[ShardReport]:
     """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
 
     A manifest of other units in `folder` is removed first, so none stands while its shards are redone, and then what
-    units left that are no longer among these. Heavy units
-    start first, so that the last ones to end are small.
-    An error raised on purpose in a task comes back as itself: as a row, since of an exception Ray keeps the text alone.
+    units left that are no longer among these. Heavy units start first, and light ones share a task: see
+    `units.batches`. A task that is run again finds the units that it had finished. An error raised on purpose in a task
+    comes back as itself: as a row, since of an exception Ray keeps the text alone.
 
     Args:
         work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
+        token: of the run, from `units.attempt`.
         workers: at most so many tasks at a time; None is as many as the cluster has CPUs (it may grow).
         memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
 
@@ -65,27 +68,30 @@ def run_units(
     units_module.remove_other_units(units, folder)
     if not units:
         return []
-    given = (work, folder, config_digest, stage, verb, units_module.begin_attempt(folder))
+    given = (work, folder, config_digest, stage, verb, token)
 
-    def run_batch(batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([_tried(_unit_of(row), given) for row in batch.to_pylist()])
+    def run_batch(batch: pa.Table) -> Iterator[pa.Table]:
+        for row in batch.to_pylist():
+            for unit in map(_unit_of, row["units"]):
+                tried = _tried(unit, given)
+                yield pa.Table.from_pylist([tried])
+                if tried["error"]:
+                    return
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False  # `Progress` counts units, rows and drops instead
-    context.retried_map_errors, context.max_map_retries = list(_PASSING_ERRORS), _RETRIES
-    heaviest_first = sorted(units, key=lambda unit: -unit.weight)
-    dataset = ray.data.from_items(
-        [{"unit": unit.model_dump_json(), "version": unit.version} for unit in heaviest_first],
-        override_num_blocks=len(units),
-    ).map_batches(
-        run_batch,
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=1,
-        memory=memory_bytes,
-        # A lost worker or node is no fault of the unit, and Ray Data runs it again without end; an error ends the run.
-        compute=ray.data.TaskPoolStrategy(size=min(workers, len(units))) if workers else None,
-    )
+    batches = units_module.batches(units, workers or int(ray.cluster_resources().get("CPU", 0)))
+    with _our_context():
+        dataset = ray.data.from_items(
+            [{"units": [_row_of(unit) for unit in batch]} for batch in batches], override_num_blocks=len(batches)
+        ).map_batches(
+            run_batch,
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+            memory=memory_bytes,
+            # A lost worker or node is no fault of the unit, and Ray Data runs it again without end; an error ends the
+            # run.
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(batches))) if workers else None,
+        )
     count_plan(stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
@@ -106,6 +112,30 @@ def run_units(
     return [reports[unit.name] for unit in units]
 
 
+@contextlib.contextmanager
+def _our_context() -> Iterator[None]:
+    """Datasets made meanwhile hand over every report when it is made, try passing errors again, and draw no bars."""
+    options = {
+        "enable_progress_bars": False,
+        "target_max_block_size": 1,
+        "retried_map_errors": list(_PASSING_ERRORS),
+        "max_map_retries": _RETRIES,
+    }
+    context = ray.data.DataContext.get_current()
+    before = {name: getattr(context, name) for name in options}
+    for name, value in options.items():
+        setattr(context, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+
+
+def _row_of(unit: WorkUnit) -> dict[str, str]:
+    return {"unit": unit.model_dump_json(), "version": unit.version}
+
+
 def _told(report: ShardReport) -> dict[str, object]:
     """What a log line of a shard has besides its text."""
     figures = {"rows_read": report.rows_read, "rows_kept": report.rows_kept, "dropped": report.dropped}
@@ -119,11 +149,11 @@ def _unit_of(row: dict[str, str]) -> WorkUnit:
 
 def _perform(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> Outcome:
     """In a task: the unit's report, made now or found."""
-    work, folder, config_digest, stage, verb, attempt = given
+    work, folder, config_digest, stage, verb, token = given
     done = units_module.finished_report(unit, folder, config_digest, verb)
     if done is not None:
         return done, True
-    return units_module.perform(unit, work, folder, config_digest, stage, attempt), False
+    return units_module.perform(unit, work, folder, config_digest, stage, token), False
 
 
 def _tried(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> dict[str, Any]:

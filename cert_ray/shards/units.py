@@ -8,15 +8,16 @@ done again. Units never depend on the worker, the clock or the order of completi
 another one means that the input was written again, though its name and size are the same. Versions decide what is
 reused; nothing that is made from an input knows them.
 
-Each run of a stage puts a token into its folder. Its tasks check it before what they write becomes visible, so a task
-that outlived its run cannot overwrite a later run's files (but for the moment between that look and the rename).
+Each run of a stage puts a token into its folder. Its tasks and its driver check it before what they write becomes
+visible, so neither can overwrite a later run's files (but for the moment between that look and the rename).
 """
 
 from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -32,6 +33,9 @@ from cert_ray.schemas import SCHEMA_VERSION
 REPORTS_FOLDER = "reports"
 VERSIONS_FOLDER = "versions"
 
+BATCH_WEIGHT = 64_000_000  # bytes of input that a task takes at most, unless one unit is more: some ten seconds
+_SHARES_LEFT = 2  # a batch is at most a worker's share of what is left, divided by this
+
 
 class WorkUnit(Config):
     """A slice of a stage's input. `name` is `shard-00007`; `payload` is JSON and says which part of the input it is."""
@@ -40,7 +44,7 @@ class WorkUnit(Config):
     payload: dict[str, Any]
     rows: int = 0
     version: str = pydantic.Field(default="", exclude=True)  # of the input, where its storage tells one
-    weight: int = pydantic.Field(default=0, exclude=True)  # about how much work it is; the heaviest start first
+    weight: int = pydantic.Field(default=0, exclude=True)  # bytes of input; 0 is unknown. The heaviest start first
 
     def unit_digest(self, config_digest: str) -> str:
         """xxh3-128 of the unit, the stage's config and the schema: a report with another one belongs to another run."""
@@ -65,17 +69,49 @@ def inputs_digest(units: Iterable[WorkUnit]) -> str:
     return digest.hexdigest()
 
 
+def batches(units: Sequence[WorkUnit], workers: int) -> list[list[WorkUnit]]:
+    """All units, heaviest first, as the tasks of a stage: large ones first, single units at the end.
+
+    Handing a task over takes Ray Data some tenths of a second, as long as a small unit itself. So each batch takes a
+    share of what is left (factoring: Hummel, Schonberg, Flynn, CACM 1992), and workers still end together. A unit of
+    `BATCH_WEIGHT` or more is alone, and so is one of unknown weight.
+    """
+    weights = {unit.name: unit.weight or BATCH_WEIGHT for unit in units}
+    left = sum(weights.values())
+    result: list[list[WorkUnit]] = []
+    taken = share = 0.0
+    for unit in sorted(units, key=lambda unit: -weights[unit.name]):
+        if not result or taken + weights[unit.name] > share:
+            share = min(left / (_SHARES_LEFT * max(workers, 1)), BATCH_WEIGHT)
+            taken = 0
+            result.append([])
+        result[-1].append(unit)
+        taken += weights[unit.name]
+        left -= weights[unit.name]
+    return result
+
+
 def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
     """Write `table` to `folder`/`name` as Parquet; returns the report's entry for it."""
     written = storage.write_parquet(table, storage.join(folder, name))
     return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
-def begin_attempt(folder: str) -> str:
-    """A token of its own for this run of the stage in `folder`: tasks with another one write nothing more there."""
+@contextmanager
+def attempt(folder: str, stage: str, verb: str) -> Iterator[str]:
+    """A run of `stage` in `folder`, by a token of its own: from now on earlier runs write nothing more there.
+
+    Whatever the block writes, `SupersededError` is raised instead as soon as a later run has begun.
+
+    Raises:
+        SchemaVersionError: when another stage, or another version of the schema, wrote `folder`; it is not touched.
+    """
+    if manifests.is_finished(folder):
+        manifests.read_manifest(folder, stage, verb)
     token = uuid.uuid4().hex
     storage.write_text(storage.join(folder, ATTEMPT_NAME), token)
-    return token
+    with storage.commits_guarded(functools.partial(_check_attempt, folder, token)):
+        yield token
 
 
 def _check_attempt(folder: str, token: str) -> None:
@@ -88,29 +124,22 @@ def _check_attempt(folder: str, token: str) -> None:
         raise SupersededError(folder)
 
 
-def perform(
-    unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str, attempt: str | None = None
-) -> ShardReport:
+def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str, token: str) -> ShardReport:
     """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished.
 
     Args:
-        attempt: the token of the run that asks for it; None does not look whether another run has begun.
+        token: of the run that asks for it.
 
     Raises:
         SupersededError: when another run has begun in `folder`; nothing of it is overwritten.
     """
-    check = functools.partial(_check_attempt, folder, attempt) if attempt is not None else _no_check
-    with storage.commits_guarded(check):
+    with storage.commits_guarded(functools.partial(_check_attempt, folder, token)):
         report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
         report.check(stage)
         if unit.version:
             storage.write_text(_version_url(folder, unit.name), unit.version)
         storage.write_text(report_url(folder, unit.name), report.model_dump_json() + "\n")
     return report
-
-
-def _no_check() -> None:
-    """For the one process that runs a stage alone."""
 
 
 def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
@@ -170,13 +199,13 @@ def remove_other_units(units: Sequence[WorkUnit], folder: str) -> None:
 
 
 def run_in_process(
-    units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+    units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
 ) -> list[ShardReport]:
     """Every unit's report, one after the other in this process: what the run on Ray must equal."""
     withdraw_manifest(units, folder, config_digest, stage, verb)
     remove_other_units(units, folder)
     return [
-        finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage)
+        finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage, token)
         for unit in units
     ]
 

@@ -10,6 +10,9 @@ In: a table of schemas.ANNOTATED, a tokenizer, a `PackConfig`. Out: an `EncodedS
 A document is one piece, which may be cut at a row's border. In the generator's view it is one piece per segment, with
 what follows the segment; those with a sketch are atomic, unless they are longer than a row: then the code stands alone,
 and is counted. base and xl make the same text: they differ by the libraries chosen and by the recipe.
+
+With `retrieve`, documentation of the library stands ahead of a file that imports it, as comments: in the code, in the
+sketch (where comments stay as they are), and in the code of the first segment, which is where serving puts it.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -31,6 +34,7 @@ from cert_ray import schemas
 from cert_ray.config import Config
 from cert_ray.libraries import uses_any
 from cert_ray.python_source import code_points
+from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.schemas import DropReason
 from cert_ray.sketching import prompt_format
 from cert_ray.sketching.anonymize import Placeholder
@@ -60,6 +64,7 @@ class PackConfig(Config):
     held_out_fraction: float = pydantic.Field(0.02, ge=0, lt=1)  # by content hash: the same files in every view
     seed: int = pydantic.Field(0, ge=0)  # of the held-out split
     limit: int | None = pydantic.Field(None, ge=1)  # read only so many documents of the dataset, the first
+    retrieve: RetrieveConfig | None = None  # documentation ahead of each file
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +86,14 @@ class _Piece:
     atomic: bool = False
 
 
-def encode_shard(table: pa.Table, tokenizer: Tokenizer, config: PackConfig) -> EncodedShard:
-    """Encode the rows of `table` that the view takes, in their order."""
+def encode_shard(
+    table: pa.Table, tokenizer: Tokenizer, config: PackConfig, retriever: Retriever | None = None
+) -> EncodedShard:
+    """Encode the rows of `table` that the view takes, in their order. `retriever` is the loaded `config.retrieve`."""
     kept, dropped = _kept_rows(table, config)
     hashes = kept["content_hash"].to_pylist()
     held_out = np.array([uniform_of_hash(digest, config.seed) < config.held_out_fraction for digest in hashes], bool)
-    encoder = _Encoder(tokenizer, config)
+    encoder = _Encoder(tokenizer, config, retriever)
     encoded = _encode_rows(kept, encoder, vocabulary_size(tokenizer))
     held_out_tokens = encoded.tokens[np.repeat(held_out[encoded.rows], encoded.lengths)]
     return EncodedShard(
@@ -137,26 +144,34 @@ def _encode_rows(kept: pa.Table, encoder: _Encoder, vocab_size: int) -> _Encoded
 class _Encoder:
     """Turns batches of rows into pieces, and counts pairs on the way."""
 
-    def __init__(self, tokenizer: Tokenizer, config: PackConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: PackConfig, retriever: Retriever | None) -> None:
         self._tokenizer = tokenizer
+        self._retriever = retriever
         self._row_tokens = config.context_tokens + 1
         end = tokenizer.token_to_id(prompt_format.END_OF_TEXT)
         assert end is not None, "pack checks that the tokenizer has the special tokens"
         self._end = [end]
         self._join = prompt_format.encode_code(tokenizer, SEGMENT_JOIN)
         self.counts = {"pairs": 0, "pairs_too_long": 0}
+        if retriever is not None:
+            self.counts["documented"] = 0
         views = {View.SKETCHER: self._sketches, View.GENERATOR: self._segments}
         self.documents = views.get(config.view, self._codes)  # from a batch of rows, the pieces of each row
 
     def _codes(self, rows: pa.Table) -> Iterator[list[_Piece]]:
-        for ids in prompt_format.encode_code_batch(self._tokenizer, rows["content"].to_pylist()):
+        codes = [self._header(content) + content for content in rows["content"].to_pylist()]
+        for ids in prompt_format.encode_code_batch(self._tokenizer, codes):
             ids += self._end
             yield [_Piece(ids)]
 
     def _sketches(self, rows: pa.Table) -> Iterator[list[_Piece]]:
         sketches = [
-            (row["sketch"], _code_point_placeholders(row["sketch"], row["placeholders"]))
-            for row in rows.select(["sketch", "placeholders"]).to_pylist()
+            _behind(
+                self._header(row["content"]),
+                row["sketch"],
+                _code_point_placeholders(row["sketch"], row["placeholders"]),
+            )
+            for row in rows.select(["content", "sketch", "placeholders"]).to_pylist()
         ]
         for ids in prompt_format.encode_sketch_batch(self._tokenizer, sketches):
             ids += self._end
@@ -166,6 +181,8 @@ class _Encoder:
         """One piece per segment, each with what follows it; a file without segments is its code."""
         columns = rows.select(["content", "sketch", "placeholders", "segments"])
         blocks = [list(_blocks(row)) or [_Block(row["content"], None)] for row in columns.to_pylist()]
+        for row, content in zip(blocks, columns["content"].to_pylist(), strict=True):
+            row[0] = replace(row[0], code=self._header(content) + row[0].code)
         alone = [block.code for row in blocks for block in row if block.sketch is None]
         paired = [(*block.sketch, block.code) for row in blocks for block in row if block.sketch is not None]
         codes = iter(prompt_format.encode_code_batch(self._tokenizer, alone))
@@ -176,6 +193,12 @@ class _Encoder:
                 _Piece(next(codes) + follows) if block.sketch is None else self._pair(next(pairs), block.code, follows)
                 for block, follows in zip(row, after, strict=True)
             ]
+
+    def _header(self, content: str) -> str:
+        header = "" if self._retriever is None else self._retriever.header_of_file(content)
+        if header:
+            self.counts["documented"] += 1
+        return header
 
     def _pair(self, ids: list[int], code: str, after: list[int]) -> _Piece:
         """A sketch and its code, never parted; the code alone where both do not fit a row."""
@@ -208,6 +231,12 @@ def _blocks(row: dict[str, Any]) -> Iterator[_Block]:
             moved = [Placeholder(spot.start - start, spot.end - start, spot.kind) for spot in inside]
             sketch = (row["sketch"][start:end], moved)
         yield _Block(row["content"][code_start:code_end], sketch)
+
+
+def _behind(header: str, sketch: str, placeholders: list[Placeholder]) -> tuple[str, list[Placeholder]]:
+    """The sketch of a file behind `header`, whose sketch is itself."""
+    moved = [Placeholder(spot.start + len(header), spot.end + len(header), spot.kind) for spot in placeholders]
+    return header + sketch, moved
 
 
 def _slices(text: str, segments: Sequence[dict[str, Any]], side: str) -> list[tuple[int, int]]:

@@ -30,11 +30,18 @@ def pack_dataset(dataset: str, tokenizer: str, output: str, config: PackConfig, 
     """
 
     def run(
-        units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+        units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
     ) -> list[ShardReport]:
         one_cpu = partial(_on_one_cpu, work)
         return run_units(
-            units, one_cpu, folder=folder, config_digest=config_digest, stage=stage, verb=verb, workers=workers
+            units,
+            one_cpu,
+            folder=folder,
+            config_digest=config_digest,
+            stage=stage,
+            verb=verb,
+            token=token,
+            workers=workers,
         )
 
     return pack_with(run, dataset, tokenizer, output, config)

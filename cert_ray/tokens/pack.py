@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError, TokenizerMismatchError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
-from cert_ray.shards.units import Work, WorkUnit, run_in_process
+from cert_ray.retrieval.retriever import load_retriever
+from cert_ray.shards.units import Work, WorkUnit, attempt, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
 from cert_ray.tokens.dataset import Dataset
@@ -37,7 +38,7 @@ class RunUnits(Protocol):
     """What runs units: `shards.units.run_in_process`, or `shards.on_ray.run_units` with its placement bound."""
 
     def __call__(
-        self, units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str
+        self, units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
     ) -> list[ShardReport]:
         """The reports of `units`, in their order."""
         ...
@@ -51,6 +52,8 @@ def pack_in_process(dataset: str, tokenizer: str, output: str, config: PackConfi
 def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
     """See `on_ray.pack_dataset`, which this is but for what runs the units."""
     dataset, output = storage.absolute(dataset), storage.absolute(output)
+    if config.retrieve is not None:
+        config = config.model_copy(update={"retrieve": config.retrieve.pinned()})
     opened = datasets.open_dataset(dataset)
     vocabulary = load_tokenizer(tokenizer)
     _check_special_tokens(vocabulary, tokenizer, config.view)
@@ -64,13 +67,15 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
         pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
     )
     config_digest = f"{config.digest()} {digest}"
-    reports = run_units(units, work, folder=output, config_digest=config_digest, stage=STAGE, verb=VERB)
-    if not sum(report.rows_kept for report in reports):
-        raise _no_document(opened, config)
-    manifest = manifests.summarize(
-        STAGE, config, inputs_digest, reports, _notes(vocabulary, digest, opened, output, reports)
-    )
-    manifests.write_manifest(output, manifest)
+    with attempt(output, STAGE, VERB) as token:
+        reports = run_units(
+            units, work, folder=output, config_digest=config_digest, stage=STAGE, verb=VERB, token=token
+        )
+        if not sum(report.rows_kept for report in reports):
+            raise _no_document(opened, config)
+        notes = _notes(vocabulary, digest, opened, output, reports)
+        manifest = manifests.summarize(STAGE, config, inputs_digest, reports, notes)
+        manifests.write_manifest(output, manifest)
     return manifest
 
 
@@ -99,7 +104,8 @@ def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str,
         storage.join(dataset, shard.name),
         ["content", "content_hash", "libraries", "weight", "sketch", "placeholders", "segments"],
     )
-    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config)
+    retriever = None if config.retrieve is None else load_retriever(config.retrieve)
+    encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config, retriever)
     return ShardReport(
         shard=unit.name,
         unit_digest="",  # set by what runs the unit

@@ -184,7 +184,9 @@ def _hub_folder(name: str, option: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt"]))
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model"])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"{option}: {name!r} is no folder here, and the hub does not give it: {error}. "

@@ -38,7 +38,7 @@ from cert_ray.manifests import ShardReport
 from cert_ray.operations.recipe import override
 from cert_ray.schemas import DOCUMENTS
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, inputs_digest, shard_name, write_table
+from cert_ray.shards.units import WorkUnit, attempt, inputs_digest, shard_name, write_table
 from tests.bench import stages
 from tests.bench.measuring import Usage
 
@@ -120,27 +120,35 @@ def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:
     """Tables in, survivors out: hash, deduplicate, write what is left. Also `clusters.parquet`, by row of the input."""
     folder = storage.absolute(str(output))
     documents = storage.join(folder, "documents")
-    units = [WorkUnit(name=shard_name(index), payload=payload) for index, payload in enumerate(_row_groups(tables))]
+    units = [
+        WorkUnit(name=shard_name(index), payload=payload, weight=payload["size_bytes"])
+        for index, payload in enumerate(_row_groups(tables))
+    ]
 
     def run() -> tuple[float, Any]:
         started = time.perf_counter()
-        hashed = run_units(
-            units, functools.partial(_write_hashed, folder=documents), folder=documents, config_digest="",
-            stage="documents", verb="bench", workers=workers,
-        )  # fmt: skip
+        hashed = _run(units, _write_hashed, documents, workers)
         notes = {"generations": [len(units)]}
         manifest = manifests.summarize("documents", MinHashConfig(), inputs_digest(units), hashed, notes)
         clusters = deduplicate(documents, manifest, storage.join(folder, "dedup"), MinHashConfig(), workers)
-        run_units(
-            units, functools.partial(_write_survivors, output=folder), folder=storage.join(folder, "kept"),
-            config_digest="", stage="kept", verb="bench", workers=workers,
-        )  # fmt: skip
+        _run(units, functools.partial(_write_survivors, run=folder), storage.join(folder, "kept"), workers)
         return time.perf_counter() - started, clusters
 
     seconds, clusters = _on_ray(run)
     parts = [storage.read_parquet(storage.join(folder, "dedup/clusters", f"{unit.name}.parquet")) for unit in units]
     storage.write_parquet(pa.concat_tables(parts), storage.join(folder, "clusters.parquet"))
     return {"seconds": seconds, "rows_read": clusters.rows_read, "rows_kept": clusters.rows_kept}
+
+
+def _run(
+    units: list[WorkUnit], work: Callable[[WorkUnit, str], ShardReport], folder: str, workers: int
+) -> list[ShardReport]:
+    stage = storage.name_of(folder)
+    with attempt(folder, stage, "bench") as token:
+        return run_units(
+            units, functools.partial(work, folder=folder), folder=folder, config_digest="", stage=stage, verb="bench",
+            token=token, workers=workers,
+        )  # fmt: skip
 
 
 def _row_groups(tables: Path) -> list[dict[str, Any]]:
@@ -153,10 +161,11 @@ def _row_groups(tables: Path) -> list[dict[str, Any]]:
         size_bytes = 0
         for group in range(metadata.num_row_groups):
             if not units or units[-1]["file"] != str(path) or size_bytes >= unit_bytes:
-                units.append({"file": str(path), "row_groups": []})
+                units.append({"file": str(path), "row_groups": [], "size_bytes": 0})
                 size_bytes = 0
             units[-1]["row_groups"].append(group)
             size_bytes += metadata.row_group(group).total_byte_size
+            units[-1]["size_bytes"] = size_bytes
     return units
 
 
@@ -171,15 +180,22 @@ def _write_hashed(unit: WorkUnit, folder: str) -> ShardReport:
     }
     columns = [known.get(field.name, pa.nulls(len(encoded), field.type)) for field in DOCUMENTS]
     file = write_table(folder, f"{unit.name}.parquet", pa.table(columns, schema=DOCUMENTS))
-    return ShardReport(shard=unit.name, unit_digest="", files=(file,), rows_read=len(encoded), rows_kept=len(encoded))
+    return ShardReport(
+        shard=unit.name,
+        unit_digest="",
+        files=(file,),
+        rows_read=len(encoded),
+        rows_kept=len(encoded),
+        counts={"content_bytes": sum(map(len, encoded))},
+    )
 
 
-def _write_survivors(unit: WorkUnit, output: str) -> ShardReport:
+def _write_survivors(unit: WorkUnit, folder: str, run: str) -> ShardReport:
     name = f"{unit.name}.parquet"
-    documents = storage.read_parquet(storage.join(output, "documents", name), ["content"])
-    keep = storage.read_parquet(storage.join(output, "dedup", "clusters", name), ["keep"]).column("keep")
+    documents = storage.read_parquet(storage.join(run, "documents", name), ["content"])
+    keep = storage.read_parquet(storage.join(run, "dedup", "clusters", name), ["keep"]).column("keep")
     survivors = documents.filter(keep)
-    file = write_table(storage.join(output, "kept"), name, survivors)
+    file = write_table(folder, name, survivors)
     rows = len(survivors)
     return ShardReport(shard=unit.name, unit_digest="", files=(file,), rows_read=rows, rows_kept=rows)
 

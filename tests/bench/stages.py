@@ -149,10 +149,11 @@ def _pool_units(
     folder: str,
     config_digest: str,
     stage: str,
+    token: str,
     **_: Any,
 ) -> list[ShardReport]:
     heaviest_first = sorted(units, key=lambda unit: -unit.weight)  # as on Ray
-    arguments = (work, folder, config_digest, stage)
+    arguments = (work, folder, config_digest, stage, token)
     futures = {unit.name: executor.submit(units_module.perform, unit, *arguments) for unit in heaviest_first}
     return [futures[unit.name].result() for unit in units]
 

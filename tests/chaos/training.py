@@ -90,7 +90,9 @@ def drive(given: argparse.Namespace) -> None:
     plan = json.loads((given.output / "plan.json").read_text())
     kills = {int(step): kind for step, kind in plan["kills"].items()}
     changes = {int(step): tuple(change) for step, change in plan["changes"].items()}
-    ray.init(address=given.address, namespace=f"chaos-{os.getpid()}", log_to_driver=True)
+    # What frees a dead driver's places looks for its cluster by itself; with two on a machine it may ask the other.
+    environment = {"env_vars": {"RAY_ADDRESS": given.address}}
+    ray.init(address=given.address, namespace=f"chaos-{os.getpid()}", log_to_driver=True, runtime_env=environment)
     strikes = Strikes(given.output, kills, changes, os.getpid())
     train(TrainConfig.model_validate(plan["config"]), after_step=strikes)
     ray.shutdown()

@@ -29,6 +29,14 @@ def test_a_file_is_fetched_once_and_then_found_without_its_source(shared: Path, 
     assert find_problems("pandas-eval", str(tmp_path / "cache")) == found
 
 
+def test_a_cached_file_that_was_changed_is_fetched_again(shared: Path, tmp_path: Path) -> None:
+    source = f"pandas-eval=file://{shared / 'benchmarks' / 'PandasEval.jsonl.gz'}"
+    found = Path(find_problems(source, str(tmp_path)))
+    payload = found.read_bytes()
+    found.write_bytes(payload[:-1] + b"x")
+    assert Path(find_problems(source, str(tmp_path))).read_bytes() == payload
+
+
 def test_the_default_place_is_the_pinned_url(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here = dataclasses.replace(fetch.KNOWN["numpy-eval"], url=f"file://{shared / 'benchmarks' / 'NumpyEval.jsonl.gz'}")
     monkeypatch.setitem(fetch.KNOWN, "numpy-eval", here)

@@ -46,7 +46,7 @@ def test_a_k_beyond_the_samples_is_refused(k: tuple[int, ...]) -> None:
 
 
 def test_problems_without_samples_and_samples_without_problems_are_refused() -> None:
-    with pytest.raises(ConfigError, match="1 of 3 problems"):
+    with pytest.raises(ConfigError, match="1 of 3 problems have none: T/2"):
         score(drawn(" 0")[:2])
     with pytest.raises(ConfigError, match="U/1"):
         score([*drawn(" 0"), Sample("U/1", "")])

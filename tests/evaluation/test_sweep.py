@@ -152,3 +152,18 @@ def test_a_table_has_every_run_and_marks_what_is_published(tmp_path: Path) -> No
 def test_a_folder_without_a_finished_evaluation_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"summary\.json"):
         read_runs(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"benchmarks": [{"best": {}}]}'])
+def test_a_damaged_sweep_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(InputError, match=r"sweep\.json: damaged.*evaluate` again"):
+        read_runs(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{}", '{"config": {}, "pass_at_k": {}}', '{"config": 1}'])
+def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    (tmp_path / "results.jsonl").write_text("")
+    with pytest.raises(InputError, match="not a finished evaluation"):
+        read_runs(str(tmp_path))

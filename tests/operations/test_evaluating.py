@@ -10,22 +10,25 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
 from cert_ray.operations import evaluating
-from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.operations.sources import complete_with_answers
+from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
+from cert_ray.serving.completers import CompleterConfig
 from cert_ray.serving.engines import Completion
 from cert_ray.serving.sampling import Sampling
 from tests.evaluation.builders import in_this_process, write_problems
+from tests.serving.fakes import FakeAnswerer
 
 
-class Cascade:
+class Cascade(FakeAnswerer):
     """An answerer with a fixed sketch."""
 
-    def answer(self, prompts: list[str], sampling: Sampling) -> list[CascadeAnswer]:
+    def answer_one(self, prompt: str, sampling: Sampling, listener: Listener) -> CascadeAnswer:
         choices = tuple(Completion((), f" {number}", "stop", -0.5) for number in range(sampling.n))
-        return [CascadeAnswer(choices, Route.GENERATOR, " number", 2, 0.5) for _ in prompts]
+        return CascadeAnswer(choices, Route.GENERATOR, " number", 2, 0.5)
 
 
 def test_a_cascades_samples_say_sketch_route_and_votes_and_the_report_shows_them(tmp_path: Path) -> None:
-    complete = evaluating.complete_with_answers(Cascade(), evaluating.CompleterConfig())  # type: ignore[arg-type]
+    complete = complete_with_answers(Cascade(), CompleterConfig())
     assert complete(["x ="], 1) == [[Answer(" 0", " number", "generator", 0.5, -0.5)]]
     config = EvaluateConfig(problems=write_problems(tmp_path / "p.jsonl", 3), output=str(tmp_path / "out"), n=2)
     run_evaluation(config, complete, in_this_process)
@@ -47,9 +50,7 @@ def test_compare_writes_its_report_and_returns_it(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"compare.md", "compare.html", "compare.json"}
 
 
-def test_samples_and_endpoints_exclude_what_does_not_belong_to_them(tmp_path: Path) -> None:
+def test_samples_belong_to_one_benchmark(tmp_path: Path) -> None:
     config = EvaluateConfig(problems="p", output=str(tmp_path), samples="s")
     with pytest.raises(ConfigError, match="one --problems"):
         evaluating.evaluate(config, ["p", "q"], [0.2], {})
-    with pytest.raises(ConfigError, match="--endpoint"):
-        evaluating.complete_at({"endpoint": "http://x", "model": "y"}, {})

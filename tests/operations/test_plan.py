@@ -49,6 +49,18 @@ def test_bands_are_cut_into_more_tasks_in_a_large_corpus() -> None:
     assert [cores_used("bands", 1000, files, 1e9) for files in (1e6, 20e6, 60.6e6)] == [4, 25, 100]
 
 
+def test_a_task_of_bands_needs_no_more_memory_once_its_keys_are_bounded() -> None:
+    def of(files: float) -> float:
+        costs = costs_of(stage(shared_by="bands", worker_memory_bytes=Cost(fixed=100, per_document=7)))
+        return make_plan(PlanConfig(files=files, size_bytes=1e9, cores=8), costs).stages[0].worker_memory_bytes
+
+    # 7 of 25 bands in a task of a small corpus: a byte a key. At 20 million files a task has one band, at 60 a quarter.
+    assert of(1e6) == pytest.approx(100 + 7e6)
+    assert of(20e6) == pytest.approx(100 + 20e6)
+    assert of(60e6) == pytest.approx(100 + 20e6)
+    assert of(70e6) == pytest.approx(100 + 17.5e6)
+
+
 def test_a_small_corpus_cannot_use_more_cores_than_it_has_units() -> None:
     config = PlanConfig(files=100, size_bytes=3 << 20, cores=64)
     assert make_plan(config, costs_of(stage(seconds=Cost(per_document=1)))).seconds == pytest.approx(100 / 3)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from cert_ray.errors import ConfigError, InputError
+from cert_ray.operations import pipeline
 from cert_ray.operations.recipe import Recipe, RunFolders, load_recipe, override, recipe_from
-from cert_ray.tokens.encoding import View
+from cert_ray.tokens.encoding import PackConfig, View
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -90,3 +91,21 @@ def test_override_reaches_into_mappings_and_refuses_values() -> None:
     assert made.tokenizer.vocab_size == 500
     with pytest.raises(ConfigError, match="run is a single value"):
         override(target, "run.x", 1)
+
+
+def test_documentation_stands_in_every_view_that_has_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: dict[View, PackConfig] = {}
+
+    def pack(dataset: str, tokenizer: str, output: str, config: PackConfig, workers: int | None) -> None:
+        packed[config.view] = config
+
+    monkeypatch.setattr(pipeline, "pack_dataset", pack)
+    given = recipe(retrieve={"docs": "docs.jsonl", "top": 3})
+    for view in View:
+        pipeline.run_pack(given, view)
+    assert [view for view, config in packed.items() if config.retrieve == given.retrieve] == [
+        View.XL,
+        View.SKETCHER,
+        View.GENERATOR,
+    ]
+    assert packed[View.BASE].retrieve is None

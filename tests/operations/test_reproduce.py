@@ -14,7 +14,10 @@ from cert_ray.operations import reproduce
 from cert_ray.operations.claim import Part
 from cert_ray.operations.claim_report import missing_parts, write_report
 from cert_ray.operations.recipe import Recipe, recipe_from
+from cert_ray.retrieval.library_docs import write_docs
+from cert_ray.retrieval.retriever import RetrieveConfig
 from tests.dataset.builders import write_corpus
+from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
 
 PROBLEMS = Path(reproduce.__file__).with_name("demo_problems.jsonl")
@@ -70,6 +73,26 @@ def _recipe(folder: Path) -> Recipe:
         },
         "test",
     )
+
+
+def test_every_system_reads_the_documentation_and_another_one_is_another_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docs = str(tmp_path / "docs.jsonl")
+    recipe = _recipe(tmp_path).model_copy(update={"retrieve": RetrieveConfig(docs=docs)})
+    given: list[RetrieveConfig | None] = []
+    monkeypatch.setattr("cert_ray.training.models.local_folder", lambda folder, option: Path(folder))
+    monkeypatch.setattr("cert_ray.serving.answering.Answerer.load", lambda config: given.append(config.retrieve))
+    assert recipe.claim is not None
+    for system in ("base", "xl", "cert"):
+        part = Part(system, 0, "greedy", str(PROBLEMS))
+        digests = set()
+        for end in (1, 2):
+            write_docs(docs, DOCS[:end])
+            digests.add(reproduce.part_digest(recipe, part))
+        assert len(digests) == 2
+        reproduce._load(recipe, part, recipe.claim)
+    assert given == [recipe.retrieve] * 3
 
 
 @pytest.mark.ray

@@ -6,18 +6,17 @@ What it costs is known, so it shows what all around it costs; what it answers is
 from __future__ import annotations
 
 import hashlib
-import threading
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cert_ray.serving.answering import Answerer, check_wanted
-from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
 from cert_ray.serving.deployment import ServedModel
-from cert_ray.serving.engines import Completion
-from cert_ray.serving.events import Event, SketchCandidate, SketchChosen, TextDrawn
+from cert_ray.serving.engines import Completion, FinishReason
+from cert_ray.serving.events import SketchCandidate, SketchChosen, TextDrawn
 from cert_ray.serving.on_ray import Engines
 from cert_ray.serving.sampling import Sampling
+from tests.serving.fakes import FakeAnswerer
 
 
 def paced_tokens(prompt: str, sampling: Sampling, choice: int) -> list[str]:
@@ -29,39 +28,28 @@ def paced_tokens(prompt: str, sampling: Sampling, choice: int) -> list[str]:
     return tokens
 
 
-class PacedAnswerer(Answerer):
+class PacedAnswerer(FakeAnswerer):
     """Waits `token_s` for each token; requests do not slow each other, as in a batch that is not full."""
 
     def __init__(self, token_s: float) -> None:
         self._token_s = token_s
 
-    def answer(
-        self,
-        prompts: Sequence[str],
-        sampling: Sampling,
-        *,
-        cancelled: threading.Event | None = None,
-        deadline_s: float | None = None,
-        on_event: Callable[[int, Event], None] | None = None,
-    ) -> list[CascadeAnswer]:
-        answers = []
-        for place, prompt in enumerate(prompts):
-            chosen = SketchChosen("x = df", (), 1, 1.0, 1, (SketchCandidate("x = df", (), 1, -0.5),))
-            if on_event is not None:
-                on_event(place, chosen)
-            columns = [paced_tokens(prompt, sampling, choice) for choice in range(sampling.n)]
-            for step in range(sampling.max_tokens):
-                check_wanted(cancelled, deadline_s)
-                time.sleep(self._token_s)
-                for choice, tokens in enumerate(columns):
-                    if on_event is not None:
-                        reason = "length" if step + 1 == sampling.max_tokens else None
-                        on_event(place, TextDrawn(choice, tokens[step], reason))
-            ids = tuple(range(sampling.max_tokens))
-            choices = tuple(Completion(ids, "".join(tokens), "length", -0.5) for tokens in columns)
-            timings_s = {"generate": sampling.max_tokens * self._token_s}
-            answers.append(CascadeAnswer(choices, Route.SKETCHER, "x = df", 1, 1.0, 3, timings_s, chosen))
-        return answers
+    def answer_one(self, prompt: str, sampling: Sampling, listener: Listener) -> CascadeAnswer:
+        """Choices side by side, a token each at a step."""
+        chosen = SketchChosen("x = df", (), 1, 1.0, 1, (SketchCandidate("x = df", (), 1, -0.5),))
+        tell = listener.tell or (lambda event: None)
+        tell(chosen)
+        columns = [paced_tokens(prompt, sampling, choice) for choice in range(sampling.n)]
+        for step in range(sampling.max_tokens):
+            listener.check()
+            time.sleep(self._token_s)
+            reason: FinishReason | None = "length" if step + 1 == sampling.max_tokens else None
+            for choice, tokens in enumerate(columns):
+                tell(TextDrawn(choice, tokens[step], reason))
+        ids = tuple(range(sampling.max_tokens))
+        choices = tuple(Completion(ids, "".join(tokens), "length", -0.5) for tokens in columns)
+        timings_s = {"generate": sampling.max_tokens * self._token_s}
+        return CascadeAnswer(choices, Route.SKETCHER, "x = df", 1, 1.0, 3, timings_s, chosen)
 
 
 class PacedEngines(Engines):

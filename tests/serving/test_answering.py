@@ -6,16 +6,19 @@ import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
+from cert_ray.errors import DeadlineError, InputError, RequestCancelledError, RequestError
+from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, Hooks, Work
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Sampling
+from tests.retrieval.builders import ASKS_FOR_SORTING, DOCS
 from tests.serving.builders import ScriptedEngine, save_model, small_tokenizer
 
 PROMPTS = ["import pandas as pd\n", "df = pd.DataFrame(", "def head(df, n):\n    return", "x = df['a']", "class A"]
@@ -104,3 +107,44 @@ def test_one_prompt_that_is_refused_ends_the_others_and_is_what_is_raised() -> N
     engine = Endless(small_tokenizer(), lambda _: [("", 0.0)], context_tokens=40)
     with pytest.raises(RequestError, match="40 tokens"):
         Answerer(None, engine).answer(["x", "y = 1 + " * 50], Sampling())
+
+
+class TestRetrieve:
+    """Documentation ahead of prompts."""
+
+    PROMPT = ASKS_FOR_SORTING
+
+    def answerer(self, context_tokens: int = 512, cascade: bool = False) -> tuple[Answerer, list[ScriptedEngine]]:
+        tokenizer = small_tokenizer()
+        texts = [" x = <|number|>", " x = 1"] if cascade else [" x = 1"]
+        engines = [ScriptedEngine(tokenizer, lambda _, text=text: [(text, 0.0)], context_tokens) for text in texts]
+        sketcher = engines[0] if cascade else None
+        return Answerer(sketcher, engines[-1], retriever=Retriever(DOCS)), engines
+
+    def test_a_model_reads_the_documentation_and_the_answer_is_the_same_text(self) -> None:
+        answerer, (engine,) = self.answerer()
+        answer = answerer.answer([self.PROMPT], Sampling(max_tokens=8))[0]
+        assert engine.prompts == [Retriever(DOCS).header(self.PROMPT) + self.PROMPT.rstrip()]
+        assert answer.choices[0].text == " x = 1"
+
+    def test_both_stages_read_it_as_in_training(self) -> None:
+        answerer, (sketcher, generator) = self.answerer(cascade=True)
+        answerer.answer([self.PROMPT], Sampling(max_tokens=8))
+        documented = Retriever(DOCS).header(self.PROMPT) + self.PROMPT.rstrip()
+        assert sketcher.prompts == [documented.replace("def f", "def <|func|>")]
+        assert generator.prompts == [f"x = <|number|>\n<|segmentation|>\n{documented}"]
+
+    def test_without_room_for_both_the_prompt_stays_alone(self) -> None:
+        answerer, (engine,) = self.answerer(context_tokens=100)
+        answerer.answer([self.PROMPT], Sampling(max_tokens=40))
+        assert engine.prompts == [self.PROMPT.rstrip()]
+
+    @pytest.mark.parametrize("asked", [{"echo": True, "max_tokens": 0}, {"echo": True, "logprobs": 1}])
+    def test_a_prompt_whose_tokens_are_told_stays_alone(self, asked: dict[str, Any]) -> None:
+        answerer, (engine,) = self.answerer()
+        answerer.answer([self.PROMPT], Sampling(**{"max_tokens": 8, **asked}))
+        assert engine.prompts == [self.PROMPT]
+
+    def test_missing_documentation_is_named_before_models_are_loaded(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"docs\.jsonl"):
+            Answerer.load(ModelConfig(model="absent", retrieve={"docs": str(tmp_path / "docs.jsonl")}))

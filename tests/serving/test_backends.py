@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
 
 import pytest
 
 from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
-from cert_ray.serving.answering import check_wanted
 from cert_ray.serving.backends import ContradictedError, LocalBackend, Retelling, Told
-from cert_ray.serving.cascade import CascadeAnswer, Route
-from cert_ray.serving.events import Event, SketchChosen, TextDrawn
+from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
+from cert_ray.serving.events import SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling
+from tests.serving.fakes import FakeAnswerer
 
 
-class SlowAnswerer:
+class SlowAnswerer(FakeAnswerer):
     """An answerer that draws `tokens` tokens, each as soon as it is wanted, or until it is no longer wanted."""
 
     def __init__(self, tokens: int = 3) -> None:
@@ -25,34 +24,26 @@ class SlowAnswerer:
         self.begun, self.ended = threading.Event(), threading.Event()
         self.outcome: type[Exception] | None = None
 
-    def answer(
-        self,
-        prompts: Sequence[str],
-        sampling: Sampling,
-        *,
-        cancelled: threading.Event | None = None,
-        deadline_s: float | None = None,
-        on_event: Callable[[int, Event], None] | None = None,
-    ) -> list[CascadeAnswer]:
+    def answer_one(self, prompt: str, sampling: Sampling, listener: Listener) -> CascadeAnswer:
         self.begun.set()
         try:
-            if prompts[0] == "refuse":
+            if prompt == "refuse":
                 raise RequestError(400, "too long", "prompt")
             for token in range(self._tokens):
-                check_wanted(cancelled, deadline_s)
-                if on_event is not None:
-                    on_event(0, TextDrawn(0, str(token)))
+                listener.check()
+                if listener.tell is not None:
+                    listener.tell(TextDrawn(0, str(token)))
                 time.sleep(0.001)
         except RequestError as error:
             self.outcome = type(error)
             raise
         finally:
             self.ended.set()
-        return [CascadeAnswer((), Route.MODEL)]
+        return CascadeAnswer((), Route.MODEL)
 
 
 def backend_of(answerer: SlowAnswerer) -> LocalBackend:
-    return LocalBackend({"cert": (None, answerer)})  # type: ignore[dict-item]
+    return LocalBackend({"cert": (None, answerer)})
 
 
 async def told_by(answerer: SlowAnswerer, prompt: str = "x") -> list[Told]:

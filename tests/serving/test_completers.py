@@ -158,3 +158,11 @@ def test_a_refusal_says_what_the_server_said() -> None:
     with pytest.raises(RequestError, match="window is 64 tokens") as refused:
         Server(refusal).complete(["a"], 1)
     assert refused.value.status == 400
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_a_key_says_where_it_is_read(status: int) -> None:
+    refusal = httpx.Response(status, json={"error": {"message": "no key."}})
+    with pytest.raises(RequestError, match=r"no key\. Name the environment variable.*--api-key-env NAME") as refused:
+        Server(refusal).complete(["a"], 1)
+    assert refused.value.status == status

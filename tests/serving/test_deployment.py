@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from cert_ray.errors import ConfigError
@@ -20,6 +22,16 @@ def test_a_single_model_stands_among_the_other_options() -> None:
     assert single.models["mine"].engine.dtype == "bfloat16"
     assert single.replicas == 2
     assert config(model="m").served == {"cert": None}
+
+
+def test_each_model_has_its_librarys_documentation_by_a_path_that_holds_everywhere() -> None:
+    pandas = {**PANDAS, "retrieve": {"docs": "pandas.jsonl", "top": 3}}
+    models = config(models={"cert-pandas": pandas, "base": {"model": "b"}}).models
+    elsewhere = models["cert-pandas"].absolute()
+    assert elsewhere.retrieve is not None
+    assert (elsewhere.retrieve.docs, elsewhere.retrieve.top) == (str(Path("pandas.jsonl").absolute()), 3)
+    assert elsewhere.sketcher == str(Path("s").absolute())
+    assert models["base"].absolute().retrieve is None
 
 
 def test_several_models_have_names_and_libraries() -> None:

@@ -39,6 +39,10 @@ def test_the_document_is_whole() -> None:
     assert {operation.label for operation in operations} == {
         "GET /health",
         "GET /v1/models",
+        "GET /tabby/v1/health",
         "GET /v1/models/{name}",
+        "POST /infill",
+        "POST /tabby/v1/completions",
+        "POST /tabby/v1/events",
         "POST /v1/completions",
     }

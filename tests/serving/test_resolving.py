@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cert_ray.errors import RequestError
-from cert_ray.serving.resolving import imported_libraries, resolve
+from cert_ray.serving.resolving import resolve
 
 SERVED = {"cert-pandas": "pandas", "cert-numpy": "numpy", "plain": None}
 
@@ -38,7 +38,3 @@ def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(RequestError, match="cert-pandas, cert-numpy, plain, cert") as refused:
         resolve("gpt-4", [""], SERVED)
     assert (refused.value.status, refused.value.param) == (404, "model")
-
-
-def test_imports_count_with_the_uses_of_the_name_they_bind() -> None:
-    assert imported_libraries("import pandas as pd, os.path\npd.DataFrame(pd.x)\nos.path\n") == {"pandas": 3, "os": 2}

@@ -12,7 +12,7 @@ from cert_ray import storage
 from cert_ray.errors import StorageFullError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.shards.units import Work, WorkUnit, attempt, shard_name
 from tests.ray_marks import RAY_DATA
 
 pytestmark = RAY_DATA
@@ -42,9 +42,20 @@ def failing(folder: Path, number: int, times: int) -> Work:
     return work
 
 
-def run(folder: Path, work: Work) -> list[ShardReport]:
-    units = [WorkUnit(name="shard-00000", payload={"n": 0})]
-    return run_units(units, work, folder=str(folder / "run"), config_digest="c", stage="documents", verb="preprocess")
+def run(folder: Path, work: Work, units: int = 1) -> list[ShardReport]:
+    """So many units, in one task."""
+    planned = [WorkUnit(name=shard_name(n), payload={"n": n}, weight=1) for n in range(units)]
+    with attempt(str(folder / "run"), "documents", "preprocess") as token:
+        return run_units(
+            planned,
+            work,
+            folder=str(folder / "run"),
+            config_digest="c",
+            stage="documents",
+            verb="preprocess",
+            token=token,
+            workers=1,
+        )
 
 
 def test_a_passing_error_of_storage_is_tried_again(tmp_path: Path) -> None:

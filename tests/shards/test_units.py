@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,13 +32,32 @@ def writes(folder: Path, text: str) -> units.Work:
     return work
 
 
+def perform(given: WorkUnit, folder: Path, text: str) -> ShardReport:
+    """One unit, by a run of its own."""
+    with units.attempt(str(folder), "stage", "verb") as token:
+        return units.perform(given, writes(folder, text), str(folder), "options", "stage", token)
+
+
+def run(planned: list[WorkUnit], folder: Path, text: str) -> None:
+    with units.attempt(str(folder), "stage", "verb") as token:
+        units.run_in_process(
+            planned,
+            writes(folder, text),
+            folder=str(folder),
+            config_digest="options",
+            stage="stage",
+            verb="verb",
+            token=token,
+        )
+
+
 def unit(version: str = "", weight: int = 0) -> WorkUnit:
     return WorkUnit(name="shard-00000", payload={"file": "a.py", "size": 3}, version=version, weight=weight)
 
 
 def test_a_report_counts_until_the_input_has_another_version(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    report = units.perform(unit("monday"), writes(tmp_path, "one"), folder, "options", "stage")
+    report = perform(unit("monday"), tmp_path, "one")
     assert units.finished_report(unit("monday"), folder, "options", "verb") == report
     assert units.finished_report(unit("tuesday"), folder, "options", "verb") is None
     assert units.finished_report(unit(), folder, "options", "verb") == report  # a storage that tells no versions
@@ -44,7 +65,7 @@ def test_a_report_counts_until_the_input_has_another_version(tmp_path: Path) -> 
 
 def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) -> None:
     reports = [
-        units.perform(given, writes(tmp_path / name, "one"), str(tmp_path / name), "options", "stage")
+        perform(given, tmp_path / name, "one")
         for name, given in (("a", unit("monday", 1)), ("b", unit("tuesday", 2)), ("c", unit()))
     ]
     assert reports[0] == reports[1] == reports[2]
@@ -53,7 +74,7 @@ def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) ->
 
 def test_no_manifest_stands_over_a_shard_whose_input_was_rewritten(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    report = units.perform(unit("monday"), writes(tmp_path, "one"), folder, "options", "stage")
+    report = perform(unit("monday"), tmp_path, "one")
     manifest = manifests.summarize("stage", _Nothing(), "inputs", [report])
     manifests.write_manifest(folder, manifest)
     units.withdraw_manifest([unit("monday")], folder, "options", "stage", "verb")
@@ -62,25 +83,39 @@ def test_no_manifest_stands_over_a_shard_whose_input_was_rewritten(tmp_path: Pat
     assert not manifests.is_finished(folder)
 
 
-def test_a_task_of_an_earlier_run_overwrites_nothing(tmp_path: Path) -> None:
+def files_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_earlier_run_overwrites_nothing(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    earlier, later = units.begin_attempt(folder), units.begin_attempt(folder)
-    report = units.perform(unit(), writes(tmp_path, "later"), folder, "other options", "stage", later)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(SupersededError, match="a folder of its own"):
-        units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    # Nor once that run is through, and its token gone.
-    manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
-    with pytest.raises(SupersededError):
-        units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+    with units.attempt(folder, "stage", "verb") as earlier:
+        old = units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+        with units.attempt(folder, "stage", "verb") as later:
+            report = units.perform(unit(), writes(tmp_path, "later"), folder, "other options", "stage", later)
+            before = files_of(tmp_path)
+            # A task, and then the driver, of the run that began earlier.
+            with pytest.raises(SupersededError, match="a folder of its own"):
+                units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+            assert files_of(tmp_path) == before
+            manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
+        # Nor once that run is through, and its token gone.
+        before = files_of(tmp_path)
+        with pytest.raises(SupersededError):
+            units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+        with pytest.raises(SupersededError):
+            manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [old]))
+        with pytest.raises(SupersededError):
+            storage.write_text(str(tmp_path / "card.html"), "of the earlier run")
+    assert files_of(tmp_path) == before
     manifests.check_file(folder, report.files[0], "verb")
 
 
 def test_a_finished_stage_keeps_no_token(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    report = units.perform(unit(), writes(tmp_path, "one"), folder, "options", "stage", units.begin_attempt(folder))
-    manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
+    with units.attempt(folder, "stage", "verb") as token:
+        report = units.perform(unit(), writes(tmp_path, "one"), folder, "options", "stage", token)
+        manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {"shard-00000.parquet", "reports/shard-00000.json", "manifest.json"}
 
@@ -96,15 +131,35 @@ def test_a_guard_that_raises_leaves_no_file_behind(tmp_path: Path) -> None:
 
 
 def test_what_units_of_an_earlier_plan_left_is_removed(tmp_path: Path) -> None:
-    folder = str(tmp_path)
     planned = [WorkUnit(name=f"shard-{n:05}", payload={"n": n}, version="monday") for n in range(3)]
-    units.run_in_process(
-        planned, writes(tmp_path, "one"), folder=folder, config_digest="options", stage="stage", verb="verb"
-    )
+    run(planned, tmp_path, "one")
     before = {path.name for path in tmp_path.rglob("*") if path.is_file() and "shard-00000" in path.name}
-    units.run_in_process(
-        planned[:1], writes(tmp_path, "two"), folder=folder, config_digest="options", stage="stage", verb="verb"
-    )
+    run(planned[:1], tmp_path, "two")
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and "shard-" in path.name}
     assert left == before
     assert pq.read_table(tmp_path / "shard-00000.parquet").column("text").to_pylist() == ["one"], "was finished"
+
+
+def weighed(weights: list[int]) -> list[WorkUnit]:
+    return [WorkUnit(name=units.shard_name(i), payload={}, weight=weight) for i, weight in enumerate(weights)]
+
+
+@hypothesis.given(st.lists(st.integers(0, 2 * units.BATCH_WEIGHT), max_size=60), st.integers(0, 9))
+def test_batches_hold_every_unit_once_and_none_that_is_heavy_shares_one(weights: list[int], workers: int) -> None:
+    given = weighed(weights)
+    batches = units.batches(given, workers)
+    assert sorted(unit.name for batch in batches for unit in batch) == [unit.name for unit in given]
+    for batch in batches:
+        assert len(batch) == 1 or 0 < sum(unit.weight for unit in batch) <= units.BATCH_WEIGHT
+        assert len(batch) == 1 or all(unit.weight for unit in batch)
+
+
+def test_no_batch_is_more_than_half_of_a_workers_share_of_what_is_left() -> None:
+    batches = units.batches(weighed([1_000_000] * 64), workers=2)
+    assert [len(batch) for batch in batches] == [16, 12, 9, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(batch) for batch in units.batches(weighed([1_000_000] * 64), workers=64)] == [1] * 64
+
+
+def test_heavy_units_begin_first_and_unknown_ones_are_alone() -> None:
+    batches = units.batches(weighed([5, 0, 90_000_000, 7, 0]), workers=1)
+    assert [[unit.weight for unit in batch] for batch in batches] == [[90_000_000], [0], [0], [7], [5]]

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from cert_ray import python_source, schemas
+from cert_ray.retrieval.library_docs import ApiDoc
+from cert_ray.retrieval.retriever import Retriever
 from cert_ray.sketching.prompt_format import END_OF_TEXT, SEPARATOR
 from cert_ray.tokens.encoding import EncodedShard, PackConfig, View, encode_shard, unigram_entropy_nats
 from cert_ray.tokens.vocabulary import TokenizerConfig, train_vocabulary
@@ -94,6 +96,38 @@ def test_a_pair_that_does_not_fit_a_row_becomes_code_alone(tokenizer: Tokenizer)
     assert texts(tokenizer, short)[0][1] == 'name = "é日本"  # ключ\n\n\n'
     assert short.pieces["atomic"].to_pylist() == [False, False, True]
     assert (short.counts["pairs"], short.counts["pairs_too_long"]) == (2, 1)
+
+
+DOCUMENTED = document(
+    'import monkey\n\n\nx = monkey.peek("é")\n',
+    "import monkey\n\n\nx = monkey.peek(string)\n",
+    [("string", "string")],
+    [("import monkey", "import monkey", False), ('x = monkey.peek("é")\n', "x = monkey.peek(string)\n", True)],
+    libraries=["monkey"],
+)
+
+
+@pytest.mark.parametrize("view", [View.XL, View.SKETCHER, View.GENERATOR])
+def test_documentation_stands_ahead_of_a_files_text_as_ahead_of_a_prompt(tokenizer: Tokenizer, view: View) -> None:
+    retriever = Retriever([ApiDoc("monkey.peek", "(path)", "Ein Blick: é.")])
+    table, config = table_of([DOCUMENTED, UNICODE]), PackConfig(view=view)
+    plain, encoded = encode_shard(table, tokenizer, config), encode_shard(table, tokenizer, config, retriever)
+    header = retriever.header(DOCUMENTED["content"])
+    assert header == "# Documentation:\n# monkey.peek(path): Ein Blick: é.\n\n"
+    (first, *others), unicode = texts(tokenizer, plain)
+    assert texts(tokenizer, encoded) == [[header + first, *others], unicode]
+    assert encoded.pieces["atomic"].equals(plain.pieces["atomic"])
+    assert encoded.counts["documented"] == 1
+
+
+def test_documentation_stands_with_the_code_of_a_first_pair(tokenizer: Tokenizer) -> None:
+    code, sketch = "import monkey\nx = monkey.peek(1)\n", "import monkey\nx = monkey.peek(number)\n"
+    row = document(code, sketch, [("number", "number")], [(code, sketch, True)])
+    retriever = Retriever([ApiDoc("monkey.peek", "()", "")])
+    encoded = encode_shard(table_of([row]), tokenizer, PackConfig(view=View.GENERATOR), retriever)
+    spelled = sketch.replace("number", "<|number|>")
+    header = "# Documentation:\n# monkey.peek()\n\n"
+    assert texts(tokenizer, encoded) == [[f"{spelled}\n{SEPARATOR}\n{header}{code}{END_OF_TEXT}"]]
 
 
 def test_a_file_without_segments_is_its_code(tokenizer: Tokenizer) -> None:

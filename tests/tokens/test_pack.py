@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from cert_ray.errors import InputError, NotFinishedError, SchemaVersionError, ShardCorruptError, TokenizerMismatchError
+from cert_ray.retrieval.library_docs import ApiDoc, write_docs
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD
 from cert_ray.tokens.encoding import PackConfig, View, unigram_entropy_nats
 from cert_ray.tokens.pack import pack_in_process
@@ -38,6 +39,21 @@ def test_a_pack_opens_with_every_document_and_its_entropy(inputs: tuple[str, str
     entropy = unigram_entropy_nats(np.bincount(np.concatenate(held_out)))
     assert manifest.notes["held_out_unigram_entropy_nats"] == pytest.approx(entropy)
     assert packed.documents.tokens.sum() == manifest.counts["tokens"]
+
+
+def test_a_pack_is_made_again_when_the_documentation_changes(inputs: tuple[str, str], tmp_path: Path) -> None:
+    docs = tmp_path / "docs.jsonl"
+    config = PackConfig(view=View.XL, retrieve={"docs": str(docs)})
+    tokens = []
+    for name in ("array", "zeros"):
+        write_docs(str(docs), [ApiDoc(f"numpy.{name}", "(x)", "The area.")])
+        manifest = pack_in_process(*inputs, str(tmp_path / "out"), config)
+        packed = PackedTokens.open(str(tmp_path / "out"))
+        tokens.append([packed.tokens(document).tolist() for document in range(len(packed))])
+        assert manifest.counts["documented"] == 50
+        assert manifest.config["retrieve"]["checksum"] == config.retrieve.pinned().checksum
+    assert tokens[0] != tokens[1]
+    assert sum(first != second for first, second in zip(*tokens, strict=True)) == 50
 
 
 def test_a_limit_reads_the_first_documents_alone(inputs: tuple[str, str], tmp_path: Path) -> None:

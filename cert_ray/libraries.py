@@ -7,8 +7,9 @@ not published. `importlib.import_module("x")` counts, too; what a file uses thro
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 # A line that imports, as far as it can be told in a prompt that ends anywhere and so seldom parses.
 _FROM = re.compile(r"^[ \t]*from[ \t]+(\w+)[\w.]*[ \t]+import\b", re.MULTILINE)
 _IMPORT = re.compile(r"^[ \t]*import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
+_USE = re.compile(r"\b(\w+)\.")
 _PART = re.compile(r"(\w+)(?:\.\w+)*(?:\s+as\s+(\w+))?")
 
 
@@ -35,11 +37,18 @@ def uses_any(libraries: pa.ChunkedArray, names: Sequence[str]) -> pa.BooleanArra
 
 
 def imported_libraries(prompt: str) -> Counter[str]:
-    """Top-level packages that `prompt` imports, each with how often its import and the name it is bound to are used."""
+    """Top-level packages that `prompt` imports, each with how often its import and the name it is bound to are used.
+
+    Time grows with the prompt's length alone: a prompt may be a megabyte of imports.
+    """
+    places: dict[str, list[int]] = defaultdict(list)
+    for use in _USE.finditer(prompt):
+        places[use[1]].append(use.start())
     uses: Counter[str] = Counter()
     for match in _FROM.finditer(prompt):
         uses[match[1]] += 1
     for match in _IMPORT.finditer(prompt):
         for library, alias in _PART.findall(match[1]):
-            uses[library] += 1 + len(re.findall(rf"\b{alias or library}\.", prompt[match.end() :]))
+            used = places.get(alias or library, [])
+            uses[library] += 1 + len(used) - bisect.bisect_left(used, match.end())
     return uses

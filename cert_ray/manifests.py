@@ -161,6 +161,7 @@ def write_manifest(folder: str, manifest: Manifest) -> None:
     storage.check_commit()
     storage.remove_partial_files(folder)
     storage.write_text(storage.join(folder, MANIFEST_NAME), manifest.model_dump_json(indent=1) + "\n")
+    storage.check_commit()  # the token is still this run's
     storage.remove(storage.join(folder, ATTEMPT_NAME))
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+
+import hypothesis
+import hypothesis.strategies as st
 import pyarrow as pa
 
 from cert_ray.libraries import imported_libraries, library_counts, uses_any
@@ -21,3 +26,25 @@ def test_files_that_import_one_of_the_names_are_chosen() -> None:
 
 def test_imports_count_with_the_uses_of_the_name_they_bind() -> None:
     assert imported_libraries("import pandas as pd, os.path\npd.DataFrame(pd.x)\nos.path\n") == {"pandas": 3, "os": 2}
+
+
+@hypothesis.given(
+    st.lists(
+        st.sampled_from(
+            ["import a", "import a as b", "from c import d", "b.x", "a.b.a()", "xa.y", "import c, a as x", "x.x."]
+        )
+    )
+)
+def test_uses_are_those_behind_the_import(lines: list[str]) -> None:
+    """Held against a search of the rest of the prompt for each import, as slow as it is plain."""
+    expected: Counter[str] = Counter()
+    for number, line in enumerate(lines):
+        behind = "\n".join(["", *lines[number + 1 :]])
+        if line == "from c import d":
+            expected["c"] += 1
+        elif line.startswith("import "):
+            for part in line.removeprefix("import ").split(", "):
+                library, _, alias = part.partition(" as ")
+                uses = len(re.findall(rf"\b{alias or library}\.", behind))
+                expected[library] += 1 + uses
+    assert imported_libraries("\n".join(lines)) == expected

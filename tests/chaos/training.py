@@ -90,7 +90,9 @@ def drive(given: argparse.Namespace) -> None:
     plan = json.loads((given.output / "plan.json").read_text())
     kills = {int(step): kind for step, kind in plan["kills"].items()}
     changes = {int(step): tuple(change) for step, change in plan["changes"].items()}
-    ray.init(address=given.address, namespace=f"chaos-{os.getpid()}", log_to_driver=True)
+    # What frees a dead driver's places looks for its cluster by itself; with two on a machine it may ask the other.
+    environment = {"env_vars": {"RAY_ADDRESS": given.address}}
+    ray.init(address=given.address, namespace=f"chaos-{os.getpid()}", log_to_driver=True, runtime_env=environment)
     strikes = Strikes(given.output, kills, changes, os.getpid())
     train(TrainConfig.model_validate(plan["config"]), after_step=strikes)
     ray.shutdown()
@@ -166,7 +168,8 @@ def kills(given: argparse.Namespace, nodes: Nodes) -> str:
         raise ChaosError("the model differs from the undisturbed run's")
     lines = ["| step | killed | steps done again | back after, s |", "|---|---|---|---|"]
     lost = []
-    for (before, after), step in zip(_interruptions(read_steps(disturbed.folder)), steps, strict=True):
+    for step in steps:
+        before, after = _interruption(read_steps(disturbed.folder), step)
         lost.append(before.step - after.step + 1)
         lines.append(f"| {step} | {plan[step]} | {lost[-1]} | {after.at_s - before.at_s:.1f} |")
     if max(lost) > given.interval:
@@ -176,9 +179,10 @@ def kills(given: argparse.Namespace, nodes: Nodes) -> str:
     )
 
 
-def _interruptions(steps: list[Step]) -> list[tuple[Step, Step]]:
-    """The last step before each interruption and the first one after it, as rank 0 saw them."""
-    return [(before, after) for before, after in pairwise(s for s in steps if s.rank == 0) if after.step <= before.step]
+def _interruption(steps: list[Step], killed_at: int) -> tuple[Step, Step]:
+    """The step after which a kill came, when it was done first, and the one that came next, as rank 0 saw them."""
+    of_rank_0 = [step for step in steps if step.rank == 0]
+    return next((before, after) for before, after in pairwise(of_rank_0) if before.step == killed_at)
 
 
 def elastic(given: argparse.Namespace, nodes: Nodes) -> str:

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cert_ray.errors import CertRayError
 from cert_ray.operations.nodes import NodeFacts, facts_of_this_node, refuse_other_versions, versions_here
+from cert_ray.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +72,18 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
 def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:
     """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
 
+    Its log lines are told as the caller's, and kept beside them as those of VERB-worker.
+
     Raises:
         CertRayError: as `work`, without Ray's wrapping.
     """
-    task = ray.remote(work).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
+    log = logs.inherited()
+
+    def logged() -> Result:
+        with logs.taken_over(log, kept_as=f"{log.fields.get('verb', 'work')}-worker"):
+            return work()
+
+    task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
     try:
         found: Result = ray.get(task.remote())
     except ray.exceptions.RayTaskError as error:

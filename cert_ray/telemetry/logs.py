@@ -1,7 +1,8 @@
 """Log lines with the run, the stage and the shard they are about, as text or JSON; and one run's story, kept beside it.
 
 `configure` is called once, at an entry point: lines go to stderr in the form that is asked for, `CERT_RAY_LOG_FORMAT`
-where none is. `scope` names what lines are about. `story` also writes every line, shard by shard, as JSON to files of
+where none is; a worker on another machine takes over what its driver `inherited`. `scope` names what lines are about.
+`story` also writes every line, shard by shard, as JSON to files of
 RUN/logs/BEGAN-VERB-PID, so that what jobs and retries did can be read in order when their machines are gone. A story
 that cannot be written is a warning, never the end of a run, and a store that hangs holds nobody up.
 """
@@ -15,8 +16,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -53,15 +55,19 @@ def configure(form: str | None = None) -> None:
     wanted = chosen_form(form)
     if logging.getLogger().handlers:
         return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO if wanted == Form.TEXT else logging.DEBUG)
-    handler.setFormatter(formatter(wanted))
-    handler.addFilter(_add_scope)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[_to_stderr(wanted)])
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if wanted == Form.JSON:
         logging.getLogger("cert_ray").setLevel(logging.DEBUG)
+
+
+def _to_stderr(form: Form) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if form == Form.TEXT else logging.DEBUG)
+    handler.setFormatter(formatter(form))
+    handler.addFilter(_add_scope)
+    return handler
 
 
 def chosen_form(form: str | None = None) -> Form:
@@ -114,9 +120,42 @@ def scope(**fields: str) -> Iterator[None]:
         _SCOPE.reset(token)
 
 
-def inherited() -> dict[str, str]:
-    """The fields of this scope, for a worker on another machine to log under."""
-    return dict(_SCOPE.get())
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """How a process logs: the form of its lines, and its scope."""
+
+    form: Form
+    fields: Mapping[str, str]
+
+
+def inherited() -> Inherited:
+    """What a worker of this process, on another machine, takes over."""
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    configured = Form.JSON if any(isinstance(one, _Json) for one in formatters) else Form.TEXT
+    return Inherited(configured if formatters else chosen_form(), dict(_SCOPE.get()))
+
+
+@contextmanager
+def taken_over(given: Inherited, kept_as: str | None = None) -> Iterator[None]:
+    """In a worker: lines of the block go to stderr, which Ray forwards, as those of the process that `inherited`.
+
+    Args:
+        kept_as: the verb of a story of the worker's own, where the scope names a run; None keeps none.
+    """
+    ours = logging.getLogger("cert_ray")
+    before = ours.level, ours.propagate
+    handler = _to_stderr(given.form)
+    ours.addHandler(handler)
+    ours.propagate = False  # Ray Train's workers have handlers of another form at the root
+    ours.setLevel(logging.INFO if given.form == Form.TEXT else logging.DEBUG)
+    run = given.fields.get("run")
+    try:
+        with scope(**given.fields), story(run, kept_as) if run and kept_as else nullcontext():
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before[0])
+        ours.propagate = before[1]
 
 
 @contextmanager

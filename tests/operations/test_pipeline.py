@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from cert_ray.errors import CertRayError, ConfigError
 from cert_ray.operations import pipeline
 from cert_ray.operations.on_ray import run_on_worker
 from cert_ray.operations.recipe import Recipe, recipe_from
+from cert_ray.operations.story import read_story
+from cert_ray.telemetry import logs
 from tests.ray_marks import RAY_DATA
 from tests.serving.builders import save_model
 
@@ -62,3 +65,12 @@ class TestOnRay:
 
         with pytest.raises(CertRayError, match=r"^change it$"):
             run_on_worker(fail, cpus=1, gpus=0)
+
+    def test_lines_of_a_task_are_kept_below_the_run(self, tmp_path: Path) -> None:
+        def tell() -> None:
+            logging.getLogger("cert_ray.tests").info("pass@1 0.25")
+
+        with logs.story(str(tmp_path), "evaluate"):
+            run_on_worker(tell, cpus=1, gpus=0)
+        (line,) = (line for line in read_story(str(tmp_path)) if line.level == "INFO")
+        assert (line.verb, line.message) == ("evaluate-worker", "pass@1 0.25")

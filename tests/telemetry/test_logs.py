@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
 import re
 import sys
 import threading
@@ -218,6 +219,32 @@ def test_a_line_that_cannot_be_made_ends_nothing(
 def test_scopes_end_with_their_blocks_and_can_be_inherited() -> None:
     with logs.scope(run="a"):
         with logs.scope(stage="b"):
-            assert logs.inherited() == {"run": "a", "stage": "b"}
-        assert logs.inherited() == {"run": "a"}
-    assert logs.inherited() == {}
+            assert logs.inherited().fields == {"run": "a", "stage": "b"}
+        assert logs.inherited().fields == {"run": "a"}
+    assert logs.inherited().fields == {}
+
+
+@pytest.mark.parametrize("form", logs.Form)
+def test_a_worker_logs_in_the_form_and_the_scope_of_its_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: logs.Form
+) -> None:
+    configured(monkeypatch, form)
+    with logs.scope(run=str(tmp_path), verb="evaluate"):
+        given = pickle.loads(pickle.dumps(logs.inherited()))
+    errors = configured(monkeypatch, None)  # as Ray Train's: a root with handlers of another form
+    with logs.taken_over(given, kept_as="evaluate-worker"):
+        LOGGER.info("pass@1 0.25")
+    (line,) = (line for line in errors.getvalue().splitlines() if "pass@1" in line)
+    if form == logs.Form.JSON:
+        assert json.loads(line)["verb"] == "evaluate-worker"
+    else:
+        assert line.endswith(" pass@1 0.25")
+    assert [line["message"] for line in story_of(tmp_path)][1] == "pass@1 0.25"
+    assert logging.getLogger("cert_ray").propagate
+
+
+def test_a_worker_without_a_run_keeps_no_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with logs.taken_over(logs.inherited(), kept_as="evaluate-worker"):
+        LOGGER.info("pass@1 0.25")
+    assert list(tmp_path.iterdir()) == []

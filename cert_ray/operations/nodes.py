@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 import platform
 import shutil
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,8 @@ from cert_ray import __version__
 from cert_ray.errors import ConfigError
 from cert_ray.operations.doctor import Finding, Level
 
+logger = logging.getLogger(__name__)
+
 _GIB = 1 << 30
 _MEMORY_PER_CPU_BYTES = (
     1.5 * _GIB
@@ -29,7 +32,7 @@ _DISK_WANTED_BYTES = 5 * _GIB  # assumed: object spilling and logs
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """One node: where it is, what Ray counts on it, and what it said. `problem` says why it did not."""
+    """One node: where it is, what Ray counts on it, and what it said; or why it is silent, or what asking it raised."""
 
     address: str
     cpus: float
@@ -37,15 +40,20 @@ class NodeFacts:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     memory_bytes: int = 0
     disk_free_bytes: int = 0
-    problem: str | None = None
+    silence: str | None = None
+    error: str | None = None
 
     def answered(self, said: Mapping[str, Any]) -> NodeFacts:
         """With what `facts_of_this_node` gave there."""
         return dataclasses.replace(self, **said)
 
-    def silent(self, problem: str) -> NodeFacts:
-        """Without an answer."""
-        return dataclasses.replace(self, problem=problem)
+    def silent(self, why: str) -> NodeFacts:
+        """Without an answer: slow, or gone meanwhile."""
+        return dataclasses.replace(self, silence=why)
+
+    def failed(self, error: str) -> NodeFacts:
+        """With an error for an answer: nothing of cert-ray would run there."""
+        return dataclasses.replace(self, error=error)
 
 
 def versions_here() -> dict[str, str]:
@@ -68,18 +76,23 @@ def judge_nodes(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> list[Fin
 
 
 def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> None:
-    """Nothing, where every node that answered runs what this process does.
+    """Nothing, where every node that answered runs what this process does; a silent one is a warning.
 
     Raises:
-        ConfigError: naming each node that does not, and what it runs.
+        ConfigError: naming each node that does not, and what it runs, or the error with which it answered.
     """
-    found = [
-        f"node {node.address} has {part} {node.versions.get(part, 'none')}, this process has {wanted}"
-        for node in nodes
-        if node.problem is None
-        for part, wanted in here.items()
-        if node.versions.get(part) != wanted
-    ]
+    found = []
+    for node in nodes:
+        if node.silence is not None:
+            logger.warning("node %s is not checked: %s", node.address, node.silence)
+        elif node.error is not None:
+            found.append(f"node {node.address} cannot run cert-ray: {node.error.rstrip('.')}")
+        else:
+            found += [
+                f"node {node.address} has {part} {node.versions.get(part, 'none')}, this process has {wanted}"
+                for part, wanted in here.items()
+                if node.versions.get(part) != wanted
+            ]
     if found:
         cure = "Results would depend on where tasks run: give every node one image, or the same packages."
         raise ConfigError(f"{'; '.join(found)}. {cure}")
@@ -87,9 +100,9 @@ def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -
 
 def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
     name = f"node {node.address}"
-    if node.problem is not None:
+    if (problem := node.silence or node.error) is not None:
         cure = "Is cert-ray installed there, and is the node up? `ray status` and its logs say more."
-        return [Finding(name, Level.FAIL, node.problem, cure)]
+        return [Finding(name, Level.FAIL, problem, cure)]
     found = f"{node.cpus:g} CPUs, {node.gpus:g} GPUs, {node.memory_bytes / _GIB:.0f} GiB memory"
     findings = [Finding(name, Level.OK, found)]
     for part, wanted in here.items():

@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cert_ray.errors import CertRayError
 from cert_ray.operations.nodes import NodeFacts, facts_of_this_node, refuse_other_versions, versions_here
+from cert_ray.telemetry import logs
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
         check_versions: ask the nodes that are there now; those that an autoscaler adds later have the same image.
 
     Raises:
-        ConfigError: when a node of the cluster runs another version of Python, Ray or cert-ray.
+        ConfigError: when a node of the cluster runs another version of Python, Ray or cert-ray, or none of it.
     """
     if ray.is_initialized():
         yield
@@ -71,10 +72,18 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
 def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:
     """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
 
+    Its log lines are told as the caller's, and kept beside them as those of VERB-worker.
+
     Raises:
         CertRayError: as `work`, without Ray's wrapping.
     """
-    task = ray.remote(work).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
+    log = logs.inherited()
+
+    def logged() -> Result:
+        with logs.taken_over(log, kept_as=f"{log.fields.get('verb', 'work')}-worker"):
+            return work()
+
+    task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
     try:
         found: Result = ray.get(task.remote())
     except ray.exceptions.RayTaskError as error:
@@ -83,7 +92,7 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
 
 
 def ask_nodes(timeout_s: float = 60.0) -> list[NodeFacts]:
-    """What every living node of the connected cluster says of itself, by address; one that does not answer, and why."""
+    """What every living node of the connected cluster says of itself, by address; of others why there is no answer."""
     task = ray.remote(facts_of_this_node)
     asked = {}
     for node in sorted(ray.nodes(), key=lambda node: str(node["NodeManagerAddress"])):
@@ -100,6 +109,12 @@ def ask_nodes(timeout_s: float = 60.0) -> list[NodeFacts]:
         except ray.exceptions.GetTimeoutError:
             ray.cancel(reference, force=True)
             answers.append(node.silent(f"no answer within {timeout_s:g} s"))
-        except ray.exceptions.RayError as error:
-            answers.append(node.silent(str(error).strip().splitlines()[-1]))
+        except (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError) as error:
+            answers.append(node.failed(_last_line(error)))
+        except ray.exceptions.RayError as error:  # the node, or the process there, is gone
+            answers.append(node.silent(_last_line(error)))
     return answers
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
 import yaml
@@ -17,12 +16,13 @@ import yaml
 from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError
 from cert_ray.operations.recipe import Recipe, RunFolders
-from cert_ray.operations.status import next_verb, run_status
-from cert_ray.operations.story import attempts, read_story
+from cert_ray.operations.status import StageStatus, next_verb, run_status
+from cert_ray.operations.story import attempts, read_story, render_line
 
 PAGE_NAME = "summary.html"
 PICTURE_NAME = "loss.png"  # as training writes it
 _LINES = 2_000  # of the story, the newest; assumed: what a browser shows at once
+_MODEL = "model"  # what its manifest calls the stage of models/NAME
 _PAGES = (
     ("dataset card", "dataset/card/card.html"),
     ("evaluation", "evaluation/report.html"),
@@ -68,9 +68,9 @@ def render_summary(recipe: Recipe) -> str:
         run=folders.run,
         stages=stages,
         next_verb=next_verb(stages),
-        made=list(_made(folders.run, [(stage.stage, stage.stage) for stage in stages])),
+        made=list(_made(folders.run, stages)),
         attempts=attempts(lines),
-        lines=[line for line in lines if not line.shard][-_LINES:],
+        lines=[render_line(line) for line in lines if not line.shard][-_LINES:],
         shard_lines=sum(bool(line.shard) for line in lines),
         pages=[(name, path) for name, path in _PAGES if storage.exists(storage.join(folders.run, path))],
         pictures=list(_pictures(recipe, folders)),
@@ -86,24 +86,23 @@ def _pictures(recipe: Recipe, folders: RunFolders) -> Iterator[tuple[str, str, s
             yield name, f"models/{name}", base64.b64encode(storage.read_bytes(url)).decode()
 
 
-def _made(run: str, stages: list[tuple[str, str]]) -> Iterator[Made]:
-    for name, path in stages:
-        folder = storage.join(run, path)
+def _made(run: str, stages: list[StageStatus]) -> Iterator[Made]:
+    for stage in stages:
+        folder = storage.join(run, stage.stage)
         if not manifests.is_finished(folder):
             continue
-        kind = path.split("/")[0].replace("models", "model")
+        kind = _MODEL if stage.verb == "train" else stage.stage.partition("/")[0]
         try:
-            manifest = manifests.read_manifest(folder, kind, "preprocess")
+            manifest = manifests.read_manifest(folder, kind, stage.verb)
         except CertRayError:
             continue  # the table of stages says why
-        size = sum(file.size_bytes for file in manifest.files)
-        counted: dict[str, Any] = {"rows_read": manifest.rows_read, "rows_kept": manifest.rows_kept}
         yield Made(
-            stage=name,
+            stage=stage.stage,
             python=manifest.python_version,
+            rows_read=manifest.rows_read,
+            rows_kept=manifest.rows_kept,
             dropped=dict(sorted(manifest.dropped.items(), key=lambda item: -item[1])),
             files=len(manifest.files),
-            size_bytes=size,
+            size_bytes=sum(file.size_bytes for file in manifest.files),
             inputs_digest=manifest.inputs_digest,
-            **counted,
         )

@@ -16,7 +16,7 @@ from cert_ray.telemetry import logs
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One log line, and the file below RUN/logs that has it."""
+    """One log line, and the folder below RUN/logs that has it."""
 
     time: str
     level: str
@@ -24,7 +24,7 @@ class Line:
     stage: str
     shard: str
     message: str
-    file: str
+    log: str
     fields: dict[str, Any]
 
 
@@ -38,7 +38,7 @@ class Attempt:
     outcome: str
     seconds: float | None
     message: str
-    file: str
+    log: str
     versions: dict[str, str]
 
 
@@ -58,13 +58,13 @@ def _lines(url: str) -> Iterator[Line]:
         except ValueError:
             continue  # cut short
         about = {name: str(fields.get(name, "")) for name in ("time", "level", "verb", "stage", "shard", "message")}
-        yield Line(**about, file=storage.name_of(url), fields=fields)
+        yield Line(**about, log=storage.name_of(url.rsplit("/", 1)[0]), fields=fields)
 
 
 def attempts(lines: Sequence[Line]) -> list[Attempt]:
     """The jobs that wrote `lines`, in the order in which they began."""
     return [
-        _attempt([line for line in lines if line.file == name]) for name in dict.fromkeys(line.file for line in lines)
+        _attempt([line for line in lines if line.log == name]) for name in dict.fromkeys(line.log for line in lines)
     ]
 
 
@@ -78,7 +78,7 @@ def _attempt(lines: list[Line]) -> Attempt:
         outcome="open" if ended is None else ended.fields["event"],
         seconds=None if ended is None else ended.fields["seconds"],
         message=last.message,
-        file=first.file,
+        log=first.log,
         versions=first.fields.get("versions", {}),
     )
 

@@ -1,9 +1,10 @@
 """Log lines with the run, the stage and the shard they are about, as text or JSON; and one run's story, kept beside it.
 
 `configure` is called once, at an entry point: lines go to stderr in the form that is asked for, `CERT_RAY_LOG_FORMAT`
-where none is. `scope` names what lines are about. `story` also writes every line, shard by shard, as JSON to
-RUN/logs/BEGAN-VERB-PID.jsonl, so that what jobs and retries did can be read in order when their machines are gone.
-A story that cannot be written is a warning, never the end of a run.
+where none is; a worker on another machine takes over what its driver `inherited`. `scope` names what lines are about.
+`story` also writes every line, shard by shard, as JSON to files of
+RUN/logs/BEGAN-VERB-PID, so that what jobs and retries did can be read in order when their machines are gone. A story
+that cannot be written is a warning, never the end of a run, and a store that hangs holds nobody up.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import contextmanager, nullcontext
+from contextvars import Context, ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -31,6 +34,8 @@ FORM_VARIABLE = "CERT_RAY_LOG_FORMAT"
 FOLDER = "logs"
 _NOISY = ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec")
 _FLUSH_EVERY_S = 30.0  # assumed: what a killed job's story may lack
+_CLOSE_S = 60.0  # assumed: a job that is done waits no longer for its story to be written
+_WAITING_LINES = 100_000  # some 50 MB; what comes beyond, while the store takes nothing, is lost
 _SCOPE: ContextVar[Mapping[str, str]] = ContextVar("scope", default={})  # noqa: B039 - never changed, only replaced
 
 
@@ -50,15 +55,19 @@ def configure(form: str | None = None) -> None:
     wanted = chosen_form(form)
     if logging.getLogger().handlers:
         return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.INFO if wanted == Form.TEXT else logging.DEBUG)
-    handler.setFormatter(formatter(wanted))
-    handler.addFilter(_add_scope)
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[_to_stderr(wanted)])
     for noisy in _NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if wanted == Form.JSON:
         logging.getLogger("cert_ray").setLevel(logging.DEBUG)
+
+
+def _to_stderr(form: Form) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.INFO if form == Form.TEXT else logging.DEBUG)
+    handler.setFormatter(formatter(form))
+    handler.addFilter(_add_scope)
+    return handler
 
 
 def chosen_form(form: str | None = None) -> Form:
@@ -111,18 +120,50 @@ def scope(**fields: str) -> Iterator[None]:
         _SCOPE.reset(token)
 
 
-def inherited() -> dict[str, str]:
-    """The fields of this scope, for a worker on another machine to log under."""
-    return dict(_SCOPE.get())
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """How a process logs: the form of its lines, and its scope."""
+
+    form: Form
+    fields: Mapping[str, str]
+
+
+def inherited() -> Inherited:
+    """What a worker of this process, on another machine, takes over."""
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    configured = Form.JSON if any(isinstance(one, _Json) for one in formatters) else Form.TEXT
+    return Inherited(configured if formatters else chosen_form(), dict(_SCOPE.get()))
+
+
+@contextmanager
+def taken_over(given: Inherited, kept_as: str | None = None) -> Iterator[None]:
+    """In a worker: lines of the block go to stderr, which Ray forwards, as those of the process that `inherited`.
+
+    Args:
+        kept_as: the verb of a story of the worker's own, where the scope names a run; None keeps none.
+    """
+    ours = logging.getLogger("cert_ray")
+    before = ours.level, ours.propagate
+    handler = _to_stderr(given.form)
+    ours.addHandler(handler)
+    ours.propagate = False  # Ray Train's workers have handlers of another form at the root
+    ours.setLevel(logging.INFO if given.form == Form.TEXT else logging.DEBUG)
+    run = given.fields.get("run")
+    try:
+        with scope(**given.fields), story(run, kept_as) if run and kept_as else nullcontext():
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(before[0])
+        ours.propagate = before[1]
 
 
 @contextmanager
 def story(run: str, verb: str) -> Iterator[None]:
     """Lines of the block carry `run` and `verb`, and are also kept below `run`, with how the block began and ended."""
     began = datetime.now(UTC)
-    url = storage.join(run, FOLDER, f"{began:%Y%m%dT%H%M%S}-{verb}-{os.getpid()}.jsonl")
     ours = logging.getLogger("cert_ray")
-    kept = _Story(url)
+    kept = _Story(storage.join(run, FOLDER, f"{began:%Y%m%dT%H%M%S}-{verb}-{os.getpid()}"))
     before = ours.level
     ours.addHandler(kept)
     ours.setLevel(logging.DEBUG)
@@ -134,7 +175,8 @@ def story(run: str, verb: str) -> Iterator[None]:
                 yield
             except BaseException as error:
                 told = {"event": "failed", "seconds": round(time.monotonic() - clock, 1)}
-                logger.debug("%s failed: %s", verb, error or type(error).__name__, extra=told)
+                trace = None if isinstance(error, CertRayError) else error
+                logger.debug("%s failed: %s", verb, str(error) or type(error).__name__, exc_info=trace, extra=told)
                 raise
             ended = {"event": "finished", "seconds": round(time.monotonic() - clock, 1)}
             logger.debug("%s finished", verb, extra=ended)
@@ -149,31 +191,56 @@ def _versions() -> dict[str, str]:
 
 
 class _Story(logging.Handler):
-    """Keeps lines, and writes all of them again now and then: object stores do not append."""
+    """Keeps lines in numbered files, each with what came since the one before: object stores do not append.
 
-    def __init__(self, url: str) -> None:
+    A thread of its own writes them (a `QueueListener` would write line by line, a `MemoryHandler` inside the call that
+    logs). Nothing that guards the writes of whoever logs holds there: a run that was superseded tells so.
+    """
+
+    def __init__(self, folder: str) -> None:
         super().__init__(logging.DEBUG)
         self.setFormatter(formatter(Form.JSON))
         self.addFilter(_add_scope)
-        self._url, self._lines = url, list[str]()
-        self._written_s = time.monotonic()
-        self._failed = False
+        self._folder, self._parts = folder, 0
+        self._waiting, self._lost = list[str](), 0  # the list: others append, and only the thread takes away
+        self._warned = False
+        self._ending = threading.Event()
+        self._writer = threading.Thread(target=Context().run, args=(self._write_now_and_then,), daemon=True)
+        self._writer.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._lines.append(self.format(record) + "\n")
-        if time.monotonic() - self._written_s >= _FLUSH_EVERY_S:
-            self._write()
+        try:
+            line = self.format(record) + "\n"
+        except Exception:  # noqa: BLE001 - logging is a boundary: what cannot be told ends nothing
+            self.handleError(record)
+            return
+        if len(self._waiting) < _WAITING_LINES:
+            self._waiting.append(line)
+        else:
+            self._lost += 1
 
     def close(self) -> None:
-        self._write()
+        self._ending.set()
+        self._writer.join(_CLOSE_S)
+        if lacks := self._lost + len(self._waiting):
+            logger.warning("the run's story, %s, lacks %d lines", self._folder, lacks)
         super().close()
 
+    def _write_now_and_then(self) -> None:
+        while not self._ending.wait(_FLUSH_EVERY_S):
+            self._write()
+        self._write()
+
     def _write(self) -> None:
-        self._written_s = time.monotonic()
-        if self._failed:
+        lines = list(self._waiting)
+        if not lines:
             return
         try:
-            storage.write_text(self._url, "".join(self._lines))
-        except (OSError, CertRayError) as error:
-            self._failed = True  # first: the warning comes back here
-            logger.warning("the run's story is not kept: %s", error)
+            storage.write_text(storage.join(self._folder, f"part-{self._parts:05d}.jsonl"), "".join(lines))
+        except Exception as error:  # noqa: BLE001 - clients of object stores raise errors of their own
+            if not self._warned:
+                self._warned = True
+                logger.warning("the run's story is not kept, and is tried again: %s", error)
+            return
+        self._parts += 1
+        del self._waiting[: len(lines)]

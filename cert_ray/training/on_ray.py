@@ -9,11 +9,9 @@ import atexit
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +155,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if config.compile:
         _compile_into_own_folder()
-    _log_to_stderr()
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed: nothing that a user can change.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     from transformers.utils.logging import disable_progress_bar
 
     from cert_ray.training import worker
@@ -165,8 +164,10 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     disable_progress_bar()
 
     context = ray.train.get_context()
+    # Worker 0 tells the steps, and keeps what it tells beside what the driver keeps.
+    kept_as = f"train-{storage.name_of(config.output)}" if context.get_world_rank() == 0 else None
     try:
-        with logs.scope(**options["log"]), _story(config, options["log"]):
+        with logs.taken_over(options["log"], kept_as):
             outcome = worker.run(
                 config,
                 options["run_digest"],
@@ -179,13 +180,6 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
         return {"error": error}
     return {"records": outcome.records, "parameters": outcome.parameters, "files": outcome.files}
-
-
-def _story(config: TrainConfig, scope: dict[str, str]) -> AbstractContextManager[None]:
-    """Worker 0 tells the steps, and keeps what it tells beside what the driver keeps."""
-    if "run" not in scope or ray.train.get_context().get_world_rank() != 0:
-        return nullcontext()
-    return logs.story(scope["run"], f"train-{storage.name_of(config.output)}")
 
 
 def _compile_into_own_folder() -> None:
@@ -217,20 +211,6 @@ def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
 
 def _report(metrics: dict[str, Any], part: Path, name: str) -> None:
     ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(part)), checkpoint_dir_name=name)
-
-
-def _log_to_stderr() -> None:
-    """Ray forwards a worker's stderr to the driver; without a handler, the progress lines would go nowhere."""
-    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed: nothing that a user can change.
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
-    logger = logging.getLogger("cert_ray")
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        handler.setLevel(logging.INFO)
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 def _finish(checked: inputs.Checked, returned: dict[str, Any]) -> Manifest:

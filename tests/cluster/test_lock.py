@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -12,6 +13,11 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "cluster" / "requirements.lock"
 IMAGE_EXTRAS = ("client", "s3", "gcs")  # what cluster/README.md compiles
+
+
+def dockerfile() -> str:
+    """The image's recipe, an instruction a line."""
+    return (ROOT / "cluster" / "Dockerfile").read_text().replace("\\\n", " ")
 
 
 def entries() -> dict[str, tuple[str, list[str]]]:
@@ -49,8 +55,14 @@ def test_tested_versions_are_the_locked_ones() -> None:
 
 
 def test_the_image_installs_nothing_else() -> None:
-    text = (ROOT / "cluster" / "Dockerfile").read_text().replace("\\\n", " ")
-    installs = [line for line in re.findall(r"pip install[^&\n]*", text) if not line.startswith("pip install --help")]
+    installs = re.findall(r"pip install[^&\n]*", dockerfile())
     assert installs
     for line in installs:
         assert "--require-hashes" in line or "--no-deps --no-build-isolation" in line, line
+
+
+def test_building_the_image_imports_what_jobs_import_late() -> None:
+    (imported,) = re.findall(r'python -c "import ([^"]+)"', dockerfile())
+    names = imported.split(", ")
+    assert {"cert_ray.operations.pipeline", "bm25s", "griffe", "Stemmer"} <= set(names)
+    assert [name for name in names if importlib.util.find_spec(name) is None] == []

@@ -39,8 +39,16 @@ def test_a_run_is_refused_where_a_node_runs_another_version(part: str) -> None:
         refuse_other_versions([SOUND, other], HERE)
 
 
-def test_a_silent_node_does_not_keep_a_run_from_starting() -> None:
+def test_a_silent_node_keeps_no_run_from_starting_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     refuse_other_versions([SOUND, SOUND.silent("no answer within 30 s")], HERE)
+    (warning,) = caplog.records
+    assert warning.getMessage() == "node 10.0.0.1 is not checked: no answer within 30 s"
+
+
+def test_a_run_is_refused_where_a_node_answers_with_an_error() -> None:
+    bare = SOUND.failed("ModuleNotFoundError: No module named 'cert_ray'")
+    with pytest.raises(ConfigError, match=r"^node 10.0.0.1 cannot run cert-ray: ModuleNotFoundError: .*one image"):
+        refuse_other_versions([SOUND, bare], HERE)
 
 
 def test_little_room_is_a_warning_that_says_what_to_change() -> None:
@@ -50,8 +58,9 @@ def test_little_room_is_a_warning_that_says_what_to_change() -> None:
     assert "--num-cpus=4" in memory.advice
 
 
-def test_a_silent_node_fails_alone() -> None:
+def test_a_node_without_facts_fails_alone() -> None:
     assert levels(SOUND.silent("no answer within 60 s")) == [Level.FAIL]
+    assert levels(SOUND.failed("No module named 'cert_ray'")) == [Level.FAIL]
 
 
 @pytest.mark.ray
@@ -59,7 +68,20 @@ def test_every_node_of_a_cluster_is_asked(ray_cluster: None) -> None:
     from cert_ray.operations.on_ray import ask_nodes
 
     (node,) = ask_nodes()
-    assert node.problem is None
+    assert (node.silence, node.error) == (None, None)
     assert node.versions == versions_here()
     assert node.cpus == 4
     assert node.memory_bytes > 0
+
+
+@pytest.mark.ray
+def test_a_node_on_which_asking_raises_has_answered(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cert_ray.operations import on_ray
+
+    def without_cert_ray() -> None:
+        raise ModuleNotFoundError("No module named 'cert_ray'")
+
+    monkeypatch.setattr(on_ray, "facts_of_this_node", without_cert_ray)
+    (node,) = on_ray.ask_nodes()
+    assert node.silence is None
+    assert node.error == "ModuleNotFoundError: No module named 'cert_ray'"

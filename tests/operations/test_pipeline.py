@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from cert_ray.operations import pipeline
 from cert_ray.operations.on_ray import run_on_worker
 from cert_ray.operations.recipe import Recipe, recipe_from
 from cert_ray.operations.sources import Source
+from cert_ray.operations.story import read_story
 from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.telemetry import logs
 from tests.evaluation.builders import in_this_process, write_problems
 from tests.ray_marks import RAY_DATA
 from tests.retrieval.builders import DOCS
@@ -100,3 +103,12 @@ class TestOnRay:
 
         with pytest.raises(CertRayError, match=r"^change it$"):
             run_on_worker(fail, cpus=1, gpus=0)
+
+    def test_lines_of_a_task_are_kept_below_the_run(self, tmp_path: Path) -> None:
+        def tell() -> None:
+            logging.getLogger("cert_ray.tests").info("pass@1 0.25")
+
+        with logs.story(str(tmp_path), "evaluate"):
+            run_on_worker(tell, cpus=1, gpus=0)
+        (line,) = (line for line in read_story(str(tmp_path)) if line.level == "INFO")
+        assert (line.verb, line.message) == ("evaluate-worker", "pass@1 0.25")

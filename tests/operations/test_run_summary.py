@@ -22,6 +22,7 @@ def test_the_page_of_a_run_in_the_middle(recipe: Recipe, tmp_path: Path) -> None
     folders = RunFolders(recipe.run)
     for stage in ("documents", "dedup", "dataset"):
         finish(storage.join(folders.run, stage), stage)
+    finish(storage.join(folders.run, "tokens", "base"), "tokens")
     storage.write_text(storage.join(folders.dataset, "card", "card.html"), "<p>card")
     Path(folders.model("base")).mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(Path(folders.model("base")) / "loss.png")
@@ -33,8 +34,9 @@ def test_the_page_of_a_run_in_the_middle(recipe: Recipe, tmp_path: Path) -> None
     page = (Path(folders.run) / "summary.html").read_text()
     assert "cert-ray tokenizer RECIPE" in page
     assert "too_short 3" in page  # one of each of three shards
-    assert "tokenizer failed: no &lt;vocabulary&gt;" in page
+    assert "D [tokenizer] tokenizer failed: no &lt;vocabulary&gt;" in page
     assert re.search(r'class="failed">failed', page)
+    assert '<tr><td>tokens/base</td><td class="number">' in page  # its rows, besides how far it is
     assert "data:image/png;base64," in page
     assert not re.search(r"(?:href|src)=.(?:https?:)?//", page)
     links = re.findall(r'href="([^"]+)"', page)

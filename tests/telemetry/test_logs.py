@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import json
 import logging
+import pickle
+import re
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cert_ray.errors import ConfigError
+from cert_ray import storage
+from cert_ray.errors import ConfigError, SupersededError
 from cert_ray.telemetry import logs
 
 LOGGER = logging.getLogger("cert_ray.tests.logs")
@@ -38,8 +42,9 @@ def levels() -> Iterator[None]:
 
 
 def story_of(run: Path) -> list[dict[str, Any]]:
-    (file,) = (run / "logs").iterdir()
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    (folder,) = (run / "logs").iterdir()
+    files = sorted(folder.iterdir())
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
 def test_json_lines_have_run_stage_and_shard(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,23 +97,154 @@ def test_a_failure_is_told_and_goes_on_to_the_caller(tmp_path: Path) -> None:
     assert story_of(tmp_path)[-1]["message"] == "pack failed: disk is full"
 
 
-def test_lines_are_there_before_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_FLUSH_EVERY_S", 0.0)
+def test_what_is_no_error_raised_on_purpose_is_told_with_its_traceback(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), logs.story(str(tmp_path / "stopped"), "train"):
+        raise KeyboardInterrupt
+    stopped = story_of(tmp_path / "stopped")[-1]
+    assert stopped["message"] == "train failed: KeyboardInterrupt"
+    assert any("raise KeyboardInterrupt" in line for line in stopped["exc_info"])
+    with pytest.raises(ConfigError), logs.story(str(tmp_path / "refused"), "train"):
+        raise ConfigError("change it")
+    assert "exc_info" not in story_of(tmp_path / "refused")[-1]
+
+
+class Store:
+    """Stands before storage's writes: counts them, and raises or waits where told so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.error: Exception | None = None
+        self.answers, self.asked, self.sizes = threading.Event(), threading.Semaphore(0), list[int]()
+        self.answers.set()
+        self._write_text = storage.write_text
+        monkeypatch.setattr(storage, "write_text", self)
+
+    def __call__(self, url: str, text: str) -> None:
+        assert self.answers.wait(60)
+        try:
+            if self.error is not None:
+                raise self.error
+            self._write_text(url, text)
+            self.sizes.append(len(text.splitlines()))
+        finally:
+            self.asked.release()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setattr(logs, "_FLUSH_EVERY_S", 0.001)
+    return Store(monkeypatch)
+
+
+class StoreError(Exception):
+    """As botocore's: no OSError, and none of ours."""
+
+
+def test_lines_are_there_before_the_end_and_are_written_once(tmp_path: Path, store: Store) -> None:
+    with logs.story(str(tmp_path), "train"):
+        assert store.asked.acquire(timeout=60)
+        LOGGER.info("step 1")
+        assert store.asked.acquire(timeout=60)
+        assert [line["message"] for line in story_of(tmp_path)] == ["train began", "step 1"]
+    assert store.sizes == [1, 1, 1]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_an_error_that_passes_loses_no_line(tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    store.error = StoreError("SlowDown")
     with logs.story(str(tmp_path), "train"):
         LOGGER.info("step 1")
-        assert [line["message"] for line in story_of(tmp_path)] == ["train began", "step 1"]
+        assert store.asked.acquire(timeout=60)
+        assert store.asked.acquire(timeout=60)
+        store.error = None
+    told = [line["message"] for line in story_of(tmp_path) if line["level"] != "WARNING"]
+    assert told == ["train began", "step 1", "train finished"]
+    assert warnings_of(caplog) == ["the run's story is not kept, and is tried again: SlowDown"]
 
 
-def test_a_story_that_cannot_be_kept_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "run").write_text("a file where the folder should be")
-    with logs.story(str(tmp_path / "run"), "train"):
-        LOGGER.info("step 1")
-    assert [record.levelname for record in caplog.records if "not kept" in record.message] == ["WARNING"]
+@pytest.mark.parametrize("error", [OSError("gone"), StoreError("AccessDenied")])
+def test_a_story_that_cannot_be_kept_is_a_warning_and_hides_no_outcome(
+    tmp_path: Path, store: Store, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    store.error = error
+    with pytest.raises(ConfigError, match=r"^change it$"), logs.story(str(tmp_path), "train"):
+        raise ConfigError("change it")
+    refused, lacks = warnings_of(caplog)
+    assert refused == f"the run's story is not kept, and is tried again: {error}"
+    assert re.search(r"lacks [23] lines$", lacks)  # began, failed, and the warning where it came before the end
+
+
+def test_a_store_that_hangs_ends_no_run_and_holds_no_line_up(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logs, "_CLOSE_S", 0.01)
+    monkeypatch.setattr(logs, "_WAITING_LINES", 3)
+    store.answers.clear()
+    with logs.story(str(tmp_path), "train"):
+        for step in range(7):
+            LOGGER.info("step %d", step)
+    assert len(warnings_of(caplog)) == 1
+    assert warnings_of(caplog)[0].endswith("lacks 9 lines")
+    store.answers.set()
+    assert store.asked.acquire(timeout=60)  # the thread has ended when the next test begins
+
+
+def test_a_run_that_was_superseded_tells_its_end(tmp_path: Path) -> None:
+    def refuse() -> None:
+        raise SupersededError("/run/dedup")
+
+    with (
+        pytest.raises(SupersededError),
+        logs.story(str(tmp_path), "preprocess"),
+        storage.commits_guarded(refuse),
+        logs.story(str(tmp_path / "inner"), "dedup"),
+    ):
+        storage.check_commit()
+    assert story_of(tmp_path / "inner")[-1]["event"] == "failed"
+    assert "another run has begun" in story_of(tmp_path)[-1]["message"]
+
+
+def test_a_line_that_cannot_be_made_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(logging.getLogger("cert_ray"), "propagate", False)  # pytest's own handler raises
+    with logs.story(str(tmp_path), "train"):
+        LOGGER.info("%d steps", "no number")
+    assert [line["message"] for line in story_of(tmp_path)] == ["train began", "train finished"]
+    assert "no number" in capsys.readouterr().err
 
 
 def test_scopes_end_with_their_blocks_and_can_be_inherited() -> None:
     with logs.scope(run="a"):
         with logs.scope(stage="b"):
-            assert logs.inherited() == {"run": "a", "stage": "b"}
-        assert logs.inherited() == {"run": "a"}
-    assert logs.inherited() == {}
+            assert logs.inherited().fields == {"run": "a", "stage": "b"}
+        assert logs.inherited().fields == {"run": "a"}
+    assert logs.inherited().fields == {}
+
+
+@pytest.mark.parametrize("form", logs.Form)
+def test_a_worker_logs_in_the_form_and_the_scope_of_its_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: logs.Form
+) -> None:
+    configured(monkeypatch, form)
+    with logs.scope(run=str(tmp_path), verb="evaluate"):
+        given = pickle.loads(pickle.dumps(logs.inherited()))
+    errors = configured(monkeypatch, None)  # as Ray Train's: a root with handlers of another form
+    with logs.taken_over(given, kept_as="evaluate-worker"):
+        LOGGER.info("pass@1 0.25")
+    (line,) = (line for line in errors.getvalue().splitlines() if "pass@1" in line)
+    if form == logs.Form.JSON:
+        assert json.loads(line)["verb"] == "evaluate-worker"
+    else:
+        assert line.endswith(" pass@1 0.25")
+    assert [line["message"] for line in story_of(tmp_path)][1] == "pass@1 0.25"
+    assert logging.getLogger("cert_ray").propagate
+
+
+def test_a_worker_without_a_run_keeps_no_story(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with logs.taken_over(logs.inherited(), kept_as="evaluate-worker"):
+        LOGGER.info("pass@1 0.25")
+    assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cert_ray import manifests
 from cert_ray.errors import CheckpointError, ConfigError, NotFinishedError, TrainingFailedError
+from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
 from cert_ray.training import checkpoints, worker
 from cert_ray.training.on_ray import TrainResult, train
@@ -31,9 +32,9 @@ OPTIONS = {"workers": 2, "micro_batch": 2, "steps": 10, "checkpoint_every_steps"
 @pytest.fixture(scope="module")
 def undisturbed(ray_cluster, make_config, tmp_path_factory) -> TrainResult:
     """A run of two workers that nothing disturbs, and that several tests read."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with logs.scope(run=str(folder), stage="models/model"):  # as a recipe's run does
-        return train(make_config(**OPTIONS, output=str(folder / "model")))
+    run = tmp_path_factory.mktemp("undisturbed")
+    with logs.story(str(run), "train"):
+        return train(make_config(**OPTIONS, output=str(run / "model")))
 
 
 def _losses(result: TrainResult) -> list[float]:
@@ -68,12 +69,15 @@ def test_two_workers_learn_and_leave_a_model(undisturbed):
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
 
 
-def test_worker_0_keeps_the_steps_that_it_tells_below_the_run(undisturbed):
-    (story,) = (Path(undisturbed.folder).parent / "logs").glob("*-train-model-*.jsonl")
-    lines = [json.loads(line) for line in story.read_text().splitlines()]
-    assert {line["stage"] for line in lines} == {"models/model"}
-    assert [line["event"] for line in lines if "event" in line] == ["began", "finished"]
-    assert any(line["message"].startswith("step 10/10") for line in lines)
+def test_worker_0_tells_the_steps_in_a_story_of_its_own(undisturbed):
+    lines = read_story(str(Path(undisturbed.folder).parent))
+    told = [line for line in lines if line.verb == "train-model"]
+    assert {attempt.verb: attempt.outcome for attempt in attempts(lines)} == {
+        "train": "finished",
+        "train-model": "finished",
+    }
+    assert told[0].fields["pid"] != lines[0].fields["pid"]
+    assert [line.message for line in told if "step 10" in line.message]
 
 
 def test_killed_twice_it_ends_with_the_losses_of_an_undisturbed_run(undisturbed, make_config, tmp_path):

@@ -2,9 +2,9 @@
 
 `configure` is called once, at an entry point: lines go to stderr in the form that is asked for, `CERT_RAY_LOG_FORMAT`
 where none is; a worker on another machine takes over what its driver `inherited`. `scope` names what lines are about.
-`story` also writes every line, shard by shard, as JSON to files of
-RUN/logs/BEGAN-VERB-PID, so that what jobs and retries did can be read in order when their machines are gone. A story
-that cannot be written is a warning, never the end of a run, and a store that hangs holds nobody up.
+`story` also writes every line, shard by shard, as JSON to files of RUN/logs/BEGAN-VERB-PID, so that what jobs and
+retries did can be read in order when their machines are gone. A story that cannot be written is a warning, never the
+end of a run, and a store that hangs holds nobody up.
 """
 
 from __future__ import annotations

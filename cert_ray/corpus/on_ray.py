@@ -100,17 +100,8 @@ def clean(
     """
     problems = plan.problems
     work = functools.partial(write_documents, config=config, problems=problems, folder=folder, removals=removals)
-    with attempt(folder, STAGE, "preprocess") as token:
-        reports = run_units(
-            plan.units,
-            work,
-            folder=folder,
-            config_digest=plan.options_digest,
-            stage=STAGE,
-            verb="preprocess",
-            token=token,
-            workers=workers,
-        )
+    with attempt(folder, STAGE, "preprocess", plan.options_digest) as run:
+        reports = run_units(plan.units, work, run, workers=workers)
         notes: dict[str, Any] = {"generations": list(plan.generations)}
         if problems:
             notes["problem_files"] = problems.checksums

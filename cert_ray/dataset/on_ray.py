@@ -157,17 +157,8 @@ def _preprocess(
     ]
     folder = storage.join(output, STAGE)
     work = functools.partial(write_annotated, output=output, config=options)
-    with attempt(folder, STAGE, "preprocess") as token:
-        reports = run_units(
-            units,
-            work,
-            folder=folder,
-            config_digest=options.digest(),
-            stage=STAGE,
-            verb="preprocess",
-            token=token,
-            workers=workers,
-        )
+    with attempt(folder, STAGE, "preprocess", options.digest()) as run:
+        reports = run_units(units, work, run, workers=workers)
         manifest = _summarize(config, inputs, documents, clusters, reports)
         write_card(folder, manifest)
         manifests.write_manifest(folder, manifest)

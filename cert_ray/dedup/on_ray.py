@@ -21,7 +21,7 @@ from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
 from cert_ray.manifests import Manifest
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, attempt
+from cert_ray.shards.units import Attempt, WorkUnit, attempt
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def deduplicate(
     if (finished := manifests.finished_manifest(folder, STAGE, VERB, options, inputs)) is not None:
         logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
         return finished
-    with attempt(folder, STAGE, VERB) as token:
-        result = _deduplicate(documents, manifest, folder, options, inputs, token, workers)
+    with attempt(folder, STAGE, VERB, config.digest()) as run:
+        result = _deduplicate(documents, manifest, run, options, inputs, workers)
         manifests.write_manifest(folder, result)
     logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
     return result
@@ -70,13 +70,12 @@ def deduplicate(
 def _deduplicate(
     documents: str,
     manifest: Manifest,
-    folder: str,
+    run: Attempt,
     options: DedupConfig,
     inputs: str,
-    token: str,
     workers: int | None,
 ) -> Manifest:
-    config = options.minhash
+    folder, config = run.folder, options.minhash
     units = [
         WorkUnit(
             name=shard.shard,
@@ -86,16 +85,7 @@ def _deduplicate(
         for shard in manifest.shards
     ]
     work = functools.partial(survivors.write_keys, documents=documents, folder=folder, config=config)
-    keys = run_units(
-        units,
-        work,
-        folder=folder,
-        config_digest=config.digest(),
-        stage=STAGE,
-        verb=VERB,
-        token=token,
-        workers=workers,
-    )
+    keys = run_units(units, work, run, workers=workers)
     for before, after in zip(manifest.shards, keys, strict=True):
         manifests.check_handover(f"{STAGE}/{after.shard}", before.rows_kept, after.rows_read)
     shards, rows = [report.shard for report in keys], [report.rows_kept for report in keys]

@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +89,19 @@ def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -
             found.append(f"node {node.address} cannot run cert-ray: {node.error.rstrip('.')}")
         else:
             found += [
-                f"node {node.address} has {part} {node.versions.get(part, 'none')}, this process has {wanted}"
-                for part, wanted in here.items()
-                if node.versions.get(part) != wanted
+                f"node {node.address} has {part} {has}, this process has {wanted}"
+                for part, has, wanted in _other_versions(node, here)
             ]
     if found:
         cure = "Results would depend on where tasks run: give every node one image, or the same packages."
         raise ConfigError(f"{'; '.join(found)}. {cure}")
+
+
+def _other_versions(node: NodeFacts, here: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """What of `here` the node has in another version: its name, the node's version and the one wanted."""
+    for part, wanted in here.items():
+        if (has := node.versions.get(part, "none")) != wanted:
+            yield part, has, wanted
 
 
 def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
@@ -105,11 +111,9 @@ def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
         return [Finding(name, Level.FAIL, problem, cure)]
     found = f"{node.cpus:g} CPUs, {node.gpus:g} GPUs, {node.memory_bytes / _GIB:.0f} GiB memory"
     findings = [Finding(name, Level.OK, found)]
-    for part, wanted in here.items():
-        has = node.versions.get(part, "none")
-        if has != wanted:
-            cure = f"Give every node {part} {wanted}, e.g. by one image: results would depend on where tasks run."
-            findings.append(Finding(name, Level.FAIL, f"{part} {has}, this process has {wanted}", cure))
+    for part, has, wanted in _other_versions(node, here):
+        cure = f"Give every node {part} {wanted}, e.g. by one image: results would depend on where tasks run."
+        findings.append(Finding(name, Level.FAIL, f"{part} {has}, this process has {wanted}", cure))
     if node.memory_bytes < node.cpus * _MEMORY_PER_CPU_BYTES:
         cure = f"Start it with --num-cpus={int(node.memory_bytes / _MEMORY_PER_CPU_BYTES)}, or give it more memory."
         findings.append(Finding(name, Level.WARN, "less than 1.5 GiB of memory for each CPU", cure))

@@ -15,6 +15,7 @@ import yaml
 
 from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError
+from cert_ray.evaluation.report import template_engine
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.status import StageStatus, next_verb, run_status
 from cert_ray.operations.story import attempts, read_story, render_line
@@ -57,14 +58,8 @@ def render_summary(recipe: Recipe) -> str:
     folders = RunFolders(recipe.run)
     stages = run_status(recipe)
     lines = read_story(folders.run)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cert_ray.operations", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("run_summary.html.j2").render(
+    engine = template_engine(jinja2.PackageLoader("cert_ray.operations", ""), html=True)
+    return engine.get_template("run_summary.html.j2").render(
         run=folders.run,
         stages=stages,
         next_verb=next_verb(stages),

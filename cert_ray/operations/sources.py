@@ -102,8 +102,7 @@ def complete_at(source: Source, sampling: dict[str, Any]) -> Callable[[float], C
         endpoint = _endpoint(source)
 
         def ask(temperature: float) -> Complete:
-            complete = complete_with_endpoint(endpoint, _config(sampling, temperature))
-            return complete if retrieve is None else with_documentation(complete, load_retriever(retrieve))
+            return _documented(complete_with_endpoint(endpoint, _config(sampling, temperature)), retrieve)
 
         return ask
     return _local(source, retrieve, sampling)
@@ -123,8 +122,7 @@ def _local(source: Source, retrieve: RetrieveConfig | None, sampling: dict[str, 
         load_seq2seq = cache(lambda: Seq2SeqCompleter(model, mask=source.mask))
 
         def go_on(temperature: float) -> Complete:
-            complete = load_seq2seq().at(_config(sampling, temperature))
-            return complete if retrieve is None else with_documentation(complete, load_retriever(retrieve))
+            return _documented(load_seq2seq().at(_config(sampling, temperature)), retrieve)
 
         return go_on
     if source.mask is not None:
@@ -132,6 +130,10 @@ def _local(source: Source, retrieve: RetrieveConfig | None, sampling: dict[str, 
     config = ModelConfig.from_mapping({**folders, "retrieve": retrieve}, "models")
     load = cache(lambda: Answerer.load(config))
     return lambda temperature: complete_with_answers(load(), _config(sampling, temperature))
+
+
+def _documented(complete: Callable[[list[str], int], list[list[str]]], retrieve: RetrieveConfig | None) -> Complete:
+    return complete if retrieve is None else with_documentation(complete, load_retriever(retrieve))
 
 
 def complete_with_answers(answerer: Answerer, config: CompleterConfig) -> Complete:

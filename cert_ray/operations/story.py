@@ -63,9 +63,10 @@ def _lines(url: str) -> Iterator[Line]:
 
 def attempts(lines: Sequence[Line]) -> list[Attempt]:
     """The jobs that wrote `lines`, in the order in which they began."""
-    return [
-        _attempt([line for line in lines if line.log == name]) for name in dict.fromkeys(line.log for line in lines)
-    ]
+    of_log: dict[str, list[Line]] = {}
+    for line in lines:
+        of_log.setdefault(line.log, []).append(line)
+    return [_attempt(told) for told in of_log.values()]
 
 
 def _attempt(lines: list[Line]) -> Attempt:

@@ -19,7 +19,7 @@ import ray.data
 from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards import units as units_module
-from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.shards.units import Attempt, Work, WorkUnit
 from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_plan, count_report
 from cert_ray.telemetry.progress import Progress
@@ -36,44 +36,37 @@ Outcome = tuple[ShardReport, bool]  # and whether it was there before
 def run_units(
     units: Sequence[WorkUnit],
     work: Work,
+    run: Attempt,
     *,
-    folder: str,
-    config_digest: str,
-    stage: str,
-    verb: str,
-    token: str,
     workers: int | None = None,
     memory_bytes: int | None = None,
 ) -> list[ShardReport]:
     """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
 
-    A manifest of other units in `folder` is removed first, so none stands while its shards are redone, and then what
+    A manifest of other units in the folder is removed first, so none stands while its shards are redone, and then what
     units left that are no longer among these. Heavy units start first, and light ones share a task: see
     `units.batches`. A task that is run again finds the units that it had finished. An error raised on purpose in a task
     comes back as itself: as a row, since of an exception Ray keeps the text alone.
 
     Args:
-        work: picklable; runs in a Ray task with one CPU and must write below `folder` only.
-        token: of the run, from `units.attempt`.
+        work: picklable; runs in a Ray task with one CPU and must write below the run's folder only.
         workers: at most so many tasks at a time; None is as many as the cluster has CPUs (it may grow).
         memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
 
     Raises:
-        SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
-        SupersededError: when another run of the stage begins in `folder` meanwhile.
+        SchemaVersionError: when another stage, or another version of the schema, wrote the folder.
+        SupersededError: when another run of the stage begins there meanwhile.
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
         RayTaskError: with the traceback of any other error; of storage, when it came again and again.
     """
-    units_module.withdraw_manifest(units, folder, config_digest, stage, verb)
-    units_module.remove_other_units(units, folder)
+    units_module.clear_for(units, run)
     if not units:
         return []
-    given = (work, folder, config_digest, stage, verb, token)
 
     def run_batch(batch: pa.Table) -> Iterator[pa.Table]:
         for row in batch.to_pylist():
             for unit in map(_unit_of, row["units"]):
-                tried = _tried(unit, given)
+                tried = _tried(unit, work, run)
                 yield pa.Table.from_pylist([tried])
                 if tried["error"]:
                     return
@@ -92,15 +85,17 @@ def run_units(
             # run.
             compute=ray.data.TaskPoolStrategy(size=min(workers, len(batches))) if workers else None,
         )
-    count_plan(stage, len(units))
+    count_plan(run.stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
-    with logs.scope(stage=stage), Progress(stage, total=len(units), unit="shards") as progress:
+    with logs.scope(stage=run.stage), Progress(run.stage, total=len(units), unit="shards") as progress:
         for report, was_there in _outcomes(dataset):
             reports[report.shard] = report
             reused += was_there
-            count_report(stage, report, len(reports))
-            logger.debug("%s: shard %s %s", stage, report.shard, "reused" if was_there else "done", extra=_told(report))
+            count_report(run.stage, report, len(reports))
+            logger.debug(
+                "%s: shard %s %s", run.stage, report.shard, "reused" if was_there else "done", extra=_told(report)
+            )
             progress.advance(
                 rows=report.rows_read,
                 kept=report.rows_kept,
@@ -108,7 +103,7 @@ def run_units(
                 dropped=report.dropped,
                 reused=was_there,
             )
-    logger.info("%s: %d shards, %d of them reused", stage, len(reports), reused)
+    logger.info("%s: %d shards, %d of them reused", run.stage, len(reports), reused)
     return [reports[unit.name] for unit in units]
 
 
@@ -147,19 +142,18 @@ def _unit_of(row: dict[str, str]) -> WorkUnit:
     return WorkUnit.model_validate_json(row["unit"]).model_copy(update={"version": row["version"]})
 
 
-def _perform(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> Outcome:
+def _perform(unit: WorkUnit, work: Work, run: Attempt) -> Outcome:
     """In a task: the unit's report, made now or found."""
-    work, folder, config_digest, stage, verb, token = given
-    done = units_module.finished_report(unit, folder, config_digest, verb)
+    done = units_module.finished_report(unit, run.folder, run.config_digest, run.verb)
     if done is not None:
         return done, True
-    return units_module.perform(unit, work, folder, config_digest, stage, token), False
+    return units_module.perform(unit, work, run), False
 
 
-def _tried(unit: WorkUnit, given: tuple[Work, str, str, str, str, str]) -> dict[str, Any]:
+def _tried(unit: WorkUnit, work: Work, run: Attempt) -> dict[str, Any]:
     """In a task: the row of a unit, with its report or with the error that was raised on purpose."""
     try:
-        report, was_there = _perform(unit, given)
+        report, was_there = _perform(unit, work, run)
     except CertRayError as error:
         return {"report": "", "reused": False, "error": pickle.dumps(error)}
     return {"report": report.model_dump_json(), "reused": was_there, "error": b""}

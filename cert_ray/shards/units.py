@@ -14,10 +14,10 @@ visible, so neither can overwrite a later run's files (but for the moment betwee
 
 from __future__ import annotations
 
-import functools
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -97,8 +97,28 @@ def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
     return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One run of a stage: where, of what (`verb` is what a user runs to make it), by which options."""
+
+    folder: str
+    stage: str
+    verb: str
+    config_digest: str
+    token: str  # in the folder as long as no later run has begun there
+
+    def check(self) -> None:
+        """Raise `SupersededError` when a later run has begun, or finished, in the folder."""
+        try:
+            current = storage.read_text(storage.join(self.folder, ATTEMPT_NAME))
+        except FileNotFoundError:  # a later run has finished
+            current = ""
+        if current != self.token:
+            raise SupersededError(self.folder)
+
+
 @contextmanager
-def attempt(folder: str, stage: str, verb: str) -> Iterator[str]:
+def attempt(folder: str, stage: str, verb: str, config_digest: str) -> Iterator[Attempt]:
     """A run of `stage` in `folder`, by a token of its own: from now on earlier runs write nothing more there.
 
     Whatever the block writes, `SupersededError` is raised instead as soon as a later run has begun.
@@ -108,37 +128,24 @@ def attempt(folder: str, stage: str, verb: str) -> Iterator[str]:
     """
     if manifests.is_finished(folder):
         manifests.read_manifest(folder, stage, verb)
-    token = uuid.uuid4().hex
-    storage.write_text(storage.join(folder, ATTEMPT_NAME), token)
-    with storage.commits_guarded(functools.partial(_check_attempt, folder, token)):
-        yield token
+    begun = Attempt(folder, stage, verb, config_digest, uuid.uuid4().hex)
+    storage.write_text(storage.join(folder, ATTEMPT_NAME), begun.token)
+    with storage.commits_guarded(begun.check):
+        yield begun
 
 
-def _check_attempt(folder: str, token: str) -> None:
-    url = storage.join(folder, ATTEMPT_NAME)
-    try:
-        current = storage.read_text(url)
-    except FileNotFoundError:  # a later run has finished
-        current = ""
-    if current != token:
-        raise SupersededError(folder)
-
-
-def perform(unit: WorkUnit, work: Work, folder: str, config_digest: str, stage: str, token: str) -> ShardReport:
+def perform(unit: WorkUnit, work: Work, run: Attempt) -> ShardReport:
     """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished.
 
-    Args:
-        token: of the run that asks for it.
-
     Raises:
-        SupersededError: when another run has begun in `folder`; nothing of it is overwritten.
+        SupersededError: when a later run has begun in the folder; nothing of it is overwritten.
     """
-    with storage.commits_guarded(functools.partial(_check_attempt, folder, token)):
-        report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(config_digest)})
-        report.check(stage)
+    with storage.commits_guarded(run.check):
+        report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(run.config_digest)})
+        report.check(run.stage)
         if unit.version:
-            storage.write_text(_version_url(folder, unit.name), unit.version)
-        storage.write_text(report_url(folder, unit.name), report.model_dump_json() + "\n")
+            storage.write_text(_version_url(run.folder, unit.name), unit.version)
+        storage.write_text(report_url(run.folder, unit.name), report.model_dump_json() + "\n")
     return report
 
 
@@ -198,15 +205,21 @@ def remove_other_units(units: Sequence[WorkUnit], folder: str) -> None:
         storage.remove(entry.url)  # last: killed before, the next run finds it again
 
 
-def run_in_process(
-    units: Sequence[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
-) -> list[ShardReport]:
+def clear_for(units: Sequence[WorkUnit], run: Attempt) -> None:
+    """Remove from the run's folder what must not stand while `units` are made: another plan's manifest and units.
+
+    Raises:
+        SchemaVersionError: when another stage, or another version of the schema, wrote the folder.
+    """
+    withdraw_manifest(units, run.folder, run.config_digest, run.stage, run.verb)
+    remove_other_units(units, run.folder)
+
+
+def run_in_process(units: Sequence[WorkUnit], work: Work, run: Attempt) -> list[ShardReport]:
     """Every unit's report, one after the other in this process: what the run on Ray must equal."""
-    withdraw_manifest(units, folder, config_digest, stage, verb)
-    remove_other_units(units, folder)
+    clear_for(units, run)
     return [
-        finished_report(unit, folder, config_digest, verb) or perform(unit, work, folder, config_digest, stage, token)
-        for unit in units
+        finished_report(unit, run.folder, run.config_digest, run.verb) or perform(unit, work, run) for unit in units
     ]
 
 

@@ -11,7 +11,7 @@ from functools import partial
 
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.shards.units import Attempt, Work, WorkUnit
 from cert_ray.tokens.encoding import PackConfig
 from cert_ray.tokens.pack import pack_with
 
@@ -29,22 +29,10 @@ def pack_dataset(dataset: str, tokenizer: str, output: str, config: PackConfig, 
         NotFinishedError, SchemaVersionError: when `dataset` is no finished dataset of this version.
     """
 
-    def run(
-        units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
-    ) -> list[ShardReport]:
-        one_cpu = partial(_on_one_cpu, work)
-        return run_units(
-            units,
-            one_cpu,
-            folder=folder,
-            config_digest=config_digest,
-            stage=stage,
-            verb=verb,
-            token=token,
-            workers=workers,
-        )
+    def on_ray(units: list[WorkUnit], work: Work, run: Attempt) -> list[ShardReport]:
+        return run_units(units, partial(_on_one_cpu, work), run, workers=workers)
 
-    return pack_with(run, dataset, tokenizer, output, config)
+    return pack_with(on_ray, dataset, tokenizer, output, config)
 
 
 def _on_one_cpu(work: Work, unit: WorkUnit) -> ShardReport:

@@ -17,7 +17,7 @@ from cert_ray import manifests, storage
 from cert_ray.errors import InputError, TokenizerMismatchError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
 from cert_ray.retrieval.retriever import load_retriever
-from cert_ray.shards.units import Work, WorkUnit, attempt, run_in_process
+from cert_ray.shards.units import Attempt, Work, WorkUnit, attempt, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
 from cert_ray.tokens.dataset import Dataset
@@ -37,9 +37,7 @@ _LIBRARIES_NAMED = 12  # in the message when no document matches
 class RunUnits(Protocol):
     """What runs units: `shards.units.run_in_process`, or `shards.on_ray.run_units` with its placement bound."""
 
-    def __call__(
-        self, units: list[WorkUnit], work: Work, *, folder: str, config_digest: str, stage: str, verb: str, token: str
-    ) -> list[ShardReport]:
+    def __call__(self, units: list[WorkUnit], work: Work, run: Attempt) -> list[ShardReport]:
         """The reports of `units`, in their order."""
         ...
 
@@ -66,11 +64,8 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     work = functools.partial(
         pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
     )
-    config_digest = f"{config.digest()} {digest}"
-    with attempt(output, STAGE, VERB) as token:
-        reports = run_units(
-            units, work, folder=output, config_digest=config_digest, stage=STAGE, verb=VERB, token=token
-        )
+    with attempt(output, STAGE, VERB, f"{config.digest()} {digest}") as run:
+        reports = run_units(units, work, run)
         if not sum(report.rows_kept for report in reports):
             raise _no_document(opened, config)
         notes = _notes(vocabulary, digest, opened, output, reports)

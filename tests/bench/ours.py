@@ -144,11 +144,8 @@ def _run(
     units: list[WorkUnit], work: Callable[[WorkUnit, str], ShardReport], folder: str, workers: int
 ) -> list[ShardReport]:
     stage = storage.name_of(folder)
-    with attempt(folder, stage, "bench") as token:
-        return run_units(
-            units, functools.partial(work, folder=folder), folder=folder, config_digest="", stage=stage, verb="bench",
-            token=token, workers=workers,
-        )  # fmt: skip
+    with attempt(folder, stage, "bench", "") as run:
+        return run_units(units, functools.partial(work, folder=folder), run, workers=workers)
 
 
 def _row_groups(tables: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ import cert_ray.dedup.on_ray as dedup_on_ray
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards import units as units_module
-from cert_ray.shards.units import Work, WorkUnit
+from cert_ray.shards.units import Attempt, Work, WorkUnit
 from tests.bench.measuring import TreeWatch, Usage
 
 # What a stage writes, below the run's folder.
@@ -145,16 +145,11 @@ def _pool_units(
     executor: ProcessPoolExecutor,
     units: Sequence[WorkUnit],
     work: Work,
-    *,
-    folder: str,
-    config_digest: str,
-    stage: str,
-    token: str,
+    run: Attempt,
     **_: Any,
 ) -> list[ShardReport]:
     heaviest_first = sorted(units, key=lambda unit: -unit.weight)  # as on Ray
-    arguments = (work, folder, config_digest, stage, token)
-    futures = {unit.name: executor.submit(units_module.perform, unit, *arguments) for unit in heaviest_first}
+    futures = {unit.name: executor.submit(units_module.perform, unit, work, run) for unit in heaviest_first}
     return [futures[unit.name].result() for unit in units]
 
 

@@ -24,7 +24,7 @@ HOOK = f"{__name__}.install"
 
 # Module, function, and what is said of a call from its arguments.
 _WATCHED: list[tuple[str, str, Callable[..., str]]] = [
-    ("cert_ray.shards.units", "perform", lambda unit, work, folder, digest, stage, *rest: f"{stage} {unit.name}"),
+    ("cert_ray.shards.units", "perform", lambda unit, work, run: f"{run.stage} {unit.name}"),
     (
         "cert_ray.shards.units",
         "finished_report",

@@ -168,8 +168,9 @@ def kills(given: argparse.Namespace, nodes: Nodes) -> str:
         raise ChaosError("the model differs from the undisturbed run's")
     lines = ["| step | killed | steps done again | back after, s |", "|---|---|---|---|"]
     lost = []
+    done = read_steps(disturbed.folder)
     for step in steps:
-        before, after = _interruption(read_steps(disturbed.folder), step)
+        before, after = _interruption(done, step)
         lost.append(before.step - after.step + 1)
         lines.append(f"| {step} | {plan[step]} | {lost[-1]} | {after.at_s - before.at_s:.1f} |")
     if max(lost) > given.interval:

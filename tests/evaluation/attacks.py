@@ -1,6 +1,7 @@
 """Attacks on the sandbox, as data: programs that pass only if the attack succeeds. A regression list, not a proof.
 
-`{port}`, `{abstract}` and `{secret}` stand for a listening port, an abstract socket and a file that a test has outside.
+`{port}`, `{abstract}` and `{secret}` stand for a listening port, an abstract socket and a file that a test has outside,
+`{home}` for the home folder of who runs it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ READING = [
     _wall("through a link in /tmp", "import os; os.symlink('{secret}', '/tmp/l'); open('/tmp/l').read()"),
     _wall("/etc/shadow", "open('/etc/shadow').read()", "FileNotFoundError"),
     _wall("users", "open('/etc/passwd').read()", "FileNotFoundError"),
-    _wall("the home folder", "open('/root/.bashrc').read()"),
+    _wall("the home folder", "open('{home}/.bashrc').read()"),
     _wall("running services", "import os; os.listdir('/run')", "FileNotFoundError"),
     _wall("this project", "import cert_ray.cli", "ModuleNotFoundError"),
     _wall("the first process's memory", "open('/proc/1/mem', 'rb').read(1)", "FileNotFoundError"),

@@ -54,6 +54,7 @@ class Outside:
 
     def aimed(self, program: Program) -> Program:
         code = program.code.replace("{port}", str(self.tcp.getsockname()[1])).replace("{secret}", str(self.secret))
+        code = code.replace("{home}", str(Path.home()))
         return dataclasses.replace(
             program, code=code.replace("{abstract}", str(self.abstract.getsockname()[1:], "ascii"))
         )

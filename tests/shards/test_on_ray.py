@@ -45,17 +45,8 @@ def failing(folder: Path, number: int, times: int) -> Work:
 def run(folder: Path, work: Work, units: int = 1) -> list[ShardReport]:
     """So many units, in one task."""
     planned = [WorkUnit(name=shard_name(n), payload={"n": n}, weight=1) for n in range(units)]
-    with attempt(str(folder / "run"), "documents", "preprocess") as token:
-        return run_units(
-            planned,
-            work,
-            folder=str(folder / "run"),
-            config_digest="c",
-            stage="documents",
-            verb="preprocess",
-            token=token,
-            workers=1,
-        )
+    with attempt(str(folder / "run"), "documents", "preprocess", "c") as begun:
+        return run_units(planned, work, begun, workers=1)
 
 
 def test_a_passing_error_of_storage_is_tried_again(tmp_path: Path) -> None:

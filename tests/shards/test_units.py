@@ -34,21 +34,13 @@ def writes(folder: Path, text: str) -> units.Work:
 
 def perform(given: WorkUnit, folder: Path, text: str) -> ShardReport:
     """One unit, by a run of its own."""
-    with units.attempt(str(folder), "stage", "verb") as token:
-        return units.perform(given, writes(folder, text), str(folder), "options", "stage", token)
+    with units.attempt(str(folder), "stage", "verb", "options") as begun:
+        return units.perform(given, writes(folder, text), begun)
 
 
 def run(planned: list[WorkUnit], folder: Path, text: str) -> None:
-    with units.attempt(str(folder), "stage", "verb") as token:
-        units.run_in_process(
-            planned,
-            writes(folder, text),
-            folder=str(folder),
-            config_digest="options",
-            stage="stage",
-            verb="verb",
-            token=token,
-        )
+    with units.attempt(str(folder), "stage", "verb", "options") as begun:
+        units.run_in_process(planned, writes(folder, text), begun)
 
 
 def unit(version: str = "", weight: int = 0) -> WorkUnit:
@@ -89,20 +81,20 @@ def files_of(folder: Path) -> dict[Path, bytes]:
 
 def test_an_earlier_run_overwrites_nothing(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    with units.attempt(folder, "stage", "verb") as earlier:
-        old = units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
-        with units.attempt(folder, "stage", "verb") as later:
-            report = units.perform(unit(), writes(tmp_path, "later"), folder, "other options", "stage", later)
+    with units.attempt(folder, "stage", "verb", "options") as earlier:
+        old = units.perform(unit(), writes(tmp_path, "earlier"), earlier)
+        with units.attempt(folder, "stage", "verb", "other options") as later:
+            report = units.perform(unit(), writes(tmp_path, "later"), later)
             before = files_of(tmp_path)
             # A task, and then the driver, of the run that began earlier.
             with pytest.raises(SupersededError, match="a folder of its own"):
-                units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+                units.perform(unit(), writes(tmp_path, "earlier"), earlier)
             assert files_of(tmp_path) == before
             manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
         # Nor once that run is through, and its token gone.
         before = files_of(tmp_path)
         with pytest.raises(SupersededError):
-            units.perform(unit(), writes(tmp_path, "earlier"), folder, "options", "stage", earlier)
+            units.perform(unit(), writes(tmp_path, "earlier"), earlier)
         with pytest.raises(SupersededError):
             manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [old]))
         with pytest.raises(SupersededError):
@@ -113,8 +105,8 @@ def test_an_earlier_run_overwrites_nothing(tmp_path: Path) -> None:
 
 def test_a_finished_stage_keeps_no_token(tmp_path: Path) -> None:
     folder = str(tmp_path)
-    with units.attempt(folder, "stage", "verb") as token:
-        report = units.perform(unit(), writes(tmp_path, "one"), folder, "options", "stage", token)
+    with units.attempt(folder, "stage", "verb", "options") as begun:
+        report = units.perform(unit(), writes(tmp_path, "one"), begun)
         manifests.write_manifest(folder, manifests.summarize("stage", _Nothing(), "inputs", [report]))
     names = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {"shard-00000.parquet", "reports/shard-00000.json", "manifest.json"}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from cert_ray.operations.plan import Costs
 from tests.bench import bench_dedup, bench_gpu, bench_growth, bench_sketch, fetch_corpus
 from tests.bench.inputs import count_bytes, related_rows, sample_texts, spread_rows, write_parts
 from tests.bench.make_corpus import KINDS, SCHEMA, CorpusOptions, Writer, ground_truth, make_corpus
+from tests.bench.measuring import peers_python
 
 OPTIONS = CorpusOptions(documents=3_000, seed=5)
 
@@ -198,3 +201,11 @@ def test_the_gpu_benchmark_runs_without_one_and_says_so(tmp_path: Path, monkeypa
     assert found["tokens_per_s"]["low"] > 0
     assert found["parameters"] == 300 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 192
     assert "| modern-tiny | 2 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_peers_without_a_python_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="make bench-env"):
+        peers_python(str(tmp_path))
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    assert peers_python(str(tmp_path)) == tmp_path / "bin" / "python" == peers_python(str(tmp_path / "bin" / "python"))

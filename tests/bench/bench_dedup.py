@@ -32,7 +32,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.stats import binomtest
 
 from tests.bench.inputs import count_rows, related_rows, spread_rows, tables_of, write_parts
-from tests.bench.measuring import Spread, Usage, markdown, publish, run_watched
+from tests.bench.measuring import Spread, Usage, markdown, peers_python, publish, run_watched
 
 I64 = npt.NDArray[np.int64]
 PEER = Path(__file__).parent / "peers" / "datatrove_job.py"
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of inputs and runs; runs are removed")
-    parser.add_argument("--peers", type=Path, required=True, help="the Python of the peers' environment")
+    parser.add_argument("--peers", type=peers_python, required=True, help="the Python of the peers' environment")
     parser.add_argument("--documents", type=int, default=20_000, help="documents of the timed runs, about")
     parser.add_argument("--more", type=int, default=None, help="also time ours alone on so many documents")
     parser.add_argument("--agreement-documents", type=int, default=4_000)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench.inputs import count_bytes, spread_rows, write_parts
-from tests.bench.measuring import Spread, markdown, publish, run_watched
+from tests.bench.measuring import Spread, markdown, peers_python, publish, run_watched
 
 PEER = Path(__file__).parent / "peers" / "datatrove_job.py"
 PEER_GOAL, PARSE_GOAL, RAY_GOAL = 10, 0.5, 0.10  # the goals
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder of inputs and runs; runs are removed")
-    parser.add_argument("--peers", type=Path, help="the Python of the peers' environment; default: no datatrove")
+    parser.add_argument(
+        "--peers", type=peers_python, help="the Python of the peers' environment; default: no datatrove"
+    )
     parser.add_argument("--megabytes", type=float, default=1_000, help="input of ours, about")
     parser.add_argument("--peer-megabytes", type=float, default=50, help="input of datatrove, and of ours beside it")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME:KEY=VALUE", help="a row of its own")
@@ -50,6 +52,8 @@ def main() -> None:
     large = measure(rows, prepare(given.tables, given.work / "large", given.megabytes * 1e6, given.cores), given)
     tables = [rate_table(large, given.cores), verdicts(large)]
     figures = {"large": large}
+    command = "python -m tests.bench.bench_preprocess " + " ".join(sys.argv[1:])
+    publish(given.output, "preprocess", command, tables, figures)
     if given.peers:
         beside = {OURS: rows[OURS]}
         for name, executor in PEERS.items():
@@ -57,9 +61,7 @@ def main() -> None:
         small = prepare(given.tables, given.work / "small", given.peer_megabytes * 1e6, given.cores)
         figures["small"] = measure(beside, small, given)
         tables += [rate_table(figures["small"], given.cores), peer_verdicts(figures["small"])]
-    publish(
-        given.output, "preprocess", "python -m tests.bench.bench_preprocess " + " ".join(sys.argv[1:]), tables, figures
-    )  # fmt: skip
+        publish(given.output, "preprocess", command, tables, figures)
 
 
 def prepare(tables: Path, folder: Path, wanted_bytes: float, cores: int) -> tuple[Path, float]:
@@ -76,7 +78,7 @@ def measure(rows: dict[str, list[str]], prepared: tuple[Path, float], given: arg
     """
     folder, megabytes = prepared
     measured: dict[str, dict] = {name: {"rates": [], "usages": [], "figures": []} for name in rows}
-    for _ in range(given.runs):
+    for run in range(given.runs):
         for name, command in rows.items():
             if name not in measured:
                 continue
@@ -94,6 +96,7 @@ def measure(rows: dict[str, list[str]], prepared: tuple[Path, float], given: arg
             measured[name]["usages"].append(usage)
             measured[name]["figures"].append(figures)
             measured[name]["megabytes"] = megabytes
+            print(f"{name}, run {run + 1}: {measured[name]['rates'][-1]:.2f} MB/s per core", file=sys.stderr)
             shutil.rmtree(output, ignore_errors=True)
     return measured
 

@@ -29,7 +29,7 @@ from cert_ray.errors import SketchError
 from cert_ray.schemas import Dropped
 from cert_ray.sketching import SketchKind, sketch, sketch_source
 from tests.bench.inputs import sample_texts
-from tests.bench.measuring import Spread, markdown, publish, repeated, timed
+from tests.bench.measuring import Spread, markdown, peers_python, publish, repeated, timed
 from tests.bench.ours import parses
 
 PEER = Path(__file__).parent / "peers" / "redbaron_sketch.py"
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--peers", type=Path, required=True, help="the Python of the peers' environment")
+    parser.add_argument("--peers", type=peers_python, required=True, help="the Python of the peers' environment")
     parser.add_argument("--documents", type=int, default=5_000, help="files of the larger sample")
     parser.add_argument("--peer-documents", type=int, default=150, help="files that RedBaron gets")
     parser.add_argument("--all", action="store_true", help="coverage over every file of the tables, not the sample's")

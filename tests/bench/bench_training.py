@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.measuring import Spread, markdown, publish
+from tests.bench.measuring import Spread, markdown, peers_python, publish
 
 TRAINER = Path(__file__).parent / "peers" / "hf_trainer.py"
 VOCABULARY = 4_864
@@ -89,7 +89,9 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--peers", type=Path, help="the Python of the peers' environment; needed for the Trainer")
+    parser.add_argument(
+        "--peers", type=peers_python, help="the Python of the peers' environment; needed for the Trainer"
+    )
     parser.add_argument("--contender", action="append", choices=[*OURS, *PEERS], help="default: all")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a run")

@@ -6,6 +6,7 @@ Markdown and JSON. Memory is the proportional set size: pages shared by several 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -197,6 +198,15 @@ def markdown(headers: Sequence[str], rows: Iterator[Sequence[object]] | Sequence
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
     lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def peers_python(text: str) -> Path:
+    """For argparse: the Python of the peers' environment, also by the environment's folder; looked for at once."""
+    given = Path(text)
+    python = given / "bin" / "python" if given.is_dir() else given
+    if not os.access(python, os.X_OK):
+        raise argparse.ArgumentTypeError(f"{python} is no Python that can be run; `make bench-env` makes one")
+    return python
 
 
 def publish(output: Path, name: str, command: str, tables: Sequence[str], figures: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
             include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
             log_to_driver=True,  # a training worker tells its steps on its own stderr
             _temp_dir=folder,
-            runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
         )
         resources = ray.cluster_resources()
         logger.info("ray: private, cpus=%d memory_gb=%.1f", resources["CPU"], resources["memory"] / 1e9)
@@ -67,6 +67,14 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
             yield
         finally:
             ray.shutdown()
+
+
+def know_own_cluster() -> None:
+    """In every process of a private Ray, when it starts: its cluster is the one of this session.
+
+    What Ray Train leaves behind to free a dead driver's places looks for a cluster by itself, and fails where two run.
+    """
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:

@@ -1,10 +1,11 @@
-"""Where an answer begins and ends: stop strings, and blanks at the end of a prompt.
+r"""Where an answer begins and ends: stop strings, and blanks at the end of a prompt.
 
 In: token numbers, a tokenizer, strings. Out: cut text, and which tokens may come first. No model in here.
 
-A prompt that ends in blanks (`return `, an indent) is a trap for byte-level BPE: in training text the blank belongs to
-the token after it (` df`), so a model given the lone blank is off its distribution. The blanks are taken off the
-prompt and the answer is made to begin with them, token by token; then they are taken off the answer.
+A prompt that ends in blanks (`return `, an indent, a line break) is a trap for byte-level BPE: in training text they
+belong to the token after them (` df`, or `\n   ` before ` return`), so a model given the lone blank is off its
+distribution; after a lone line break it goes on in the first column. The blanks are taken off the prompt and the answer
+is made to begin with them, token by token; then they are taken off the answer, and no stop string is looked for in them.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 
 
 def split_trailing_blanks(prompt: str) -> tuple[str, str]:
-    """`prompt` without the spaces and tabs at its end, and those blanks."""
-    body = prompt.rstrip(" \t")
+    """`prompt` without the spaces, tabs and line breaks at its end, and those blanks."""
+    body = prompt.rstrip(" \t\r\n")
     return body, prompt[len(body) :]
 
 
@@ -58,8 +59,10 @@ def settled(text: str, stops: Sequence[str]) -> str:
 class StopWatch:
     """Sees a stop string as soon as the tokens that complete it are there, by decoding only the last few."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: str = "") -> None:
+        """`start` is what all text begins with, and is not searched."""
         self._tokenizer = tokenizer
+        self._start = start
         self._stops = tuple(stop for stop in stops if stop)
         longest_bytes = max((len(stop.encode()) for stop in self._stops), default=0)
         self._tail_tokens = longest_bytes + _TAIL_SLACK_TOKENS
@@ -70,10 +73,13 @@ class StopWatch:
         """Whether a stop string ends within the last tokens of `ids`."""
         if not self._stops:
             return False
-        tail = list(ids[-self._tail_tokens :])
+        first = max(0, len(ids) - self._tail_tokens)
         # The text around a placeholder must not join into a stop string; what is before it was looked at before.
-        special = [place for place, token in enumerate(tail) if token in self._special_ids]
-        text = self._tokenizer.decode(tail[special[-1] + 1 :] if special else tail)
+        special = [place for place, token in enumerate(ids[first:], first) if token in self._special_ids]
+        first = special[-1] + 1 if special else first
+        text = self._tokenizer.decode(list(ids[first:]))
+        if first < len(self._start):  # a token has a character at least, so these may begin in the start
+            text = drop_start(text, self._start[len(self._tokenizer.decode(list(ids[:first]))) :])
         return first_stop(text, self._stops) is not None
 
 

@@ -56,7 +56,7 @@ class JointSamples:
         self._tokenizer = tokenizer
         self._end_ids = end_ids | work.stop_token_ids
         self._first_tokens = first_tokens
-        self._watch = StopWatch(tokenizer, work.stop)
+        self._watch = StopWatch(tokenizer, work.stop, work.start)
         self._streams = Streams(work.seed, work.prompt)
         self._told = [0] * work.n  # characters of each sample's text that were told
         self._tokens = 0

@@ -39,7 +39,7 @@ def test_text_is_cut_at_the_first_of_the_papers_stops(text: str, expected: str) 
 def test_blanks_move_from_the_prompt_to_the_answer_and_back(prompt: str, answer: str) -> None:
     body, blanks = split_trailing_blanks(prompt)
     assert body + blanks == prompt
-    assert not body.endswith((" ", "\t"))
+    assert not body.endswith((" ", "\t", "\n"))
     assert drop_start(blanks + answer, blanks) == answer
 
 
@@ -57,6 +57,13 @@ def test_a_stop_string_is_seen_with_the_token_that_completes_it(before: str, sto
         assert stop not in _TOKENIZER.decode(ids[:end])
     else:
         pytest.fail("never seen")
+
+
+@given(st.text(alphabet=" \n", max_size=30), st.text(alphabet="\n #ab", max_size=30))
+def test_a_stop_string_is_not_looked_for_where_it_begins_in_the_start(start: str, answer: str) -> None:
+    ids = prompt_format.encode_code(_TOKENIZER, start + answer)
+    watch = StopWatch(_TOKENIZER, PAPER_STOPS, start)
+    assert any(watch.seen(ids[:end]) for end in range(1, len(ids) + 1)) == (cut_at(answer, PAPER_STOPS) != answer)
 
 
 def test_a_placeholder_does_not_join_the_text_around_it_into_a_stop() -> None:

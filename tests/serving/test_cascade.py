@@ -141,12 +141,12 @@ def test_placeholders_behind_the_cut_do_not_count() -> None:
 
 def test_blanks_at_the_end_of_the_context_are_asked_for_and_taken_off() -> None:
     context = "def f(df):\n    "
-    answer, sketcher, generator = cascade(["    return df[<|string|>]"], ["return df['a']"], context=context)
-    assert sketcher.prompts == ["def <|func|>(df):\n"]
-    assert sketcher.requests[0].start == "    "
+    answer, sketcher, generator = cascade(["\n    return df[<|string|>]"], ["return df['a']"], context=context)
+    assert sketcher.prompts == ["def <|func|>(df):"]
+    assert sketcher.requests[0].start == "\n    "
     assert answer.sketch == "return df[string]"
-    assert generator.prompts[0].endswith("def f(df):\n")
-    assert generator.requests[0].start == "    "
+    assert generator.prompts[0].endswith("def f(df):")
+    assert generator.requests[0].start == "\n    "
 
 
 def test_a_sketch_too_long_for_the_window_leaves_the_context_alone() -> None:

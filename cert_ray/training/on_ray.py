@@ -9,9 +9,12 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,12 +120,24 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         ),
     )
     try:
-        returned: dict[str, Any] = trainer.fit().return_value
+        with _interrupts_as_before():
+            returned: dict[str, Any] = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _explain(error, config, folder) from error
     if isinstance(returned.get("error"), CertRayError):
         raise returned["error"]
     return returned
+
+
+@contextmanager
+def _interrupts_as_before() -> Iterator[None]:
+    """Afterwards Ctrl-C means what it meant before: Ray Train goes on taking it for a run that is over."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _explain(error: Exception, config: TrainConfig, folder: str) -> CertRayError:

@@ -69,6 +69,10 @@ def test_two_workers_learn_and_leave_a_model(undisturbed):
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
 
 
+def test_ctrl_c_ends_the_program_once_training_is_over(undisturbed):
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_worker_0_tells_the_steps_in_a_story_of_its_own(undisturbed):
     lines = read_story(str(Path(undisturbed.folder).parent))
     told = [line for line in lines if line.verb == "train-model"]

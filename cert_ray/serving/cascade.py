@@ -11,6 +11,9 @@ What each model is given:
              Its answer continues the context. By default the sketch is the predicted one alone, as in PAPER.md; with
              `sketch_scope="file"` the context's own sketch stands before it, as in the generator's training text.
 
+With mode `constrained` the generator's answer must be the sketch, its placeholders filled (`constraints.py`), as long
+as the generator finds that likely enough.
+
 Blanks at the end of the context are handled by `boundaries`; answers are what comes after them.
 """
 
@@ -20,13 +23,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, Self
 
 import pydantic
 
 from cert_ray.config import Config
-from cert_ray.errors import RequestError
+from cert_ray.errors import ConfigError, RequestError
+from cert_ray.serving import drafts
 from cert_ray.serving.boundaries import PAPER_STOPS, split_trailing_blanks
+from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, TokenLogprobs, Work, check_length
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
@@ -43,6 +48,7 @@ class Route(StrEnum):
     GENERATOR_ONLY = "generator_only"  # the request asked for the generator alone
     SKETCHER = "sketcher"  # the sketch holds no placeholder, so it is the answer
     GENERATOR = "generator"
+    CONSTRAINED = "constrained"  # the generator, held to the sketch; `off_sketch` answers left it
     GENERATOR_EMPTY_SKETCH = "generator_empty_sketch"  # it saw the context alone: the sketch is empty
     GENERATOR_LONG_SKETCH = "generator_long_sketch"  # it saw the context alone: both do not fit the window
     SKETCHER_EMPTY_GENERATOR = "sketcher_empty_generator"  # every completion of the generator is empty
@@ -62,9 +68,19 @@ class CascadeConfig(Config):
     # Draw the same samples again after so many, as the authors' code did after 50. None: every sample its own.
     reseed_every: int | None = pydantic.Field(default=None, ge=1)
     rank: Literal["drawn", "likelihood"] = "drawn"  # answers in the order drawn, or the likeliest per token first
-    mode: Literal[Mode.CASCADE, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE  # unless a request asks otherwise
+    # Unless a request asks otherwise.
+    mode: Literal[Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE
+    # With mode `constrained`: an answer goes on freely where the generator gives less than this probability to all that
+    # the sketch allows. Assumed.
+    least_share: float = pydantic.Field(default=0.001, gt=0, le=1)
     # Three newlines end a block of the generator's training text: behind them the next block's sketch begins.
     generator_stop: tuple[str, ...] = ("\n\n\n",)
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.mode is Mode.CONSTRAINED and self.routing == "released":
+            raise ConfigError("mode='constrained' with routing='released': words do not tell placeholders from code.")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,7 @@ class CascadeAnswer:
         None  # with `echo` and `logprobs`, where one model reads the prompt as it is
     )
     from_cache: bool = False  # the same request was answered before; `timings_s` are of that answer
+    off_sketch: int | None = None  # with mode `constrained`: choices that are not the sketch with its holes filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +154,8 @@ def run_cascade(
     mode = sampling.mode or config.mode
     if mode is Mode.SINGLE:
         raise _unsupported("mode", "single: a sketcher and a generator are served here")
+    if mode is Mode.CONSTRAINED and config.routing == "released":
+        raise _unsupported("mode", "constrained: this cascade does not tell placeholders from code (routing: released)")
     began = time.perf_counter()
     stops = (*config.stop, *sampling.stop)
     if mode is Mode.GENERATOR_ONLY:
@@ -234,11 +253,14 @@ class _Cascade:
         if winner.text.strip() and not self._is_open(winner):
             return self._answer_with_sketches(answer, ballot, Route.SKETCHER)
         began = time.perf_counter()
-        choices, second, route = self._fill_in(winner)
+        choices, second, route = self._fill_in(winner, mode)
         timings_s["generate"] = time.perf_counter() - began
         if choices is None:
             return self._answer_with_sketches(answer, ballot, Route.SKETCHER_EMPTY_GENERATOR)
-        return replace(answer, choices=tuple(choices), route=route, completion_tokens=second.tokens)
+        held = [choice.keeps_to_template for choice in choices if choice.keeps_to_template is not None]
+        off_sketch = held.count(False) if held else None
+        given = replace(answer, choices=tuple(choices), route=route, off_sketch=off_sketch)
+        return replace(given, completion_tokens=second.tokens)
 
     def _sketcher_prompt(self) -> list[int]:
         if self._config.routing == "released":
@@ -271,21 +293,28 @@ class _Cascade:
             if not ballot.is_decided:
                 return False
             fills_in = self._is_open(ballot.winner) or not ballot.winner.text.strip()
-            return (mode is Mode.CASCADE and fills_in) or ballot.votes_of(ballot.winner) >= needed
+            return (mode is not Mode.SKETCH_ONLY and fills_in) or ballot.votes_of(ballot.winner) >= needed
 
         work = _work(self._sampling, prompt, stops, blanks, self._config)
         work = replace(work, n=wanted, logprobs=self._sampling.logprobs)
         drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 
-    def _fill_in(self, winner: Sketch) -> tuple[list[Completion] | None, Drawn, Route]:
+    def _fill_in(self, winner: Sketch, mode: Mode) -> tuple[list[Completion] | None, Drawn, Route]:
         """The generator's answers, None if all are empty."""
         pair = self._pair(winner) if winner.text.strip() else None
         route = Route.GENERATOR_EMPTY_SKETCH
+        template, draft = None, ()
         if winner.text.strip():
             route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
+            sketch = (self._blanks, winner.text, winner.placeholders)
+            draft = drafts.source(self._generator.tokenizer, *sketch)
+            if mode is Mode.CONSTRAINED:
+                template = Template.of(*sketch, self._config.least_share)
+                route = Route.CONSTRAINED if pair is not None else route
         stops = (*self._stops, *self._config.generator_stop)
         work = _work(self._sampling, self._alone if pair is None else pair, stops, self._blanks, self._config)
+        work = replace(work, template=template, draft=draft)
         teller = _Teller(self._listener, self._sampling, self._config, holds_blanks=True)
         drawn = self._generator.draw(work, teller.hooks())
         choices = _best(_complete(drawn.samples), self._sampling, self._config)

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import pydantic
 
@@ -122,8 +122,16 @@ class Listener:
 NOBODY = Listener()
 
 
-def run_single(context: str, sampling: Sampling, engine: Engine, listener: Listener = NOBODY) -> CascadeAnswer:
+# Of the window, kept for an answer that may be longer: editors ask for up to 2,048 tokens, and few are drawn. Assumed.
+_ANSWER_SHARE: Final = 0.5
+
+
+def run_single(
+    context: str, sampling: Sampling, engine: Engine, listener: Listener = NOBODY, ahead: str = ""
+) -> CascadeAnswer:
     """Complete `context` with one plain model, cut at the request's stop strings only.
+
+    `ahead` is documentation that the model reads first, if the window has room for it and an answer.
 
     Raises:
         RequestError: 400, when the context does not fit the window, or for a mode or suffix that the model cannot do.
@@ -131,7 +139,7 @@ def run_single(context: str, sampling: Sampling, engine: Engine, listener: Liste
     if sampling.mode not in (None, Mode.SINGLE):
         raise _unsupported("mode", f"{sampling.mode}: one plain model is served here, without a sketcher")
     began = time.perf_counter()
-    return _alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began)
+    return _alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began, ahead=ahead)
 
 
 def run_cascade(
@@ -141,8 +149,11 @@ def run_cascade(
     generator: Engine,
     config: CascadeConfig | None = None,
     listener: Listener = NOBODY,
+    ahead: str = "",
 ) -> CascadeAnswer:
     """Complete `context` by sketching first.
+
+    `ahead` is documentation that both models read first, if both windows have room for it and an answer.
 
     Where the sketcher's samples are the answer, those that voted for the winner come first. A function of its arguments
     alone, timings and cached tokens apart, if the engines are.
@@ -160,13 +171,13 @@ def run_cascade(
     stops = (*config.stop, *sampling.stop)
     if mode is Mode.GENERATOR_ONLY:
         stops = (*stops, *config.generator_stop)
-        return _alone(context, sampling, generator, stops, Route.GENERATOR_ONLY, listener, began, config)
+        return _alone(context, sampling, generator, stops, Route.GENERATOR_ONLY, listener, began, config, ahead)
     if sampling.suffix is not None:
         raise _unsupported("suffix", "a cascade has no sketch of what stands behind; ask for mode=generator_only")
     if sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0):
         problem = "with logprobs or max_tokens=0: two models read the prompt here; ask for mode=generator_only"
         raise _unsupported("echo", problem)
-    return _Cascade(context, sampling, sketcher, generator, config, listener).run(mode, began)
+    return _Cascade(context, sampling, sketcher, generator, config, listener, ahead).run(mode, began)
 
 
 def _alone(
@@ -178,6 +189,7 @@ def _alone(
     listener: Listener,
     began: float,
     config: CascadeConfig | None = None,
+    ahead: str = "",
 ) -> CascadeAnswer:
     """Complete `context`, or what stands between it and the suffix, with one model."""
     body, blanks = split_trailing_blanks(context)
@@ -186,7 +198,9 @@ def _alone(
         body, blanks = context, ""
     elif scored or sampling.max_tokens == 0:
         body, blanks = context, ""  # the prompt's tokens are told, so they must be the whole prompt
-    prompt = prompt_format.encode_code(engine.tokenizer, body)
+    prompt = prompt_format.encode_code(engine.tokenizer, ahead + body)
+    if ahead and not _has_room(prompt, sampling, engine, stages=1 if config is None else 2):
+        prompt = prompt_format.encode_code(engine.tokenizer, body)
     if sampling.suffix is not None:
         prompt = _infill(engine, prompt, sampling.suffix)
     # Room is needed for an answer, if one is asked for.
@@ -218,20 +232,29 @@ class _Cascade:
         generator: Engine,
         config: CascadeConfig,
         listener: Listener,
+        ahead: str,
     ) -> None:
         self._sampling, self._sketcher, self._generator = sampling, sketcher, generator
         self._config, self._listener = config, listener
         self._body, self._blanks = split_trailing_blanks(context)
         self._stops = (*config.stop, *sampling.stop)
+        if not ahead or not self._read(ahead + self._body, documented=True):
+            self._read(self._body, documented=False)
+
+    def _read(self, body: str, *, documented: bool) -> bool:
+        """Take `body` for what both models are given; False where documentation leaves no room for an answer."""
+        alone = prompt_format.encode_code(self._generator.tokenizer, body)
+        if documented and not _has_room(alone, self._sampling, self._generator, stages=2):
+            return False
         # Before sketching, whose cost grows with a prompt that would be refused anyway.
-        self._alone = prompt_format.encode_code(generator.tokenizer, self._body)
-        check_length(len(self._alone), generator.context_tokens)
-        self._seen = sketch_context(self._body, config.kind)
+        check_length(len(alone), self._generator.context_tokens)
+        self._body, self._alone, self._seen = body, alone, sketch_context(body, self._config.kind)
+        self._prompt = self._sketcher_prompt()
+        return not documented or _has_room(self._prompt, self._sampling, self._sketcher, stages=2)
 
     def run(self, mode: Mode, began: float) -> CascadeAnswer:
         """Both stages, as far as they are needed."""
-        prompt = self._sketcher_prompt()
-        ballot, drawn = self._sketch(prompt, mode)
+        ballot, drawn = self._sketch(self._prompt, mode)
         winner, chosen = ballot.winner, ballot.result()
         timings_s = {"sketch": time.perf_counter() - began}
         answer = CascadeAnswer(
@@ -240,7 +263,7 @@ class _Cascade:
             chosen.text,
             chosen.votes,
             chosen.vote_share,
-            len(prompt),
+            len(self._prompt),
             timings_s,
             chosen,
             cached_tokens=drawn.cached_tokens,
@@ -304,7 +327,8 @@ class _Cascade:
         """The generator's answers, None if all are empty."""
         pair = self._pair(winner) if winner.text.strip() else None
         route = Route.GENERATOR_EMPTY_SKETCH
-        template, draft = None, ()
+        template: Template | None = None
+        draft: tuple[int, ...] = ()
         if winner.text.strip():
             route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
             sketch = (self._blanks, winner.text, winner.placeholders)
@@ -346,6 +370,12 @@ class _Cascade:
         # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
         room = min(self._sampling.max_tokens, 2 * own)
         return pair if len(pair) + room <= self._generator.context_tokens else None
+
+
+def _has_room(prompt: Sequence[int], sampling: Sampling, engine: Engine, stages: int) -> bool:
+    """Whether a prompt with documentation leaves room: a second stage's holds the sketch too, about an answer long."""
+    wanted = sampling.max_tokens * (2 * stages - 1)
+    return len(prompt) + min(wanted, int(engine.context_tokens * _ANSWER_SHARE)) <= engine.context_tokens
 
 
 class _Teller:

@@ -75,6 +75,8 @@ def _with_holes(tokens: Sequence[tuple[int, int, int]], holes: Sequence[tuple[in
 
 def following(drafts: Sequence[int], ids: Sequence[int], most: int) -> list[int]:
     """At most `most` tokens of `drafts` that may follow the sample's tokens `ids`."""
+    if not drafts or not most:
+        return []
     if not ids:
         return _until_hole(drafts, 0, most)
     place = _place_behind(drafts, ids)

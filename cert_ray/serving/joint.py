@@ -213,6 +213,7 @@ class JointSamples:
             keeps, whole = end is not None, whole[:end]
         whole = drop_start(whole, self.work.start)
         text = cut_at(whole, self.work.stop)
+        keeps = keeps and len(text) == len(whole)
         reason: FinishReason = "stop" if ended or len(text) < len(whole) else "length"
         mean = sum(branch.logprobs) / len(branch.logprobs) if branch.logprobs else 0.0
         told = None

@@ -79,8 +79,9 @@ class Kept:
         if list(runs) == [1] and bool(seen_BK.all()):
             self.visible_QK = None
         else:
-            own_QQ = torch.block_diag(*(torch.ones(size, size).tril() for size in runs)).bool()
-            self.visible_QK = torch.cat([seen_BK.repeat_interleave(torch.tensor(runs), dim=0), own_QQ], dim=1)
+            branch_Q = torch.arange(len(runs)).repeat_interleave(torch.tensor(runs))
+            own_QQ = (branch_Q[:, None] == branch_Q) & torch.ones(len(branch_Q), len(branch_Q), dtype=torch.bool).tril()
+            self.visible_QK = torch.cat([seen_BK[branch_Q], own_QQ], dim=1)
         newest = torch.cat([depth + torch.arange(1, size + 1) for depth, size in zip(depth_B, runs, strict=True)])
         self.positions_K = torch.cat([self.positions_K, newest])
         return newest.tolist()

@@ -58,7 +58,7 @@ def template(start: str = "", least_share: float = LEAST) -> Template:
     return Template.of(start, SKETCHED.text, SKETCHED.placeholders, least_share)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_samples_are_those_drawn_without_drafts_token_for_token(
     plain: TransformersEngine, drafting: TransformersEngine, temperature: float
 ) -> None:

@@ -142,7 +142,7 @@ class EngineConfig(Config):
     # Prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in fp32.
     prefix_cache_tokens: int = pydantic.Field(default=8192, ge=0)
     # Tokens of the sketch that are read behind a sample's last one, on the chance that it draws them; 0: none. Measured
-    # (docs/benchmarks.md, "The sketch in stage two"): half the CPU time where the sketch is followed, no loss elsewhere.
+    # (docs/benchmarks.md, "The sketch in stage two"): half the CPU time where it is followed, no loss elsewhere.
     draft_tokens: int = pydantic.Field(default=6, ge=0, le=64)
     packed_weights: bool = True  # lay linear layers' weights out once, on the CPU (`packed_linear.py`)
     # The special tokens before prefix, suffix and middle, of a model that was trained to fill in the middle.

@@ -94,6 +94,13 @@ def test_source_that_is_not_python_3_is_refused_in_one_line(
     assert "cert-ray:" in capsys.readouterr().err
 
 
+def test_serve_may_hold_every_answer_to_its_sketch() -> None:
+    stages = ["--sketcher", "s", "--generator", "g"]
+    result = CliRunner().invoke(cli.app, ["serve", *stages, "--mode", "constrained", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["models"]["cert"]["cascade"]["mode"] == "constrained"
+
+
 def test_generate_says_what_it_would_ask_and_loads_no_model(tmp_path: Path) -> None:
     arguments = ["generate", "x = ", "--model", str(tmp_path / "absent"), "--n", "3", "--dry-run"]
     result = CliRunner().invoke(cli.app, arguments)

@@ -52,6 +52,14 @@ EndpointModel = Annotated[str | None, typer.Option(help="its model; default: the
 ApiKeyEnv = Annotated[
     str | None, typer.Option(metavar="NAME", help="the environment variable that holds the endpoint's key")
 ]
+AnswerMode = Annotated[
+    str | None,
+    typer.Option(
+        "--mode",
+        help="of a sketcher and a generator: cascade (default), constrained (the sketch's fixed text must come), "
+        "sketch_only or generator_only",
+    ),
+]
 Mask = Annotated[
     str | None, typer.Option(help="of a sequence-to-sequence model, as <extra_id_0>: where it is to write")
 ]

@@ -10,6 +10,7 @@ import typer
 
 from cert_ray.cli.app import (
     Address,
+    AnswerMode,
     ApiKeyEnv,
     DryRun,
     Endpoint,
@@ -35,6 +36,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_keys_file: Annotated[str | None, typer.Option(help="one key per line")] = None,
     name: Annotated[str, typer.Option(help="the model name that requests give")] = "cert",
+    mode: AnswerMode = None,
     retrieve: Retrieve = None,
     dry_run: DryRun = False,
     address: Address = None,
@@ -49,9 +51,12 @@ def serve(
 
     options = {"host": host, "port": port, "model_name": name, "api_keys_file": api_keys_file}
     models = model_options(model, sketcher, generator)
-    documented = {"retrieve": {"docs": retrieve}} if retrieve else {}
+    further = {
+        **({"retrieve": {"docs": retrieve}} if retrieve else {}),
+        **({"cascade": {"mode": mode}} if mode else {}),
+    }
     given = {key: value for key, value in options.items() if value is not None}
-    config = ServerConfig.from_mapping({**models, **documented, **given}, "serve")
+    config = ServerConfig.from_mapping({**models, **further, **given}, "serve")
     if dry_run:
         show(config.model_dump(mode="json"))
         raise typer.Exit
@@ -70,6 +75,7 @@ def generate(
     endpoint: Endpoint = None,
     endpoint_model: EndpointModel = None,
     api_key_env: ApiKeyEnv = None,
+    mode: AnswerMode = None,
     retrieve: Retrieve = None,
     n: Annotated[int, typer.Option(min=1, help="completions")] = 1,
     temperature: float = 0.2,
@@ -87,7 +93,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     asked = {"mask": mask, "endpoint": endpoint, "endpoint_model": endpoint_model, "api_key_env": api_key_env}
     source = Source.from_mapping(source_options(model, sketcher, generator, **asked, retrieve=retrieve), "generate")
-    sampling = {"max_tokens": max_tokens, "seed": seed}
+    sampling = {"max_tokens": max_tokens, "seed": seed, **({"mode": mode} if mode else {})}
     if dry_run:
         show({"prompt": text, "n": n, "temperature": temperature, **sampling, **source.recorded})
         raise typer.Exit

@@ -22,7 +22,13 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.run import Complete
 from cert_ray.retrieval.retriever import RetrieveConfig, load_retriever
-from cert_ray.serving.completers import CompleterConfig, EndpointConfig, complete_with_endpoint, with_documentation
+from cert_ray.serving.completers import (
+    CompleterConfig,
+    EndpointConfig,
+    check_endpoint,
+    complete_with_endpoint,
+    with_documentation,
+)
 from cert_ray.serving.deployment import LOOPBACK
 
 if TYPE_CHECKING:
@@ -88,6 +94,7 @@ def _check_address(url: str) -> None:
             "--endpoint: give the address without user, password and ?query, since evaluations record it; a key "
             "belongs in an environment variable that --api-key-env names"
         )
+    check_endpoint(url, "--endpoint")
 
 
 def complete_at(source: Source, sampling: dict[str, Any]) -> Callable[[float], Complete]:
@@ -119,6 +126,8 @@ def _local(source: Source, retrieve: RetrieveConfig | None, sampling: dict[str, 
     }
     model = folders.get("model")
     if model is not None and is_seq2seq(model):
+        if sampling.get("mode"):
+            raise ConfigError(f"--mode: {source.model} has no sketcher; leave it out")
         load_seq2seq = cache(lambda: Seq2SeqCompleter(model, mask=source.mask))
 
         def go_on(temperature: float) -> Complete:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from typing import Final, Self
+from typing import Self
 
 import pydantic
 
@@ -32,9 +32,6 @@ from cert_ray.serving.sampling import Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
-
-# Of the window, kept for an answer that may be longer: editors ask for up to 2,048 tokens, and few are drawn. Assumed.
-_ANSWER_SHARE: Final = 0.5
 
 
 class ModelConfig(Config):
@@ -172,32 +169,20 @@ class Answerer:
         if known is not None:
             _tell_again(known, listener)
             return known
-        context = self._documented(prompt, sampling)
+        ahead = self._documentation(prompt, sampling)
         if self._sketcher is None:
-            answer = run_single(context, sampling, self._generator, listener)
+            answer = run_single(prompt, sampling, self._generator, listener, ahead)
         else:
-            answer = run_cascade(context, sampling, self._sketcher, self._generator, self._cascade, listener)
+            answer = run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade, listener, ahead)
         self._answers.keep(prompt, sampling, answer)
         return answer
 
-    def _documented(self, prompt: str, sampling: Sampling) -> str:
-        """`prompt` behind what was retrieved for it, if that is wanted and there is room."""
+    def _documentation(self, prompt: str, sampling: Sampling) -> str:
+        """What was retrieved for `prompt`, to stand ahead of it, if that is wanted."""
         scored = sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0)
         if self._retriever is None or sampling.suffix is not None or scored:
-            return prompt
-        header = self._retriever.header(prompt)
-        if not header:
-            return prompt
-        # A cascade's second prompt holds the sketch as well, which is about as long as the answer.
-        wanted = sampling.max_tokens * (1 if self._sketcher is None else 3)
-        engines = [engine for engine in (self._sketcher, self._generator) if engine is not None]
-        fits = all(
-            len(prompt_format.encode_code(engine.tokenizer, header + prompt))
-            + min(wanted, int(engine.context_tokens * _ANSWER_SHARE))
-            <= engine.context_tokens
-            for engine in engines
-        )
-        return header + prompt if fits else prompt
+            return ""
+        return self._retriever.header(prompt)
 
 
 class AnswerCache:

@@ -37,6 +37,7 @@ class ForwardPass(Protocol):
     """A model, as a batch sees it."""
 
     tokenizer: Any
+    takes_drafts: bool  # whether a branch may be fed several tokens at once, of which some are taken back
 
     def begin(self) -> Any:
         """What is kept of a new request."""
@@ -68,8 +69,6 @@ class Request:
         self.kept: Any = None
         self.read = 0  # tokens of the prompt that are read
         self.cached_tokens = 0
-        self.next_tokens: list[int] = []
-        self.parents: list[int] = []
         self.prompt_logprobs: list[tuple[float, Top]] = []
         self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
         self.given_up = False  # nobody waits any more
@@ -78,6 +77,11 @@ class Request:
     def prompt(self) -> tuple[int, ...]:
         """The prompt's tokens."""
         return self.samples.work.prompt
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the prompt is read, so that each branch has a token to be fed."""
+        return self.read == len(self.prompt)
 
     def wait(self) -> Drawn:
         """What was drawn; passes text on as it comes.
@@ -142,6 +146,16 @@ class Turns:
                 batches.pop().step()  # and no reference to it is left while this waits
 
 
+@dataclass(slots=True)
+class Counted:
+    """What a model was used for since it was loaded."""
+
+    forward_passes: int = 0
+    forward_rows: int = 0  # tokens that went through it, drafted ones included
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those, drawn by some sample
+
+
 class Batch:
     """The requests of one model."""
 
@@ -152,7 +166,7 @@ class Batch:
         self._running: list[Request] = []
         self._prompts = _KeptPrompts(model, config.prefix_cache_tokens)
         self._scratch = _Scratch()
-        self.forward_rows = 0  # tokens that went through the model since it was loaded
+        self.counted = Counted()
         turns.join(self)
 
     @property
@@ -184,13 +198,16 @@ class Batch:
                 self._end(request, _Told(error=error))
 
     def _admit(self) -> None:
-        rows = sum(max(1, len(request.next_tokens)) for request in self._running)
+        rows = self._rows()
         while rows < self._config.max_rows and self._waiting:
             request = self._waiting.pop(0)
             self._running.append(request)
             request.kept, request.read = self._prompts.find(request.prompt, request.samples.work)
             request.cached_tokens = request.read
             rows += 1
+
+    def _rows(self) -> int:
+        return sum(max(1, len(request.samples.branches)) for request in self._running)
 
     def _still_wanted(self, request: Request) -> bool:
         if request.given_up:
@@ -205,54 +222,60 @@ class Batch:
     def _feeds(self) -> tuple[list[Request], list[Feed]]:
         """The next forward pass: all branches, and while there is room, prompts in the order in which they came."""
         fed, feeds, room = [], [], self._config.prefill_tokens
+        spare = self._config.max_rows - self._rows() if self._model.takes_drafts else 0  # for drafts
         for request in self._running:
-            if request.next_tokens:
-                feeds.append(Feed(request.kept, request.next_tokens, request.parents))
+            samples, left = request.samples, len(request.prompt) - request.read
+            if request.is_read:
+                spare -= samples.guess(spare)
+                runs = [[branch.ids[-1], *branch.draft] for branch in samples.branches]
+                parents = [branch.row for branch in samples.branches]
+                tokens = [token for run in runs for token in run]
+                feeds.append(Feed(request.kept, tokens, parents, runs=list(map(len, runs))))
             elif room > 0:
-                part = request.prompt[request.read : request.read + room]
+                part = list(request.prompt[request.read : request.read + room])
                 room -= len(part)
-                feeds.append(Feed(request.kept, list(part), None, request.samples.work.score_prompt))
+                draft: list[int] = []
+                if len(part) == left and samples.branches and not samples.work.score_prompt:
+                    spare -= samples.guess(spare)
+                    draft = samples.branches[0].draft
+                feeds.append(Feed(request.kept, part + draft, None, samples.work.score_prompt, drafted=len(draft)))
             else:
                 continue
             fed.append(request)
-        self.forward_rows += sum(len(feed.tokens) for feed in feeds)
+        self.counted.forward_rows += sum(len(feed.tokens) for feed in feeds)
+        self.counted.forward_passes += bool(feeds)
         return fed, feeds
 
     def _take(self, fed: list[Request], feeds: list[Feed], logits: list[torch.Tensor]) -> None:
         drawing: list[tuple[Request, torch.Tensor]] = []
         for request, feed, logits_QV in zip(fed, feeds, logits, strict=True):
-            if feed.parents is None and not self._read_prompt(request, feed, logits_QV):
-                continue
-            drawing.append((request, logits_QV[-max(1, len(request.next_tokens)) :]))
+            if feed.parents is not None:
+                drawing.append((request, logits_QV))
+            elif self._read_prompt(request, feed, logits_QV):
+                drawing.append((request, logits_QV[-1 - feed.drafted :]))
         if not drawing:
             return
         logits_RV, scratch_RV = self._scratch.fill([logits_QV for _, logits_QV in drawing])
-        refused = [mask for request, _ in drawing for mask in request.samples.refused()]
-        if any(mask is not None for mask in refused):
-            for row, mask_V in enumerate(refused):
-                if mask_V is not None:
-                    logits_RV[row].masked_fill_(mask_V.to(logits_RV.device), float("-inf"))
-        totals_R1 = log_totals(logits_RV, scratch_RV)
-        uniforms: list[npt.NDArray[np.float64]] = []
-        temperatures: list[float] = []
-        top_ps: list[float] = []
-        for request, logits_QV in drawing:
-            uniforms += request.samples.uniforms()
-            temperatures += [request.samples.work.temperature] * len(logits_QV)
-            top_ps += [request.samples.work.top_p] * len(logits_QV)
-        tokens = draw_tokens(logits_RV, uniforms, temperatures, top_ps, scratch_RV)
-        first = 0
-        for request, logits_QV in drawing:
-            own = slice(first, first + len(logits_QV))
-            first += len(logits_QV)
-            self._advance(request, tokens[own], logits_RV[own], totals_R1[own])
+        ended = [len(request.samples.ended) for request, _ in drawing]
+        firsts = np.cumsum([0, *(len(logits_QV) for _, logits_QV in drawing)]).tolist()
+        for request, _ in drawing:
+            request.samples.start_drawing()
+        while any(request.samples.drawing for request, _ in drawing):
+            places = [
+                first + one.row
+                for (request, _), first in zip(drawing, firsts, strict=False)
+                for one in request.samples.drawing
+            ]
+            _draw([request.samples for request, _ in drawing], _pick(logits_RV, places), scratch_RV[: len(places)])
+        for (request, _), ended_before in zip(drawing, ended, strict=True):
+            self._advance(request, some_ended=len(request.samples.ended) > ended_before)
 
     def _read_prompt(self, request: Request, feed: Feed, logits_QV: torch.Tensor) -> bool:
         """Note what was read; whether the prompt is read whole, and samples are to be drawn."""
-        request.read += len(feed.tokens)
+        request.read += len(feed.tokens) - feed.drafted
         if feed.all_logits:
             self._score(request, logits_QV)
-        if request.read < len(request.prompt):
+        if not request.is_read:
             return False
         if self._prompts.wants(request.prompt):
             self._prompts.add(request.prompt, request.kept)
@@ -269,27 +292,22 @@ class Batch:
             top = likeliest(logits_V, total, request.samples.work.logprobs or 0)
             request.prompt_logprobs.append((float(logits_V[token]) - total, top))
 
-    def _advance(
-        self,
-        request: Request,
-        tokens: list[npt.NDArray[np.int64]],
-        logits_QV: torch.Tensor,
-        totals_Q1: torch.Tensor,
-    ) -> None:
+    def _advance(self, request: Request, *, some_ended: bool) -> None:
         samples, hooks = request.samples, request.hooks
-        request.next_tokens, request.parents, some_ended = samples.take(tokens, logits_QV, totals_Q1)
         if hooks.streams_text:
             news = samples.settled_text()
             if news:
                 request.mailbox.put(_Told(news=news))
-        if some_ended and request.next_tokens and hooks.enough is not None:
+        if some_ended and samples.branches and hooks.enough is not None:
             ended = [(completion, len(numbers)) for completion, numbers in samples.ended]
             if hooks.enough(ended):
-                request.next_tokens = []
-        if not request.next_tokens:
+                samples.branches = []
+        if not samples.branches:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
+        self.counted.drafted_tokens += request.samples.drafted
+        self.counted.accepted_tokens += request.samples.accepted
         told = None
         if request.samples.work.score_prompt:
             told = _tell_prompt(self._model.tokenizer, request)
@@ -299,6 +317,32 @@ class Batch:
         self._running = [other for other in self._running if other is not request]
         request.kept = None
         request.mailbox.put(told)
+
+
+def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: torch.Tensor) -> None:
+    """Draw a token for every branch that is to draw. The logits, row by row for these branches, are overwritten."""
+    totals_D1 = log_totals(logits_DV, scratch_DV)
+    uniforms: list[npt.NDArray[np.float64]] = []
+    temperatures: list[float] = []
+    top_ps: list[float] = []
+    owns: list[slice] = []
+    for one in samples:
+        own = slice(len(uniforms), len(uniforms) + len(one.drawing))
+        owns.append(own)
+        one.restrict(logits_DV[own], totals_D1[own])
+        uniforms += one.uniforms()
+        temperatures += [one.work.temperature] * len(one.drawing)
+        top_ps += [one.work.top_p] * len(one.drawing)
+    tokens = draw_tokens(logits_DV, uniforms, temperatures, top_ps, scratch_DV)
+    for one, own in zip(samples, owns, strict=True):
+        one.take(tokens[own], logits_DV[own], totals_D1[own])
+
+
+def _pick(logits_RV: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """The rows at rising `places`, without a copy where they stand side by side."""
+    if places[-1] - places[0] == len(places) - 1:
+        return logits_RV[places[0] : places[-1] + 1]
+    return logits_RV[places]
 
 
 class _Scratch:

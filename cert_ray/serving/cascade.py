@@ -11,6 +11,9 @@ What each model is given:
              Its answer continues the context. By default the sketch is the predicted one alone, as in PAPER.md; with
              `sketch_scope="file"` the context's own sketch stands before it, as in the generator's training text.
 
+With mode `constrained` the generator's answer must be the sketch, its placeholders filled (`constraints.py`), as long
+as the generator finds that likely enough.
+
 Blanks at the end of the context are handled by `boundaries`; answers are what comes after them.
 """
 
@@ -20,13 +23,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Final, Literal, Self
 
 import pydantic
 
 from cert_ray.config import Config
-from cert_ray.errors import RequestError
+from cert_ray.errors import ConfigError, RequestError
+from cert_ray.serving import drafts
 from cert_ray.serving.boundaries import PAPER_STOPS, split_trailing_blanks
+from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, TokenLogprobs, Work, check_length
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
@@ -43,6 +48,7 @@ class Route(StrEnum):
     GENERATOR_ONLY = "generator_only"  # the request asked for the generator alone
     SKETCHER = "sketcher"  # the sketch holds no placeholder, so it is the answer
     GENERATOR = "generator"
+    CONSTRAINED = "constrained"  # the generator, held to the sketch; `off_sketch` answers left it
     GENERATOR_EMPTY_SKETCH = "generator_empty_sketch"  # it saw the context alone: the sketch is empty
     GENERATOR_LONG_SKETCH = "generator_long_sketch"  # it saw the context alone: both do not fit the window
     SKETCHER_EMPTY_GENERATOR = "sketcher_empty_generator"  # every completion of the generator is empty
@@ -62,9 +68,19 @@ class CascadeConfig(Config):
     # Draw the same samples again after so many, as the authors' code did after 50. None: every sample its own.
     reseed_every: int | None = pydantic.Field(default=None, ge=1)
     rank: Literal["drawn", "likelihood"] = "drawn"  # answers in the order drawn, or the likeliest per token first
-    mode: Literal[Mode.CASCADE, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE  # unless a request asks otherwise
+    # Unless a request asks otherwise.
+    mode: Literal[Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE
+    # With mode `constrained`: an answer goes on freely where the generator gives less than this probability to all that
+    # the sketch allows. Assumed.
+    least_share: float = pydantic.Field(default=0.001, gt=0, le=1)
     # Three newlines end a block of the generator's training text: behind them the next block's sketch begins.
     generator_stop: tuple[str, ...] = ("\n\n\n",)
+
+    @pydantic.model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.mode is Mode.CONSTRAINED and self.routing == "released":
+            raise ConfigError("mode='constrained' with routing='released': words do not tell placeholders from code.")
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +108,7 @@ class CascadeAnswer:
         None  # with `echo` and `logprobs`, where one model reads the prompt as it is
     )
     from_cache: bool = False  # the same request was answered before; `timings_s` are of that answer
+    off_sketch: int | None = None  # with mode `constrained`: choices that are not the sketch with its holes filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +122,16 @@ class Listener:
 NOBODY = Listener()
 
 
-def run_single(context: str, sampling: Sampling, engine: Engine, listener: Listener = NOBODY) -> CascadeAnswer:
+# Of the window, kept for an answer that may be longer: editors ask for up to 2,048 tokens, and few are drawn. Assumed.
+_ANSWER_SHARE: Final = 0.5
+
+
+def run_single(
+    context: str, sampling: Sampling, engine: Engine, listener: Listener = NOBODY, ahead: str = ""
+) -> CascadeAnswer:
     """Complete `context` with one plain model, cut at the request's stop strings only.
+
+    `ahead` is documentation that the model reads first, if the window has room for it and an answer.
 
     Raises:
         RequestError: 400, when the context does not fit the window, or for a mode or suffix that the model cannot do.
@@ -114,7 +139,7 @@ def run_single(context: str, sampling: Sampling, engine: Engine, listener: Liste
     if sampling.mode not in (None, Mode.SINGLE):
         raise _unsupported("mode", f"{sampling.mode}: one plain model is served here, without a sketcher")
     began = time.perf_counter()
-    return _alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began)
+    return _alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began, ahead=ahead)
 
 
 def run_cascade(
@@ -124,8 +149,11 @@ def run_cascade(
     generator: Engine,
     config: CascadeConfig | None = None,
     listener: Listener = NOBODY,
+    ahead: str = "",
 ) -> CascadeAnswer:
     """Complete `context` by sketching first.
+
+    `ahead` is documentation that both models read first, if both windows have room for it and an answer.
 
     Where the sketcher's samples are the answer, those that voted for the winner come first. A function of its arguments
     alone, timings and cached tokens apart, if the engines are.
@@ -137,17 +165,19 @@ def run_cascade(
     mode = sampling.mode or config.mode
     if mode is Mode.SINGLE:
         raise _unsupported("mode", "single: a sketcher and a generator are served here")
+    if mode is Mode.CONSTRAINED and config.routing == "released":
+        raise _unsupported("mode", "constrained: this cascade does not tell placeholders from code (routing: released)")
     began = time.perf_counter()
     stops = (*config.stop, *sampling.stop)
     if mode is Mode.GENERATOR_ONLY:
         stops = (*stops, *config.generator_stop)
-        return _alone(context, sampling, generator, stops, Route.GENERATOR_ONLY, listener, began, config)
+        return _alone(context, sampling, generator, stops, Route.GENERATOR_ONLY, listener, began, config, ahead)
     if sampling.suffix is not None:
         raise _unsupported("suffix", "a cascade has no sketch of what stands behind; ask for mode=generator_only")
     if sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0):
         problem = "with logprobs or max_tokens=0: two models read the prompt here; ask for mode=generator_only"
         raise _unsupported("echo", problem)
-    return _Cascade(context, sampling, sketcher, generator, config, listener).run(mode, began)
+    return _Cascade(context, sampling, sketcher, generator, config, listener, ahead).run(mode, began)
 
 
 def _alone(
@@ -159,6 +189,7 @@ def _alone(
     listener: Listener,
     began: float,
     config: CascadeConfig | None = None,
+    ahead: str = "",
 ) -> CascadeAnswer:
     """Complete `context`, or what stands between it and the suffix, with one model."""
     body, blanks = split_trailing_blanks(context)
@@ -167,7 +198,9 @@ def _alone(
         body, blanks = context, ""
     elif scored or sampling.max_tokens == 0:
         body, blanks = context, ""  # the prompt's tokens are told, so they must be the whole prompt
-    prompt = prompt_format.encode_code(engine.tokenizer, body)
+    prompt = prompt_format.encode_code(engine.tokenizer, ahead + body)
+    if ahead and not _has_room(prompt, sampling, engine, stages=1 if config is None else 2):
+        prompt = prompt_format.encode_code(engine.tokenizer, body)
     if sampling.suffix is not None:
         prompt = _infill(engine, prompt, sampling.suffix)
     # Room is needed for an answer, if one is asked for.
@@ -199,20 +232,29 @@ class _Cascade:
         generator: Engine,
         config: CascadeConfig,
         listener: Listener,
+        ahead: str,
     ) -> None:
         self._sampling, self._sketcher, self._generator = sampling, sketcher, generator
         self._config, self._listener = config, listener
         self._body, self._blanks = split_trailing_blanks(context)
         self._stops = (*config.stop, *sampling.stop)
+        if not ahead or not self._read(ahead + self._body, documented=True):
+            self._read(self._body, documented=False)
+
+    def _read(self, body: str, *, documented: bool) -> bool:
+        """Take `body` for what both models are given; False where documentation leaves no room for an answer."""
+        alone = prompt_format.encode_code(self._generator.tokenizer, body)
+        if documented and not _has_room(alone, self._sampling, self._generator, stages=2):
+            return False
         # Before sketching, whose cost grows with a prompt that would be refused anyway.
-        self._alone = prompt_format.encode_code(generator.tokenizer, self._body)
-        check_length(len(self._alone), generator.context_tokens)
-        self._seen = sketch_context(self._body, config.kind)
+        check_length(len(alone), self._generator.context_tokens)
+        self._body, self._alone, self._seen = body, alone, sketch_context(body, self._config.kind)
+        self._prompt = self._sketcher_prompt()
+        return not documented or _has_room(self._prompt, self._sampling, self._sketcher, stages=2)
 
     def run(self, mode: Mode, began: float) -> CascadeAnswer:
         """Both stages, as far as they are needed."""
-        prompt = self._sketcher_prompt()
-        ballot, drawn = self._sketch(prompt, mode)
+        ballot, drawn = self._sketch(self._prompt, mode)
         winner, chosen = ballot.winner, ballot.result()
         timings_s = {"sketch": time.perf_counter() - began}
         answer = CascadeAnswer(
@@ -221,7 +263,7 @@ class _Cascade:
             chosen.text,
             chosen.votes,
             chosen.vote_share,
-            len(prompt),
+            len(self._prompt),
             timings_s,
             chosen,
             cached_tokens=drawn.cached_tokens,
@@ -234,11 +276,14 @@ class _Cascade:
         if winner.text.strip() and not self._is_open(winner):
             return self._answer_with_sketches(answer, ballot, Route.SKETCHER)
         began = time.perf_counter()
-        choices, second, route = self._fill_in(winner)
+        choices, second, route = self._fill_in(winner, mode)
         timings_s["generate"] = time.perf_counter() - began
         if choices is None:
             return self._answer_with_sketches(answer, ballot, Route.SKETCHER_EMPTY_GENERATOR)
-        return replace(answer, choices=tuple(choices), route=route, completion_tokens=second.tokens)
+        held = [choice.keeps_to_template for choice in choices if choice.keeps_to_template is not None]
+        off_sketch = held.count(False) if held else None
+        given = replace(answer, choices=tuple(choices), route=route, off_sketch=off_sketch)
+        return replace(given, completion_tokens=second.tokens)
 
     def _sketcher_prompt(self) -> list[int]:
         if self._config.routing == "released":
@@ -271,21 +316,29 @@ class _Cascade:
             if not ballot.is_decided:
                 return False
             fills_in = self._is_open(ballot.winner) or not ballot.winner.text.strip()
-            return (mode is Mode.CASCADE and fills_in) or ballot.votes_of(ballot.winner) >= needed
+            return (mode is not Mode.SKETCH_ONLY and fills_in) or ballot.votes_of(ballot.winner) >= needed
 
         work = _work(self._sampling, prompt, stops, blanks, self._config)
         work = replace(work, n=wanted, logprobs=self._sampling.logprobs)
         drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 
-    def _fill_in(self, winner: Sketch) -> tuple[list[Completion] | None, Drawn, Route]:
+    def _fill_in(self, winner: Sketch, mode: Mode) -> tuple[list[Completion] | None, Drawn, Route]:
         """The generator's answers, None if all are empty."""
         pair = self._pair(winner) if winner.text.strip() else None
         route = Route.GENERATOR_EMPTY_SKETCH
+        template: Template | None = None
+        draft: tuple[int, ...] = ()
         if winner.text.strip():
             route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
+            sketch = (self._blanks, winner.text, winner.placeholders)
+            draft = drafts.source(self._generator.tokenizer, *sketch)
+            if mode is Mode.CONSTRAINED:
+                template = Template.of(*sketch, self._config.least_share)
+                route = Route.CONSTRAINED if pair is not None else route
         stops = (*self._stops, *self._config.generator_stop)
         work = _work(self._sampling, self._alone if pair is None else pair, stops, self._blanks, self._config)
+        work = replace(work, template=template, draft=draft)
         teller = _Teller(self._listener, self._sampling, self._config, holds_blanks=True)
         drawn = self._generator.draw(work, teller.hooks())
         choices = _best(_complete(drawn.samples), self._sampling, self._config)
@@ -317,6 +370,12 @@ class _Cascade:
         # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
         room = min(self._sampling.max_tokens, 2 * own)
         return pair if len(pair) + room <= self._generator.context_tokens else None
+
+
+def _has_room(prompt: Sequence[int], sampling: Sampling, engine: Engine, stages: int) -> bool:
+    """Whether a prompt with documentation leaves room: a second stage's holds the sketch too, about an answer long."""
+    wanted = sampling.max_tokens * (2 * stages - 1)
+    return len(prompt) + min(wanted, int(engine.context_tokens * _ANSWER_SHARE)) <= engine.context_tokens
 
 
 class _Teller:

@@ -25,7 +25,7 @@ from cert_ray.errors import ConfigError, InputError, RequestError
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
-from cert_ray.serving.sampling import Sampling
+from cert_ray.serving.sampling import Mode, Sampling
 
 Complete = Callable[[list[str], int], list[list[str]]]
 
@@ -46,10 +46,19 @@ class CompleterConfig(Config):
     top_p: float = pydantic.Field(default=0.9, gt=0, le=1)
     seed: int = 0
     stop: tuple[str, ...] = PAPER_STOPS
+    mode: Mode | None = None  # None: that of the models, or of the server
 
     def sampling(self, n: int) -> Sampling:
         """These options for `n` samples."""
         return Sampling(n=n, **self.model_dump())
+
+
+def check_endpoint(url: str, option: str) -> None:
+    """Raise `ConfigError` unless `url` says how to get there: without, each request would be tried again in vain."""
+    if url.startswith(("http://", "https://")):
+        return
+    address = url.rpartition("://")[2]
+    raise ConfigError(f"{option}: {url!r} does not begin with http:// or https://. Write http://{address}")
 
 
 class EndpointConfig(Config, hide_input_in_errors=True):
@@ -62,6 +71,12 @@ class EndpointConfig(Config, hide_input_in_errors=True):
     attempts: int = pydantic.Field(default=6, ge=1)
     longest_wait_s: float = pydantic.Field(default=30.0, gt=0)  # between attempts, whatever the server asks for
     max_n: int = pydantic.Field(default=100, ge=1)  # per request; more are asked for in further requests
+
+    @pydantic.field_validator("url")
+    @classmethod
+    def _check_url(cls, url: str) -> str:
+        check_endpoint(url, "the endpoint")
+        return url
 
     @pydantic.field_validator("api_key")
     @classmethod
@@ -134,6 +149,7 @@ class EndpointCompleter:
     def _complete_one(self, prompt: str, n: int) -> list[str]:
         if self._model is None:
             self._model = self._first_model()
+        mode = {} if self._config.mode is None else {"mode": self._config.mode}  # not OpenAI's, so not always sent
         texts: list[str] = []
         while len(texts) < n:
             part = min(n - len(texts), self._endpoint.max_n)
@@ -147,6 +163,7 @@ class EndpointCompleter:
                 "top_p": self._config.top_p,
                 "seed": self._config.seed + len(texts),
                 "stop": list(self._config.stop[:_OPENAI_MAX_STOPS]),  # the rest is cut below
+                **mode,
             }
             texts += self._read_texts(self._request("POST", "completions", body), part)
         return [cut_at(text, self._config.stop) for text in texts]

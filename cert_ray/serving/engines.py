@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from cert_ray.config import Config
 from cert_ray.errors import RequestError
+from cert_ray.serving.constraints import Template
 
 FinishReason = Literal["stop", "length"]
 
@@ -42,7 +43,8 @@ class Completion:
     """One sample. `text` is cut at the stop string; `ids` are all tokens drawn, end of text apart.
 
     `mean_logprob` is the mean natural log-probability of the tokens drawn, end of text included, under the model.
-    `logprobs` is None unless asked for; its tokens are those that `text` begins in.
+    `logprobs` is None unless asked for; its tokens are those that `text` begins in. `keeps_to_template` is None where
+    there is none.
     """
 
     ids: tuple[int, ...]
@@ -50,6 +52,7 @@ class Completion:
     finish_reason: FinishReason
     mean_logprob: float
     logprobs: TokenLogprobs | None = None
+    keeps_to_template: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class Work:
     score_prompt: bool = False  # tell the log-probabilities of the prompt's own tokens, too
     # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again (PAPER.md).
     streams: int | None = None
+    template: Template | None = None  # what each sample must look like, as long as the model agrees
+    draft: tuple[int, ...] = ()  # what samples may look like (`drafts.source`); no sample depends on it
 
 
 def _ignore_text(index: int, text: str, finish_reason: FinishReason | None) -> None:
@@ -136,6 +141,9 @@ class EngineConfig(Config):
     prefill_tokens: int = pydantic.Field(default=256, ge=1)  # of prompts, read beside one step of the others
     # Prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in fp32.
     prefix_cache_tokens: int = pydantic.Field(default=8192, ge=0)
+    # Tokens of the sketch that are read behind a sample's last one, on the chance that it draws them; 0: none. Measured
+    # (docs/benchmarks.md, "The sketch in stage two"): half the CPU time where it is followed, no loss elsewhere.
+    draft_tokens: int = pydantic.Field(default=6, ge=0, le=64)
     packed_weights: bool = True  # lay linear layers' weights out once, on the CPU (`packed_linear.py`)
     # The special tokens before prefix, suffix and middle, of a model that was trained to fill in the middle.
     infill: tuple[str, str, str] | None = None

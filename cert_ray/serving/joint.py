@@ -1,7 +1,7 @@
 """n samples of one prompt, drawn jointly: samples that begin alike are one branch, with one row of logits.
 
-In: `Work`, and for each step the logits after each branch. Out: the next token of each branch that goes on, and at the
-end a `Completion` for each sample. No model in here.
+In: `Work`, and for each step the logits after each branch and its draft. Out: the next tokens of each branch that goes
+on, and at the end a `Completion` for each sample. No model in here.
 
 At a step each sample of a branch draws its token with its own random number (`sampling.Streams`), and the branch splits
 into those that drew alike. That is drawing each sample by itself, with the shared computations done once: the samples
@@ -9,13 +9,22 @@ are independent, the first m of n are those of n = m, and no order needs to be h
 the last bit (batches of other sizes round otherwise: about 1e-7 in fp32, 1e-2 in bf16), a number that falls on the
 boundary between two tokens may go the other way, which is rare in fp32 and is not in bf16.
 
-A sample ends at an end of text, at the token that completes a stop string, or at the last token it may have.
+**Drafts.** Behind a branch's last token others may be fed, which its samples may draw next. The logits behind a drafted
+token are used by the samples that drew it, at its own step and with their own numbers; the others split off before it.
+So a draft saves forward passes where it is right, and changes no sample where it is wrong.
+
+**Templates.** A branch that follows a template (`constraints.py`) draws among the tokens that may come, and is let go
+where the model gives them less than the template's `least_share`; from there on it is as free as any.
+
+A sample ends at an end of text, at the token that completes a stop string or its template, or at the last token it may
+have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +32,16 @@ import torch
 from tokenizers import Tokenizer
 
 from cert_ray.serving.boundaries import FirstTokens, StopWatch, cut_at, drop_start, settled
+from cert_ray.serving.constraints import Course
+from cert_ray.serving.drafts import following
 from cert_ray.serving.engines import Completion, Drawn, FinishReason, TokenLogprobs, Work
-from cert_ray.serving.sampling import Streams
+from cert_ray.serving.sampling import Streams, log_totals
 from cert_ray.sketching import prompt_format
 
 Top = tuple[tuple[int, float], ...]  # likeliest tokens with their log-probabilities
+
+_MOST_KNOWN: Final = 32  # tokens of a template fed at once; assumed
+_KEPT_STEPS: Final = 256  # branches are apart by the drafts that they drew; older numbers are found again
 
 
 @dataclass(slots=True)
@@ -36,68 +50,130 @@ class Branch:
 
     samples: npt.NDArray[np.int64]
     start_left: str  # blanks that they must still begin with
+    course: Course | None = None  # what the template still asks for
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()  # of `ids`, and of the end of text
     tops: tuple[Top, ...] = ()
+    row: int = 0  # of the last feed's logits: of the token that the last of `ids` stands behind
+    draft: list[int] = field(default_factory=list)  # fed behind the last of `ids`
+
+
+@dataclass(slots=True)
+class Drawing:
+    """A branch that draws its next token from a row of the feed's logits; `ahead` was fed behind that row."""
+
+    branch: Branch
+    row: int
+    ahead: list[int]
 
 
 class JointSamples:
     """The samples of one piece of work while they are drawn."""
 
     def __init__(
-        self, work: Work, context_tokens: int, tokenizer: Tokenizer, end_ids: frozenset[int], first_tokens: FirstTokens
+        self,
+        work: Work,
+        context_tokens: int,
+        tokenizer: Tokenizer,
+        end_ids: frozenset[int],
+        first_tokens: FirstTokens,
+        course: Course | None = None,
+        draft_tokens: int = 0,
     ) -> None:
-        """`work.prompt` must leave room for one token."""
+        """`work.prompt` must leave room for one token. `course` is that of `work.template`."""
         self.work = work
-        self.branches = [Branch(np.arange(work.n), work.start)]
+        self.branches = [Branch(np.arange(work.n), work.start, course)]
+        self.drawing: list[Drawing] = []  # until all are drawn: they come before `branches`
         self.ended: list[tuple[Completion, npt.NDArray[np.int64]]] = []
+        self.drafted = self.accepted = 0
         self._steps = min(work.max_tokens, context_tokens - len(work.prompt))
-        self._step = 0
         self._tokenizer = tokenizer
         self._end_ids = end_ids | work.stop_token_ids
         self._first_tokens = first_tokens
+        self._draft_tokens = draft_tokens
         self._watch = StopWatch(tokenizer, work.stop, work.start)
         self._streams = Streams(work.seed, work.prompt)
+        self._numbers: dict[int, npt.NDArray[np.float64]] = {}  # by step
         self._told = [0] * work.n  # characters of each sample's text that were told
         self._tokens = 0
         if self._steps == 0:
             self._end(self.branches.pop(), ended=False)
 
+    def guess(self, room: int) -> int:
+        """Give branches drafts of at most `room` tokens altogether; how many they got."""
+        left = room
+        for branch in self.branches:
+            most = max(0, min(left, self._steps - len(branch.ids) - 1))
+            if branch.course is not None:
+                branch.draft = list(branch.course.known[: min(most, _MOST_KNOWN)])
+            else:
+                branch.draft = following(self.work.draft, branch.ids, min(most, self._draft_tokens))
+            left -= len(branch.draft)
+        self.drafted += room - left
+        return room - left
+
+    def start_drawing(self) -> None:
+        """Logits of the branches' tokens and drafts were found, in the order of `branches`."""
+        row = 0
+        for branch in self.branches:
+            self.drawing.append(Drawing(branch, row, branch.draft))
+            row += 1 + len(branch.draft)
+        self.branches = []
+
     def uniforms(self) -> list[npt.NDArray[np.float64]]:
-        """The numbers with which the samples of each branch draw their next token."""
+        """The numbers with which the samples of each branch in `drawing` draw their next token."""
         distinct = self.work.streams or self.work.n
-        uniform_N = self._streams.at(self._step, min(self.work.n, distinct))
-        return [uniform_N[branch.samples % distinct] for branch in self.branches]
+        return [self._at(len(one.branch.ids))[one.branch.samples % distinct] for one in self.drawing]
 
-    def refused(self) -> list[torch.Tensor | None]:
-        """For each branch the tokens that would break the blanks that it must begin with, bool [V]."""
-        return [
-            self._first_tokens.refused(branch.start_left) if branch.start_left else None for branch in self.branches
-        ]
+    def _at(self, step: int) -> npt.NDArray[np.float64]:
+        if step not in self._numbers:
+            self._numbers = {kept: row for kept, row in self._numbers.items() if kept > step - _KEPT_STEPS}
+            self._numbers[step] = self._streams.at(step, min(self.work.n, self.work.streams or self.work.n))
+        return self._numbers[step]
 
-    def take(
-        self, tokens: Sequence[npt.NDArray[np.int64]], logits_BV: torch.Tensor, totals_B1: torch.Tensor
-    ) -> tuple[list[int], list[int], bool]:
-        """Add the drawn tokens, one array per branch. The next tokens, their branches before, and whether any ended.
+    def restrict(self, logits_BV: torch.Tensor, totals_B1: torch.Tensor) -> None:
+        """Rule out, in place, what the branches in `drawing` must not draw, and let branches go.
 
-        Both tensors are row by row for the branches; `totals_B1` are the logits' `sampling.log_totals`.
+        `totals_B1` become those among the tokens that keep to the blanks which a branch must begin with.
         """
-        self._step += 1
-        grown: list[Branch] = []
-        parents: list[int] = []
-        ended_before = len(self.ended)
-        for place, (branch, drawn) in enumerate(zip(self.branches, tokens, strict=True)):
-            logits_V, total = logits_BV[place], float(totals_B1[place])
+        for place, one in enumerate(self.drawing):
+            branch, logits_V = one.branch, logits_BV[place]
+            refused_V = self._first_tokens.refused(branch.start_left) if branch.start_left else None
+            if refused_V is not None:
+                logits_V.masked_fill_(refused_V.to(logits_V.device), float("-inf"))
+                totals_B1[place] = log_totals(logits_V[None])[0]
+            if branch.course is None:
+                continue
+            assert self.work.template is not None
+            refused_V = branch.course.refused.to(logits_V.device)
+            share = float(torch.exp(logits_V[~refused_V].logsumexp(0) - totals_B1[place]))
+            if share >= self.work.template.least_share:
+                logits_V.masked_fill_(refused_V, float("-inf"))
+            else:
+                one.branch = replace(branch, course=None)
+
+    def take(self, tokens: Sequence[npt.NDArray[np.int64]], logits_BV: torch.Tensor, totals_B1: torch.Tensor) -> None:
+        """Add the drawn tokens, one array for each branch in `drawing`.
+
+        Those that drew what was fed behind their row are in `drawing` again; the others wait in `branches`.
+        Both tensors are row by row for `drawing`; `totals_B1` are the logits' `sampling.log_totals`.
+        """
+        drawing, self.drawing = self.drawing, []
+        for place, (one, drawn) in enumerate(zip(drawing, tokens, strict=True)):
+            branch, logits_V, total = one.branch, logits_BV[place], float(totals_B1[place])
             top = self._top(logits_V, total)
             distinct, first = np.unique(drawn, return_index=True)
             for token in distinct[np.argsort(first)].tolist():
                 samples = branch.samples[drawn == token] if len(distinct) > 1 else branch.samples
                 child = self._grow(branch, token, samples, float(logits_V[token]) - total, top)
-                if child is not None:
-                    grown.append(child)
-                    parents.append(place)
-        self.branches = grown
-        return [branch.ids[-1] for branch in grown], parents, len(self.ended) > ended_before
+                if child is None:
+                    continue
+                child.row = one.row
+                if one.ahead and one.ahead[0] == token:
+                    self.accepted += 1
+                    self.drawing.append(Drawing(child, one.row + 1, one.ahead[1:]))
+                else:
+                    self.branches.append(child)
 
     def _top(self, logits_V: torch.Tensor, total: float) -> Top | None:
         return None if self.work.logprobs is None else likeliest(logits_V, total, self.work.logprobs)
@@ -108,29 +184,42 @@ class JointSamples:
         """The branch after one more token; None when that was its last."""
         logprobs = (*branch.logprobs, logprob)
         if token in self._end_ids:
-            self._end(Branch(samples, "", branch.ids, logprobs, branch.tops), ended=True)
+            self._end(Branch(samples, "", branch.course, branch.ids, logprobs, branch.tops), ended=True)
             return None
         self._tokens += len(samples)
         tops = branch.tops if top is None else (*branch.tops, top)
         start_left = branch.start_left
         if start_left:
             start_left = start_left[len(self._first_tokens.text_of(token)) :]
-        child = Branch(samples, start_left, (*branch.ids, token), logprobs, tops)
-        ended = self._watch.seen(child.ids)
-        if not ended and self._step < self._steps:
+        course = None if branch.course is None else branch.course.after(token)
+        child = Branch(samples, start_left, course, (*branch.ids, token), logprobs, tops)
+        ended = self._watch.seen(child.ids) or self._is_whole(child)
+        if not ended and len(child.ids) < self._steps:
             return child
         self._end(child, ended=ended)
         return None
 
+    def _is_whole(self, branch: Branch) -> bool:
+        if branch.course is None or self.work.template is None:
+            return False
+        text = prompt_format.decode_code(self._tokenizer, branch.ids)
+        return self.work.template.end_in(text, is_over=False) is not None
+
     def _end(self, branch: Branch, *, ended: bool) -> None:
-        whole = drop_start(prompt_format.decode_code(self._tokenizer, branch.ids), self.work.start)
+        whole = prompt_format.decode_code(self._tokenizer, branch.ids)
+        keeps: bool | None = None
+        if self.work.template is not None:
+            end = None if branch.course is None else self.work.template.end_in(whole, is_over=ended)
+            keeps, whole = end is not None, whole[:end]
+        whole = drop_start(whole, self.work.start)
         text = cut_at(whole, self.work.stop)
+        keeps = keeps and len(text) == len(whole)
         reason: FinishReason = "stop" if ended or len(text) < len(whole) else "length"
         mean = sum(branch.logprobs) / len(branch.logprobs) if branch.logprobs else 0.0
         told = None
         if self.work.logprobs is not None:
             told = tell_logprobs(self._tokenizer, branch.ids, branch.logprobs, branch.tops, self.work.start, len(text))
-        self.ended.append((Completion(branch.ids, text, reason, mean, told), branch.samples))
+        self.ended.append((Completion(branch.ids, text, reason, mean, told, keeps), branch.samples))
 
     def settled_text(self) -> list[tuple[int, str, FinishReason | None]]:
         """Sample, text that was not told yet and will stay, and how it ended if it did; each is told once."""
@@ -163,7 +252,8 @@ def likeliest(logits_V: torch.Tensor, total: float, count: int) -> Top:
     if count == 0:
         return ()
     values, ids = logits_V.topk(count)
-    return tuple((token, value - total) for token, value in zip(ids.tolist(), values.tolist(), strict=True))
+    found = zip(ids.tolist(), values.tolist(), strict=True)
+    return tuple((token, value - total) for token, value in found if value > float("-inf"))
 
 
 def tell_logprobs(

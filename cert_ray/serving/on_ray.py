@@ -199,6 +199,7 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
 
     Raises:
         ConfigError: when an option cannot be used.
+        InputError: when a model's documentation is not there, or not what is meant.
     """
     return application(args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app"))
 
@@ -208,6 +209,7 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
 
     Raises:
         ConfigError: when the key file cannot be used.
+        InputError: when a model's documentation is not there, or not what is meant.
     """
     options = _portable(config)
     drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
@@ -243,8 +245,11 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
 
 
 def _portable(config: ServeConfig) -> dict[str, Any]:
-    """The options for replicas, which run in other folders: local paths are absolute."""
-    models = {name: model.absolute() for name, model in config.models.items()}
+    """The options for replicas, which run in other folders: local paths are absolute.
+
+    Every replica, however late it starts, reads the documentation that is there now, or refuses another.
+    """
+    models = {name: model.pinned().absolute() for name, model in config.models.items()}
     keys_file = None if config.api_keys_file is None else storage.absolute(config.api_keys_file)
     if keys_file is not None:
         read_key_file(keys_file)  # says here what is wrong with it
@@ -345,8 +350,6 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
         for folder in model.folders.values():
             if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
                 raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
-    # Every replica, however late it starts, reads what is there now.
-    config = config.model_copy(update={"models": {name: model.pinned() for name, model in config.models.items()}})
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))

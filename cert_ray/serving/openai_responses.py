@@ -59,6 +59,7 @@ class CertTrace(BaseModel):
     vote: Vote | None = None
     model: str | None = None  # the model that answered, where the request did not name one
     sketch_tokens: int = 0
+    off_sketch: int | None = None  # with mode constrained: choices that are not the sketch with its holes filled
     from_cache: bool = False
     prompt_index: int = 0
     # Traces of the second and further prompts of the request, in order.
@@ -204,6 +205,7 @@ class ResponseWriter:
                 vote=_vote(answer.chosen) if answer.chosen is not None else None,
                 model=self._models[prompt],
                 sketch_tokens=answer.sketch_tokens,
+                off_sketch=answer.off_sketch,
                 from_cache=answer.from_cache,
                 prompt_index=prompt,
             )

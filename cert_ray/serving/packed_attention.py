@@ -5,7 +5,8 @@ it adds the new keys and values to those that the request keeps, and lets PyTorc
 
 A request keeps the keys and values of its prompt and of all its samples in one place, each shared beginning once. Its
 samples are a tree: a token sees its own ancestors, which is a boolean mask, and has the position of its depth. So a
-branch costs no copy, and a request's keys are read once for all its branches.
+branch costs no copy, a request's keys are read once for all its branches, and tokens that were fed on the chance that
+they would be drawn are taken back by not being seen.
 
 In: a loaded model, `Feed`s. Out: logits. Works for models of transformers' attention interface and for GPT-Neo, whose
 layers may be local; what a model adds beyond a scale and a window (sinks, soft caps) is refused by `enable`.
@@ -36,7 +37,7 @@ class Kept:
     def __init__(self) -> None:
         self._layers: dict[int, torch.Tensor] = {}  # [2, G, capacity, D]
         self.positions_K = torch.zeros(0, dtype=torch.long)
-        # What each of the newest tokens sees, [Q, K]; None when there is one, and it sees everything.
+        # What each of the newest tokens whose logits were told sees, [Q, K]; None: there is one, which sees everything.
         self.visible_QK: torch.Tensor | None = None
 
     def __len__(self) -> int:
@@ -56,27 +57,49 @@ class Kept:
         kept[1, :, keys - queries : keys] = value_GQD
         return kept[0, :, :keys], kept[1, :, :keys]
 
-    def grow(self, positions: Sequence[int], parents: Sequence[int] | None) -> None:
-        """Count the tokens of the next step. `parents` are places among the newest tokens; None: one after another."""
-        newest = torch.tensor(positions, dtype=torch.long)
-        if parents is not None and not (self.visible_QK is None and len(positions) == 1):
-            seen_QK = self.visible_QK if self.visible_QK is not None else torch.ones(1, len(self), dtype=torch.bool)
-            seen_QK = self._forget_unseen(seen_QK[list(parents)])
-            if len(positions) == 1 and bool(seen_QK.all()):
-                self.visible_QK = None
-            else:
-                self.visible_QK = torch.cat([seen_QK, torch.eye(len(positions), dtype=torch.bool)], dim=1)
+    def read(self, tokens: int, drafted: int) -> list[int]:
+        """Count so many tokens of a prompt, of which the last ones are a draft; their positions."""
+        first, keys = len(self), len(self) + tokens
+        newest = torch.arange(first, keys)
+        self.visible_QK = None
+        if drafted:
+            self.visible_QK = torch.arange(keys) < torch.arange(keys - drafted, keys + 1)[:, None]
         self.positions_K = torch.cat([self.positions_K, newest])
+        return list(range(first, keys))
 
-    def _forget_unseen(self, seen_QK: torch.Tensor) -> torch.Tensor:
-        """Drop what no branch sees any more, once that is half of what is kept; what is seen of the rest."""
-        alive_K = seen_QK.any(dim=0)
-        if 2 * int(alive_K.sum()) > len(self):
-            return seen_QK
+    def grow(self, parents: Sequence[int], runs: Sequence[int]) -> list[int]:
+        """Count the next step's tokens: a run of so many for each branch, behind its parent; their positions."""
+        if self.visible_QK is None and list(runs) == [1]:
+            positions = [int(self.positions_K[-1]) + 1]
+            self.positions_K = torch.cat([self.positions_K, torch.tensor(positions)])
+            return positions
+        seen_QK = self.visible_QK if self.visible_QK is not None else torch.ones(1, len(self), dtype=torch.bool)
+        depth_B = self.positions_K[-len(seen_QK) :][list(parents)]
+        seen_BK = self._forget_unseen(seen_QK[list(parents)])
+        if list(runs) == [1] and bool(seen_BK.all()):
+            self.visible_QK = None
+        else:
+            branch_Q = torch.arange(len(runs)).repeat_interleave(torch.tensor(runs))
+            own_QQ = (branch_Q[:, None] == branch_Q) & torch.ones(len(branch_Q), len(branch_Q), dtype=torch.bool).tril()
+            self.visible_QK = torch.cat([seen_BK[branch_Q], own_QQ], dim=1)
+        newest = torch.cat([depth + torch.arange(1, size + 1) for depth, size in zip(depth_B, runs, strict=True)])
+        self.positions_K = torch.cat([self.positions_K, newest])
+        return newest.tolist()
+
+    def _forget_unseen(self, seen_BK: torch.Tensor) -> torch.Tensor:
+        """Drop what no branch sees any more: at the end at once, elsewhere once it is half; what is seen of the rest.
+
+        Drafts that were not drawn stand at the end, where nothing needs to be moved.
+        """
+        alive_K = seen_BK.any(dim=0)
+        keys = int(alive_K.nonzero()[-1]) + 1
+        self.positions_K, seen_BK, alive_K = self.positions_K[:keys], seen_BK[:, :keys], alive_K[:keys]
+        if 2 * int(alive_K.sum()) > keys:
+            return seen_BK
         places = alive_K.nonzero()[:, 0]
         self._layers = {layer: kept.index_select(2, places.to(kept.device)) for layer, kept in self._layers.items()}
         self.positions_K = self.positions_K[places]
-        return seen_QK[:, places]
+        return seen_BK[:, places]
 
     def beginning(self, tokens: int) -> Kept:
         """A copy of the first `tokens`, which must be of the prompt."""
@@ -88,12 +111,18 @@ class Kept:
 
 @dataclass(slots=True)
 class Feed:
-    """What one request adds to a step: its prompt, or a part of it, or one token for each of its branches."""
+    """What one request adds to a step: its prompt, or a part of it, or a run of tokens for each of its branches.
+
+    The first token of a run was drawn, and those behind it are a draft of what may be drawn next. So are the last ones
+    of a prompt's last part.
+    """
 
     kept: Any  # what the forward pass keeps of the request: `Kept` here
     tokens: list[int]
-    parents: list[int] | None = None  # of each token, among the tokens of its request's last feed; None: a prompt
+    parents: list[int] | None = None  # of each run, among the rows of logits of the request's last feed; None: a prompt
     all_logits: bool = False  # those of every token of a prompt, not only of the last
+    runs: list[int] | None = None  # how long each is; None: one token each
+    drafted: int = 0  # of a prompt's tokens
 
 
 @dataclass(slots=True)
@@ -151,7 +180,7 @@ def enable(model: Any) -> bool:
 
 @torch.inference_mode()
 def forward(model: Any, feeds: Sequence[Feed]) -> list[torch.Tensor]:
-    """One forward pass over all feeds: for each the logits of its tokens, or of its prompt's last one, [Q, V]."""
+    """One forward pass over all feeds: for each the logits of its tokens, or of its prompt's end and draft, [Q, V]."""
     parts: list[_Part] = []
     tokens: list[int] = []
     positions: list[int] = []
@@ -160,14 +189,13 @@ def forward(model: Any, feeds: Sequence[Feed]) -> list[torch.Tensor]:
     for feed in feeds:
         first, queries = len(tokens), len(feed.tokens)
         if feed.parents is None:
-            places = list(range(len(feed.kept), len(feed.kept) + queries))
+            places = feed.kept.read(queries, feed.drafted)
         else:
-            places = [int(feed.kept.positions_K[-1]) + 1] * queries  # all branches of a request are equally long
-        feed.kept.grow(places, feed.parents)
+            places = feed.kept.grow(feed.parents, feed.runs or [1] * queries)
         parts.append(_Part(feed.kept, first, queries, feed.parents is None))
         tokens += feed.tokens
         positions += places
-        shown = queries if feed.parents is not None or feed.all_logits else 1
+        shown = queries if feed.parents is not None or feed.all_logits else 1 + feed.drafted
         wanted += range(first + queries - shown, first + queries)
         counts.append(shown)
     device = model.device

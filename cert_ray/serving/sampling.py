@@ -36,6 +36,7 @@ class Mode(StrEnum):
     """Which models take part in an answer."""
 
     CASCADE = "cascade"  # sketch, vote, fill in
+    CONSTRAINED = "constrained"  # as cascade, but the sketch's fixed text must come; only its placeholders are drawn
     SKETCH_ONLY = "sketch_only"  # the sketches are the answers, the winner's first; placeholders stay words
     GENERATOR_ONLY = "generator_only"  # the generator is given the context alone
     SINGLE = "single"  # one plain model, cut at the request's stop strings only

@@ -17,8 +17,9 @@ import torch
 from tokenizers import Tokenizer
 
 from cert_ray.serving import packed_attention
-from cert_ray.serving.batching import Batch, Request, Turns
+from cert_ray.serving.batching import Batch, Counted, Request, Turns
 from cert_ray.serving.boundaries import FirstTokens
+from cert_ray.serving.constraints import Courses
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
 from cert_ray.serving.joint import JointSamples
 from cert_ray.serving.model_folders import end_ids, find_infill, load_model, window
@@ -53,6 +54,7 @@ class TransformersEngine:
         self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)
         self._end_ids = end_ids(model, self._tokenizer)
         self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
+        self._courses = Courses(self._tokenizer, model.get_input_embeddings().num_embeddings, self._end_ids)
         self.is_packed = _pack(model, self._context_tokens, self.config)
         self._model = model
         forward_pass = _Packed(model, self._tokenizer) if self.is_packed else _OneByOne(model, self._tokenizer)
@@ -74,16 +76,25 @@ class TransformersEngine:
         return self._infill_tokens
 
     @property
-    def forward_rows(self) -> int:
-        """Tokens that went through the model since it was loaded."""
-        return self._batch.forward_rows
+    def counted(self) -> Counted:
+        """What the model was used for since it was loaded."""
+        return self._batch.counted
 
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         """Draw the samples; see `Engine.draw`."""
         if not work.prompt:  # a text begins after an end of text
             work = replace(work, prompt=(min(self._end_ids, default=0),))
         check_length(len(work.prompt), self._context_tokens)
-        samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
+        course = None if work.template is None else self._courses.begin(work.template)
+        samples = JointSamples(
+            work,
+            self._context_tokens,
+            self._tokenizer,
+            self._end_ids,
+            self._first_tokens,
+            course,
+            self.config.draft_tokens,
+        )
         request = Request(samples, hooks)
         self._batch.submit(request)
         return request.wait()
@@ -91,6 +102,8 @@ class TransformersEngine:
 
 class _Packed:
     """All requests in one forward pass."""
+
+    takes_drafts = True
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
         self._model, self.tokenizer = model, tokenizer
@@ -107,6 +120,8 @@ class _Packed:
 
 class _OneByOne:
     """One forward pass for each request: a row for each branch, in transformers' own cache."""
+
+    takes_drafts = False  # rows must stay equally long
 
     def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
         self._model, self.tokenizer = model, tokenizer
@@ -152,7 +167,7 @@ def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
         _log.warning("%s cannot attend packed (%r): each request is run by itself", type(model).__name__, failure)
         model.set_attn_implementation(before)
         return False
-    rows = list(range(4, 4 + len(logits)))
+    rows = list(range(len(ids) - len(logits), len(ids)))
     error = float((torch.stack(logits).float() - expected_TV[rows]).abs().max())
     allowed = _SAME_SHARE[model.dtype] * float(expected_TV.max() - expected_TV.min())
     if error > allowed:
@@ -163,14 +178,15 @@ def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
 
 
 def _walk(model: Any, ids: list[int]) -> list[torch.Tensor]:
-    """Logits after tokens 4, 5, ... of `ids`: a prompt in two parts, then one token at a time beside another branch."""
+    """Logits after the last of `ids`, one beside another branch, others in a run behind a draft that is not kept."""
     kept, other = Kept(), Kept()
     packed_attention.forward(model, [Feed(kept, ids[:2])])
     first = packed_attention.forward(model, [Feed(other, ids[3:6]), Feed(kept, ids[2:5])])[1]
     logits = [first[0]]
     parents = [0, 0]
-    for place in range(5, len(ids)):
-        fed = packed_attention.forward(model, [Feed(kept, [ids[0], ids[place]], parents)])[0]
-        logits.append(fed[1])
-        parents = [0, 1]
-    return logits
+    for place in range(5, len(ids) - 2):
+        fed = packed_attention.forward(model, [Feed(kept, [ids[0], ids[0], ids[place]], parents, runs=[2, 1])])[0]
+        logits.append(fed[2])
+        parents = [0, 2]
+    fed = packed_attention.forward(model, [Feed(kept, [ids[0], *ids[len(logits) + 4 :]], parents, runs=[1, 2])])[0]
+    return [*logits, *fed[1:]]

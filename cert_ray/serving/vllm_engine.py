@@ -89,6 +89,8 @@ class VllmEngine:
         """Draw the samples; see `Engine.draw`."""
         if work.score_prompt or work.max_tokens == 0:
             raise RequestError(400, "echo with logprobs: vLLM's engine does not score prompts.", "echo", "unsupported")
+        if work.template is not None:
+            raise RequestError(400, "mode constrained: vLLM's engine cannot; ask for cascade.", "mode", "unsupported")
         blanks = tuple(prompt_format.encode_code(self._tokenizer, work.start)) if work.start else ()
         prompt = [*work.prompt, *blanks]
         check_length(len(prompt), self._context_tokens)

@@ -56,6 +56,12 @@ def encode_code_batch(tokenizer: Tokenizer, codes: Sequence[str]) -> list[list[i
     return [encoding.ids for encoding in encodings]
 
 
+def encode_code_spans(tokenizer: Tokenizer, code: str) -> list[tuple[int, int, int]]:
+    """`encode_code` of `code`, each id with the [start, end) of its code points."""
+    encoding = _ordinary(tokenizer).encode(code, add_special_tokens=False)
+    return [(token, start, end) for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+
 def encode_sketch(tokenizer: Tokenizer, sketch: str, placeholders: Sequence[Placeholder]) -> list[int]:
     """Ids of a sketch, each placeholder one special token."""
     return encode_sketch_batch(tokenizer, [(sketch, placeholders)])[0]

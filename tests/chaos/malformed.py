@@ -53,7 +53,7 @@ good = st.fixed_dictionaries(
         "temperature": st.floats(0, 2),
         "top_p": st.floats(0.01, 1),
         "suffix": st.text(),
-        "mode": st.sampled_from(["cascade", "sketch_only", "generator_only", "single"]),
+        "mode": st.sampled_from(["cascade", "constrained", "sketch_only", "generator_only", "single"]),
         "stop_token_ids": st.lists(st.integers(0, 500), max_size=3),
     },
 ).map(lambda fields: json.dumps({**VALID, **fields}).encode())

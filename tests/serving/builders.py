@@ -113,7 +113,7 @@ class ScriptedEngine:
         script = list(self._script(shown))
         samples: list[Completion | None] = [None] * work.n
         for place in range(work.n):
-            samples[place] = self._completion(*script[place % len(script)], work.stop)
+            samples[place] = self._completion(*script[place % len(script)], work)
             ended = [(sample, 1) for sample in samples if sample is not None]
             if hooks.enough is not None and place + 1 < work.n and hooks.enough(ended):
                 self.left_undrawn += work.n - place - 1
@@ -125,7 +125,9 @@ class ScriptedEngine:
                 hooks.on_text(place, sample.text[middle:], sample.finish_reason)
         return Drawn(tuple(samples), sum(len(sample.ids) for sample in samples if sample is not None))
 
-    def _completion(self, text: str, mean_logprob: float, stop: Sequence[str]) -> Completion:
+    def _completion(self, text: str, mean_logprob: float, work: Work) -> Completion:
         self.tokenizer.encode_special_tokens = False  # here, `<|number|>` means the token
         ids = tuple(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return Completion(ids, cut_at(prompt_format.decode_code(self.tokenizer, ids), stop), "stop", mean_logprob)
+        whole = prompt_format.decode_code(self.tokenizer, ids)
+        keeps = None if work.template is None else work.template.end_in(whole, is_over=True) is not None
+        return Completion(ids, cut_at(whole, work.stop), "stop", mean_logprob, keeps_to_template=keeps)

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from cert_ray.errors import DeadlineError, InputError, RequestCancelledError, RequestError
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
-from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, Hooks, Work
 from cert_ray.serving.events import Event, TextDrawn
-from cert_ray.serving.sampling import Sampling
+from cert_ray.serving.sampling import Mode, Sampling
+from cert_ray.sketching import prompt_format
 from cert_ray.sketching.prompt_format import encode_code
 from tests.retrieval.builders import ASKS_FOR_SORTING, DOCS
 from tests.serving.builders import ScriptedEngine, save_model, small_tokenizer
@@ -49,6 +51,17 @@ def test_answers_do_not_depend_on_who_asks_beside(folders: dict[str, str], answe
         calls = list(pool.map(lambda _: fresh.answer(PROMPTS, SAMPLING), range(4)))
     assert all(shown(answers) == shown(apart) for answers in calls)
     assert shown(answerer.answer(PROMPTS, SAMPLING)) == shown(apart)
+
+
+def test_answers_held_to_their_sketch_do_not_depend_on_who_asks_beside(folders: dict[str, str]) -> None:
+    fresh = Answerer.load(ModelConfig(**folders, answer_cache=0, cascade={"least_share": 1e-9}))
+    held = SAMPLING.model_copy(update={"mode": Mode.CONSTRAINED, "temperature": 1.5})
+    apart = [fresh.answer([prompt], held)[0] for prompt in PROMPTS]
+    assert shown(fresh.answer(PROMPTS, held)) == shown(apart)
+    constrained = [answer for answer in apart if answer.route is Route.CONSTRAINED]
+    assert constrained
+    for answer in constrained:
+        assert answer.off_sketch == sum(not choice.keeps_to_template for choice in answer.choices)
 
 
 def test_the_same_request_again_is_the_same_answer_and_is_told_again(answerer: Answerer) -> None:
@@ -143,11 +156,25 @@ class TestRetrieve:
     @pytest.mark.parametrize("cascade", [False, True])
     def test_a_limit_beyond_the_window_leaves_half_of_it_to_documentation_and_prompt(self, cascade: bool) -> None:
         header = Retriever(DOCS).header(self.PROMPT)
-        tokens = len(encode_code(small_tokenizer(), header + self.PROMPT))
+        tokens = len(encode_code(small_tokenizer(), header + self.PROMPT.rstrip()))
         for window, documented in ((2 * tokens, True), (2 * tokens - 2, False)):
             answerer, (first, *_) = self.answerer(window, cascade)
             answerer.answer([self.PROMPT], Sampling(max_tokens=2_048))
             assert first.prompts[0].startswith(header) == documented
+
+    @pytest.mark.parametrize("cascade", [False, True])
+    def test_a_prompt_with_documentation_is_tokenised_once_for_each_model(
+        self, cascade: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoded: list[str] = []
+
+        def counted(tokenizer: Tokenizer, code: str) -> list[int]:
+            encoded.append(code)
+            return encode_code(tokenizer, code)
+
+        monkeypatch.setattr(prompt_format, "encode_code", counted)
+        self.answerer(cascade=cascade)[0].answer([self.PROMPT], Sampling(max_tokens=8))
+        assert encoded == [Retriever(DOCS).header(self.PROMPT) + self.PROMPT.rstrip()]
 
     @pytest.mark.parametrize("asked", [{"echo": True, "max_tokens": 0}, {"echo": True, "logprobs": 1}])
     def test_a_prompt_whose_tokens_are_told_stays_alone(self, asked: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import pytest
 from cert_ray.errors import RequestError
 from cert_ray.schemas import Dropped
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_cascade, run_single
+from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling
@@ -266,6 +267,30 @@ def test_the_generator_alone_sees_the_context_and_the_sketcher_nothing() -> None
     answer = run_cascade(CONTEXT, asking(mode=Mode.GENERATOR_ONLY), sketcher, generator)
     assert (answer.route, answer.sketch, texts(answer)) == (Route.GENERATOR_ONLY, None, [" df"])
     assert (sketcher.prompts, generator.prompts) == ([], [CONTEXT])
+
+
+@pytest.mark.parametrize("by", ["request", "operator"])
+def test_the_generator_may_be_held_to_the_sketch(by: str) -> None:
+    sketcher, generator = engine([" a(<|number|>, b)"] * 3), engine([" a(5, b)", " a(7, b)", " c()"])
+    config = CascadeConfig(mode=Mode.CONSTRAINED if by == "operator" else Mode.CASCADE, least_share=0.25)
+    asked = asking(3, mode=Mode.CONSTRAINED if by == "request" else None)
+    answer = run_cascade(CONTEXT + " ", asked, sketcher, generator, config)
+    assert (answer.route, answer.off_sketch) == (Route.CONSTRAINED, 1)
+    assert generator.requests[0].template == Template((" a(", ", b)"), ("number",), 0.25)
+    assert sketcher.left_undrawn == 1  # the vote ends early, as in a cascade
+
+
+def test_a_cascade_holds_the_generator_to_nothing() -> None:
+    answer, _, generator = cascade([" a(<|number|>)"])
+    assert (answer.off_sketch, generator.requests[0].template) == (None, None)
+    assert generator.requests[0].draft  # but expects it to go the sketch's way
+
+
+def test_words_of_the_released_format_hold_nothing() -> None:
+    with pytest.raises(ValueError, match="released"):
+        CascadeConfig(mode=Mode.CONSTRAINED, routing="released")
+    with pytest.raises(RequestError, match="released"):
+        run_cascade(CONTEXT, asking(mode=Mode.CONSTRAINED), engine([]), engine([]), CascadeConfig(routing="released"))
 
 
 def test_sketches_alone_may_be_asked_for() -> None:

@@ -42,6 +42,12 @@ def test_models_at_hand_complete_every_prompt(folders: tuple[str, str], cascade:
     assert not any(stop in text for texts in completions for text in texts for stop in CompleterConfig().stop)
 
 
+@pytest.mark.parametrize("url", ["localhost:8000", "127.0.0.1:8000/v1", "ftp://127.0.0.1:8000/v1"])
+def test_an_address_without_http_is_refused_at_once_with_what_to_write(url: str) -> None:
+    with pytest.raises(ConfigError, match=f"Write http://{url.removeprefix('ftp://')}"):
+        EndpointConfig.from_mapping({"url": url}, "endpoint")
+
+
 @pytest.mark.parametrize("given", [{}, {"model": "a", "sketcher": "b"}, {"sketcher": "b"}, {"generator": "c"}])
 def test_half_a_cascade_is_refused(given: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="give either model, or sketcher and generator"):
@@ -216,3 +222,20 @@ def test_a_prompt_that_is_too_long_alone_and_other_refusals_end_it() -> None:
         with pytest.raises(RequestError, match="no"):
             documented([ASKS_FOR_SORTING], 1)
         assert len(server.bodies) == requests
+
+
+def test_a_server_is_asked_for_a_mode_only_where_one_is_wanted() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.content))
+        return httpx.Response(200, json={"choices": [{"index": 0, "text": "x"}]})
+
+    for mode in (None, "constrained"):
+        config = CompleterConfig.from_mapping({"mode": mode}, "test")
+        with EndpointCompleter(
+            EndpointConfig(url="http://x", model="m"), config, transport=httpx.MockTransport(answer)
+        ) as complete:
+            complete(["x"], 1)
+    assert "mode" not in asked[0]
+    assert asked[1]["mode"] == "constrained"

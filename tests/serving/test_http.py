@@ -14,9 +14,12 @@ from cert_ray.errors import RequestError
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.api_keys import KeyRing, read_key_file
 from cert_ray.serving.backends import Served
+from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.deployment import FrontDoorConfig
 from cert_ray.serving.http import create_app
+from cert_ray.serving.openai_responses import ResponseWriter
 from cert_ray.serving.openai_schema import RequestLimits
+from cert_ray.serving.sampling import Mode, Sampling
 from tests.serving.front_doors import ScriptedBackend
 
 
@@ -67,6 +70,17 @@ def test_a_completion_has_openais_fields_and_certs() -> None:
     )
     assert (cert["seed"], cert["timings_s"], cert["others"]) == (3, {"sketch": 0.1, "generate": 0.2}, [])
     assert [candidate["votes"] for candidate in cert["vote"]["candidates"]] == [3, 1]
+
+
+def test_a_request_may_hold_the_generator_to_the_sketch_and_is_told_which_choices_left_it() -> None:
+    backend = ScriptedBackend()
+    asked = {"model": "org/cert", "prompt": "x", "mode": "constrained"}
+    assert send("POST", "/v1/completions", backend, json=asked).status_code == 200
+    assert backend.asked[0][2].mode is Mode.CONSTRAINED
+    answer = CascadeAnswer((), Route.CONSTRAINED, off_sketch=1)
+    cert = ResponseWriter("m", ["m"], ["x"], Sampling()).whole([answer]).cert
+    assert cert is not None
+    assert (cert.route, cert.off_sketch) == ("constrained", 1)
 
 
 def test_models_are_listed_and_found() -> None:

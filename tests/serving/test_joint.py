@@ -96,9 +96,9 @@ def test_pairs_of_tokens_follow_the_models_own_distribution(
 
 def test_samples_that_begin_alike_share_their_forward_passes(engine: TransformersEngine) -> None:
     def rows(n: int) -> int:
-        before = engine.forward_rows
+        before = engine.counted.forward_rows
         assert len(samples(engine, n=n, max_tokens=20, temperature=0.0)) == n
-        return engine.forward_rows - before
+        return engine.counted.forward_rows - before
 
     rows(1)
     assert rows(50) == rows(1) == 20  # one token of the prompt, which is kept, and 19 drawn

@@ -159,29 +159,19 @@ def test_a_missing_model_folder_is_named_at_once(ray_cluster: None, tmp_path: Pa
         start_server(ServerConfig(model=str(tmp_path / "absent")))
 
 
-def test_replicas_get_the_documentation_that_was_there_when_the_server_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_replicas_get_the_documentation_that_was_there_when_the_application_was_built(tmp_path: Path) -> None:
+    """By `start_server`, `serve run` and a Serve config file alike: what is bound to the deployments is pinned."""
     docs = str(tmp_path / "docs.jsonl")
     write_docs(docs, DOCS)
-    given: list[ServerConfig] = []
-
-    class AsFarAsThisError(Exception):
-        """What follows needs Serve."""
-
-    def application(config: ServerConfig, _: object) -> None:
-        given.append(config)
-        raise AsFarAsThisError
-
-    monkeypatch.setattr(on_ray, "application", application)
-    monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    with pytest.raises(AsFarAsThisError):
-        start_server(ServerConfig(model=str(tmp_path), retrieve={"docs": docs}))
-    (model,) = on_ray.ServeConfig.from_mapping(on_ray._portable(given[0]), "replica").models.values()
+    config = on_ray.ServeConfig.from_mapping({"model": str(tmp_path), "retrieve": {"docs": docs}}, "test")
+    bound = on_ray._portable(config)
+    (model,) = on_ray.ServeConfig.from_mapping(bound, "replica").models.values()
     assert model.retrieve == RetrieveConfig(docs=docs).pinned()
     write_docs(docs, DOCS[1:])
     with pytest.raises(InputError, match="is meant"):
         Answerer.load(model)
+    with pytest.raises(InputError, match="is meant"):
+        build_app({"model": str(tmp_path), "retrieve": {"docs": docs, "checksum": model.retrieve.checksum}})
 
 
 def test_a_second_address_is_refused(served: ServedApp, config: ServerConfig) -> None:

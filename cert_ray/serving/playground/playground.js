@@ -159,6 +159,7 @@ const ROUTES = {
   model: "one plain model, without sketches",
   sketcher: "the sketch holds no placeholder, so it is the answer",
   generator: "the generator filled in the sketch",
+  constrained: "the generator, held to the sketch, filled it in",
   generator_empty_sketch: "the sketch is empty, so the generator saw the prompt alone",
   generator_long_sketch: "the sketch does not fit the window, so the generator saw the prompt alone",
   sketcher_empty_generator: "the generator gave nothing, so the sketches are the answer",

@@ -1,0 +1,103 @@
+"""Which tokens a sample may draw next, guessed from the sketch that it was given: prompt lookup.
+
+In: the sketch, and the tokens of a sample so far. Out: tokens that are fed behind the last one, on the chance that they
+are drawn; whether they are is up to `joint.py`, and no sample depends on it. Pure.
+
+A sketch stands here as the tokens of the code it may become: a number or a string in each placeholder, once in single
+and once in double quotes, so that its tokens are cut where those of code are (`['`, `']`). Those inside a placeholder
+are holes, which nothing is drafted for. The tokens drafted are those behind the last place that ends as the sample does
+(three tokens, else two, else one); a sample in a hole is expected to go on behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from cert_ray.sketching import Placeholder, prompt_format
+
+HOLE: Final = -1  # stands for tokens of a placeholder
+_BREAK: Final = -2  # stands between two spellings of one sketch
+
+_LONGEST_MATCH: Final = 3  # tokens; assumed
+_LONGEST_HOLE: Final = 6  # tokens of a hole after which its end is still expected; assumed
+
+_FILLERS: Final = {"number": "0", "float": "0.5", "floatexponant": "1e-5", "complex": "1j"}
+_PREFIXES: Final = {
+    "string": "",
+    "rawstring": "r",
+    "interstring": "f",
+    "interrawstring": "fr",
+    "binarystring": "b",
+    "unicodestring": "u",
+}
+
+
+def source(tokenizer: Tokenizer, start: str, text: str, placeholders: Sequence[Placeholder]) -> tuple[int, ...]:
+    """The tokens to draft from, of the sketch `text` behind `start`."""
+    spelled = dict.fromkeys(_spell(tokenizer, start + text, len(start), placeholders, quote) for quote in "'\"")
+    return tuple(token for ids in spelled for token in (*ids, _BREAK))
+
+
+def _spell(
+    tokenizer: Tokenizer, text: str, shift: int, placeholders: Sequence[Placeholder], quote: str
+) -> tuple[int, ...]:
+    pieces: list[str] = []
+    holes: list[tuple[int, int]] = []
+    size = last = 0
+    for place in placeholders:
+        fixed = text[last : place.start + shift]
+        if place.kind in _PREFIXES:
+            opening, inside, closing = _PREFIXES[place.kind] + quote, "x", quote
+        else:
+            opening, inside, closing = "", _FILLERS.get(place.kind, "x"), ""
+        pieces += [fixed, opening, inside, closing]
+        begin = size + len(fixed) + len(opening)
+        holes.append((begin, begin + len(inside)))
+        size, last = begin + len(inside) + len(closing), place.end + shift
+    pieces.append(text[last:])
+    return _with_holes(prompt_format.encode_code_spans(tokenizer, "".join(pieces)), holes)
+
+
+def _with_holes(tokens: Sequence[tuple[int, int, int]], holes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Token ids; those that touch a hole are one HOLE together."""
+    ids: list[int] = []
+    for token, start, end in tokens:
+        if not any(start < hole_end and hole_start < end for hole_start, hole_end in holes):
+            ids.append(token)
+        elif not ids or ids[-1] != HOLE:
+            ids.append(HOLE)
+    return tuple(ids)
+
+
+def following(drafts: Sequence[int], ids: Sequence[int], most: int) -> list[int]:
+    """At most `most` tokens of `drafts` that may follow the sample's tokens `ids`."""
+    if not drafts or not most:
+        return []
+    if not ids:
+        return _until_hole(drafts, 0, most)
+    place = _place_behind(drafts, ids)
+    if place is not None:
+        return _until_hole(drafts, place, most)
+    for drawn in range(1, min(_LONGEST_HOLE, len(ids) - 1) + 1):
+        place = _place_behind(drafts, ids[:-drawn])
+        if place is not None:
+            return _until_hole(drafts, place + 1, most) if drafts[place : place + 1] == (HOLE,) else []
+    return _until_hole(drafts, 1, most) if drafts[:1] == (HOLE,) and len(ids) <= _LONGEST_HOLE else []
+
+
+def _place_behind(drafts: Sequence[int], ids: Sequence[int]) -> int | None:
+    """Behind the first of the places that agree with the most of the last tokens."""
+    for size in range(min(_LONGEST_MATCH, len(ids)), 0, -1):
+        tail = tuple(ids[-size:])
+        for place in range(size, len(drafts)):
+            if tuple(drafts[place - size : place]) == tail:
+                return place
+    return None
+
+
+def _until_hole(drafts: Sequence[int], place: int, most: int) -> list[int]:
+    return list(takewhile(lambda token: token >= 0, drafts[place : place + most]))

@@ -4,8 +4,9 @@ In: token numbers, a tokenizer, strings. Out: cut text, and which tokens may com
 
 A prompt that ends in blanks (`return `, an indent, a line break) is a trap for byte-level BPE: in training text they
 belong to the token after them (` df`, or `\n   ` before ` return`), so a model given the lone blank is off its
-distribution; after a lone line break it goes on in the first column. The blanks are taken off the prompt and the answer
-is made to begin with them, token by token; then they are taken off the answer, and no stop string is looked for in them.
+distribution; after a lone line break it goes on in the first column. The blanks are taken off the prompt, and the
+answer is made to begin with them, token by token; then they are taken off the answer. They count neither as drawn
+tokens nor where a stop string is looked for.
 """
 
 from __future__ import annotations

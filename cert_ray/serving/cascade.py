@@ -319,7 +319,7 @@ class _Cascade:
             return (mode is not Mode.SKETCH_ONLY and fills_in) or ballot.votes_of(ballot.winner) >= needed
 
         work = _work(self._sampling, prompt, stops, blanks, self._config)
-        work = replace(work, n=wanted, logprobs=self._sampling.logprobs)
+        work = replace(work, n=wanted, logprobs=self._sampling.logprobs, code_only=False)
         drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 
@@ -434,6 +434,7 @@ def _work(
         stop=tuple(stop for stop in stops if stop),
         stop_token_ids=frozenset(sampling.stop_token_ids),
         start=blanks,
+        code_only=True,
         logprobs=sampling.logprobs,
         streams=None if config is None else config.reseed_every,
     )

@@ -68,6 +68,7 @@ class Work:
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     start: str = ""  # blanks that each sample must begin with, and which are then taken off its text
+    code_only: bool = False  # no placeholder is drawn: code has none
     logprobs: int | None = None
     score_prompt: bool = False  # tell the log-probabilities of the prompt's own tokens, too
     # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again (PAPER.md).

@@ -56,6 +56,7 @@ class Branch:
     tops: tuple[Top, ...] = ()
     row: int = 0  # of the last feed's logits: of the token that the last of `ids` stands behind
     draft: list[int] = field(default_factory=list)  # fed behind the last of `ids`
+    blanks: int = 0  # of `ids`: those that hold nothing but what the samples must begin with
 
 
 @dataclass(slots=True)
@@ -86,7 +87,8 @@ class JointSamples:
         self.drawing: list[Drawing] = []  # until all are drawn: they come before `branches`
         self.ended: list[tuple[Completion, npt.NDArray[np.int64]]] = []
         self.drafted = self.accepted = 0
-        self._steps = min(work.max_tokens, context_tokens - len(work.prompt))
+        self._room = context_tokens - len(work.prompt)
+        self._markers = prompt_format.marker_ids(tokenizer) if work.code_only else ()
         self._tokenizer = tokenizer
         self._end_ids = end_ids | work.stop_token_ids
         self._first_tokens = first_tokens
@@ -96,14 +98,14 @@ class JointSamples:
         self._numbers: dict[int, npt.NDArray[np.float64]] = {}  # by step
         self._told = [0] * work.n  # characters of each sample's text that were told
         self._tokens = 0
-        if self._steps == 0:
+        if work.max_tokens == 0:
             self._end(self.branches.pop(), ended=False)
 
     def guess(self, room: int) -> int:
         """Give branches drafts of at most `room` tokens altogether; how many they got."""
         left = room
         for branch in self.branches:
-            most = max(0, min(left, self._steps - len(branch.ids) - 1))
+            most = max(0, min(left, self._left(branch) - 1))
             if branch.course is not None:
                 branch.draft = list(branch.course.known[: min(most, _MOST_KNOWN)])
             else:
@@ -111,6 +113,10 @@ class JointSamples:
             left -= len(branch.draft)
         self.drafted += room - left
         return room - left
+
+    def _left(self, branch: Branch) -> int:
+        """Tokens that may still come."""
+        return min(self._room, self.work.max_tokens + branch.blanks) - len(branch.ids)
 
     def start_drawing(self) -> None:
         """Logits of the branches' tokens and drafts were found, in the order of `branches`."""
@@ -136,6 +142,8 @@ class JointSamples:
 
         `totals_B1` become those among the tokens that keep to the blanks which a branch must begin with.
         """
+        if self._markers:
+            logits_BV[:, list(self._markers)] = float("-inf")
         for place, one in enumerate(self.drawing):
             branch, logits_V = one.branch, logits_BV[place]
             refused_V = self._first_tokens.refused(branch.start_left) if branch.start_left else None
@@ -186,15 +194,17 @@ class JointSamples:
         if token in self._end_ids:
             self._end(Branch(samples, "", branch.course, branch.ids, logprobs, branch.tops), ended=True)
             return None
-        self._tokens += len(samples)
         tops = branch.tops if top is None else (*branch.tops, top)
-        start_left = branch.start_left
+        start_left, blanks = branch.start_left, branch.blanks
         if start_left:
-            start_left = start_left[len(self._first_tokens.text_of(token)) :]
+            characters = len(self._first_tokens.text_of(token))
+            blanks += characters <= len(start_left)
+            start_left = start_left[characters:]
+        self._tokens += len(samples) * (blanks == branch.blanks)
         course = None if branch.course is None else branch.course.after(token)
-        child = Branch(samples, start_left, course, (*branch.ids, token), logprobs, tops)
+        child = Branch(samples, start_left, course, (*branch.ids, token), logprobs, tops, blanks=blanks)
         ended = self._watch.seen(child.ids) or self._is_whole(child)
-        if not ended and len(child.ids) < self._steps:
+        if not ended and self._left(child) > 0:
             return child
         self._end(child, ended=ended)
         return None

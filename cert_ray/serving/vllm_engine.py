@@ -121,6 +121,7 @@ class VllmEngine:
             seed=work.seed,
             stop=list(work.stop),
             stop_token_ids=sorted(work.stop_token_ids),
+            logit_bias=dict.fromkeys(prompt_format.marker_ids(self._tokenizer), -100.0) if work.code_only else None,
             include_stop_str_in_output=True,  # as the other engine: what completes a stop string was drawn
             skip_special_tokens=True,
             logprobs=work.logprobs or 0,

@@ -120,6 +120,12 @@ def has_placeholder(tokenizer: Tokenizer, ids: Iterable[int]) -> bool:
     return any(token in kinds for token in ids)
 
 
+def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The placeholders and the separator, as far as the tokenizer has them: no code is made of these."""
+    found = (tokenizer.token_to_id(token) for token in SPECIAL_TOKENS if token not in (END_OF_TEXT, PAD))
+    return tuple(number for number in found if number is not None)
+
+
 def decode_code(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     """Text of ids without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))

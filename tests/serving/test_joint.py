@@ -139,6 +139,22 @@ def test_logprobs_are_those_of_a_full_forward_pass_and_their_tokens_spell_the_te
             assert len(top) <= 4
 
 
+def test_code_is_drawn_without_placeholders(engine: TransformersEngine) -> None:
+    markers = set(prompt_format.marker_ids(engine.tokenizer))
+    options: dict[str, Any] = {"n": 40, "max_tokens": 20, "temperature": 1.0, "seed": 5}
+    assert any(markers & set(sample.ids) for sample in samples(engine, **options)), "this model writes them"
+    assert not any(markers & set(sample.ids) for sample in samples(engine, code_only=True, **options))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 6])
+def test_blanks_that_an_answer_must_begin_with_are_no_tokens_of_it(engine: TransformersEngine, max_tokens: int) -> None:
+    start = "\n" * 9
+    for sample in samples(engine, n=8, max_tokens=max_tokens, temperature=1.0, start=start):
+        if sample.finish_reason == "length":
+            texts = [engine.tokenizer.decode(list(sample.ids[: place + 1])) for place in range(len(sample.ids))]
+            assert sum(len(text) > len(start) or not start.startswith(text) for text in texts) == max_tokens
+
+
 def test_a_prompt_is_scored(engine: TransformersEngine, folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     prompt = prompt_format.encode_code(engine.tokenizer, PROMPT)

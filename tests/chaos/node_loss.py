@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import shutil
 import signal
 import sys
@@ -246,7 +247,8 @@ def training(place: Place, folder: Path) -> tuple[str, float]:
     if (run.model / "model.safetensors").read_bytes() != (undisturbed.model / "model.safetensors").read_bytes():
         raise ChaosError("the model differs from the undisturbed run's")
     of_rank_0 = [step for step in read_steps(run.folder) if step.rank == 0]
-    before, after = next(pair for pair in itertools.pairwise(of_rank_0) if pair[1].step <= pair[0].step)
+    # Starting the workers takes by far longer than a step.
+    before, after = max(itertools.pairwise(of_rank_0), key=lambda pair: pair[1].at_s - pair[0].at_s)
     again = before.step - after.step + 1
     if again > _INTERVAL:
         raise ChaosError(f"{again} steps were done again, checkpoints are {_INTERVAL} apart")
@@ -328,6 +330,7 @@ def main() -> None:
     output = given.output.absolute()
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine's node takes longer than Ray's 30 s
     outcomes: list[Outcome] = []
     failed: list[str] = []
     with short_folder() as short, started_cluster(short) as nodes:

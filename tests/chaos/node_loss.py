@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import shutil
 import signal
 import sys
@@ -330,7 +329,6 @@ def main() -> None:
     output = given.output.absolute()
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine's node takes longer than Ray's 30 s
     outcomes: list[Outcome] = []
     failed: list[str] = []
     with short_folder() as short, started_cluster(short) as nodes:

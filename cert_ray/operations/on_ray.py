@@ -64,7 +64,7 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
         )
         resources = ray.cluster_resources()
         logger.info(
-            "ray: private, cpus=%d memory_gb=%.1f dashboard=%s",
+            "ray: private, cpus=%d memory_gb=%.1f dashboard=http://%s",
             resources["CPU"],
             resources["memory"] / 1e9,
             context.dashboard_url,

@@ -14,13 +14,14 @@ DEMO_ARGS ?=
 CHAOS_KILLS ?= 100
 CHAOS_SEED ?= 1
 
-.PHONY: demo test test-quick chaos check docs bench bench-env format clean help
+.PHONY: demo test test-quick chaos check audit docs bench bench-env format clean help
 
 help:
 	@echo "make demo        the whole pipeline on the Python files of this machine, minutes on two cores"
 	@echo "make test        every test; make test-quick: those without a Ray cluster"
 	@echo "make chaos       preprocessing under CHAOS_KILLS=$(CHAOS_KILLS) kills; summary in chaos/summary.md"
 	@echo "make check       ruff and mypy"
+	@echo "make audit       known vulnerabilities of what the image's lock pins; a report, never a failure"
 	@echo "make docs        docs/ as a site, in build/docs"
 	@echo "make bench       every benchmark beside its peers, hours: see tests/bench/README.md; make bench-env: the peers"
 
@@ -49,6 +50,9 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/installed-dev
+	@$(BIN)/python cluster/audit.py
 
 docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict --quiet

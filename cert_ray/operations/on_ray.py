@@ -43,7 +43,7 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
         return
     target = address or os.environ.get("RAY_ADDRESS")
     if target:
-        ray.init(address=target)
+        ray.init(address=target, logging_level=logging.WARNING)  # our own line says where we are
         logger.info("ray: joined %s", target)
         try:
             if check_versions:
@@ -54,15 +54,21 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
-        ray.init(
+        context = ray.init(
             address="local",
             include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
             log_to_driver=True,  # a training worker tells its steps on its own stderr
+            logging_level=logging.WARNING,
             _temp_dir=folder,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
         )
         resources = ray.cluster_resources()
-        logger.info("ray: private, cpus=%d memory_gb=%.1f", resources["CPU"], resources["memory"] / 1e9)
+        logger.info(
+            "ray: private, cpus=%d memory_gb=%.1f dashboard=http://%s",
+            resources["CPU"],
+            resources["memory"] / 1e9,
+            context.dashboard_url,
+        )
         try:
             yield
         finally:

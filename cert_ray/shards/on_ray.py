@@ -88,7 +88,11 @@ def run_units(
     count_plan(run.stage, len(units))
     reports: dict[str, ShardReport] = {}
     reused = 0
-    with logs.scope(stage=run.stage), Progress(run.stage, total=len(units), unit="shards") as progress:
+    with (
+        logs.scope(stage=run.stage),
+        logs.warnings_alone("ray.data", but="Progress bars disabled"),  # its plan and its times are in its own log
+        Progress(run.stage, total=len(units), unit="shards") as progress,
+    ):
         for report, was_there in _outcomes(dataset):
             reports[report.shard] = report
             reused += was_there

@@ -120,6 +120,31 @@ def scope(**fields: str) -> Iterator[None]:
         _SCOPE.reset(token)
 
 
+@contextmanager
+def warnings_alone(library: str, but: str | None = None) -> Iterator[None]:
+    """In the block, the terminal shows warnings and errors of logger `library` ("" is the root); its files keep all.
+
+    Args:
+        but: the beginning of a warning that is not shown either, since it tells what we asked for.
+    """
+
+    def shown(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING and not (but and record.getMessage().startswith(but))
+
+    consoles = [
+        handler
+        for handler in logging.getLogger(library).handlers
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+    ]
+    for console in consoles:
+        console.addFilter(shown)
+    try:
+        yield
+    finally:
+        for console in consoles:
+            console.removeFilter(shown)
+
+
 @dataclass(frozen=True, slots=True)
 class Inherited:
     """How a process logs: the form of its lines, and its scope."""

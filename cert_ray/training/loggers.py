@@ -6,9 +6,10 @@ In: a `TrainConfig` and `StepRecord`s, on worker 0. Out: events in the tools' ow
     wandb         project "cert-ray"; WANDB_PROJECT, WANDB_MODE=offline and its kin as its documentation says
     mlflow        experiment "cert-ray"; MLFLOW_TRACKING_URI, else sqlite below OUTPUT/mlflow
 
-A run that goes on from a checkpoint goes on in the same place: TensorBoard drops what came after the checkpoint; in the
-other two, which find their run by its digest, steps since the checkpoint stand twice. Equal options are one run there,
-whatever their output. `loss.jsonl` and `loss.png` are written whatever is named here.
+A run that goes on from a checkpoint goes on in the same place: TensorBoard drops what came after the checkpoint; the
+other two find their run by its digest, and are not told again what they know: the same steps have the same losses.
+Weights & Biases offline knows of no earlier run, and keeps one a start. Equal options are one run there, whatever their
+output. `loss.jsonl` and `loss.png` are written whatever is named here.
 """
 
 from __future__ import annotations
@@ -92,7 +93,13 @@ def _wandb(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Te
     with wandb.init(
         project=_PROJECT, id=run_digest, name=storage.name_of(config.output), resume="allow", **options
     ) as run:
-        yield lambda record: run.log(scalars(record), step=record.step)
+        known = run.starting_step - 1 if run.resumed else 0  # its first step is the one after the last that it has
+
+        def tell(record: StepRecord) -> None:
+            if record.step > known:
+                run.log(scalars(record), step=record.step)
+
+        yield tell
 
 
 @contextmanager
@@ -106,15 +113,25 @@ def _mlflow(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[T
     mlflow.set_experiment(_PROJECT)
     earlier = mlflow.search_runs(filter_string=f"tags.run_digest = '{run_digest}'", output_format="list")
     found = earlier[0].info.run_id if earlier else None
+    known = _last_step(found) if found else 0
     with mlflow.start_run(run_id=found, run_name=None if found else storage.name_of(config.output)):
         if found is None:
             mlflow.set_tag("run_digest", run_digest)
             mlflow.log_params({name: str(value) for name, value in config.model_dump(mode="json").items()})
 
         def tell(record: StepRecord) -> None:
-            mlflow.log_metrics(scalars(record), step=record.step)
+            if record.step > known:
+                mlflow.log_metrics(scalars(record), step=record.step)
 
         yield tell
+
+
+def _last_step(mlflow_run: str) -> int:
+    """The last step that MLflow has been told of a run."""
+    from mlflow import MlflowClient
+
+    history = MlflowClient().get_metric_history(mlflow_run, _UNITS["loss"])
+    return max((entry.step for entry in history), default=0)
 
 
 def _local(config: TrainConfig, name: str) -> Any:

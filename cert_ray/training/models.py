@@ -7,6 +7,8 @@ vocabulary is kept: special tokens may have been added behind it, and start as `
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,14 +54,14 @@ class Loaded:
     tokenizer_folder: Path
 
 
-def load(config: TrainConfig, pack: PackFacts) -> Loaded:
-    """The model that `config.base` names, for the tokens of `pack`.
+def load(config: TrainConfig, pack: PackFacts, copies: Path | None = None) -> Loaded:
+    """The model that `config.base` names, for the tokens of `pack`; `copies` as for `local_folder`.
 
     Raises:
         TokenizerMismatchError: when the pack was made with another tokenizer, or that one does not extend the base's.
         ConfigError, InputError: when base or tokenizer cannot be used.
     """
-    loaded = _load(config, pack)
+    loaded = _load(config, pack, copies)
     if config.activation_checkpointing:
         _checkpoint_activations(loaded.model, config)
     return loaded
@@ -73,17 +75,17 @@ def _checkpoint_activations(model: Any, config: TrainConfig) -> None:
         raise ConfigError(f"activation_checkpointing: {config.base} cannot do it: {error}") from error
 
 
-def _load(config: TrainConfig, pack: PackFacts) -> Loaded:
+def _load(config: TrainConfig, pack: PackFacts, copies: Path | None) -> Loaded:
     if config.base in PRESETS:
         if config.tokenizer is None:
             raise ConfigError(
                 f"tokenizer: required with the preset {config.base}; give the folder the pack was made with."
             )
-        folder = local_folder(config.tokenizer, "tokenizer")
+        folder = local_folder(config.tokenizer, "tokenizer", copies)
         _check_tokenizer(folder, config, pack)
         return Loaded(_from_scratch(config, pack), folder)
-    base = local_folder(config.base, "base")
-    folder = local_folder(config.tokenizer, "tokenizer") if config.tokenizer else base
+    base = local_folder(config.base, "base", copies)
+    folder = local_folder(config.tokenizer, "tokenizer", copies) if config.tokenizer else base
     _check_tokenizer(folder, config, pack)
     return Loaded(_continued(config, base, folder, pack), folder)
 
@@ -159,8 +161,11 @@ def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) ->
     return 1 + max(known.values(), default=-1)
 
 
-def local_folder(name: str, option: str) -> Path:
+def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
     """The folder `name` on this machine: itself, a copy of a remote one, or the download of a hub id.
+
+    Args:
+        copies: the folder for that copy, which its owner removes; None is a temporary one until this process ends.
 
     Raises:
         ConfigError: naming `option`, when it is none of these.
@@ -168,7 +173,9 @@ def local_folder(name: str, option: str) -> Path:
     if storage.is_folder(name):
         if storage.is_local(name):
             return storage.local_path(name)
-        target = Path(tempfile.mkdtemp(prefix="cert-ray-model-"))
+        target = Path(tempfile.mkdtemp(prefix="cert-ray-model-", dir=copies))
+        if copies is None:
+            atexit.register(shutil.rmtree, target, ignore_errors=True)
         storage.copy_folder_to_local(name, target)
         return target
     if "://" in name or name.startswith((".", "/")) or name.count("/") != 1:

@@ -182,7 +182,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     # Worker 0 tells the steps, and keeps what it tells beside what the driver keeps.
     kept_as = f"train-{storage.name_of(config.output)}" if context.get_world_rank() == 0 else None
     try:
-        with logs.taken_over(options["log"], kept_as):
+        # Ray Train tells each report at the root logger, under a name that its own level does not reach.
+        with logs.warnings_alone(""), logs.taken_over(options["log"], kept_as):
             outcome = worker.run(
                 config,
                 options["run_digest"],

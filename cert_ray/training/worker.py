@@ -76,8 +76,22 @@ def run(
         CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
     """
     torch.set_num_threads(config.cpus_per_worker)
+    with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as copies:  # gigabytes, where the base is a remote one
+        return _run(config, run_digest, rank, world_size, report, after_step, count, Path(copies))
+
+
+def _run(
+    config: TrainConfig,
+    run_digest: str,
+    rank: int,
+    world_size: int,
+    report: Report,
+    after_step: AfterStep | None,
+    count: Tell | None,
+    copies: Path,
+) -> Outcome:
     packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
-    loaded = models.load(config, packed)
+    loaded = models.load(config, packed, copies)
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:

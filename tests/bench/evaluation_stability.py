@@ -50,7 +50,7 @@ def peer_score(problems: Sequence[Problem], samples: Sequence[Sample], python: s
         ]
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
         result = run_peer("released", python, rows, workers, Path(scratch), timeout_s=3.0)
-    return result["passed"] / result["samples"]
+    return result["verdicts"].count("1") / result["samples"]
 
 
 def main() -> None:

@@ -11,19 +11,23 @@ import functools
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from tests.chaos import faulty_storage
 
 FILE_VARIABLE = "CHAOS_EVENTS"  # Ray's hook takes no arguments
 CHECK = " (check)"  # ends the name of a task that looks whether work was done before
 HOOK = f"{__name__}.install"
+EVALUATION_HOOK = f"{__name__}.install_evaluation"
 
-# Module, function, and what is said of a call from its arguments.
-_WATCHED: list[tuple[str, str, Callable[..., str]]] = [
+Watched = Sequence[tuple[str, str, Callable[..., str]]]  # module, function, and what is said of a call's arguments
+
+_PREPROCESSING: Watched = [
     ("cert_ray.shards.units", "perform", lambda unit, work, run: f"{run.stage} {unit.name}"),
     (
         "cert_ray.shards.units",
@@ -38,6 +42,15 @@ _WATCHED: list[tuple[str, str, Callable[..., str]]] = [
     ("cert_ray.dataset.on_ray", "write_card", lambda *given: "dataset card"),
     ("cert_ray.manifests", "write_manifest", lambda folder, manifest: f"{manifest.stage} manifest"),
 ]
+_EVALUATION: Watched = [  # apart, since these modules take a second to load
+    ("cert_ray.evaluation.run", "_draw", lambda batch, *rest: f"sampling {batch[0].task_id}"),
+    ("cert_ray.evaluation.on_ray", "_run_chunk", lambda programs, *rest: f"programs {_named(programs)}"),
+]
+
+
+def _named(programs: Sequence[Any]) -> str:
+    """The same in every process: programs are named by their texts."""
+    return str(xxhash.xxh3_64_hexdigest("".join(getattr(one, "text", one) for one in programs).encode()))
 
 
 @dataclass(frozen=True)
@@ -50,13 +63,18 @@ class Event:
     task: str
 
 
-def install() -> None:
+def install(watched: Watched = _PREPROCESSING) -> None:
     """Log the watched functions' calls in this process, which also learns the URLs of faulty storage."""
     faulty_storage.register()
     file = os.open(os.environ[FILE_VARIABLE], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    for module, name, describe in _WATCHED:
+    for module, name, describe in watched:
         owner = importlib.import_module(module)
         setattr(owner, name, _logged(getattr(owner, name), describe, file))
+
+
+def install_evaluation() -> None:
+    """The same for an evaluation's functions: Ray's hook takes no arguments."""
+    install(_EVALUATION)
 
 
 def _logged(function: Callable[..., Any], describe: Callable[..., str], file: int) -> Callable[..., Any]:

@@ -28,109 +28,20 @@ import xxhash
 
 from tests.chaos import events, faulty_storage
 from tests.chaos.corpus import write_corpus
-from tests.chaos.run import ROOT, ChaosError, Nodes, compare, short_folder, started_cluster, tree
+from tests.chaos.run import ChaosError, Nodes, compare, short_folder, started_cluster, tree
+from tests.chaos.trials import Outcome, Trial, table
 
 FILES, UNIT_BYTES = 240, 100_000
-PATIENCE_S = 600  # of one driver, assumed
 # As cluster/Dockerfile sets it: with Ray's own five minutes, a partition is noticed when it is over.
 KEEPALIVE = {"RAY_grpc_client_keepalive_time_ms": "10000", "RAY_grpc_client_keepalive_timeout_ms": "10000"}
 _FULL_DISK_BYTES = 340 << 20  # storage keeps 256 MiB free
 _HELD_BYTES = 300 << 20  # in an object store of 200 MiB and two of 100
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one fault did. `recovery_s` is from the fault, or from the next start, until work went on."""
-
-    fault: str
-    expected: str
-    happened: str
-    attempts: int
-    seconds: float
-    recovery_s: float | None
-
-
-@dataclass
-class Trial:
-    """One output, and the drivers that work on it."""
-
-    nodes: Nodes
-    corpus: Path
-    folder: Path  # of logs and events
-    output: str
-    variables: dict[str, str] = field(default_factory=dict)
-    process: subprocess.Popen[bytes] | None = None
-    attempts: int = 0
-
-    @property
-    def log(self) -> str:
-        """What the newest driver said."""
-        return (self.folder / f"driver-{self.attempts}.log").read_text()
-
-    def start(self) -> None:
-        """Start a driver."""
-        self.attempts += 1
-        self.folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tests.chaos.driver", "--address", self.nodes.cluster.address]
-        command += ["--corpus", str(self.corpus), "--output", self.output, "--unit-bytes", str(UNIT_BYTES)]
-        environment = os.environ | self.variables | {events.FILE_VARIABLE: str(self.folder / "events")}
-        with (self.folder / f"driver-{self.attempts}.log").open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
-
-    def kill(self) -> None:
-        """End the driver, if it has not ended."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-    def wait(self) -> bool:
-        """Wait for the driver; whether it came to its end.
-
-        Raises:
-            ChaosError: when it hangs.
-        """
-        assert self.process is not None
-        try:
-            return self.process.wait(PATIENCE_S) == 0
-        except subprocess.TimeoutExpired as error:
-            self.kill()
-            raise ChaosError(f"the driver hung: {self.log[-3_000:]}") from error
-
-    def wait_for_task(self, stage: str, count: int = 1) -> None:
-        """Until `count` tasks of `stage` have ended.
-
-        Raises:
-            ChaosError: when the driver ends before.
-        """
-        assert self.process is not None
-        while sum(not event.begins and event.task.startswith(stage) for event in self.events()) < count:
-            if self.process.poll() is not None:
-                raise ChaosError(f"the driver ended before {stage}: {self.log[-3_000:]}")
-            time.sleep(0.02)
-
-    def events(self) -> list[events.Event]:
-        """What was done so far, checks of finished work apart."""
-        return [one for one in events.read(self.folder / "events") if not one.task.endswith(events.CHECK)]
-
-    def goes_on_after(self, moment_s: float) -> float | None:
-        """Seconds from `moment_s` (of the machine's clock) until a task ended."""
-        later = [event.at_s for event in self.events() if not event.begins and event.at_s > moment_s]
-        return min(later) - moment_s if later else None
-
-    def until_finished(self, most: int) -> list[str]:
-        """Drivers one after the other until one comes to its end; the last line of each that did not.
-
-        Raises:
-            ChaosError: when `most` were not enough.
-        """
-        problems: list[str] = []
-        while True:
-            self.start()
-            if self.wait():
-                return problems
-            problems.append(self.log.strip().splitlines()[-1])
-            if self.attempts >= most:
-                raise ChaosError(f"{most} drivers did not come to an end: {self.log[-3_000:]}")
+def preprocessing(nodes: Nodes, corpus: Path, output: str) -> list[str]:
+    """The command of a driver on `nodes`."""
+    command = [sys.executable, "-m", "tests.chaos.driver", "--address", nodes.cluster.address]
+    return [*command, "--corpus", str(corpus), "--output", output, "--unit-bytes", str(UNIT_BYTES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +56,8 @@ class Place:
 
     def trial(self, output: str | None = None, **variables: str) -> Trial:
         """A trial into `output`, a folder of this place where none is given."""
-        trial = Trial(self.nodes, self.corpus, self.folder, output or str(self.folder / "run"), variables)
+        command = preprocessing(self.nodes, self.corpus, output or str(self.folder / "run"))
+        trial = Trial(command, self.folder, variables)
         self.trials.append(trial)
         return trial
 
@@ -305,8 +217,7 @@ def _partition(place: Place, down_s: float) -> tuple[Trial, str, float | None]:
     with started_far_node(place.nodes.cluster.address, place.folder) as node:
         trial.start()
         while not (begun := _unfinished(trial, node.pids())):
-            if trial.process is None or trial.process.poll() is not None:
-                raise ChaosError(f"the far node had nothing to do: {trial.log[-3_000:]}")
+            trial.must_run("before the far node had anything to do")
             time.sleep(0.02)
         node.cut()
         cut_s = time.time()
@@ -391,20 +302,6 @@ def inject(name: str, place: Place) -> Outcome:
     return Outcome(name, expected, happened, trial.attempts, time.monotonic() - began_s, recovery_s)
 
 
-def table(outcomes: list[Outcome]) -> str:
-    """The faults as Markdown."""
-    lines = [
-        "| fault | expected | what happened | drivers | all, s | work went on after, s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in outcomes:
-        recovery = "" if one.recovery_s is None else f"{one.recovery_s:.1f}"
-        lines.append(
-            f"| {one.fault} | {one.expected} | {one.happened} | {one.attempts} | {one.seconds:.0f} | {recovery} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True, help="a folder that is made anew")
@@ -418,7 +315,8 @@ def main() -> None:
     outcomes: list[Outcome] = []
     failed: list[str] = []
     with short_folder() as short, started_redis(output), started_cluster(short) as nodes:
-        undisturbed = Trial(nodes, output / "corpus", output / "undisturbed", str(output / "undisturbed" / "run"))
+        command = preprocessing(nodes, output / "corpus", str(output / "undisturbed" / "run"))
+        undisturbed = Trial(command, output / "undisturbed")
         began_s = time.monotonic()
         undisturbed.until_finished(most=1)
         expected = tree(output / "undisturbed" / "run")

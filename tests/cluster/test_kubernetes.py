@@ -22,7 +22,7 @@ from cert_ray.operations.recipe import load_recipe
 KUBERNETES = Path(__file__).resolve().parents[2] / "cluster" / "kubernetes"
 KUBECTL = str(Path(sys.executable).parent / "kubectl")
 RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
-JOBS = ("preprocess", "tokenizer", "pack", "train")
+JOBS = ("preprocess", "tokenizer", "pack", "train", "evaluate")
 BUILDS = (
     "base",
     *(f"jobs/{job}" for job in JOBS),
@@ -168,7 +168,13 @@ def test_jobs_and_service_have_the_clusters_spec(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "groups"),
-    [("preprocess", ["cpu-data"]), ("tokenizer", ["cpu-data"]), ("pack", ["cpu-data"]), ("train", ["gpu-train"])],
+    [
+        ("preprocess", ["cpu-data"]),
+        ("tokenizer", ["cpu-data"]),
+        ("pack", ["cpu-data"]),
+        ("train", ["gpu-train"]),
+        ("evaluate", ["cpu-data", "gpu-train"]),
+    ],
 )
 def test_jobs_run_their_stage_on_the_groups_they_need(name: str, groups: list[str]) -> None:
     job = of_kind(f"jobs/{name}", "RayJob")
@@ -177,6 +183,25 @@ def test_jobs_run_their_stage_on_the_groups_they_need(name: str, groups: list[st
     assert [group["groupName"] for group in ray_cluster_spec(job)["workerGroupSpecs"]] == groups
     assert job["spec"]["backoffLimit"] > 0
     assert job["spec"]["shutdownAfterJobFinishes"] is True
+    assert job["spec"]["ttlSecondsAfterFinished"] > 0
+    assert job["spec"]["activeDeadlineSeconds"] > job["spec"]["preRunningDeadlineSeconds"]
+
+
+def test_generated_code_runs_below_gvisor_alone_and_reaches_ray_alone() -> None:
+    """Programs ask for a CPU each: every group that has one is under gVisor, and cut off."""
+    spec = ray_cluster_spec(of_kind("jobs/evaluate", "RayJob"))
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    with_cpus = [group for group in groups if group["rayStartParams"].get("num-cpus") != "0"]
+    assert [group["groupName"] for group in with_cpus] == ["cpu-data"]
+    (pod,) = (group["template"] for group in with_cpus)
+    classes = [one["metadata"]["name"] for one in shipped("base") if one["kind"] == "RuntimeClass"]
+    assert [pod["spec"]["runtimeClassName"]] == classes == ["gvisor"]
+    policies = [one["spec"] for one in shipped("base") if one["kind"] == "NetworkPolicy"]
+    (policy,) = (one for one in policies if one["podSelector"].get("matchLabels") == pod["metadata"]["labels"])
+    assert policy["policyTypes"] == ["Egress"]
+    ray_pods, names = policy["egress"]
+    assert ray_pods == {"to": [{"podSelector": {"matchLabels": {"app.kubernetes.io/created-by": "kuberay-operator"}}}]}
+    assert {port["port"] for port in names["ports"]} == {53}
 
 
 def test_the_submission_id_follows_the_recipe(tmp_path: Path) -> None:
@@ -212,6 +237,8 @@ def test_the_submission_id_follows_the_recipe(tmp_path: Path) -> None:
 def test_the_example_recipe_is_valid() -> None:
     recipe = load_recipe(str(KUBERNETES / "jobs" / "recipe" / "recipe.yaml"))
     assert list(recipe.models) == ["base", "sketcher", "generator"]
+    assert recipe.evaluation is not None
+    assert (recipe.evaluation.cpus, recipe.evaluation.gpus) == (0, 1), "where jobs/evaluate has room for sampling"
 
 
 def test_the_services_serve_config_is_valid() -> None:

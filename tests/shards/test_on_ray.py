@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,15 @@ def test_an_error_raised_on_purpose_comes_back_as_itself(tmp_path: Path) -> None
     with pytest.raises(StorageFullError) as raised:
         run(tmp_path, raising(StorageFullError("/data/x", 3_000_000, 1_000_000)))
     assert (raised.value.uri, raised.value.free_bytes) == ("/data/x", 1_000_000)
+
+
+def test_rays_lines_do_not_stand_between_ours(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ray Data's handler writes to the terminal, whatever pytest does with logging."""
+    consoles = [one for one in logging.getLogger("ray.data").handlers if type(one).__name__ == "PlainRayHandler"]
+    assert consoles, "Ray Data logs another way now: see `logs.warnings_alone`"
+    run(tmp_path, failing(tmp_path, errno.EIO, times=0))
+    told = capfd.readouterr()
+    assert (told.out, told.err) == ("", "")
+    log = Path(ray._private.worker._global_node.get_session_dir_path(), "logs", "ray-data", "ray-data.log").read_text()
+    assert "Execution plan of Dataset" in log
+    assert "Progress bars disabled" in log

@@ -248,3 +248,21 @@ def test_a_worker_without_a_run_keeps_no_story(tmp_path: Path, monkeypatch: pyte
     with logs.taken_over(logs.inherited(), kept_as="evaluate-worker"):
         LOGGER.info("pass@1 0.25")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_librarys_files_keep_what_its_terminal_leaves_out(tmp_path: Path) -> None:
+    library = logging.getLogger("cert-ray-tests.library")
+    library.setLevel(logging.DEBUG)
+    library.propagate = False
+    shown, file = io.StringIO(), logging.FileHandler(tmp_path / "all.log")
+    library.handlers = [logging.StreamHandler(shown), file]
+    with logs.warnings_alone(library.name, but="bars are off"):
+        library.info("a plan")
+        library.warning("bars are off, as you said")
+        library.warning("a disk is slow")
+        library.error("a disk is gone")
+    library.info("afterwards")
+    file.close()
+    assert shown.getvalue().splitlines() == ["a disk is slow", "a disk is gone", "afterwards"]
+    kept = ["a plan", "bars are off, as you said", "a disk is slow", "a disk is gone", "afterwards"]
+    assert (tmp_path / "all.log").read_text().splitlines() == kept

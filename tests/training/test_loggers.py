@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,14 @@ def _records(data: bytes) -> list[bytes]:
 
 # MLflow's own use of SQLAlchemy 2.1.
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
-def test_mlflow_goes_on_in_the_same_run(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_goes_on_in_the_same_run_and_has_every_step_once(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config = make_config(loggers=["mlflow"])
     tell(config, range(1, 5))
-    tell(config, range(5, 7))
+    tell(config, range(3, 7))  # from a checkpoint at step 2
     (run,) = mlflow.search_runs(experiment_names=["cert-ray"], output_format="list")
     history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss_nats_per_token")
     assert [(entry.step, entry.value) for entry in history] == [(step, 5.0 - step) for step in range(1, 7)]
@@ -78,6 +81,23 @@ def test_wandb_offline_writes_a_run(make_config: Any, monkeypatch: pytest.Monkey
     config = make_config(loggers=["wandb"])
     tell(config, range(1, 4))
     assert list((Path(config.output) / "wandb").rglob("run-*.wandb"))
+
+
+def test_wandb_is_not_told_again_what_a_resumed_run_knows(make_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its server is played: a run of this id has been told four steps, so its next one is the fifth."""
+    wandb = pytest.importorskip("wandb")
+    told: list[int] = []
+
+    class Resumed:
+        resumed, starting_step = True, 5
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            assert values
+            told.append(step)
+
+    monkeypatch.setattr(wandb, "init", lambda **options: nullcontext(Resumed()))
+    tell(make_config(loggers=["wandb"]), range(3, 7))
+    assert told == [5, 6]
 
 
 def test_a_logger_that_is_not_installed_is_named_before_anything_starts(

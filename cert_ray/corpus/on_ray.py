@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.corpus.decontamination import ProblemIndex
@@ -71,7 +72,11 @@ def write_documents(
     result = documents_of_unit(unit, config, problems)
     documents = blank(result.documents, removals)
     name = f"{unit.name}.parquet"
-    files = [write_table(folder, name, documents), write_table(folder, f"drops/{name}", result.drops)]
+    written = write_table(folder, name, documents)
+    if documents is not result.documents:  # keys and clusters are those of the whole texts, whenever they were removed
+        whole = storage.parquet_bytes(result.documents)
+        written = written.model_copy(update={"stands_for": str(xxhash.xxh3_128_hexdigest(whole))})
+    files = [written, write_table(folder, f"drops/{name}", result.drops)]
     if problems:
         files.append(write_table(folder, f"contamination/{name}", result.contamination))
     reasons = result.drops.column("reason").value_counts().to_pylist()

@@ -50,15 +50,18 @@ def plan_documents(config: DocumentsConfig) -> Plan:
         planned = plan_units(config.sources.model_copy(update={"inputs": inputs}), len(units))
         units += planned
         counts.append(len(planned))
-    elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}  # what the units say themselves
-    options = config.model_copy(
-        update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}
-    ).digest()
+    options = units_digest(config)
     problems = ProblemIndex.read(config.decontaminate) if config.decontaminate.problems else None
     if problems is None:
         return Plan(units, tuple(counts), None, inputs_digest(units), options)
     checksums = "-".join(problems.checksums.values())
     return Plan(units, tuple(counts), problems, f"{inputs_digest(units)}-{checksums}", f"{options}-{checksums}")
+
+
+def units_digest(config: DocumentsConfig) -> str:
+    """The digest of what `config` decides about a unit's outcome, beside what the unit says itself."""
+    elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}
+    return config.model_copy(update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}).digest()
 
 
 def write_documents(

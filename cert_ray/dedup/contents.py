@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cert_ray import storage
+from cert_ray.dedup.minhash import I64
 from cert_ray.errors import InputError
+from cert_ray.retries import tried_again
 
 Originals = Callable[[str], pa.Table]  # the documents of a shard as its input gives them
 
@@ -39,3 +43,32 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
             f"Delete reports/{shard}.json beside it: the next run makes the shard again.",
         )
     return table.set_column(table.schema.get_field_index("content"), "content", original.column("content"))
+
+
+def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None) -> list[str]:
+    """The texts of some `rows` (ascending) of one shard of `documents`, with a row group in memory at a time.
+
+    Args, raises: as `read_contents`, which reads the whole shard; so does this where one of the rows was removed.
+    """
+    texts = _texts_at(storage.join(documents, f"{shard}.parquet"), rows)
+    if None in texts:
+        content = read_contents(documents, shard, ["content", "content_hash"], originals).column("content")
+        texts = content.take(pa.array(rows)).to_pylist()
+    return [str(text) for text in texts]
+
+
+@tried_again
+def _texts_at(url: str, rows: I64) -> list[str | None]:
+    texts: list[str | None] = []
+    first = 0
+    with storage.open_read(url) as stream:
+        # What is read ahead, and by threads of its own, stays with the process.
+        table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        for group in range(table.num_row_groups):
+            last = first + table.metadata.row_group(group).num_rows
+            wanted = rows[slice(*np.searchsorted(rows, [first, last]))] - first
+            if len(wanted):
+                column = table.read_row_group(group, ["content"], use_threads=False).column("content")
+                texts += column.take(pa.array(wanted)).to_pylist()
+            first = last
+    return texts

@@ -104,6 +104,7 @@ def _deduplicate(
     edges = _Fetched(list(_near_edges(folder, shards, rows, ranking, config, workers)))
     clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
+    del edges, ranking, first_D  # two dozen bytes per document, while the sample below is drawn
     notes: dict[str, Any] = {**differences}
     if options.quality is not None:
         measured = measure_quality(documents, shards, rows, clusters, config, options.quality, originals)

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pydantic
 from scipy.sparse import csr_array
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.dedup.contents import Originals, read_contents
+from cert_ray.dedup.contents import Originals, texts_at
 from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
 
@@ -170,7 +169,11 @@ def _draw(
     rank, first = np.unique(np.concatenate(ranks)[best] * scramble, return_index=True)  # ascending, and no copies
     number, size = number[best][first], size[best][first]
     survivor = clusters.survivor_D[number]
-    whole = _whole_clusters(survivor, number == survivor, config.cluster_documents)[: config.documents // 2]
+    several = np.zeros(len(clusters.survivor_D), bool)  # by survivor; an earlier generation's knows of no later copy
+    several[survivor[clusters.size_D[number] > 1]] = True
+    tied = np.flatnonzero(several[survivor])
+    whole = tied[_whole_clusters(survivor[tied], (number == survivor)[tied], config.cluster_documents)]
+    whole = whole[: config.documents // 2]
     whole = whole[np.cumsum(size[whole]) <= config.sample_bytes // 2]
     further = ~np.isin(np.arange(len(rank)), whole)
     uniform = (np.cumsum(further) <= config.documents - len(whole)) & (np.cumsum(size) <= config.sample_bytes // 2)
@@ -194,8 +197,7 @@ def _whole_clusters(cluster: I64, stays: npt.NDArray[np.bool_], most: int) -> I6
 def _texts(
     documents: str, shards: Sequence[str], firsts: I64, numbers: I64, originals: Originals | None
 ) -> Iterator[str]:
-    """The content of each of `numbers` (sorted), one shard in memory at a time."""
+    """The content of each of `numbers` (sorted), a part of a shard in memory at a time."""
     for shard in np.unique(np.searchsorted(firsts, numbers, side="right") - 1):
         wanted = numbers[slice(*np.searchsorted(numbers, firsts[shard : shard + 2]))] - firsts[shard]
-        table = read_contents(documents, shards[shard], ["content", "content_hash"], originals)
-        yield from table.column("content").take(pa.array(wanted)).to_pylist()
+        yield from texts_at(documents, shards[shard], wanted, originals)

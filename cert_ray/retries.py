@@ -30,6 +30,17 @@ _WAITS_S = (
     16,
 )  # assumed; each 20% more or less, so that tasks that failed together do not come together again
 _GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
+# What stays as it is: full, for reading only, or asked in a way that is refused (a store's "bad request" is EINVAL).
+_LASTING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOSYS,
+}
 # What libraries of object stores call what passes, none of them an `OSError` that Python knows.
 _PASSING_NAMES = re.compile(r"(?:Connection|Timeout)\w*Error$")
 
@@ -44,7 +55,7 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, InputError):
         return error.__cause__ is not None and is_passing(error.__cause__)
     if type(error) is OSError:
-        return error.errno != errno.ENOSPC
+        return error.errno not in _LASTING
     return any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
 
 

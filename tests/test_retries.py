@@ -30,7 +30,10 @@ def unreadable(cause: Exception) -> InputError:
     [
         (OSError(errno.EIO, "the storage said so"), True),
         (OSError("Service Unavailable"), True),
+        (OSError(errno.EBUSY, "slow down"), True),
         (OSError(errno.ENOSPC, "no space left"), False),
+        (OSError(errno.EROFS, "read-only"), False),
+        (OSError(errno.EINVAL, "bad request"), False),
         (FileNotFoundError(2, "gone"), False),
         (PermissionError(13, "not yours"), False),
         (ConnectionResetError(), True),

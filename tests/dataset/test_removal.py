@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections import Counter
@@ -19,7 +18,6 @@ from cert_ray.corpus.removals import Removal, blank, read_removals, selected
 from cert_ray.dataset import removal
 from cert_ray.dataset.on_ray import preprocess
 from cert_ray.dataset.options import PreprocessConfig
-from cert_ray.dedup.contents import read_contents
 from cert_ray.errors import ConfigError, InputError, ShardCorruptError
 from cert_ray.operations.remove import preview, remove
 from cert_ray.schemas import DOCUMENTS
@@ -266,17 +264,6 @@ def test_a_near_copy_that_is_appended_after_a_removal_does_not_come_in(
     manifest = preprocess(options, str(run))
     assert manifest.dropped == {"exact_duplicate": 1, "near_duplicate": 2, "removed_on_request": 3}
     assert (manifest.rows_read, manifest.rows_kept) == (18, 12)
-
-
-def test_an_input_that_gives_other_texts_than_were_removed_is_refused(tmp_path: Path) -> None:
-    table = pa.table({"content": pa.array(["a", None]), "content_hash": pa.array([b"1" * 16, b"2" * 16])})
-    pq.write_table(table, tmp_path / "shard-00000.parquet")
-    read = functools.partial(read_contents, str(tmp_path), "shard-00000", ["content", "content_hash"])
-    whole = table.set_column(0, "content", pa.array(["a", "b"]))
-    assert read(lambda shard: whole).column("content").to_pylist() == ["a", "b"]
-    for other in (whole.slice(1), whole.set_column(1, "content_hash", pa.array([b"1" * 16, b"3" * 16]))):
-        with pytest.raises(InputError, match=r"shard-00000\.parquet: .* reports/shard-00000\.json"):
-            read(lambda shard, other=other: other)
 
 
 def test_intermediates_that_were_deleted_are_not_missed(

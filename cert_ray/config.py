@@ -1,18 +1,28 @@
 """How every option group of cert-ray is declared: frozen, validated, without unknown fields.
 
 In: keyword arguments or a YAML mapping. Out: a `Config` that can be written whole into a manifest.
-Each stage declares its own subclass beside what it configures. "Off" is `None`, never a sentinel.
+Each stage declares its own subclass beside what it configures. "Off" is `None`, never a sentinel. A field that decides
+what a result costs and nothing about its bytes is declared `Annotated[..., COST_ONLY]`: no digest knows it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Self
 
 import pydantic
 import xxhash
 
 from cert_ray.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class _CostOnly:
+    """Marks a field that changes no byte of any result."""
+
+
+COST_ONLY = _CostOnly()
 
 
 class Config(pydantic.BaseModel):
@@ -36,8 +46,33 @@ class Config(pydantic.BaseModel):
             raise ConfigError(_explain(error, cls, where)) from error
 
     def digest(self) -> str:
-        """128-bit xxh3 of the canonical JSON of every option: equal options, equal digest."""
-        return str(xxhash.xxh3_128_hexdigest(self.model_dump_json().encode()))
+        """128-bit xxh3 of the canonical JSON of every option that decides the result: equal ones, equal digest."""
+        return str(xxhash.xxh3_128_hexdigest(self.model_dump_json(exclude=self._cost_only()).encode()))
+
+    def decides_as(self, options: Mapping[str, Any]) -> bool:
+        """Whether `options`, as a manifest holds them, decide the same result as these."""
+        excluded = self._cost_only()
+        return _without(options, excluded) == self.model_dump(mode="json", exclude=excluded)
+
+    def _cost_only(self) -> dict[str, Any]:
+        """The fields that change no bytes, also inside of others, as pydantic excludes them."""
+        found: dict[str, Any] = {}
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if COST_ONLY in field.metadata:
+                found[name] = True
+            elif isinstance(value, Config) and (inner := value._cost_only()):
+                found[name] = inner
+        return found
+
+
+def _without(options: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in options.items():
+        inner = excluded.get(name)
+        if inner is not True:
+            kept[name] = _without(value, inner) if inner and isinstance(value, Mapping) else value
+    return kept
 
 
 def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> str:

@@ -217,7 +217,7 @@ def are_whole(folder: str, files: Iterable[WrittenFile], verb: str) -> bool:
 
 
 def finished_manifest(folder: str, stage: str, verb: str, config: Config, inputs_digest: str) -> Manifest | None:
-    """The manifest of `folder` if it was made by these options from these inputs and its files are whole, else None.
+    """The manifest of `folder` if it was made by such options from these inputs and its files are whole, else None.
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
@@ -226,7 +226,7 @@ def finished_manifest(folder: str, stage: str, verb: str, config: Config, inputs
     if not is_finished(folder):
         return None
     manifest = read_manifest(folder, stage, verb)
-    if (manifest.config, manifest.inputs_digest) != (config.model_dump(mode="json"), inputs_digest):
+    if manifest.inputs_digest != inputs_digest or not config.decides_as(manifest.config):
         return None
     manifest.check()
     return manifest if are_whole(folder, manifest.files, verb) else None

@@ -2,6 +2,7 @@
 
 In and out: URLs as strings (`/data/x`, `s3://bucket/x`, `hf://...`), anything fsspec opens. A write becomes visible
 whole or not at all on local disks (temporary name, then rename); object stores do that by themselves for one object.
+What storage fails at in passing is tried again, by `retries`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 from cert_ray.errors import ConfigError, InputError, StorageFullError
+from cert_ray.retries import tried_again
 
 _CHECKSUM_BLOCK_BYTES = 4 << 20
 _PARTIAL_SUFFIX = ".partial"
@@ -98,18 +100,21 @@ def name_of(url: str) -> str:
     return url.rstrip("/").rsplit("/", 1)[-1]
 
 
+@tried_again
 def exists(url: str) -> bool:
     """Whether a file or folder stands at `url`."""
     filesystem, path = resolve(url)
     return bool(filesystem.exists(path))
 
 
+@tried_again
 def is_folder(url: str) -> bool:
     """Whether a folder (or object prefix) stands at `url`."""
     filesystem, path = resolve(url)
     return bool(filesystem.isdir(path))
 
 
+@tried_again
 def list_files(url: str) -> list[FileEntry]:
     """Every file below the folder `url`, sorted by URL. Symbolic links to folders are not followed (they may loop).
 
@@ -156,6 +161,16 @@ def _local_entry(path: str, found: os.stat_result) -> FileEntry:
     return FileEntry(path, found.st_size, str(found.st_mtime_ns))
 
 
+@tried_again
+def find(pattern: str) -> list[str]:
+    """The URLs of everything that matches the glob `pattern`, sorted."""
+    filesystem, inside = resolve(pattern)
+    found = filesystem.glob(inside)
+    local = isinstance(filesystem, LocalFileSystem)
+    return sorted(str(path if local else filesystem.unstrip_protocol(path)) for path in found)
+
+
+@tried_again
 def list_folders(url: str) -> list[str]:
     """The names of the folders that stand directly below `url`, sorted; none where nothing stands there."""
     filesystem, path = resolve(url)
@@ -167,11 +182,18 @@ def list_folders(url: str) -> list[str]:
 @contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open `url` for reading bytes."""
-    filesystem, path = resolve(url)
-    with filesystem.open(path, "rb") as stream:
+    with _open_read(url) as stream:
         yield stream
 
 
+@tried_again
+def _open_read(url: str) -> IO[bytes]:
+    filesystem, path = resolve(url)
+    opened: IO[bytes] = filesystem.open(path, "rb")
+    return opened
+
+
+@tried_again
 def read_bytes(url: str) -> bytes:
     """All bytes of `url`."""
     with open_read(url) as stream:
@@ -230,6 +252,7 @@ def remove_partial_files(url: str) -> None:
             path.unlink(missing_ok=True)
 
 
+@tried_again
 def write_bytes(url: str, payload: bytes | pa.Buffer) -> Written:
     """Write `payload` to `url`, whole or not at all."""
     with _open_write(url, len(payload)) as stream:
@@ -284,12 +307,23 @@ def write_parquet(table: pa.Table, url: str) -> Written:
     return write_bytes(url, parquet_bytes(table))
 
 
+@tried_again
 def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
-    """The table at `url`, or only `columns` of it."""
+    """The table at `url`, or only `columns` of it.
+
+    Raises:
+        pa.ArrowException: for a damaged file.
+    """
     filesystem, path = resolve(url)
-    return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+    try:
+        return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+    except OSError as error:
+        if error.errno is None and isinstance(filesystem, LocalFileSystem):  # Arrow's own, of bytes, not of the disk
+            raise pa.ArrowInvalid(str(error)) from error
+        raise
 
 
+@tried_again
 def checksum(url: str) -> Written:
     """Size and xxh3-128 of the bytes at `url`, read in blocks."""
     digest = xxhash.xxh3_128()
@@ -301,6 +335,7 @@ def checksum(url: str) -> Written:
     return Written(size_bytes, digest.hexdigest())
 
 
+@tried_again
 def remove(url: str) -> None:
     """Remove the file or folder at `url`, if there is one."""
     filesystem, path = resolve(url)
@@ -308,12 +343,14 @@ def remove(url: str) -> None:
         filesystem.rm(path, recursive=True)
 
 
+@tried_again
 def make_folder(url: str) -> None:
     """Make the folder `url`, and its parents."""
     filesystem, path = resolve(url)
     filesystem.makedirs(path, exist_ok=True)
 
 
+@tried_again
 def copy_folder_to_local(url: str, target: Path) -> None:
     """Copy everything below `url` into the local folder `target`."""
     filesystem, path = resolve(url)

@@ -17,6 +17,7 @@ FOUNDATION = {
     "schemas",
     "storage",
     "manifests",
+    "retries",
     "python_source",
     "libraries",
     "gpt_neo",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.corpus.decontamination import ProblemIndex
@@ -49,15 +50,18 @@ def plan_documents(config: DocumentsConfig) -> Plan:
         planned = plan_units(config.sources.model_copy(update={"inputs": inputs}), len(units))
         units += planned
         counts.append(len(planned))
-    elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}  # what the units say themselves
-    options = config.model_copy(
-        update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}
-    ).digest()
+    options = units_digest(config)
     problems = ProblemIndex.read(config.decontaminate) if config.decontaminate.problems else None
     if problems is None:
         return Plan(units, tuple(counts), None, inputs_digest(units), options)
     checksums = "-".join(problems.checksums.values())
     return Plan(units, tuple(counts), problems, f"{inputs_digest(units)}-{checksums}", f"{options}-{checksums}")
+
+
+def units_digest(config: DocumentsConfig) -> str:
+    """The digest of what `config` decides about a unit's outcome, beside what the unit says itself."""
+    elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}
+    return config.model_copy(update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}).digest()
 
 
 def write_documents(
@@ -71,7 +75,11 @@ def write_documents(
     result = documents_of_unit(unit, config, problems)
     documents = blank(result.documents, removals)
     name = f"{unit.name}.parquet"
-    files = [write_table(folder, name, documents), write_table(folder, f"drops/{name}", result.drops)]
+    written = write_table(folder, name, documents)
+    if documents is not result.documents:  # keys and clusters are those of the whole texts, whenever they were removed
+        whole = storage.parquet_bytes(result.documents)
+        written = written.model_copy(update={"stands_for": str(xxhash.xxh3_128_hexdigest(whole))})
+    files = [written, write_table(folder, f"drops/{name}", result.drops)]
     if problems:
         files.append(write_table(folder, f"contamination/{name}", result.contamination))
     reasons = result.drops.column("reason").value_counts().to_pylist()

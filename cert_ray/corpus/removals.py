@@ -2,9 +2,9 @@
 
 In: `RUN/removals.jsonl`, one `Removal` a line, written by `cert-ray remove` and read by preprocessing. Out: documents
 whose removed rows keep their number, name and hashes, and lose everything that was read from the file. The row stays
-because documents are numbered by it: no other file's number, cluster or shard changes. So a copy of a removed file that
-was dropped for it stays dropped, and a takedown lets no equal copy in. Near copies stay dropped while the shard stands:
-where it must be made again, after damage, dedup cannot compare them with a text that is gone.
+because documents are numbered by it: no other file's number, cluster or shard changes. So a copy of a removed file,
+equal or near, that was dropped for it stays dropped, and a takedown lets none in. Where dedup must look again, after
+damage or for inputs that came later, it takes the text from the input (`dedup.contents`) and keeps nothing of it.
 """
 
 from __future__ import annotations

@@ -120,11 +120,7 @@ def _expanded(inputs: tuple[str, ...]) -> Iterator[str]:
     for given in inputs:
         matches = [given]
         if any(character in given for character in "*?[") and not storage.exists(given):
-            filesystem, pattern = storage.resolve(given)
-            local = storage.is_local(given)
-            matches = sorted(
-                str(path if local else filesystem.unstrip_protocol(path)) for path in filesystem.glob(pattern)
-            )
+            matches = storage.find(given)
             if not matches:
                 raise InputError(given, "nothing matches this pattern", "Check the path; quote it for the shell.")
         yield from (match for match in matches if match not in seen)

@@ -20,11 +20,13 @@ from cert_ray import storage
 from cert_ray.corpus.archives import DAMAGE, decompressed, open_bytes
 from cert_ray.corpus.inputs import Columns, RawDocument, Record, SourceConfig
 from cert_ray.errors import MissingColumnsError
+from cert_ray.retries import tried_again
 from cert_ray.schemas import Dropped, DropReason
 
 _BATCH_ROWS = 256  # assumed: some megabytes of source at a time
 
 
+@tried_again
 def check_jsonl(url: str, source: str, config: SourceConfig) -> None:
     """Look at the first line of a JSONL file: is it a record with the columns to read?
 
@@ -170,10 +172,8 @@ def row_groups(
     Raises:
         MissingColumnsError: when it lacks the columns to read.
     """
-    try:
-        with open_bytes(url) as stream:
-            metadata = pq.read_metadata(stream)
-    except DAMAGE:
+    metadata = _footer(url)
+    if metadata is None:
         yield None, 0, 0
         return
     _check_columns(list(_leaves(metadata.schema.to_arrow_schema())), source, config.columns)
@@ -189,6 +189,16 @@ def row_groups(
         size_bytes += group.total_byte_size
     if run:
         yield run, rows, size_bytes
+
+
+@tried_again
+def _footer(url: str) -> pq.FileMetaData | None:
+    """What stands at the end of a Parquet file; None where it is damaged, which trying again does not mend."""
+    try:
+        with open_bytes(url) as stream:
+            return pq.read_metadata(stream)
+    except DAMAGE:
+        return None
 
 
 def read_parquet(url: str, source: str, groups: list[int] | None, config: SourceConfig) -> Iterator[Record]:

@@ -56,13 +56,25 @@ def annotate(
             rejected.append_column("reason", pa.array([str(r.reason) for r in reasons], pa.string())).append_column(
                 "detail", pa.array([r.detail for r in reasons], pa.string())
             ),
-            removed.append_column(
-                "reason", pa.array([str(DropReason.REMOVED_ON_REQUEST)] * len(removed), pa.string())
-            ).append_column("detail", pa.array([""] * len(removed), pa.string())),
         ]
     )
     annotated, drops = annotated.select(ANNOTATED.names).cast(ANNOTATED), drops.select(DROPS.names).cast(DROPS)
-    return annotated.combine_chunks(), drops.combine_chunks()
+    return annotated.combine_chunks(), with_removed(drops, removed)
+
+
+def with_removed(drops: pa.Table, removed: pa.Table) -> pa.Table:
+    """`drops` with one row more for each of `removed`; all that were removed on request, by source and path, come last.
+
+    So it is the same table whether one request named them, or several, or the files were gone from the start.
+    """
+    count = len(removed)
+    added = removed.select(["path", "source"])
+    added = added.append_column("reason", pa.array([str(DropReason.REMOVED_ON_REQUEST)] * count, pa.string()))
+    added = added.append_column("detail", pa.array([""] * count, pa.string()))
+    before = pc.equal(drops.column("reason"), DropReason.REMOVED_ON_REQUEST)
+    all_removed = pa.concat_tables([drops.filter(before), added.select(DROPS.names).cast(DROPS)])
+    ordered = all_removed.sort_by([("source", "ascending"), ("path", "ascending")])
+    return pa.concat_tables([drops.filter(pc.invert(before)), ordered]).combine_chunks()
 
 
 def row_counts(rows: pa.Table) -> dict[str, int]:

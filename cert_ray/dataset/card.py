@@ -31,6 +31,7 @@ from cert_ray.dataset.statistics import (
     median,
 )
 from cert_ray.manifests import Manifest
+from cert_ray.retries import tried_again
 from cert_ray.schemas import DropReason
 from cert_ray.sketching.anonymize import SketchKind
 
@@ -116,7 +117,7 @@ def examples(folder: str, manifest: Manifest) -> list[Example]:
     kind = SketchKind(manifest.config.get("sketch_kind", SketchKind.CONSTANTS))
     filled = [shard.shard for shard in manifest.shards if shard.rows_kept]
     places = {round(place) for place in np.linspace(0, len(filled) - 1, _EXAMPLE_SHARDS)} if filled else set()
-    found = [list(_candidates(storage.join(folder, f"{filled[place]}.parquet"))) for place in sorted(places)]
+    found = [_candidates(storage.join(folder, f"{filled[place]}.parquet")) for place in sorted(places)]
     turns = (rows[turn] for turn in range(_EXAMPLES) for rows in found if turn < len(rows))
     return [
         Example(file_name(row["repository"], row["path"]), blocks_of(row, kind))
@@ -124,10 +125,14 @@ def examples(folder: str, manifest: Manifest) -> list[Example]:
     ]
 
 
-def _candidates(url: str) -> Iterator[dict[str, Any]]:
+@tried_again
+def _candidates(url: str) -> list[dict[str, Any]]:
     """The rows among the shard's first that show most, best first, at most as many as there are examples."""
     with storage.open_read(url) as stream:
-        first = next(pq.ParquetFile(stream).iter_batches(_LOOKED_AT, columns=[*COLUMNS, "size_bytes"]))
+        # What is read ahead, and by threads of its own, would be the driver's peak.
+        shard = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        columns = [*COLUMNS, "size_bytes"]
+        first = next(shard.iter_batches(_LOOKED_AT, row_groups=[0], columns=columns, use_threads=False))
     table = pa.Table.from_batches([first])
     sizes = table.column("size_bytes").to_numpy()
     lists = table.column("placeholders")
@@ -139,7 +144,8 @@ def _candidates(url: str) -> Iterator[dict[str, Any]]:
     fits = (sizes >= _EXAMPLE_BYTES[0]) & (sizes <= _EXAMPLE_BYTES[1])
     # Where no file fits, the shortest ones do.
     order = np.lexsort((np.arange(len(table)), np.where(fits, 0, sizes), -variety * fits))
-    yield from table.take(pa.array(order[:_EXAMPLES])).to_pylist()
+    rows: list[dict[str, Any]] = table.take(pa.array(order[:_EXAMPLES])).to_pylist()
+    return rows
 
 
 def write_card(folder: str, manifest: Manifest) -> None:

@@ -15,13 +15,16 @@ import functools
 import itertools
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from typing import Literal
 
+import pyarrow as pa
 import pydantic
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.corpus.documents import DocumentsConfig
+from cert_ray.corpus.decontamination import ProblemIndex
+from cert_ray.corpus.documents import DocumentsConfig, documents_of_unit
 from cert_ray.corpus.on_ray import REDACTED, Plan, clean, plan_documents
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
 from cert_ray.corpus.removals import read_removals
@@ -30,6 +33,7 @@ from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
 from cert_ray.dataset.removal import apply_removals
 from cert_ray.dataset.statistics import largest_clusters, shard_statistics, write_statistics
+from cert_ray.dedup.contents import Originals
 from cert_ray.dedup.on_ray import deduplicate
 from cert_ray.errors import InputError
 from cert_ray.manifests import Manifest, ShardReport
@@ -139,6 +143,7 @@ def _preprocess(
         config.minhash,
         workers,
         config.dedup_quality,
+        _originals(documents_config, plan, documents),
     )
     options = AnnotateConfig(weights=config.weights, sketch_kind=config.sketch_kind)
     units = [
@@ -164,6 +169,19 @@ def _preprocess(
         manifests.write_manifest(folder, manifest)
     logger.info("dataset: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest
+
+
+def _originals(config: DocumentsConfig, plan: Plan, documents: Manifest) -> Originals | None:
+    """Where dedup finds the texts of files that were taken down; None where none was."""
+    shards = zip(plan.units, documents.shards, strict=True)
+    units = {unit.name: unit for unit, shard in shards if shard.files[0].stands_for}
+    return functools.partial(_original, units=units, config=config, problems=plan.problems) if units else None
+
+
+def _original(
+    shard: str, units: Mapping[str, WorkUnit], config: DocumentsConfig, problems: ProblemIndex | None
+) -> pa.Table:
+    return documents_of_unit(units[shard], config, problems).documents
 
 
 def _summarize(

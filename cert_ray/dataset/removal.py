@@ -29,7 +29,7 @@ from cert_ray.corpus.removals import (
     selected,
     write_removals,
 )
-from cert_ray.dataset.annotate import row_counts
+from cert_ray.dataset.annotate import row_counts, with_removed
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.statistics import FOLDER as STATISTICS
 from cert_ray.dataset.statistics import ShardStatistics, file_name, read_statistics, shard_statistics
@@ -172,7 +172,10 @@ def _without_rows(folder: str, report: ShardReport, removals: Sequence[Removal])
     rows = _read(storage.join(folder, name))
     mask = selected(rows, removals)
     removed, rows = rows.filter(mask), _as(ANNOTATED, rows.filter(pc.invert(mask)))
-    drops = _with_removed(_read(storage.join(folder, drops_name)), removed)
+    drops = _as(DROPS, _read(storage.join(folder, drops_name)))
+    whole = {file.name: manifests.are_whole(folder, [file], VERB) for file in report.files}
+    if whole[name] or not whole[drops_name]:  # else an interrupted removal has come further: they are written already
+        drops = with_removed(drops, removed)
     statistics = _without_names(folder, report.shard, rows, removed).model_dump_json() + "\n"
     on_request = int(pc.sum(pc.equal(drops.column("reason"), DropReason.REMOVED_ON_REQUEST)).as_py())
     _replace(
@@ -192,22 +195,6 @@ def _without_rows(folder: str, report: ShardReport, removals: Sequence[Removal])
 def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
     """`table` as the stage would have made it: a file that was read names the items of lists in another way."""
     return table.cast(schema).combine_chunks()
-
-
-def _with_removed(drops: pa.Table, removed: pa.Table) -> pa.Table:
-    """`drops` with one row for each of `removed`, which may stand in it already."""
-    count = len(removed)
-    added = removed.select(["path", "source"]).append_column(
-        "reason", pa.array([str(DropReason.REMOVED_ON_REQUEST)] * count, pa.string())
-    )
-    added = added.append_column("detail", pa.array([""] * count, pa.string())).select(DROPS.names).cast(DROPS)
-    names = set(zip(*(added.column(key).to_pylist() for key in ("path", "source")), strict=True))
-    columns = (drops.column(key).to_pylist() for key in ("path", "source", "reason"))
-    before = [
-        reason != DropReason.REMOVED_ON_REQUEST or (path, source) not in names
-        for path, source, reason in zip(*columns, strict=True)
-    ]
-    return _as(DROPS, pa.concat_tables([drops.filter(pa.array(before, pa.bool_())), added]))
 
 
 def _without_names(folder: str, shard: str, rows: pa.Table, removed: pa.Table) -> ShardStatistics:

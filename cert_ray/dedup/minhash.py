@@ -15,6 +15,7 @@ equal rows is as likely as under independent permutations.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pydantic
 import xxhash
 
-from cert_ray.config import Config
+from cert_ray.config import COST_ONLY, Config
 
 U8 = npt.NDArray[np.uint8]
 U32 = npt.NDArray[np.uint32]
@@ -56,8 +57,8 @@ class MinHashConfig(Config):
     seed: int = pydantic.Field(1, ge=0)
     # What a task that looks for edges holds at a time; neither changes the outcome. Of more documents, keys are cut
     # into ranges, and signatures wait in a temporary file.
-    keys_in_memory: int = pydantic.Field(20_000_000, ge=1)  # sorting them takes about 0.6 GB
-    signatures_in_memory: int = pydantic.Field(250_000, ge=1)  # 128 MB
+    keys_in_memory: Annotated[int, COST_ONLY] = pydantic.Field(20_000_000, ge=1)  # sorting them takes about 0.6 GB
+    signatures_in_memory: Annotated[int, COST_ONLY] = pydantic.Field(250_000, ge=1)  # 128 MB
 
     @pydantic.model_validator(mode="after")
     def _bands_fit(self) -> MinHashConfig:

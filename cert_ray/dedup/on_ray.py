@@ -16,6 +16,7 @@ import ray
 from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.dedup import survivors
+from cert_ray.dedup.contents import Originals
 from cert_ray.dedup.decisions import Ranking, rank_documents
 from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
@@ -43,6 +44,7 @@ def deduplicate(
     config: MinHashConfig,
     workers: int | None = None,
     quality: QualityConfig | None = None,
+    originals: Originals | None = None,
 ) -> Manifest:
     """Exact and near duplicates of the documents that `manifest` lists; writes `folder`, see `dedup.survivors`.
 
@@ -51,9 +53,11 @@ def deduplicate(
 
     Args:
         quality: how near-dedup is measured against brute force, into the manifest's notes; None does not measure it.
+        originals: picklable; where the texts come from that a takedown emptied. None where it emptied none.
 
     Raises:
         ConservationError: when a shard's keys are not those of as many documents as `manifest` says.
+        InputError: when a text that was taken down is needed, and the input does not give it any more.
     """
     options = DedupConfig(minhash=config, quality=quality)
     inputs = "-".join([manifest.files_digest(), config.digest(), *map(str, manifest.notes["generations"])])
@@ -61,7 +65,7 @@ def deduplicate(
         logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
         return finished
     with attempt(folder, STAGE, VERB, config.digest()) as run:
-        result = _deduplicate(documents, manifest, run, options, inputs, workers)
+        result = _deduplicate(documents, manifest, run, options, inputs, workers, originals)
         manifests.write_manifest(folder, result)
     logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
     return result
@@ -74,6 +78,7 @@ def _deduplicate(
     options: DedupConfig,
     inputs: str,
     workers: int | None,
+    originals: Originals | None,
 ) -> Manifest:
     folder, config = run.folder, options.minhash
     units = [
@@ -84,7 +89,9 @@ def _deduplicate(
         )
         for shard in manifest.shards
     ]
-    work = functools.partial(survivors.write_keys, documents=documents, folder=folder, config=config)
+    work = functools.partial(
+        survivors.write_keys, documents=documents, folder=folder, config=config, originals=originals
+    )
     keys = run_units(units, work, run, workers=workers)
     for before, after in zip(manifest.shards, keys, strict=True):
         manifests.check_handover(f"{STAGE}/{after.shard}", before.rows_kept, after.rows_read)
@@ -97,9 +104,11 @@ def _deduplicate(
     edges = _Fetched(list(_near_edges(folder, shards, rows, ranking, config, workers)))
     clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
+    del edges, ranking, first_D  # two dozen bytes per document, while the sample below is drawn
     notes: dict[str, Any] = {**differences}
     if options.quality is not None:
-        notes["near_dedup_quality"] = measure_quality(documents, shards, rows, clusters, config, options.quality)
+        measured = measure_quality(documents, shards, rows, clusters, config, options.quality, originals)
+        notes["near_dedup_quality"] = measured
     result = manifests.summarize(STAGE, options, inputs, reports, notes)
     manifests.check_handover(STAGE, manifest.rows_kept, result.rows_read)
     return result

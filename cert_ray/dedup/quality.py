@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.compute as pc
 import pydantic
 from scipy.sparse import csr_array
 
 from cert_ray import storage
 from cert_ray.config import Config
+from cert_ray.dedup.contents import Originals, texts_at
 from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
 
@@ -60,6 +60,7 @@ def measure_quality(
     clusters: Clusters,
     minhash: MinHashConfig,
     config: QualityConfig,
+    originals: Originals | None = None,
 ) -> dict[str, Any]:
     """Recall and precision of `clusters` on a sample; None where there was nothing to judge.
 
@@ -69,7 +70,8 @@ def measure_quality(
     firsts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
     chosen = _choose_shards(firsts, clusters, config)
     sample = _draw(documents, shards, firsts, chosen, clusters, config)
-    sets = _shingle_sets(_texts(documents, shards, firsts, sample.numbers), minhash.shingle_tokens)
+    texts = _texts(documents, shards, firsts, sample.numbers, originals)
+    sets = _shingle_sets(texts, minhash.shingle_tokens)
     counts = _count_pairs(sets, sample, minhash.threshold)
     return {
         "documents": len(sample.numbers),
@@ -156,10 +158,8 @@ def _draw(
     numbers, ranks, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for shard in chosen:
         url = storage.join(documents, f"{shards[shard]}.parquet")
-        table = storage.read_parquet(url, ["content_hash", "size_bytes", "content"])
-        present = pc.is_valid(table.column("content"))  # what was removed on request has no text to judge
-        table = table.filter(present)
-        numbers.append(firsts[shard] + np.flatnonzero(present.to_numpy()))
+        table = storage.read_parquet(url, ["content_hash", "size_bytes"])
+        numbers.append(np.arange(firsts[shard], firsts[shard] + len(table)))
         sizes.append(table.column("size_bytes").to_numpy().astype(np.int64))
         hashes = np.frombuffer(b"".join(table.column("content_hash").to_pylist()), ">u8")
         ranks.append(hashes[::2].astype(np.uint64))
@@ -169,7 +169,11 @@ def _draw(
     rank, first = np.unique(np.concatenate(ranks)[best] * scramble, return_index=True)  # ascending, and no copies
     number, size = number[best][first], size[best][first]
     survivor = clusters.survivor_D[number]
-    whole = _whole_clusters(survivor, number == survivor, config.cluster_documents)[: config.documents // 2]
+    several = np.zeros(len(clusters.survivor_D), bool)  # by survivor; an earlier generation's knows of no later copy
+    several[survivor[clusters.size_D[number] > 1]] = True
+    tied = np.flatnonzero(several[survivor])
+    whole = tied[_whole_clusters(survivor[tied], (number == survivor)[tied], config.cluster_documents)]
+    whole = whole[: config.documents // 2]
     whole = whole[np.cumsum(size[whole]) <= config.sample_bytes // 2]
     further = ~np.isin(np.arange(len(rank)), whole)
     uniform = (np.cumsum(further) <= config.documents - len(whole)) & (np.cumsum(size) <= config.sample_bytes // 2)
@@ -190,12 +194,10 @@ def _whole_clusters(cluster: I64, stays: npt.NDArray[np.bool_], most: int) -> I6
     return order[place < most]
 
 
-def _texts(documents: str, shards: Sequence[str], firsts: I64, numbers: I64) -> Iterator[str]:
-    """The content of each of `numbers` (sorted), one shard in memory at a time."""
+def _texts(
+    documents: str, shards: Sequence[str], firsts: I64, numbers: I64, originals: Originals | None
+) -> Iterator[str]:
+    """The content of each of `numbers` (sorted), a part of a shard in memory at a time."""
     for shard in np.unique(np.searchsorted(firsts, numbers, side="right") - 1):
         wanted = numbers[slice(*np.searchsorted(numbers, firsts[shard : shard + 2]))] - firsts[shard]
-        column = storage.read_parquet(storage.join(documents, f"{shards[shard]}.parquet"), ["content"]).column(
-            "content"
-        )
-        for row in wanted.tolist():
-            yield column[row].as_py()
+        yield from texts_at(documents, shards[shard], wanted, originals)

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from cert_ray import storage
 from cert_ray.dedup import decisions
 from cert_ray.dedup.buckets import bucket_edges, joined, second_of, sharing
+from cert_ray.dedup.contents import Originals, read_contents
 from cert_ray.dedup.decisions import UNRANKED, Clusters, Documents, Ranking
 from cert_ray.dedup.minhash import BINS, I64, U8, U32, U64, MinHashConfig, signatures
 from cert_ray.errors import StorageFullError
@@ -35,10 +36,12 @@ from cert_ray.shards.units import WorkUnit, write_table
 _LEAST_TASKS = 4
 
 
-def write_keys(unit: WorkUnit, documents: str, folder: str, config: MinHashConfig) -> ShardReport:
-    """Keys and signatures of one shard of `documents`."""
+def write_keys(
+    unit: WorkUnit, documents: str, folder: str, config: MinHashConfig, originals: Originals | None = None
+) -> ShardReport:
+    """Keys and signatures of one shard of `documents`, of files that were taken down as well: see `contents`."""
     columns = ["content", "content_hash", "stars", "size_bytes"]
-    table = storage.read_parquet(storage.join(documents, f"{unit.name}.parquet"), columns)
+    table = read_contents(documents, unit.name, columns, originals)
     signature_DK, keys_DB, has_shingle_D = signatures(table.column("content").combine_chunks(), config)
     keys = {name: table.column(name).combine_chunks() for name in columns[1:]}
     keys["has_shingle"] = pa.array(has_shingle_D)

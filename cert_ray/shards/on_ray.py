@@ -18,6 +18,7 @@ import ray.data
 
 from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
+from cert_ray.retries import tried_again
 from cert_ray.shards import units as units_module
 from cert_ray.shards.units import Attempt, Work, WorkUnit
 from cert_ray.telemetry import logs
@@ -25,10 +26,6 @@ from cert_ray.telemetry.on_ray import count_plan, count_report
 from cert_ray.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
-
-# What a storage over a network says now and then. Ray looks for it in "TypeName: message". A full disk stays full.
-_PASSING_ERRORS = (r"\bOSError: (?!\[Errno 28\])", r"(?:Connection\w*|Timeout\w*)Error")
-_RETRIES = 4  # after up to 2, 4, 8 and 16 s; assumed: clients of object stores have tried again by themselves before
 
 Outcome = tuple[ShardReport, bool]  # and whether it was there before
 
@@ -113,13 +110,8 @@ def run_units(
 
 @contextlib.contextmanager
 def _our_context() -> Iterator[None]:
-    """Datasets made meanwhile hand over every report when it is made, try passing errors again, and draw no bars."""
-    options = {
-        "enable_progress_bars": False,
-        "target_max_block_size": 1,
-        "retried_map_errors": list(_PASSING_ERRORS),
-        "max_map_retries": _RETRIES,
-    }
+    """Datasets made meanwhile hand over every report when it is made, and draw no bars."""
+    options = {"enable_progress_bars": False, "target_max_block_size": 1}
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in options}
     for name, value in options.items():
@@ -157,7 +149,7 @@ def _perform(unit: WorkUnit, work: Work, run: Attempt) -> Outcome:
 def _tried(unit: WorkUnit, work: Work, run: Attempt) -> dict[str, Any]:
     """In a task: the row of a unit, with its report or with the error that was raised on purpose."""
     try:
-        report, was_there = _perform(unit, work, run)
+        report, was_there = tried_again(_perform)(unit, work, run)
     except CertRayError as error:
         return {"report": "", "reused": False, "error": pickle.dumps(error)}
     return {"report": report.model_dump_json(), "reused": was_there, "error": b""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -18,10 +18,9 @@ from cert_ray.dedup import survivors
 from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError
 from cert_ray.manifests import Manifest, ShardReport
 from tests.chaos.run import compare, tree
-from tests.dataset.builders import write_corpus
-from tests.ray_marks import RAY_DATA
+from tests.dataset.builders import in_this_process, write_corpus
 
-pytestmark = RAY_DATA
+pytestmark = pytest.mark.slow
 
 SHARD = "shard-00001"
 
@@ -30,8 +29,14 @@ def config(corpus: Path, **options: object) -> PreprocessConfig:
     return PreprocessConfig.model_validate({"sources": {"inputs": [str(corpus)], "unit_bytes": 20_000}, **options})
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_ray() -> Iterator[None]:
+    with in_this_process():
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[PreprocessConfig, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreprocessConfig, Path]:
     """A finished run; each test here leaves it finished and equal."""
     folder = tmp_path_factory.mktemp("faults")
     write_corpus(folder / "corpus")
@@ -169,6 +174,7 @@ def test_a_finished_dedup_is_reused_until_documents_or_options_change(
     monkeypatch.setattr(survivors, "write_clusters", lambda *given: runs.append(given) or true_clusters(*given))
     preprocess(config(tmp_path / "corpus"), str(run))
     preprocess(config(tmp_path / "corpus", sketch_kind="names"), str(run))
+    preprocess(config(tmp_path / "corpus", minhash={"keys_in_memory": 7, "signatures_in_memory": 3}), str(run))
     assert runs == []
     preprocess(config(tmp_path / "corpus", minhash={"threshold": 0.9}), str(run))
     assert len(runs) == 1

@@ -14,7 +14,7 @@ from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.errors import InputError, SchemaVersionError, ShardCorruptError
 from cert_ray.manifests import Manifest
 from tests.corpus.hostile import GOOD_FILES, build_hostile_corpus, good_source, hostile_inputs
-from tests.dataset.builders import write_corpus
+from tests.dataset.builders import in_this_process, write_corpus
 from tests.ray_marks import RAY_DATA
 
 pytestmark = RAY_DATA
@@ -35,6 +35,8 @@ def test_dataset_is_the_same_with_one_and_three_workers_and_adds_up(tmp_path: Pa
     three = preprocess(options, str(tmp_path / "three"), workers=3)
     assert len(one.shards) > 1
     assert shard_checksums(one) == shard_checksums(three)
+    with in_this_process():
+        assert preprocess(options, str(tmp_path / "plain")) == one
     assert one.dropped == {"exact_duplicate": 1, "near_duplicate": 1, "not_python_3": 1}
     assert (one.rows_read, one.rows_kept) == (15, 12)
     for name, checksum in shard_checksums(one):

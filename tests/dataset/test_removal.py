@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -25,14 +24,13 @@ from cert_ray.schemas import DOCUMENTS
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.pack import pack_in_process
 from cert_ray.tokens.vocabulary import TokenizerConfig, train_on_dataset
-from tests.dataset.builders import FILE
-from tests.ray_marks import RAY_DATA
+from tests.dataset.builders import FILE, in_this_process
 
-pytestmark = RAY_DATA
+pytestmark = pytest.mark.slow
 
 GONE = "Someone/Secret"
 ASKED = Removal(repository=GONE.lower(), asked="2026-01-02", reason="request 17")
-MARK = "zzq"  # stands in every file of the repository, and in a copy of one of them
+MARK = "zzq"  # stands in every file of the repository, and in copies of two of them
 
 
 def source(index: int, mark: str) -> str:
@@ -52,20 +50,27 @@ def row(index: int, repository: str | None, text: str) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_ray() -> Iterator[None]:
+    with in_this_process():
+        yield
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[PreprocessConfig, Path]:
-    """A run of four shards; the repository has files in two of them, and one that a third one's file is a copy of."""
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreprocessConfig, Path]:
+    """A run of four shards; the repository has files in two of them, and others hold a copy and a near copy of one."""
     folder = tmp_path_factory.mktemp("takedown")
     rows = [
         row(i, GONE if i in (1, 2, 7) else f"other/{i}", source(i, MARK if i in (1, 2, 7) else "everything_else"))
         for i in range(16)
     ]
     rows[13] = row(13, "other/copies", rows[2]["content"])
+    rows[15] = row(15, "other/nearly", rows[7]["content"] + "\nlast_value = 1\n")
     rows[14] = row(14, None, rows[14]["content"])
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet", row_group_size=4)
     options = PreprocessConfig.model_validate({"sources": {"inputs": [str(folder / "rows.parquet")], "unit_bytes": 1}})
     manifest = preprocess(options, str(folder / "run"), workers=2)
-    assert (manifest.rows_kept, manifest.dropped) == (15, {"exact_duplicate": 1})
+    assert (manifest.rows_kept, manifest.dropped) == (14, {"exact_duplicate": 1, "near_duplicate": 1})
     assert len(manifest.shards) == 4
     return options, folder / "run"
 
@@ -91,12 +96,12 @@ def texts(run: Path) -> Iterator[tuple[str, str]]:
 
 
 def holders(run: Path) -> set[str]:
-    """The files below `run` that hold text of the repository; the copy in file 13 is another repository's own."""
+    """The files below `run` that hold text of the repository; the copies in one shard are other repositories' own."""
     found = {str(Path(name).relative_to(run)) for name, text in texts(run) if MARK in text}
     copies = run / "documents" / "shard-00003.parquet"
     if copies.exists():
         rows = pq.read_table(copies).to_pylist()
-        assert {r["repository"] for r in rows if MARK in (r["content"] or "")} <= {"other/copies"}
+        assert {r["repository"] for r in rows if MARK in (r["content"] or "")} <= {"other/copies", "other/nearly"}
     return found - {"documents/shard-00003.parquet"}
 
 
@@ -106,13 +111,13 @@ def test_text_is_gone_and_everything_else_stays(run: Path) -> None:
     done = remove(str(run), ASKED)
     assert holders(run) == set()
     manifest = manifests.read_manifest(str(run / "dataset"), "dataset", "preprocess")
-    assert (manifest.rows_read, manifest.rows_kept) == (16, 12)
-    assert manifest.dropped == {"exact_duplicate": 1, "removed_on_request": 3}
+    assert (manifest.rows_read, manifest.rows_kept) == (16, 11)
+    assert manifest.dropped == {"exact_duplicate": 1, "near_duplicate": 1, "removed_on_request": 3}
     for stage in ("documents", "dataset"):
         for file in manifests.read_manifest(str(run / stage), stage, "preprocess").files:
             manifests.check_file(str(run / stage), file, "preprocess")
     rows = [r for shard in sorted((run / "dataset").glob("*.parquet")) for r in pq.read_table(shard).to_pylist()]
-    assert len(rows) == 12
+    assert len(rows) == 11
     assert manifest.counts["content_bytes"] == sum(r["size_bytes"] for r in rows)
     drops = [r for p in (run / "dataset" / "drops").iterdir() for r in pq.read_table(p).to_pylist()]
     assert Counter(r["reason"] for r in drops) == manifest.dropped
@@ -207,28 +212,58 @@ def test_preprocessing_finishes_an_interrupted_removal_and_never_brings_it_back(
     before = contents(run)
     assert preprocess(options, str(run)) == finished_by_it
     assert contents(run) == before
-    # A damaged shard and other options are made again from documents; other cleaning from the inputs themselves.
-    shard = run / "dataset" / "shard-00000.parquet"
-    shard.write_bytes(shard.read_bytes()[:-9])
-    preprocess(options, str(run))
-    assert contents(run) == before
-    shutil.rmtree(run / "documents")
-    shard.write_bytes(shard.read_bytes()[:-9])
-    preprocess(options, str(run))
-    now, shards = contents(run), re.compile(r"(documents|dataset)/(drops/)?shard-\d+\.parquet|dataset/statistics/.*")
-    assert len([name for name in before if shards.fullmatch(name)]) == 4 * 5
-    assert all(now[name] == content for name, content in before.items() if shards.fullmatch(name))
     for change in ({"sketch_kind": "names"}, {"cleaning": {"min_lines": 6}}):
         other = preprocess(PreprocessConfig.model_validate({**options.model_dump(), **change}), str(run))
-        assert other.rows_kept == 12
+        assert other.rows_kept == 11
         assert other.dropped["removed_on_request"] == 3
         assert holders(run) == set()
 
 
-def test_a_copy_of_a_removed_file_does_not_come_in(finished: tuple[PreprocessConfig, Path], run: Path) -> None:
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        ["dataset/shard-00000.parquet"],
+        ["documents/shard-00000.parquet", "dataset/shard-00001.parquet"],
+        [
+            "dedup/keys/shard-00001.parquet",
+            "dedup/signatures/shard-00000.parquet",
+            "dedup/clusters/shard-00003.parquet",
+        ],
+        ["documents", "dedup", "dataset"],
+    ],
+)
+def test_what_is_rebuilt_after_a_removal_equals_what_was_there(
+    finished: tuple[PreprocessConfig, Path], run: Path, damaged: list[str]
+) -> None:
+    """Copies of a removed file stay out, near ones too, though nothing in the run holds its text any more."""
     remove(str(run), ASKED)
-    kept = [r["path"] for p in (run / "dataset").glob("*.parquet") for r in pq.read_table(p).to_pylist()]
-    assert "src/file_13.py" not in kept
+    before = contents(run)
+    for name in damaged:
+        if (run / name).is_dir():
+            shutil.rmtree(run / name)
+        else:
+            (run / name).write_bytes((run / name).read_bytes()[:-9])
+    (run / "dataset" / "manifest.json").unlink(missing_ok=True)  # a finished dataset reads no intermediates
+    manifest = preprocess(finished[0], str(run))
+    assert manifest.dropped == {"exact_duplicate": 1, "near_duplicate": 1, "removed_on_request": 3}
+    assert holders(run) == set()
+    after = contents(run)
+    assert [name for name in {*before, *after} if before.get(name) != after.get(name)] == []
+
+
+def test_a_near_copy_that_is_appended_after_a_removal_does_not_come_in(
+    finished: tuple[PreprocessConfig, Path], run: Path, tmp_path: Path
+) -> None:
+    remove(str(run), ASKED)
+    preprocess(finished[0], str(run), intermediates="remove")
+    rows = [row(16, "late/copy", source(1, MARK) + "\nlast_value = 2\n"), row(17, "late/own", source(17, "other"))]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "late.parquet")
+    options = PreprocessConfig.model_validate(
+        {**finished[0].model_dump(), "appended": [[str(tmp_path / "late.parquet")]]}
+    )
+    manifest = preprocess(options, str(run))
+    assert manifest.dropped == {"exact_duplicate": 1, "near_duplicate": 2, "removed_on_request": 3}
+    assert (manifest.rows_read, manifest.rows_kept) == (18, 12)
 
 
 def test_intermediates_that_were_deleted_are_not_missed(
@@ -256,7 +291,7 @@ def test_packed_tokens_are_made_again_for_the_shards_that_changed(run: Path) -> 
     assert not list(tokens.glob("shard-00000*"))
     assert not manifests.is_finished(str(tokens))
     again = pack_in_process(dataset, tokenizer, str(tokens), options)
-    assert (first.rows_kept, again.rows_kept) == (15, 12)
+    assert (first.rows_kept, again.rows_kept) == (14, 11)
     assert first.notes["dataset_digest"] != again.notes["dataset_digest"]
     assert {path.name: path.stat().st_mtime_ns for path in tokens.glob("shard-00003*")} == untouched
     packed = contents(tokens)
@@ -289,11 +324,28 @@ def test_files_are_selected_by_all_that_is_given(run: Path, selector: dict[str, 
         assert manifest.dropped["removed_on_request"] == rows
 
 
+def test_two_removals_in_one_shard_add_up_whatever_their_order_and_paths(
+    finished: tuple[PreprocessConfig, Path], tmp_path: Path
+) -> None:
+    """Files of several repositories have one path, as in a table of whole repositories they often do."""
+    rows = [{**row(i, f"other/{i}", source(i, "own")), "max_stars_repo_path": "src/main.py"} for i in range(4)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    options = PreprocessConfig.model_validate({"sources": {"inputs": [str(tmp_path / "rows.parquet")]}})
+    run = tmp_path / "run"
+    preprocess(options, str(run))
+    for repository in ("other/2", "other/1"):
+        remove(str(run), Removal(repository=repository, asked="2026-01-02"))
+    before = contents(run)
+    (run / "dataset" / "shard-00000.parquet").write_bytes(b"")
+    assert preprocess(options, str(run)).dropped == {"removed_on_request": 2}
+    assert contents(run) == before
+
+
 def test_two_removals_add_up(run: Path) -> None:
     remove(str(run), ASKED)
     remove(str(run), Removal(repository="other/0", asked="2026-01-03"))
     manifest = manifests.read_manifest(str(run / "dataset"), "dataset", "preprocess")
-    assert manifest.dropped == {"exact_duplicate": 1, "removed_on_request": 4}
+    assert manifest.dropped == {"exact_duplicate": 1, "near_duplicate": 1, "removed_on_request": 4}
     assert [(one.asked, one.finished) for one in read_removals(str(run))] == [
         ("2026-01-02", True),
         ("2026-01-03", True),

@@ -1,0 +1,74 @@
+"""The documents of a shard as dedup compares them: whole, whatever was taken down since.
+
+In: the shards of the documents stage, where a removed file has a row without a text. Out: the same rows with all texts.
+What was taken down is made again from the input, in memory, so that its copies are found whenever keys are made: before
+the takedown or after it, the same documents are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cert_ray import storage
+from cert_ray.dedup.minhash import I64
+from cert_ray.errors import InputError
+from cert_ray.retries import tried_again
+
+Originals = Callable[[str], pa.Table]  # the documents of a shard as its input gives them
+
+
+def read_contents(documents: str, shard: str, columns: Sequence[str], originals: Originals | None) -> pa.Table:
+    """`columns`, with `content` and `content_hash` among them, of one shard of `documents`.
+
+    Args:
+        originals: where removed texts come from; may be None where no file was removed.
+
+    Raises:
+        InputError: when the input does not give the shard's documents any more.
+    """
+    url = storage.join(documents, f"{shard}.parquet")
+    table = storage.read_parquet(url, list(columns))
+    if not table.column("content").null_count:
+        return table
+    assert originals is not None, "documents without a text, and nothing to make it from"
+    original = originals(shard)
+    if not original.column("content_hash").equals(table.column("content_hash")):
+        raise InputError(
+            url,
+            "its input gives other documents now, and texts that were taken down are needed to find their copies",
+            f"Delete reports/{shard}.json beside it: the next run makes the shard again.",
+        )
+    return table.set_column(table.schema.get_field_index("content"), "content", original.column("content"))
+
+
+def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None) -> list[str]:
+    """The texts of some `rows` (ascending) of one shard of `documents`, with a row group in memory at a time.
+
+    Args, raises: as `read_contents`, which reads the whole shard; so does this where one of the rows was removed.
+    """
+    texts = _texts_at(storage.join(documents, f"{shard}.parquet"), rows)
+    if None in texts:
+        content = read_contents(documents, shard, ["content", "content_hash"], originals).column("content")
+        texts = content.take(pa.array(rows)).to_pylist()
+    return [str(text) for text in texts]
+
+
+@tried_again
+def _texts_at(url: str, rows: I64) -> list[str | None]:
+    texts: list[str | None] = []
+    first = 0
+    with storage.open_read(url) as stream:
+        # What is read ahead, and by threads of its own, stays with the process.
+        table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+        for group in range(table.num_row_groups):
+            last = first + table.metadata.row_group(group).num_rows
+            wanted = rows[slice(*np.searchsorted(rows, [first, last]))] - first
+            if len(wanted):
+                column = table.read_row_group(group, ["content"], use_threads=False).column("content")
+                texts += column.take(pa.array(wanted)).to_pylist()
+            first = last
+    return texts

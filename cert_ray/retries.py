@@ -1,0 +1,86 @@
+"""Errors of storage that pass, and trying again: the one policy, for tasks and for the driver.
+
+In: a call that may be made again. Out: what it returns, or its error when that is none that passes, or came every time.
+Clients of object stores have tried again by themselves before. Each call of `cert_ray.storage` is tried again here, and
+so is a work unit as a whole, for what it reads as a stream; an error that came every time is not tried again outside.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import random
+import re
+import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from cert_ray.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+_WAITS_S = (
+    2,
+    4,
+    8,
+    16,
+)  # assumed; each 20% more or less, so that tasks that failed together do not come together again
+_GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
+# What stays as it is: full, for reading only, or asked in a way that is refused (a store's "bad request" is EINVAL).
+_LASTING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EINVAL,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENOSYS,
+}
+# What libraries of object stores call what passes, none of them an `OSError` that Python knows.
+_PASSING_NAMES = re.compile(r"(?:Connection|Timeout)\w*Error$")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether `error` is one that storage over a network gives now and then; a full disk stays full.
+
+    A missing file and a refused permission are errors of other types. An input that could not be read is judged by why.
+    """
+    if _GAVE_UP in getattr(error, "__notes__", ()):
+        return False
+    if isinstance(error, InputError):
+        return error.__cause__ is not None and is_passing(error.__cause__)
+    if type(error) is OSError:
+        return error.errno not in _LASTING
+    return any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
+
+
+def tried_again(call: Callable[P, R]) -> Callable[P, R]:
+    """`call`, made up to five times, over half a minute, while it raises what passes; it must bear being repeated."""
+
+    @functools.wraps(call)
+    def patient(*args: P.args, **options: P.kwargs) -> R:
+        for wait_s in _WAITS_S:
+            try:
+                return call(*args, **options)
+            except Exception as error:
+                if not is_passing(error):
+                    raise
+                logger.warning("%s, tried again: %s: %s", call.__name__, type(error).__name__, error)
+            _wait(wait_s * random.uniform(0.8, 1.2))
+        try:
+            return call(*args, **options)
+        except Exception as error:
+            if is_passing(error):
+                error.add_note(_GAVE_UP)
+            raise
+
+    return patient
+
+
+def _wait(seconds: float) -> None:
+    time.sleep(seconds)

@@ -12,7 +12,7 @@ tokens nor where a stop string is looked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from tokenizers import Tokenizer
@@ -23,6 +23,10 @@ PAPER_STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\n
 # A stop string may begin inside a token: this many tokens more than its bytes are decoded. Assumed: no UTF-8 character
 # spreads over more than four tokens.
 _TAIL_SLACK_TOKENS = 4
+
+_BLANKS = " \t\r\n"
+# Blanks at a prompt's end that are drawn again; of more, the last. Assumed: a blank line and a deep indent.
+_MOST_BLANKS = 64
 
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -37,9 +41,12 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 
 
 def split_trailing_blanks(prompt: str) -> tuple[str, str]:
-    """`prompt` without the spaces, tabs and line breaks at its end, and those blanks."""
-    body = prompt.rstrip(" \t\r\n")
-    return body, prompt[len(body) :]
+    """`prompt` without the spaces, tabs and line breaks at its end, at most 64 of them, and those blanks."""
+    size = len(prompt.rstrip(_BLANKS))
+    most = len(prompt) - _MOST_BLANKS
+    if size < most:  # cut where a line begins, if there is such a place
+        size = max(most, prompt.find("\n", most))
+    return prompt[:size], prompt[size:]
 
 
 def drop_start(text: str, start: str) -> str:
@@ -99,12 +106,24 @@ class FirstTokens:
         return self._texts[token] if token < len(self._texts) else ""
 
     def refused(self, start: str) -> torch.Tensor | None:
-        """Tokens that cannot begin an answer beginning with `start`: bool [V]; None when that would refuse all."""
+        """Tokens that cannot begin an answer beginning with the blanks `start`, bool [V]; None if that would be all."""
         return self._refused(start)
+
+    @cached_property
+    def _by_blanks(self) -> dict[str, tuple[list[int], list[int]]]:
+        """By the blanks that tokens begin with: those that are nothing else, and the others."""
+        found: dict[str, tuple[list[int], list[int]]] = {}
+        for token, text in enumerate(self._texts[: self._vocab_size]):
+            blanks = text[: len(text) - len(text.lstrip(_BLANKS))]
+            if blanks:
+                found.setdefault(blanks, ([], []))[blanks != text].append(token)
+        return found
 
     def _find_refused(self, start: str) -> torch.Tensor | None:
         refused_V = torch.ones(self._vocab_size, dtype=torch.bool)
-        for token, text in enumerate(self._texts[: self._vocab_size]):
-            if text and (text.startswith(start) or start.startswith(text)):
-                refused_V[token] = False
+        for blanks, (alone, others) in self._by_blanks.items():
+            if blanks.startswith(start):
+                refused_V[[*alone, *others]] = False
+            elif start.startswith(blanks):
+                refused_V[alone] = False
         return None if bool(refused_V.all()) else refused_V

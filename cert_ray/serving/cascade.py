@@ -102,7 +102,7 @@ class CascadeAnswer:
     timings_s: dict[str, float] = field(default_factory=dict)
     chosen: SketchChosen | None = None  # the whole vote; `sketch`, `sketch_votes` and `vote_share` are taken from it
     cached_tokens: int = 0
-    completion_tokens: int = 0
+    completion_tokens: int | None = None  # None: those of the choices
     sketch_tokens: int = 0
     prompt_logprobs: TokenLogprobs | None = (
         None  # with `echo` and `logprobs`, where one model reads the prompt as it is
@@ -236,10 +236,10 @@ class _Cascade:
     ) -> None:
         self._sampling, self._sketcher, self._generator = sampling, sketcher, generator
         self._config, self._listener = config, listener
-        self._body, self._blanks = split_trailing_blanks(context)
+        body, self._blanks = split_trailing_blanks(context)
         self._stops = (*config.stop, *sampling.stop)
-        if not ahead or not self._read(ahead + self._body, documented=True):
-            self._read(self._body, documented=False)
+        if not ahead or not self._read(ahead + body, documented=True):
+            self._read(body, documented=False)
 
     def _read(self, body: str, *, documented: bool) -> bool:
         """Take `body` for what both models are given; False where documentation leaves no room for an answer."""
@@ -350,7 +350,7 @@ class _Cascade:
     def _answer_with_sketches(self, answer: CascadeAnswer, ballot: Ballot, route: Route) -> CascadeAnswer:
         choices = ballot.samples(self._sampling.n)
         _Teller(self._listener, self._sampling, self._config).finish(choices)
-        tokens = sum(len(choice.ids) for choice in choices)
+        tokens = sum(choice.tokens for choice in choices)
         return replace(answer, choices=tuple(choices), route=route, completion_tokens=tokens)
 
     def _pair(self, winner: Sketch) -> list[int] | None:
@@ -368,7 +368,7 @@ class _Cascade:
         else:
             pair = prompt_format.encode_pair(tokenizer, text, placeholders, self._body)
         # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
-        room = min(self._sampling.max_tokens, 2 * own)
+        room = min(self._sampling.max_tokens, 2 * own) + len(self._blanks)
         return pair if len(pair) + room <= self._generator.context_tokens else None
 
 

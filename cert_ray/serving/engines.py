@@ -42,7 +42,8 @@ class TokenLogprobs:
 class Completion:
     """One sample. `text` is cut at the stop string; `ids` are all tokens drawn, end of text apart.
 
-    `mean_logprob` is the mean natural log-probability of the tokens drawn, end of text included, under the model.
+    `mean_logprob` is the mean natural log-probability of the tokens drawn, end of text included, under the model;
+    `blank_tokens` count neither here nor in `logprobs`.
     `logprobs` is None unless asked for; its tokens are those that `text` begins in. `keeps_to_template` is None where
     there is none.
     """
@@ -53,6 +54,12 @@ class Completion:
     mean_logprob: float
     logprobs: TokenLogprobs | None = None
     keeps_to_template: bool | None = None
+    blank_tokens: int = 0  # the first of `ids`, which hold nothing but the blanks that were asked for
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count as drawn."""
+        return len(self.ids) - self.blank_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,15 +192,17 @@ class JointSamples:
         """The branch after one more token; None when that was its last."""
         logprobs = (*branch.logprobs, logprob)
         if token in self._end_ids:
-            self._end(Branch(samples, "", branch.course, branch.ids, logprobs, branch.tops), ended=True)
+            last = Branch(samples, "", branch.course, branch.ids, logprobs, branch.tops, blanks=branch.blanks)
+            self._end(last, ended=True)
             return None
         tops = branch.tops if top is None else (*branch.tops, top)
         start_left, blanks = branch.start_left, branch.blanks
-        if start_left:
-            characters = len(self._first_tokens.text_of(token))
-            blanks += characters <= len(start_left)
-            start_left = start_left[characters:]
-        self._tokens += len(samples) * (blanks == branch.blanks)
+        text = self._first_tokens.text_of(token) if start_left else ""
+        if text and start_left.startswith(text):
+            blanks, start_left = blanks + 1, start_left[len(text) :]
+        else:
+            self._tokens += len(samples)
+            start_left = ""  # also where no token fits
         course = None if branch.course is None else branch.course.after(token)
         child = Branch(samples, start_left, course, (*branch.ids, token), logprobs, tops, blanks=blanks)
         ended = self._watch.seen(child.ids) or self._is_whole(child)
@@ -225,11 +227,14 @@ class JointSamples:
         text = cut_at(whole, self.work.stop)
         keeps = keeps and len(text) == len(whole)
         reason: FinishReason = "stop" if ended or len(text) < len(whole) else "length"
-        mean = sum(branch.logprobs) / len(branch.logprobs) if branch.logprobs else 0.0
-        told = None
+        logprobs, told = branch.logprobs[branch.blanks :], None
+        mean = sum(logprobs) / len(logprobs) if logprobs else 0.0
         if self.work.logprobs is not None:
-            told = tell_logprobs(self._tokenizer, branch.ids, branch.logprobs, branch.tops, self.work.start, len(text))
-        self.ended.append((Completion(branch.ids, text, reason, mean, told, keeps), branch.samples))
+            start = self.work.start[len(self._tokenizer.decode(list(branch.ids[: branch.blanks]))) :]
+            ids, tops = branch.ids[branch.blanks :], branch.tops[branch.blanks :]
+            told = tell_logprobs(self._tokenizer, ids, logprobs, tops, start, len(text))
+        completion = Completion(branch.ids, text, reason, mean, told, keeps, branch.blanks)
+        self.ended.append((completion, branch.samples))
 
     def settled_text(self) -> list[tuple[int, str, FinishReason | None]]:
         """Sample, text that was not told yet and will stay, and how it ended if it did; each is told once."""

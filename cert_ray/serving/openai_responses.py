@@ -230,10 +230,10 @@ def _vote(chosen: SketchChosen) -> Vote:
 def write_usage(answers: Sequence[CascadeAnswer]) -> Usage:
     """The tokens of `answers` together."""
     prompt_tokens = sum(answer.prompt_tokens for answer in answers)
-    # An engine that does not count says 0; then the choices given are counted.
-    completion_tokens = sum(
-        answer.completion_tokens or sum(len(choice.ids) for choice in answer.choices) for answer in answers
-    )
+    completion_tokens = 0
+    for answer in answers:
+        drawn = answer.completion_tokens
+        completion_tokens += sum(choice.tokens for choice in answer.choices) if drawn is None else drawn
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,

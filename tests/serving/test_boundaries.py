@@ -39,8 +39,14 @@ def test_text_is_cut_at_the_first_of_the_papers_stops(text: str, expected: str) 
 def test_blanks_move_from_the_prompt_to_the_answer_and_back(prompt: str, answer: str) -> None:
     body, blanks = split_trailing_blanks(prompt)
     assert body + blanks == prompt
-    assert not body.endswith((" ", "\t", "\n"))
+    assert not body.endswith((" ", "\t", "\n")) or len(blanks) > 32
     assert drop_start(blanks + answer, blanks) == answer
+
+
+def test_of_many_blanks_the_last_lines_are_drawn_again() -> None:
+    assert split_trailing_blanks("x = 1" + "\n" * 100 + "    ") == ("x = 1" + "\n" * 40, "\n" * 60 + "    ")
+    assert split_trailing_blanks("x = 1" + " " * 1000) == ("x = 1" + " " * 936, " " * 64)
+    assert split_trailing_blanks("x = 1\r\n\t") == ("x = 1", "\r\n\t")
 
 
 def test_an_answer_too_short_for_its_blanks_is_empty() -> None:
@@ -72,10 +78,11 @@ def test_a_placeholder_does_not_join_the_text_around_it_into_a_stop() -> None:
     assert not StopWatch(_TOKENIZER, PAPER_STOPS).seen(ids)
 
 
-def test_tokens_that_cannot_begin_an_answer_are_refused() -> None:
+@pytest.mark.parametrize("start", ["  ", "\n", "\n    ", "\n\n\t"])
+def test_tokens_that_cannot_begin_an_answer_are_refused(start: str) -> None:
     first_tokens = FirstTokens(_TOKENIZER, _TOKENIZER.get_vocab_size())
-    refused = first_tokens.refused("  ")
+    refused = first_tokens.refused(start)
     assert refused is not None
     for token, is_refused in enumerate(refused.tolist()):
         text = first_tokens.text_of(token)
-        assert is_refused == (not text or not (text.startswith("  ") or text == " "))
+        assert is_refused == (not text or not (text.startswith(start) or start.startswith(text)))

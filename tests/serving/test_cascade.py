@@ -150,6 +150,14 @@ def test_blanks_at_the_end_of_the_context_are_asked_for_and_taken_off() -> None:
     assert generator.requests[0].start == "\n    "
 
 
+def test_documentation_that_the_sketchers_window_cannot_hold_is_left_out() -> None:
+    sketcher, generator = engine([" f()"], context_tokens=64), engine([" f()"], context_tokens=512)
+    ahead = "# documentation words\n" * 12
+    answer = run_cascade("x = df", Sampling(max_tokens=8), sketcher, generator, ahead=ahead)
+    assert sketcher.prompts == ["x = df"]
+    assert texts(answer) == [" f()"]
+
+
 def test_a_sketch_too_long_for_the_window_leaves_the_context_alone() -> None:
     sketcher, generator = engine([" f(<|number|>)" * 8]), engine([" f(1)"], context_tokens=60)
     answer = run_cascade(CONTEXT, Sampling(max_tokens=8), sketcher, generator)

@@ -149,10 +149,26 @@ def test_code_is_drawn_without_placeholders(engine: TransformersEngine) -> None:
 @pytest.mark.parametrize("max_tokens", [1, 6])
 def test_blanks_that_an_answer_must_begin_with_are_no_tokens_of_it(engine: TransformersEngine, max_tokens: int) -> None:
     start = "\n" * 9
-    for sample in samples(engine, n=8, max_tokens=max_tokens, temperature=1.0, start=start):
+    work = Work(
+        tuple(prompt_format.encode_code(engine.tokenizer, PROMPT)),
+        n=8,
+        max_tokens=max_tokens,
+        logprobs=0,
+        start=start,
+    )
+    drawn = engine.draw(work)
+    counted = []
+    for sample in drawn.samples:
+        assert sample is not None
+        assert sample.logprobs is not None
+        texts = [engine.tokenizer.decode(list(sample.ids[: place + 1])) for place in range(len(sample.ids))]
+        counted.append(sum(not start.startswith(text) for text in texts))
+        assert sample.tokens == counted[-1] >= len(sample.logprobs.tokens)
+        assert "".join(sample.logprobs.tokens) == sample.text.rstrip("\N{REPLACEMENT CHARACTER}")
         if sample.finish_reason == "length":
-            texts = [engine.tokenizer.decode(list(sample.ids[: place + 1])) for place in range(len(sample.ids))]
-            assert sum(len(text) > len(start) or not start.startswith(text) for text in texts) == max_tokens
+            assert counted[-1] == max_tokens
+    assert any(sample.finish_reason == "length" for sample in drawn.samples if sample)
+    assert drawn.tokens == sum(counted)
 
 
 def test_a_prompt_is_scored(engine: TransformersEngine, folder: str) -> None:

@@ -18,7 +18,8 @@ from cert_ray.dedup.minhash import I64
 from cert_ray.errors import InputError
 from cert_ray.retries import tried_again
 
-Originals = Callable[[str], pa.Table]  # the documents of a shard as its input gives them
+# The documents of a shard as its input gives them; None where no takedown in it is known.
+Originals = Callable[[str], pa.Table | None]
 
 
 def read_contents(documents: str, shard: str, columns: Sequence[str], originals: Originals | None) -> pa.Table:
@@ -28,14 +29,19 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
         originals: where removed texts come from; may be None where no file was removed.
 
     Raises:
-        InputError: when the input does not give the shard's documents any more.
+        InputError: when the input does not give the shard's documents any more, or nothing tells why texts are missing.
     """
     url = storage.join(documents, f"{shard}.parquet")
     table = storage.read_parquet(url, list(columns))
     if not table.column("content").null_count:
         return table
-    assert originals is not None, "documents without a text, and nothing to make it from"
-    original = originals(shard)
+    original = originals(shard) if originals is not None else None
+    if original is None:
+        raise InputError(
+            url,
+            f"{table.column('content').null_count} of its files have no text, and no record of a takedown tells why",
+            "Put the run's removals.jsonl back: without it, files that someone asked to remove would come in again.",
+        )
     if not original.column("content_hash").equals(table.column("content_hash")):
         raise InputError(
             url,

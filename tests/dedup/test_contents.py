@@ -31,6 +31,13 @@ def test_removed_texts_come_from_the_input_which_must_be_the_same(tmp_path: Path
             read(lambda shard, other=other: other)
 
 
+def test_missing_texts_that_no_takedown_explains_are_refused(tmp_path: Path) -> None:
+    storage.write_parquet(table(["a", None]), str(tmp_path / f"{SHARD}.parquet"))
+    for originals in (None, lambda shard: None):
+        with pytest.raises(InputError, match=r"shard-00000\.parquet: 1 of its files .* removals\.jsonl"):
+            read_contents(str(tmp_path), SHARD, ["content", "content_hash"], originals)
+
+
 def test_a_shard_without_removed_files_asks_for_no_input(tmp_path: Path) -> None:
     whole = table(["a", "b"])
     storage.write_parquet(whole, str(tmp_path / f"{SHARD}.parquet"))

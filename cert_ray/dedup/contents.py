@@ -54,11 +54,14 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
 def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None) -> list[str]:
     """The texts of some `rows` (ascending) of one shard of `documents`, with a row group in memory at a time.
 
-    Args, raises: as `read_contents`, which reads the whole shard; so does this where one of the rows was removed.
+    Where one of the rows was removed, the whole shard is read and made again from its input, which is tried again where
+    a stream breaks off: in a task, whoever runs its unit does that for `read_contents`.
+
+    Args, raises: as `read_contents`.
     """
     texts = _texts_at(storage.join(documents, f"{shard}.parquet"), rows)
     if None in texts:
-        content = read_contents(documents, shard, ["content", "content_hash"], originals).column("content")
+        content = tried_again(read_contents)(documents, shard, ["content", "content_hash"], originals).column("content")
         texts = content.take(pa.array(rows)).to_pylist()
     return [str(text) for text in texts]
 

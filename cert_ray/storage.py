@@ -255,9 +255,18 @@ def remove_partial_files(url: str) -> None:
 @tried_again
 def write_bytes(url: str, payload: bytes | pa.Buffer) -> Written:
     """Write `payload` to `url`, whole or not at all."""
+    return _write(url, payload)
+
+
+def _write(url: str, payload: bytes | pa.Buffer) -> Written:
     with _open_write(url, len(payload)) as stream:
         stream.write(payload)
     return Written(len(payload), str(xxhash.xxh3_128_hexdigest(payload)))
+
+
+def write_text_once(url: str, text: str) -> Written:
+    """As `write_text`, for those who try again themselves: an error comes at once, and no line is logged of it."""
+    return _write(url, text.encode())
 
 
 def write_text(url: str, text: str) -> Written:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cert_ray import storage
 from cert_ray.dedup.minhash import I64
@@ -70,13 +69,12 @@ def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None)
 def _texts_at(url: str, rows: I64) -> list[str | None]:
     texts: list[str | None] = []
     first = 0
-    with storage.open_read(url) as stream:
-        # What is read ahead, and by threads of its own, stays with the process.
-        table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+    with storage.open_parquet(url) as table:
         for group in range(table.num_row_groups):
             last = first + table.metadata.row_group(group).num_rows
             wanted = rows[slice(*np.searchsorted(rows, [first, last]))] - first
             if len(wanted):
+                # What is read by threads of its own stays with the process.
                 column = table.read_row_group(group, ["content"], use_threads=False).column("content")
                 texts += column.take(pa.array(wanted)).to_pylist()
             first = last

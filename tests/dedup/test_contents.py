@@ -49,6 +49,18 @@ def test_a_stream_that_breaks_off_while_a_text_is_made_again_is_opened_again(
     assert breaks == []
 
 
+def test_a_damaged_shard_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(retries, "_wait", waits.append)
+    path = tmp_path / f"{SHARD}.parquet"
+    storage.write_parquet(table([f"text {row}" for row in range(99)]), str(path))
+    content = path.read_bytes()
+    path.write_bytes(content[:-60] + b"\xff" * 40 + content[-20:])  # Arrow's error is an `OSError` without a number
+    with pytest.raises(pa.ArrowException):
+        texts_at(str(tmp_path), SHARD, np.array([0]), None)
+    assert waits == []
+
+
 def test_missing_texts_that_no_takedown_explains_are_refused(tmp_path: Path) -> None:
     storage.write_parquet(table(["a", None]), str(tmp_path / f"{SHARD}.parquet"))
     for originals in (None, lambda shard: None):

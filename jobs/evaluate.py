@@ -4,7 +4,7 @@ r"""Trained models to pass@k, as a Ray job; the recipe's `evaluation` says on wh
         python jobs/evaluate.py jobs/numpy.yaml [KEY=VALUE ...]
 
 Generated code runs in bubblewrap on the nodes, which must allow it; in Kubernetes this is
-cluster/kubernetes/jobs/evaluate, or, where bubblewrap cannot start, cluster/kubernetes/evaluation scores what was drawn.
+cluster/kubernetes/jobs/evaluate; where bubblewrap cannot start, cluster/kubernetes/evaluation scores what was drawn.
 Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
 """
 

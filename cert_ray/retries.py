@@ -30,7 +30,8 @@ _WAITS_S = (
     16,
 )  # assumed; each 20% more or less, so that tasks that failed together do not come together again
 _GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
-# What stays as it is: full, for reading only, or asked in a way that is refused (a store's "bad request" is EINVAL).
+# What stays as it is: full, for reading only, in use by ourselves (EMFILE is a leak, ENOTEMPTY a folder that others
+# write to), or asked in a way that is refused (a store's "bad request" is EINVAL).
 _LASTING = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -40,9 +41,17 @@ _LASTING = {
     errno.ENAMETOOLONG,
     errno.ELOOP,
     errno.ENOSYS,
+    errno.ENOTEMPTY,
+    errno.EMFILE,
 }
-# What libraries of object stores call what passes, none of them an `OSError` that Python knows.
-_PASSING_NAMES = re.compile(r"(?:Connection|Timeout)\w*Error$")
+# What drivers of remote storage call what passes, themselves or in what it is derived from; none of it is an `OSError`
+# that Python knows. httpx's ReadError is a NetworkError; tarfile has a ReadError, too, which tells of damage.
+_PASSING_NAMES = re.compile(
+    r"(?:Connection|Timeout)\w*Error$"  # botocore, urllib3, requests, aiohttp
+    r"|^(?:Timeout|ChunkedEncodingError)$"  # requests
+    r"|^(?:TimeoutException|NetworkError|RemoteProtocolError)$"  # httpx
+    r"|^(?:ClientPayloadError|ResponseStreamingError)$"  # aiohttp, botocore: an answer that broke off
+)
 
 
 def is_passing(error: BaseException) -> bool:

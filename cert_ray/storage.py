@@ -255,9 +255,18 @@ def remove_partial_files(url: str) -> None:
 @tried_again
 def write_bytes(url: str, payload: bytes | pa.Buffer) -> Written:
     """Write `payload` to `url`, whole or not at all."""
+    return _write(url, payload)
+
+
+def _write(url: str, payload: bytes | pa.Buffer) -> Written:
     with _open_write(url, len(payload)) as stream:
         stream.write(payload)
     return Written(len(payload), str(xxhash.xxh3_128_hexdigest(payload)))
+
+
+def write_text_once(url: str, text: str) -> Written:
+    """As `write_text`, for those who try again themselves: an error comes at once, and no line is logged of it."""
+    return _write(url, text.encode())
 
 
 def write_text(url: str, text: str) -> Written:
@@ -315,10 +324,28 @@ def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
         pa.ArrowException: for a damaged file.
     """
     filesystem, path = resolve(url)
-    try:
+    with _damage_told(url):
         return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+
+
+@contextmanager
+def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
+    """The Parquet file at `url`, to read parts of it; only a buffer is read ahead, since that stays with the process.
+
+    Raises:
+        pa.ArrowException: for a damaged file, also where the block meets the damage.
+    """
+    with _damage_told(url), open_read(url) as stream:
+        yield pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+
+
+@contextmanager
+def _damage_told(url: str) -> Iterator[None]:
+    """What Arrow says of the bytes of a local file is no error of its disk, so nobody waits for it to pass."""
+    try:
+        yield
     except OSError as error:
-        if error.errno is None and isinstance(filesystem, LocalFileSystem):  # Arrow's own, of bytes, not of the disk
+        if error.errno is None and type(error) is OSError and is_local(url):
             raise pa.ArrowInvalid(str(error)) from error
         raise
 

@@ -26,18 +26,18 @@ def ask(lock: Path) -> dict[str, Any]:
     """pip-audit's report on `lock`.
 
     Raises:
-        ConnectionError: with the reason, when there is none.
+        ChildProcessError: with the reason, when there is none.
     """
     command = [sys.executable, "-m", "pip_audit", "--requirement", str(lock), *_ASK]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ConnectionError(f"no answer within {_PATIENCE_S} s") from error
+        raise ChildProcessError(f"no answer within {_PATIENCE_S} s") from error
     try:
         report: dict[str, Any] = json.loads(done.stdout)
     except ValueError as error:
         said = done.stderr.strip() or f"exit status {done.returncode}"
-        raise ConnectionError(said.splitlines()[-1][:200]) from error
+        raise ChildProcessError(said.splitlines()[-1][:200]) from error
     return report
 
 
@@ -66,8 +66,8 @@ def main() -> None:
     given = parser.parse_args()
     try:
         lines, status = read(ask(given.lock))
-    except ConnectionError as error:
-        lines, status = [f"audit: NOT audited, the vulnerability database cannot be reached: {error}"], 2
+    except ChildProcessError as error:
+        lines, status = [f"audit: NOT audited, pip-audit gave no report: {error}"], 2
     sys.stdout.write("\n".join(lines) + "\n")
     sys.exit(status if given.strict else 0)
 

@@ -3,7 +3,8 @@ r"""Trained models to pass@k, as a Ray job; the recipe's `evaluation` says on wh
     ray job submit --address http://HEAD:8265 --working-dir . -- \
         python jobs/evaluate.py jobs/numpy.yaml [KEY=VALUE ...]
 
-Generated code runs in bubblewrap on the nodes, which must allow it; in Kubernetes see cluster/kubernetes/evaluation.
+Generated code runs in bubblewrap on the nodes, which must allow it; in Kubernetes this is
+cluster/kubernetes/jobs/evaluate; where bubblewrap cannot start, cluster/kubernetes/evaluation scores what was drawn.
 Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.
 """
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import errno
+import tarfile
 
+import aiohttp
+import httpx
 import pytest
+import requests
+from botocore.exceptions import ResponseStreamingError
 
 from cert_ray import retries
 from cert_ray.errors import InputError, StorageFullError, SupersededError
@@ -46,6 +51,29 @@ def unreadable(cause: Exception) -> InputError:
         (StorageFullError("x", 2, 1), False),
         (SupersededError("x"), False),
         (ValueError("ConnectionError"), False),
+        (OSError(errno.ENOTEMPTY, "not empty"), False),
+        (OSError(errno.EMFILE, "too many open files"), False),
+        (requests.ReadTimeout(), True),
+        (requests.ConnectTimeout(), True),
+        (requests.ConnectionError(), True),
+        (requests.exceptions.ChunkedEncodingError(), True),
+        (requests.exceptions.InvalidURL(), False),
+        (requests.HTTPError("404 Client Error"), False),
+        (httpx.ReadTimeout(""), True),
+        (httpx.ConnectTimeout(""), True),
+        (httpx.PoolTimeout(""), True),
+        (httpx.ConnectError(""), True),
+        (httpx.ReadError(""), True),
+        (httpx.RemoteProtocolError(""), True),
+        (httpx.LocalProtocolError(""), False),
+        (httpx.UnsupportedProtocol(""), False),
+        (httpx.InvalidURL(""), False),
+        (aiohttp.ClientPayloadError(), True),
+        (aiohttp.ServerTimeoutError(), True),
+        (aiohttp.ClientConnectionError(), True),
+        (aiohttp.InvalidURL("x"), False),
+        (ResponseStreamingError(error="broke off"), True),
+        (tarfile.ReadError("damaged"), False),
     ],
 )
 def test_what_passes(error: Exception, passes: bool) -> None:

@@ -118,6 +118,11 @@ def blank(documents: pa.Table, removals: Sequence[Removal]) -> pa.Table:
     return documents.combine_chunks()  # the same bytes, however the table came to be
 
 
+def holds_blanked(url: str) -> bool:
+    """Whether the shard of documents at `url` has rows that were blanked: by the smallest column that these lack."""
+    return bool(storage.read_parquet(url, ["libraries"]).column("libraries").null_count)
+
+
 def content_bytes(documents: pa.Table) -> int:
     """Bytes of the texts that `documents` still hold."""
     present = pc.is_valid(documents.column("content"))

@@ -17,7 +17,6 @@ import jinja2
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from markupsafe import Markup
 
 from cert_ray import storage
@@ -128,10 +127,9 @@ def examples(folder: str, manifest: Manifest) -> list[Example]:
 @tried_again
 def _candidates(url: str) -> list[dict[str, Any]]:
     """The rows among the shard's first that show most, best first, at most as many as there are examples."""
-    with storage.open_read(url) as stream:
-        # What is read ahead, and by threads of its own, would be the driver's peak.
-        shard = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
-        columns = [*COLUMNS, "size_bytes"]
+    columns = [*COLUMNS, "size_bytes"]
+    with storage.open_parquet(url) as shard:
+        # What is read by threads of its own would be the driver's peak.
         first = next(shard.iter_batches(_LOOKED_AT, row_groups=[0], columns=columns, use_threads=False))
     table = pa.Table.from_batches([first])
     sizes = table.column("size_bytes").to_numpy()

@@ -27,7 +27,7 @@ from cert_ray.corpus.decontamination import ProblemIndex
 from cert_ray.corpus.documents import DocumentsConfig, documents_of_unit
 from cert_ray.corpus.on_ray import REDACTED, Plan, clean, plan_documents
 from cert_ray.corpus.on_ray import STAGE as DOCUMENTS_STAGE
-from cert_ray.corpus.removals import read_removals
+from cert_ray.corpus.removals import holds_blanked, read_removals
 from cert_ray.dataset.annotate import annotate, row_counts
 from cert_ray.dataset.card import write_card
 from cert_ray.dataset.options import AnnotateConfig, PreprocessConfig
@@ -143,7 +143,7 @@ def _preprocess(
         config.minhash,
         workers,
         config.dedup_quality,
-        _originals(documents_config, plan, documents),
+        _originals(documents_config, plan, documents, output),
     )
     options = AnnotateConfig(weights=config.weights, sketch_kind=config.sketch_kind)
     units = [
@@ -171,17 +171,25 @@ def _preprocess(
     return manifest
 
 
-def _originals(config: DocumentsConfig, plan: Plan, documents: Manifest) -> Originals | None:
-    """Where dedup finds the texts of files that were taken down; None where none was."""
-    shards = zip(plan.units, documents.shards, strict=True)
-    units = {unit.name: unit for unit, shard in shards if shard.files[0].stands_for}
+def _originals(config: DocumentsConfig, plan: Plan, documents: Manifest, output: str) -> Originals | None:
+    """Where dedup finds the texts of files that were taken down; None where none was.
+
+    Earlier versions did not note in a shard's report that its files had been down when it was made, so after a takedown
+    the shards are asked, too.
+    """
+    folder, asked = storage.join(output, DOCUMENTS_STAGE), bool(read_removals(output))
+    units = {
+        unit.name: unit
+        for unit, shard in zip(plan.units, documents.shards, strict=True)
+        if shard.files[0].stands_for or (asked and holds_blanked(storage.join(folder, shard.files[0].name)))
+    }
     return functools.partial(_original, units=units, config=config, problems=plan.problems) if units else None
 
 
 def _original(
     shard: str, units: Mapping[str, WorkUnit], config: DocumentsConfig, problems: ProblemIndex | None
-) -> pa.Table:
-    return documents_of_unit(units[shard], config, problems).documents
+) -> pa.Table | None:
+    return documents_of_unit(units[shard], config, problems).documents if shard in units else None
 
 
 def _summarize(

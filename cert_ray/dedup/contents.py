@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from cert_ray import storage
 from cert_ray.dedup.minhash import I64
 from cert_ray.errors import InputError
 from cert_ray.retries import tried_again
 
-Originals = Callable[[str], pa.Table]  # the documents of a shard as its input gives them
+# The documents of a shard as its input gives them; None where no takedown in it is known.
+Originals = Callable[[str], pa.Table | None]
 
 
 def read_contents(documents: str, shard: str, columns: Sequence[str], originals: Originals | None) -> pa.Table:
@@ -28,14 +28,19 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
         originals: where removed texts come from; may be None where no file was removed.
 
     Raises:
-        InputError: when the input does not give the shard's documents any more.
+        InputError: when the input does not give the shard's documents any more, or nothing tells why texts are missing.
     """
     url = storage.join(documents, f"{shard}.parquet")
     table = storage.read_parquet(url, list(columns))
     if not table.column("content").null_count:
         return table
-    assert originals is not None, "documents without a text, and nothing to make it from"
-    original = originals(shard)
+    original = originals(shard) if originals is not None else None
+    if original is None:
+        raise InputError(
+            url,
+            f"{table.column('content').null_count} of its files have no text, and no record of a takedown tells why",
+            "Put the run's removals.jsonl back: without it, files that someone asked to remove would come in again.",
+        )
     if not original.column("content_hash").equals(table.column("content_hash")):
         raise InputError(
             url,
@@ -48,11 +53,14 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
 def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None) -> list[str]:
     """The texts of some `rows` (ascending) of one shard of `documents`, with a row group in memory at a time.
 
-    Args, raises: as `read_contents`, which reads the whole shard; so does this where one of the rows was removed.
+    Where one of the rows was removed, the whole shard is read and made again from its input, which is tried again where
+    a stream breaks off: in a task, whoever runs its unit does that for `read_contents`.
+
+    Args, raises: as `read_contents`.
     """
     texts = _texts_at(storage.join(documents, f"{shard}.parquet"), rows)
     if None in texts:
-        content = read_contents(documents, shard, ["content", "content_hash"], originals).column("content")
+        content = tried_again(read_contents)(documents, shard, ["content", "content_hash"], originals).column("content")
         texts = content.take(pa.array(rows)).to_pylist()
     return [str(text) for text in texts]
 
@@ -61,13 +69,12 @@ def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None)
 def _texts_at(url: str, rows: I64) -> list[str | None]:
     texts: list[str | None] = []
     first = 0
-    with storage.open_read(url) as stream:
-        # What is read ahead, and by threads of its own, stays with the process.
-        table = pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
+    with storage.open_parquet(url) as table:
         for group in range(table.num_row_groups):
             last = first + table.metadata.row_group(group).num_rows
             wanted = rows[slice(*np.searchsorted(rows, [first, last]))] - first
             if len(wanted):
+                # What is read by threads of its own stays with the process.
                 column = table.read_row_group(group, ["content"], use_threads=False).column("content")
                 texts += column.take(pa.array(wanted)).to_pylist()
             first = last

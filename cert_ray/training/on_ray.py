@@ -136,7 +136,8 @@ def _interrupts_as_before() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        # None: a host's own handler, not set from Python, which Python cannot set again.
+        if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, handler)
 
 

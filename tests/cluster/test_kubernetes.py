@@ -188,20 +188,25 @@ def test_jobs_run_their_stage_on_the_groups_they_need(name: str, groups: list[st
 
 
 def test_generated_code_runs_below_gvisor_alone_and_reaches_ray_alone() -> None:
-    """Programs ask for a CPU each: every group that has one is under gVisor, and cut off."""
+    """Programs ask for a CPU each: every group that has one is under gVisor, cut off, and writes no shared volume."""
     spec = ray_cluster_spec(of_kind("jobs/evaluate", "RayJob"))
     groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
     with_cpus = [group for group in groups if group["rayStartParams"].get("num-cpus") != "0"]
     assert [group["groupName"] for group in with_cpus] == ["cpu-data"]
     (pod,) = (group["template"] for group in with_cpus)
     classes = [one["metadata"]["name"] for one in shipped("base") if one["kind"] == "RuntimeClass"]
-    assert [pod["spec"]["runtimeClassName"]] == classes == ["gvisor"]
+    assert [pod["spec"]["runtimeClassName"]] == classes == ["cert-ray-gvisor"]
+    assert of_kind("evaluation", "Job")["spec"]["template"]["spec"]["runtimeClassName"] == "cert-ray-gvisor"
+    mounts = pod["spec"]["containers"][0]["volumeMounts"]
+    writable = [mount["mountPath"] for mount in mounts if not mount.get("readOnly")]
+    assert writable == ["/dev/shm", "/tmp/ray"]  # Ray's own, gone with the pod
     policies = [one["spec"] for one in shipped("base") if one["kind"] == "NetworkPolicy"]
     (policy,) = (one for one in policies if one["podSelector"].get("matchLabels") == pod["metadata"]["labels"])
     assert policy["policyTypes"] == ["Egress"]
     ray_pods, names = policy["egress"]
     assert ray_pods == {"to": [{"podSelector": {"matchLabels": {"app.kubernetes.io/created-by": "kuberay-operator"}}}]}
-    assert {port["port"] for port in names["ports"]} == {53}
+    assert names["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
+    assert [peer["ipBlock"] for peer in names["to"] if "ipBlock" in peer] == [{"cidr": "169.254.20.10/32"}]
 
 
 def test_the_submission_id_follows_the_recipe(tmp_path: Path) -> None:

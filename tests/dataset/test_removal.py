@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cert_ray import manifests, storage
-from cert_ray.corpus.removals import Removal, blank, read_removals, selected
+from cert_ray.corpus.removals import Removal, blank, read_removals, selected, write_removals
 from cert_ray.dataset import removal
 from cert_ray.dataset.on_ray import preprocess
 from cert_ray.dataset.options import PreprocessConfig
@@ -264,6 +265,28 @@ def test_a_near_copy_that_is_appended_after_a_removal_does_not_come_in(
     manifest = preprocess(options, str(run))
     assert manifest.dropped == {"exact_duplicate": 1, "near_duplicate": 2, "removed_on_request": 3}
     assert (manifest.rows_read, manifest.rows_kept) == (18, 12)
+
+
+def test_a_folder_whose_reports_do_not_tell_of_a_takedown_is_gone_on_from(
+    finished: tuple[PreprocessConfig, Path], tmp_path: Path
+) -> None:
+    """As earlier versions left them: shards that were made after the request have no `stands_for`."""
+    run = tmp_path / "run"
+    write_removals(str(run), [ASKED])
+    wanted = preprocess(finished[0], str(run))
+    documents = run / "documents"
+    noted = [path for path in documents.rglob("*.json") if '"stands_for":"' in path.read_text().replace(": ", ":")]
+    assert {path.name for path in noted} == {"manifest.json", "shard-00000.json", "shard-00001.json"}
+    for path in noted:
+        path.write_text(re.sub(r'("stands_for": ?)"\w+"', r"\1null", path.read_text()))
+    (run / "dataset" / "manifest.json").unlink()
+    again = preprocess(finished[0], str(run))
+    assert (again.rows_read, again.rows_kept, again.dropped) == (wanted.rows_read, wanted.rows_kept, wanted.dropped)
+    (run / "removals.jsonl").unlink()
+    shutil.rmtree(run / "dedup")
+    (run / "dataset" / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"removals\.jsonl back"):
+        preprocess(finished[0], str(run))
 
 
 def test_intermediates_that_were_deleted_are_not_missed(

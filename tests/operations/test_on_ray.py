@@ -4,9 +4,35 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from tests.ray_marks import RAY_DATA
 
 pytestmark = RAY_DATA
+
+
+class _AskedError(Exception):
+    """Ray is not started here."""
+
+
+def test_a_private_ray_tells_its_processes_so_when_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cert_ray.operations import on_ray
+
+    asked = []
+
+    def init(**options: object) -> None:
+        asked.append(options)
+        raise _AskedError
+
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")  # which it sets
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(_AskedError), on_ray.ray_session():
+        pass
+    (options,) = asked
+    assert options["address"] == "local"
+    assert options["runtime_env"]["worker_process_setup_hook"] is on_ray.know_own_cluster
 
 
 def test_processes_of_a_private_ray_know_its_address_where_another_runs_beside() -> None:

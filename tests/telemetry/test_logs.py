@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cert_ray import storage
+from cert_ray import retries, storage
 from cert_ray.errors import ConfigError, SupersededError
 from cert_ray.telemetry import logs
 
@@ -115,15 +116,15 @@ class Store:
         self.error: Exception | None = None
         self.answers, self.asked, self.sizes = threading.Event(), threading.Semaphore(0), list[int]()
         self.answers.set()
-        self._write_text = storage.write_text
-        monkeypatch.setattr(storage, "write_text", self)
+        self._write = storage.write_text_once
+        monkeypatch.setattr(storage, "write_text_once", self)
 
     def __call__(self, url: str, text: str) -> None:
         assert self.answers.wait(60)
         try:
             if self.error is not None:
                 raise self.error
-            self._write_text(url, text)
+            self._write(url, text)
             self.sizes.append(len(text.splitlines()))
         finally:
             self.asked.release()
@@ -174,6 +175,29 @@ def test_a_story_that_cannot_be_kept_is_a_warning_and_hides_no_outcome(
     refused, lacks = warnings_of(caplog)
     assert refused == f"the run's story is not kept, and is tried again: {error}"
     assert re.search(r"lacks [23] lines$", lacks)  # began, failed, and the warning where it came before the end
+
+
+def test_a_storage_that_refuses_every_write_is_told_once_and_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Through `storage` itself: what it tells of trying again would go into the story, and be told again."""
+    refused = threading.Semaphore(0)
+
+    def refuse(*_: object, **__: object) -> None:
+        refused.release()
+        raise OSError(errno.EIO, "the storage said so")
+
+    waits: list[float] = []
+    monkeypatch.setattr(retries, "_wait", waits.append)
+    monkeypatch.setattr(storage.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(logs, "_FLUSH_EVERY_S", 0.001)
+    with logs.story(str(tmp_path), "train"):
+        for _ in range(7):
+            assert refused.acquire(timeout=60)
+    assert waits == []
+    told, lacks = warnings_of(caplog)
+    assert told.startswith("the run's story is not kept, and is tried again: [Errno 5]")
+    assert lacks.endswith("lacks 3 lines")  # began, the first warning, finished
 
 
 def test_a_store_that_hangs_ends_no_run_and_holds_no_line_up(

@@ -18,7 +18,7 @@ from cert_ray.errors import CheckpointError, ConfigError, NotFinishedError, Trai
 from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
 from cert_ray.training import checkpoints, worker
-from cert_ray.training.on_ray import TrainResult, train
+from cert_ray.training.on_ray import TrainResult, _interrupts_as_before, train
 
 pytestmark = [
     pytest.mark.ray,
@@ -52,6 +52,22 @@ class _KillOnce:
         if rank == 1 and step in self._steps and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_interrupts_mean_afterwards_what_they_meant_before():
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with _interrupts_as_before():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_handler_that_python_did_not_set_is_let_be(monkeypatch):
+    monkeypatch.setattr(signal, "getsignal", lambda _: None)  # as it says of one set by a host in C
+    with _interrupts_as_before():
+        pass
 
 
 def test_two_workers_learn_and_leave_a_model(undisturbed):

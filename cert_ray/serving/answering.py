@@ -28,7 +28,7 @@ from cert_ray.serving.batching import Turns
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, run_cascade, run_single
 from cert_ray.serving.engines import Engine, EngineConfig
 from cert_ray.serving.events import Event, TextDrawn
-from cert_ray.serving.sampling import Sampling
+from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
@@ -53,6 +53,16 @@ class ModelConfig(Config):
             raise ConfigError(
                 f"model={self.model!r}, sketcher={self.sketcher!r}, generator={self.generator!r}: give either model, "
                 "or sketcher and generator."
+            )
+        if self.cascade.mode is Mode.CONSTRAINED and self.model is not None:
+            raise ConfigError(
+                f"cascade.mode='constrained' with model={self.model!r}: one plain model has no sketch to be held to. "
+                "Give sketcher and generator, or leave the mode out."
+            )
+        if self.cascade.mode is Mode.CONSTRAINED and self.engine.kind == "vllm":
+            raise ConfigError(
+                "cascade.mode='constrained' with engine.kind='vllm': that engine holds no answer to a sketch. Take "
+                "engine.kind='transformers', or cascade.mode='cascade'."
             )
         return self
 

@@ -30,7 +30,7 @@ import pydantic
 from cert_ray.config import Config
 from cert_ray.errors import ConfigError, RequestError
 from cert_ray.serving import drafts
-from cert_ray.serving.boundaries import PAPER_STOPS, split_trailing_blanks
+from cert_ray.serving.boundaries import PAPER_STOPS, first_stop, split_trailing_blanks
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, TokenLogprobs, Work, check_length
@@ -331,11 +331,11 @@ class _Cascade:
         draft: tuple[int, ...] = ()
         if winner.text.strip():
             route = Route.GENERATOR_LONG_SKETCH if pair is None else Route.GENERATOR
-            sketch = (self._blanks, winner.text, winner.placeholders)
-            draft = drafts.source(self._generator.tokenizer, *sketch)
+            if self._generator.takes_drafts:
+                draft = drafts.source(self._generator.tokenizer, self._blanks, winner.text, winner.placeholders)
             if mode is Mode.CONSTRAINED:
-                template = Template.of(*sketch, self._config.least_share)
-                route = Route.CONSTRAINED if pair is not None else route
+                template = self._template(winner)
+                route = Route.CONSTRAINED if pair is not None and template is not None else route
         stops = (*self._stops, *self._config.generator_stop)
         work = _work(self._sampling, self._alone if pair is None else pair, stops, self._blanks, self._config)
         work = replace(work, template=template, draft=draft)
@@ -346,6 +346,18 @@ class _Cascade:
             return None, drawn, route
         teller.finish(choices)
         return choices, drawn, route
+
+    def _template(self, winner: Sketch) -> Template | None:
+        """What an answer must be; None where the generator's own stops leave nothing of the sketch.
+
+        A sketch that ended because it was long enough is no whole one: what comes behind it is the generator's choice.
+        """
+        text = winner.text[: first_stop(winner.text, self._config.generator_stop)].rstrip()
+        if not text:
+            return None
+        is_cut = text == winner.text and winner.completion.finish_reason == "length"
+        held = [place for place in winner.placeholders if place.end <= len(text)]
+        return Template.of(self._blanks, text, held, self._config.least_share, is_cut=is_cut)
 
     def _answer_with_sketches(self, answer: CascadeAnswer, ballot: Ballot, route: Route) -> CascadeAnswer:
         choices = ballot.samples(self._sampling.n)

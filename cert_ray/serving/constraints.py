@@ -9,7 +9,11 @@ as the model likes them. Where fixed text can be spelled in the tokenizer's own 
 A hole ends where its literal does. By kind: digits, a float, ..., a string in its quotes on one line, with its prefix,
 or several with a blank between; a plain name for `func`, `AnClass`, `variable` and `argument`, which may be a keyword.
 A part of it has at most `_LONGEST` characters, after which only its end may come; so every hole ends. An answer ends
-with the sketch's last character, or with the line where the sketch ends in a hole.
+with the sketch's last character, or with the line where the sketch ends in a hole. A sketch that was cut for its length
+(`is_cut`) ends no answer: behind its last character an answer is drawn freely.
+
+Where holes stand side by side, or what separates them may stand in them, one answer has many readings. llguidance
+follows all of them at once, within limits of its own; nothing in here tries them one after another.
 
 A template says what must come, not whether the model would write it: `least_share` is the least probability that the
 model may give to all the tokens together that may come, among those that could come without the template. Below, the
@@ -18,7 +22,7 @@ model wants to go elsewhere, and a sample is let go: from there on it is drawn f
 
 from __future__ import annotations
 
-import re
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +36,8 @@ from tokenizers import Tokenizer
 
 from cert_ray.errors import RequestError
 from cert_ray.sketching import Placeholder
+
+_log = logging.getLogger(__name__)
 
 _LONGEST: Final = 200  # characters of a literal's part; assumed
 
@@ -76,60 +82,91 @@ class Template:
     fixed: tuple[str, ...]
     kinds: tuple[str, ...]
     least_share: float
+    is_cut: bool = False  # the sketch was cut for its length: more comes behind it
 
     @classmethod
-    def of(cls, start: str, text: str, placeholders: Sequence[Placeholder], least_share: float) -> Template:
+    def of(
+        cls, start: str, text: str, placeholders: Sequence[Placeholder], least_share: float, *, is_cut: bool = False
+    ) -> Template:
         """The template of a sketch that stands behind `start`."""
         ends = [0, *(place.end for place in placeholders)]
         starts = [*(place.start for place in placeholders), len(text)]
         fixed = [text[end:begin] for end, begin in zip(ends, starts, strict=True)]
-        return cls((start + fixed[0], *fixed[1:]), tuple(place.kind for place in placeholders), least_share)
+        return cls((start + fixed[0], *fixed[1:]), tuple(place.kind for place in placeholders), least_share, is_cut)
 
     @cached_property
     def pattern(self) -> str:
-        """What an answer looks like, as a regular expression of Python's and of Rust's."""
+        """What an answer looks like, as a regular expression of llguidance."""
         holes = (*(f"({_HOLES[kind]})" for kind in self.kinds), "")
         return "".join(_escape(piece) + hole for piece, hole in zip(self.fixed, holes, strict=True))
 
-    @cached_property
-    def _answer(self) -> re.Pattern[str]:
-        return re.compile(self.pattern)
-
     def end_in(self, text: str, *, is_over: bool) -> int | None:
-        """Where the answer that `text` begins with ends; None when it is not whole.
+        """Where the answer that `text` begins with ends, or what `is_cut` left of it; None when it is not whole.
 
-        `is_over`: nothing follows `text`, so that a hole at its end is one that ended.
+        `is_over`: nothing follows `text`, so that a hole at its end is one that ended. Time grows with the text alone,
+        and is bounded by llguidance's limits; a text that exceeds these counts as not whole.
         """
-        found = self._answer.match(text)
-        if found is None:
-            return None
-        behind = text[found.end() : found.end() + 1]
-        whole = behind == "\n" or (not behind and (is_over or bool(self.fixed[-1])))
-        return found.end() if whole else None
+        matcher = _over_bytes(self.pattern).deep_copy()
+        for place, character in enumerate(text):
+            if (self.is_cut or character == "\n") and matcher.is_accepting():
+                return place
+            if not matcher.consume_tokens(list(character.encode())):
+                return None
+        ends = is_over or self.is_cut or bool(self.fixed[-1])
+        return len(text) if ends and matcher.is_accepting() else None
 
     @property
     def grammar(self) -> str:
         """For llguidance. What stands behind the answer begins with a line break, which its last token may hold."""
-        return str(llguidance.LLMatcher.grammar_from_regex(rf"{self.pattern}(?:\n(?s:.)*)?"))
+        behind = r"(?s:.)*" if self.is_cut else r"(?:\n(?s:.)*)?"
+        return str(llguidance.LLMatcher.grammar_from_regex(self.pattern + behind))
+
+
+@lru_cache(maxsize=64)
+def _over_bytes(pattern: str) -> Any:
+    """What matches `pattern` byte by byte, at its beginning: to be copied, not fed."""
+    grammar = llguidance.LLMatcher.grammar_from_regex(pattern)
+    return llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
+
+
+@lru_cache(maxsize=1)
+def _byte_tokenizer() -> Any:
+    return llguidance.LLTokenizer("byte")  # its token numbers are the bytes
 
 
 def _escape(text: str) -> str:
-    """`text` as a regular expression that both dialects read alike."""
+    """`text` as a regular expression in which nothing has a meaning of its own."""
     return "".join(one if one.isalnum() or ord(one) > 127 else f"\\x{ord(one):02x}" for one in text)
 
 
 class Course:
-    """What a template still asks for, after some tokens of an answer. Unchanging."""
+    """What a template still asks for, after some tokens of an answer. Unchanging.
 
-    def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int]) -> None:
-        self._matcher, self._vocab_size, self._end_ids = matcher, vocab_size, end_ids
+    llguidance ends its work at limits of its own (many holes that may be read many ways). What is asked for is unknown
+    from there on, so that a sample is let go as if the model wanted to go elsewhere; that is logged.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int], *, is_cut: bool) -> None:
+        self._matcher, self._vocab_size, self._end_ids, self._is_cut = matcher, vocab_size, end_ids, is_cut
+
+    @cached_property
+    def is_accepting(self) -> bool:
+        """Whether the tokens hold a whole answer, though its last hole may go on."""
+        return bool(self._matcher.is_accepting())
+
+    @property
+    def is_free(self) -> bool:
+        """Whether all that a cut sketch asks for has come, so that anything may follow."""
+        return self._is_cut and self.is_accepting
 
     @cached_property
     def refused(self) -> torch.Tensor:
         """The tokens that must not come next, bool [V]."""
         packed = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         allowed_V = np.unpackbits(packed, bitorder="little")[: self._vocab_size].astype(bool)
-        allowed_V[list(self._end_ids)] = self._matcher.is_accepting()
+        if self._matcher.is_error():
+            _tell_limit(self._matcher.get_error())
+        allowed_V[list(self._end_ids)] = self.is_accepting
         return torch.from_numpy(~allowed_V)
 
     @cached_property
@@ -139,10 +176,23 @@ class Course:
 
     def after(self, token: int) -> Course | None:
         """The course after one more token; None where the template cannot be followed further."""
+        if self.is_free:
+            return self
         matcher = self._matcher.deep_copy()
         if not matcher.consume_token(token):
+            if not self.refused[token]:
+                _tell_limit(matcher.get_error())
             return None
-        return Course(matcher, self._vocab_size, self._end_ids)
+        return Course(matcher, self._vocab_size, self._end_ids, is_cut=self._is_cut)
+
+
+def _tell_limit(error: str) -> None:
+    _tell_once(error.partition("\n")[0])  # the rest is llguidance's state
+
+
+@lru_cache(maxsize=64)
+def _tell_once(problem: str) -> None:
+    _log.warning("a sample is drawn freely from here on, since its sketch cannot be followed: llguidance: %s", problem)
 
 
 class Courses:
@@ -160,20 +210,24 @@ class Courses:
         Raises:
             RequestError: 400, when the tokenizer or the sketch is none that llguidance can read.
         """
-        with self._lock:
-            return self._begun(template)
+        _over_bytes(template.pattern)  # here, not where all requests wait
+        return self._begun(template)
 
     def _begin(self, template: Template) -> Course:
         try:
-            if self._known is None:
-                ends = sorted(self._end_ids) or None
-                self._known = llguidance.LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=ends)
-            matcher = llguidance.LLMatcher(self._known, template.grammar, log_level=0)
+            matcher = llguidance.LLMatcher(self._read_tokenizer(), template.grammar, log_level=0)
         except ValueError as error:
             raise _unsupported(str(error)) from error
         if matcher.is_error():
             raise _unsupported(matcher.get_error())
-        return Course(matcher, self._vocab_size, self._end_ids)
+        return Course(matcher, self._vocab_size, self._end_ids, is_cut=template.is_cut)
+
+    def _read_tokenizer(self) -> Any:
+        with self._lock:  # read once; sketches are compiled side by side
+            if self._known is None:
+                ends = sorted(self._end_ids) or None
+                self._known = llguidance.LLTokenizer(self._tokenizer.to_str(), n_vocab=self._vocab_size, eos_token=ends)
+            return self._known
 
 
 def _unsupported(problem: str) -> RequestError:

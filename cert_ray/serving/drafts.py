@@ -73,31 +73,39 @@ def _with_holes(tokens: Sequence[tuple[int, int, int]], holes: Sequence[tuple[in
     return tuple(ids)
 
 
-def following(drafts: Sequence[int], ids: Sequence[int], most: int) -> list[int]:
-    """At most `most` tokens of `drafts` that may follow the sample's tokens `ids`."""
-    if not drafts or not most:
-        return []
-    if not ids:
-        return _until_hole(drafts, 0, most)
-    place = _place_behind(drafts, ids)
-    if place is not None:
-        return _until_hole(drafts, place, most)
-    for drawn in range(1, min(_LONGEST_HOLE, len(ids) - 1) + 1):
-        place = _place_behind(drafts, ids[:-drawn])
+class Expected:
+    """What `source` gave, so that a sample's last tokens are found in it at once."""
+
+    def __init__(self, drafts: Sequence[int]) -> None:
+        self._drafts = tuple(drafts)
+        self._behind: dict[tuple[int, ...], int] = {}  # each tail's first place, and there what comes behind it
+        for size in range(1, _LONGEST_MATCH + 1):
+            for place in range(size, len(self._drafts)):
+                self._behind.setdefault(self._drafts[place - size : place], place)
+
+    def following(self, ids: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow the sample's tokens `ids`."""
+        drafts = self._drafts
+        if not drafts or not most:
+            return []
+        if not ids:
+            return self._until_hole(0, most)
+        place = self._place_behind(ids, len(ids))
         if place is not None:
-            return _until_hole(drafts, place + 1, most) if drafts[place : place + 1] == (HOLE,) else []
-    return _until_hole(drafts, 1, most) if drafts[:1] == (HOLE,) and len(ids) <= _LONGEST_HOLE else []
+            return self._until_hole(place, most)
+        for drawn in range(1, min(_LONGEST_HOLE, len(ids) - 1) + 1):
+            place = self._place_behind(ids, len(ids) - drawn)
+            if place is not None:
+                return self._until_hole(place + 1, most) if drafts[place] == HOLE else []
+        return self._until_hole(1, most) if drafts[0] == HOLE and len(ids) <= _LONGEST_HOLE else []
 
-
-def _place_behind(drafts: Sequence[int], ids: Sequence[int]) -> int | None:
-    """Behind the first of the places that agree with the most of the last tokens."""
-    for size in range(min(_LONGEST_MATCH, len(ids)), 0, -1):
-        tail = tuple(ids[-size:])
-        for place in range(size, len(drafts)):
-            if tuple(drafts[place - size : place]) == tail:
+    def _place_behind(self, ids: Sequence[int], end: int) -> int | None:
+        """Behind the first of the places that agree with the most of the last of `ids[:end]`."""
+        for size in range(min(_LONGEST_MATCH, end), 0, -1):
+            place = self._behind.get(tuple(ids[end - size : end]))
+            if place is not None:
                 return place
-    return None
+        return None
 
-
-def _until_hole(drafts: Sequence[int], place: int, most: int) -> list[int]:
-    return list(takewhile(lambda token: token >= 0, drafts[place : place + most]))
+    def _until_hole(self, place: int, most: int) -> list[int]:
+        return list(takewhile(lambda token: token >= 0, self._drafts[place : place + most]))

@@ -127,6 +127,11 @@ class Engine(Protocol):
         """Token ids that stand before the prefix, before the suffix, and before the middle; None: not trained so."""
         ...
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether `Work.draft` is of use."""
+        ...
+
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         """Draw the samples. A sample that reaches the window ends there, with finish_reason "length".
 

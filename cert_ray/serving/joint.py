@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 from cert_ray.serving.boundaries import FirstTokens, StopWatch, cut_at, drop_start, settled
 from cert_ray.serving.constraints import Course
-from cert_ray.serving.drafts import following
+from cert_ray.serving.drafts import Expected
 from cert_ray.serving.engines import Completion, Drawn, FinishReason, TokenLogprobs, Work
 from cert_ray.serving.sampling import Streams, log_totals
 from cert_ray.sketching import prompt_format
@@ -93,6 +93,7 @@ class JointSamples:
         self._end_ids = end_ids | work.stop_token_ids
         self._first_tokens = first_tokens
         self._draft_tokens = draft_tokens
+        self._expected = Expected(work.draft if draft_tokens else ())
         self._watch = StopWatch(tokenizer, work.stop, work.start)
         self._streams = Streams(work.seed, work.prompt)
         self._numbers: dict[int, npt.NDArray[np.float64]] = {}  # by step
@@ -106,10 +107,10 @@ class JointSamples:
         left = room
         for branch in self.branches:
             most = max(0, min(left, self._left(branch) - 1))
-            if branch.course is not None:
+            if branch.course is not None and not branch.course.is_free:
                 branch.draft = list(branch.course.known[: min(most, _MOST_KNOWN)])
             else:
-                branch.draft = following(self.work.draft, branch.ids, min(most, self._draft_tokens))
+                branch.draft = self._expected.following(branch.ids, min(most, self._draft_tokens))
             left -= len(branch.draft)
         self.drafted += room - left
         return room - left
@@ -150,11 +151,11 @@ class JointSamples:
             if refused_V is not None:
                 logits_V.masked_fill_(refused_V.to(logits_V.device), float("-inf"))
                 totals_B1[place] = log_totals(logits_V[None])[0]
-            if branch.course is None:
+            if branch.course is None or branch.course.is_free:
                 continue
             assert self.work.template is not None
             refused_V = branch.course.refused.to(logits_V.device)
-            share = float(torch.exp(logits_V[~refused_V].logsumexp(0) - totals_B1[place]))
+            share = float(torch.exp(logits_V[~refused_V].logsumexp(0) - logits_V.logsumexp(0)))  # of what may come
             if share >= self.work.template.least_share:
                 logits_V.masked_fill_(refused_V, float("-inf"))
             else:
@@ -212,20 +213,27 @@ class JointSamples:
         return None
 
     def _is_whole(self, branch: Branch) -> bool:
-        if branch.course is None or self.work.template is None:
+        course, template = branch.course, self.work.template
+        if course is None or template is None or template.is_cut or not course.is_accepting:
+            return False
+        if template.fixed[-1]:
+            return True
+        if "\n" not in self._first_tokens.text_of(branch.ids[-1]):
             return False
         text = prompt_format.decode_code(self._tokenizer, branch.ids)
-        return self.work.template.end_in(text, is_over=False) is not None
+        return template.end_in(text, is_over=False) is not None
 
     def _end(self, branch: Branch, *, ended: bool) -> None:
         whole = prompt_format.decode_code(self._tokenizer, branch.ids)
         keeps: bool | None = None
+        held = whole
         if self.work.template is not None:
             end = None if branch.course is None else self.work.template.end_in(whole, is_over=ended)
-            keeps, whole = end is not None, whole[:end]
+            keeps, held = end is not None, whole[:end]
+            whole = whole if self.work.template.is_cut else held
         whole = drop_start(whole, self.work.start)
         text = cut_at(whole, self.work.stop)
-        keeps = keeps and len(text) == len(whole)
+        keeps = keeps and len(text) >= len(drop_start(held, self.work.start))
         reason: FinishReason = "stop" if ended or len(text) < len(whole) else "length"
         logprobs, told = branch.logprobs[branch.blanks :], None
         mean = sum(logprobs) / len(logprobs) if logprobs else 0.0

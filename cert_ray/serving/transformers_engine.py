@@ -76,6 +76,11 @@ class TransformersEngine:
         return self._infill_tokens
 
     @property
+    def takes_drafts(self) -> bool:
+        """Whether the model is run so that drafts can be taken back, and some are asked for."""
+        return self.is_packed and self.config.draft_tokens > 0
+
+    @property
     def counted(self) -> Counted:
         """What the model was used for since it was loaded."""
         return self._batch.counted

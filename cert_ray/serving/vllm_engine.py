@@ -85,6 +85,11 @@ class VllmEngine:
         """The tokens of `EngineConfig.infill`."""
         return self._infill_tokens
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Never: vLLM is given no tokens that an answer may hold."""
+        return False
+
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         """Draw the samples; see `Engine.draw`."""
         if work.score_prompt or work.max_tokens == 0:

@@ -169,6 +169,7 @@ class _ForcedSketcher:
 
     def __init__(self, engine: Engine) -> None:
         self.tokenizer, self.context_tokens, self.infill_tokens = engine.tokenizer, engine.context_tokens, None
+        self.takes_drafts = engine.takes_drafts
         self._engine = engine
         self._number = engine.tokenizer.token_to_id(prompt_format.special_token("number"))
 

@@ -96,9 +96,12 @@ class ScriptedEngine:
         script: Callable[[str], Sequence[tuple[str, float]]],
         context_tokens: int = 512,
         infill_tokens: tuple[int, int, int] | None = None,
+        *,
+        takes_drafts: bool = True,
     ) -> None:
         """`script` maps the decoded prompt, special tokens shown, to the (text, mean_logprob) of the samples."""
         self.tokenizer, self.context_tokens, self.infill_tokens = tokenizer, context_tokens, infill_tokens
+        self.takes_drafts = takes_drafts
         self._script = script
         self.prompts: list[str] = []
         self.requests: list[Work] = []

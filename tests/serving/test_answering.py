@@ -185,3 +185,16 @@ class TestRetrieve:
     def test_missing_documentation_is_named_before_models_are_loaded(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"docs\.jsonl"):
             Answerer.load(ModelConfig(model="absent", retrieve={"docs": str(tmp_path / "docs.jsonl")}))
+
+
+@pytest.mark.parametrize(
+    ("models", "kind", "told"),
+    [
+        ({"model": "a"}, "transformers", "model='a'.*no sketch"),
+        ({"sketcher": "a", "generator": "b"}, "vllm", "engine.kind='transformers'"),
+    ],
+)
+def test_models_that_hold_no_answer_to_a_sketch_are_not_asked_to(models: dict[str, str], kind: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        ModelConfig(**models, engine={"kind": kind}, cascade={"mode": "constrained"})
+    ModelConfig(**models, engine={"kind": kind})

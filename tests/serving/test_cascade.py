@@ -7,6 +7,7 @@ import io
 import json
 import tokenize
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 
 from cert_ray.errors import RequestError
 from cert_ray.schemas import Dropped
+from cert_ray.serving import drafts
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_cascade, run_single
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
+from cert_ray.serving.engines import Completion, Work
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.sketching import Sketched, SketchKind, prompt_format, sketch_source
@@ -292,6 +295,41 @@ def test_a_cascade_holds_the_generator_to_nothing() -> None:
     answer, _, generator = cascade([" a(<|number|>)"])
     assert (answer.off_sketch, generator.requests[0].template) == (None, None)
     assert generator.requests[0].draft  # but expects it to go the sketch's way
+
+
+class CutEngine(ScriptedEngine):
+    """Its samples reach the most tokens that they may have."""
+
+    def _completion(self, text: str, mean_logprob: float, work: Work) -> Completion:
+        return replace(super()._completion(text, mean_logprob, work), finish_reason="length")
+
+
+def test_a_sketch_that_was_cut_ends_no_answer() -> None:
+    sketcher = CutEngine(TOKENIZER, lambda _: [(" a(<|number|>)\nb.as", -1.0)])
+    generator = engine([" a(5)\nb.astype(float)", " a(5)\nb.as", " a(5)\nb"])
+    answer = run_cascade(CONTEXT, asking(3, mode=Mode.CONSTRAINED), sketcher, generator)
+    assert generator.requests[0].template == Template((" a(", ")\nb.as"), ("number",), 0.001, is_cut=True)
+    assert answer.off_sketch == 1
+
+
+def test_an_answer_is_held_to_no_more_than_the_generators_own_stops_let_it_be() -> None:
+    generator = engine([" a(5)\n\n\nb(5)"])
+    answer = run_cascade(
+        CONTEXT, asking(mode=Mode.CONSTRAINED), engine([" a(<|number|>)\n\n\nb(<|number|>)"]), generator
+    )
+    assert generator.requests[0].template == Template((" a(", ")"), ("number",), 0.001)
+    assert (texts(answer), answer.route, answer.off_sketch) == ([" a(5)"], Route.CONSTRAINED, 0)
+    generator = engine([" b()"])
+    answer = run_cascade(CONTEXT, asking(mode=Mode.CONSTRAINED), engine(["\n\n\nb(<|number|>)"]), generator)
+    assert generator.requests[0].template is None  # nothing is left of it
+    assert (answer.route, answer.off_sketch) == (Route.GENERATOR, None)
+
+
+def test_no_draft_is_made_for_an_engine_that_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "source", None)
+    generator = ScriptedEngine(TOKENIZER, lambda _: [(" a(5)", -1.0)], takes_drafts=False)
+    run_cascade(CONTEXT, asking(), engine([" a(<|number|>)"]), generator)
+    assert generator.requests[0].draft == ()
 
 
 def test_words_of_the_released_format_hold_nothing() -> None:

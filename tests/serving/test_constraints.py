@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import llguidance
 import pytest
 
 from cert_ray.errors import RequestError
 from cert_ray.schemas import Dropped
+from cert_ray.serving import constraints
 from cert_ray.serving.constraints import Course, Courses, Template
 from cert_ray.sketching import Sketched, SketchKind, sketch_source
 from tests.serving.builders import small_tokenizer
@@ -125,3 +131,74 @@ def test_a_sketch_that_cannot_be_a_grammar_is_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Template, "grammar", "start: /(/")
     with pytest.raises(RequestError, match="mode=cascade"):
         COURSES.begin(Template(("x",), (), 0.5))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("between", ["", "_"])
+def test_holes_with_many_readings_end_in_time(between: str) -> None:
+    """Tried one after another, the readings of so many characters outlast any test."""
+    many = Template(("", *[between] * 7, " ="), ("func",) * 8, 0.001)
+    name = ("a" + between) * 60
+    assert many.end_in(name + ":", is_over=True) is None
+    assert many.end_in(name, is_over=False) is None
+    assert many.end_in(f"{name}a =\nb", is_over=False) == len(name) + 3
+    course = follow(COURSES.begin(many), name + "a =")
+    assert course is not None
+    assert course.is_accepting
+
+
+@pytest.mark.timeout(120)
+def test_the_limits_of_what_follows_a_sketch_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    many = Template(("",) * 40 + (" =",), ("func",) * 40, 0.001)
+    letter = TOKENIZER.encode("a", add_special_tokens=False).ids[0]
+    constraints._tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            course: Course | None = COURSES.begin(many)
+            for _ in range(2000):
+                course = None if course is None or course.refused.all() else course.after(letter)
+            assert course is None
+    assert len(caplog.records) == 1
+    assert "lexer error" in caplog.text
+    assert COURSES.begin(many).after(TOKENIZER.encode("+", add_special_tokens=False).ids[0]) is None
+    assert len(caplog.records) == 1  # to leave the sketch is nothing of that kind
+
+
+def test_behind_a_sketch_that_was_cut_anything_may_come() -> None:
+    found = sketched("x = f(1)\ny.ast")
+    cut = Template.of("", found.text, found.placeholders, 0.001, is_cut=True)
+    begun = follow(COURSES.begin(cut), "x = f(20)")
+    assert begun is not None
+    assert not begun.is_free
+    assert begun.refused[0]
+    course = follow(begun, "\ny.astype(float)\nz")
+    assert course is not None
+    assert course.is_free
+    assert cut.end_in("x = f(20)\ny.as", is_over=True) is None
+    for text in ("x = f(20)\ny.ast", "x = f(20)\ny.astype(float)\nz"):
+        assert cut.end_in(text, is_over=False) == len("x = f(20)\ny.ast")
+
+
+def test_a_sketch_waits_for_no_other_to_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, begun, done = Template(("slow",), (), 0.001), threading.Event(), threading.Event()
+    compiled = llguidance.LLMatcher
+
+    class Compiling:
+        grammar_from_regex = staticmethod(compiled.grammar_from_regex)
+
+        def __new__(cls, tokenizer: Any, grammar: str, **options: Any) -> Any:
+            if grammar == slow.grammar:
+                begun.set()
+                assert done.wait(60)
+            return compiled(tokenizer, grammar, **options)
+
+    monkeypatch.setattr(constraints.llguidance, "LLMatcher", Compiling)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(COURSES.begin, slow)
+        try:
+            assert begun.wait(60)
+            pool.submit(COURSES.begin, Template(("quick",), (), 0.001)).result(20)
+            assert not waiting.done()
+        finally:
+            done.set()
+        assert waiting.result(60).known

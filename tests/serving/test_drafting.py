@@ -201,3 +201,22 @@ def test_a_sample_is_let_go_where_the_model_does_not_want_the_sketch(plain: Tran
     samples = draw(plain, held)
     assert ids(samples) == ids(draw(plain, free))  # at once, so these are the free samples
     assert [sample.keeps_to_template for sample in samples] == [False] * 6
+
+
+def test_behind_a_sketch_that_was_cut_an_answer_is_drawn_freely(plain: TransformersEngine) -> None:
+    """It goes on, and ends as free answers do: at the most tokens, or at a stop string."""
+    cut = Template.of("", SKETCHED.text, SKETCHED.placeholders, LEAST, is_cut=True)
+    options: dict[str, Any] = {"n": 12, "temperature": 2.0, "top_p": 1.0, "max_tokens": 100}
+    held = draw(plain, work(plain, TEXTS[0], **options, template=template()))
+    samples = draw(plain, work(plain, TEXTS[0], **options, template=cut))
+    ended = [(one, other) for one, other in zip(held, samples, strict=True) if one.finish_reason == "stop"]
+    assert ended
+    for one, other in ended:
+        assert other.keeps_to_template
+        assert len(other.ids) > len(one.ids)
+        assert cut.end_in(other.text, is_over=True) is not None
+    stopped = draw(plain, work(plain, TEXTS[0], **options, template=cut, stop=tuple("abcdefghij")))
+    assert not any(sample.keeps_to_template for sample in stopped)  # inside what the sketch fixes
+    for one, other in zip(held, samples, strict=True):
+        if one.finish_reason == "length":  # a hole was longer than what may be drawn
+            assert not other.keeps_to_template

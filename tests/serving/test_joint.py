@@ -12,11 +12,14 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM
 
+from cert_ray.serving.boundaries import FirstTokens
+from cert_ray.serving.constraints import Courses, Template
 from cert_ray.serving.engines import Completion, Work
-from cert_ray.serving.sampling import Streams
+from cert_ray.serving.joint import JointSamples
+from cert_ray.serving.sampling import Streams, log_totals
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import prompt_format
-from tests.serving.builders import save_model
+from tests.serving.builders import save_model, small_tokenizer
 
 PROMPT = "def head(df, n):\n    return"
 
@@ -183,3 +186,22 @@ def test_a_prompt_is_scored(engine: TransformersEngine, folder: str) -> None:
     assert drawn.prompt_logprobs.token_logprobs[0] is None
     assert list(drawn.prompt_logprobs.token_logprobs[1:]) == pytest.approx(expected, abs=1e-4)
     assert "".join(drawn.prompt_logprobs.tokens) == PROMPT
+
+
+def test_a_templates_share_is_of_what_could_come_without_it() -> None:
+    """A model that gives nearly all to a placeholder, which code has none of, wants the sketch nevertheless."""
+    tokenizer = small_tokenizer()
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    held = Template(("ab", ")"), ("number",), 0.4)
+    asked = Work((1,), max_tokens=9, code_only=True, template=held)
+    course = Courses(tokenizer, size, frozenset({0})).begin(held)
+    samples = JointSamples(asked, 64, tokenizer, frozenset({0}), FirstTokens(tokenizer, size), course)
+    samples.start_drawing()
+    logits_BV = torch.full((1, size), -100.0)
+    logits_BV[0, prompt_format.marker_ids(tokenizer)[0]] = 20.0
+    wanted = int((~course.refused).nonzero()[0, 0])
+    other = int(course.refused.nonzero()[-1, 0])
+    logits_BV[0, [wanted, other]] = 1.0  # one half each, the placeholder apart
+    samples.restrict(logits_BV, log_totals(logits_BV))
+    assert samples.drawing[0].branch.course is not None
+    assert logits_BV[0, other] == float("-inf")

@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
 ]
 
+HANDLER = signal.getsignal(signal.SIGINT)  # before anything is trained
+
 OPTIONS = {"workers": 2, "micro_batch": 2, "steps": 10, "checkpoint_every_steps": 3, "zero_stage": 2}
 
 
@@ -86,7 +88,7 @@ def test_two_workers_learn_and_leave_a_model(undisturbed):
 
 
 def test_ctrl_c_ends_the_program_once_training_is_over(undisturbed):
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is HANDLER
 
 
 def test_worker_0_tells_the_steps_in_a_story_of_its_own(undisturbed):

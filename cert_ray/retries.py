@@ -23,12 +23,8 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-_WAITS_S = (
-    2,
-    4,
-    8,
-    16,
-)  # assumed; each 20% more or less, so that tasks that failed together do not come together again
+# Assumed; each 20% more or less, so that tasks that failed together do not come together again.
+_WAITS_S = (2, 4, 8, 16)
 _GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
 # What stays as it is: full, for reading only, in use by ourselves (EMFILE is a leak, ENOTEMPTY a folder that others
 # write to), or asked in a way that is refused (a store's "bad request" is EINVAL).

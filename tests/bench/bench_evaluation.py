@@ -86,7 +86,8 @@ def run_peer(
     """Run the samples of the file `rows` as `way` does."""
     command = [python, str(PEER), way, str(rows), str(workers), str(human_eval)]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "TIMEOUT_S": str(timeout_s)}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
+    with tempfile.TemporaryDirectory() as folder:  # the peers let programs write where they run
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables, cwd=folder)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 

@@ -11,13 +11,12 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import cert_ray.corpus.on_ray as corpus_on_ray
 import cert_ray.dataset.on_ray as dataset_on_ray
 import cert_ray.dedup.on_ray as dedup_on_ray
 from cert_ray.dataset.options import PreprocessConfig
@@ -25,6 +24,7 @@ from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards import units as units_module
 from cert_ray.shards.units import Attempt, Work, WorkUnit
 from tests.bench.measuring import TreeWatch, Usage
+from tests.without_ray import without_ray
 
 # What a stage writes, below the run's folder.
 WRITES = {
@@ -122,16 +122,11 @@ def preprocess(config: PreprocessConfig, output: Path, workers: int, pool: bool)
 @contextmanager
 def pooled(workers: int) -> Iterator[None]:
     """What runs on Ray runs on a process pool, whose processes are up."""
-    with ExitStack() as stack:
-        # Not forked: Arrow has threads. Ray starts fresh interpreters as well.
-        executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-        stack.enter_context(executor)
+    # Not forked: Arrow has threads. Ray starts fresh interpreters as well.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
         list(executor.map(abs, range(workers)))
-        run_units = functools.partial(_pool_units, executor)
-        for module in (corpus_on_ray, dedup_on_ray, dataset_on_ray):
-            stack.enter_context(mock.patch.object(module, "run_units", run_units))
-        stack.enter_context(mock.patch.object(dedup_on_ray, "ray", PoolRay(executor)))
-        yield
+        with without_ray(executor, functools.partial(_pool_units, executor)):
+            yield
 
 
 def written_bytes(output: Path, stage: str) -> int:
@@ -151,26 +146,3 @@ def _pool_units(
     heaviest_first = sorted(units, key=lambda unit: -unit.weight)  # as on Ray
     futures = {unit.name: executor.submit(units_module.perform, unit, work, run) for unit in heaviest_first}
     return [futures[unit.name].result() for unit in units]
-
-
-class PoolRay:
-    """The calls of Ray that dedup makes, on a process pool."""
-
-    ObjectRef = Future
-
-    def __init__(self, executor: ProcessPoolExecutor) -> None:
-        self._executor = executor
-
-    def remote(self, work: Callable[..., Any]) -> Any:
-        submit = functools.partial(self._executor.submit, work)
-        task = mock.Mock(spec=["options", "remote"], remote=submit)
-        task.options.return_value = task
-        return task
-
-    @staticmethod
-    def put(value: Any) -> Any:
-        return value
-
-    @staticmethod
-    def get(pending: Any) -> Any:
-        return [future.result() for future in pending] if isinstance(pending, list) else pending.result()

@@ -10,7 +10,6 @@ Everything that is started here ends here; nothing else is touched.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -21,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -29,7 +28,7 @@ import xxhash
 from tests.chaos import events, faulty_storage
 from tests.chaos.corpus import write_corpus
 from tests.chaos.run import ChaosError, Nodes, compare, short_folder, started_cluster, tree
-from tests.chaos.trials import Outcome, Trial, table
+from tests.chaos.trials import Outcome, Trial, asked, carry_out
 
 FILES, UNIT_BYTES = 240, 100_000
 # As cluster/Dockerfile sets it: with Ray's own five minutes, a partition is noticed when it is over.
@@ -301,17 +300,9 @@ def inject(name: str, place: Place) -> Outcome:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, required=True, help="a folder that is made anew")
-    parser.add_argument("--only", action="append", choices=sorted(FAULTS), help="repeatable; default: all")
-    given = parser.parse_args()
-    output = given.output.absolute()
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    output, names = asked(__doc__, FAULTS)
     write_corpus(output / "corpus", FILES, seed=1)
     os.environ |= KEEPALIVE
-    outcomes: list[Outcome] = []
-    failed: list[str] = []
     with short_folder() as short, started_redis(output), started_cluster(short) as nodes:
         command = preprocessing(nodes, output / "corpus", str(output / "undisturbed" / "run"))
         undisturbed = Trial(command, output / "undisturbed")
@@ -320,17 +311,12 @@ def main() -> None:
         expected = tree(output / "undisturbed" / "run")
         expected.pop("done")
         print(f"undisturbed: {time.monotonic() - began_s:.0f} s, {len(expected)} files", flush=True)
-        for name in given.only or FAULTS:
+
+        def one(name: str) -> Outcome:
             place = Place(nodes, output / "corpus", output / name.replace(" ", "-"), expected)
-            try:
-                outcomes.append(inject(name, place))
-                print(json.dumps(asdict(outcomes[-1])), flush=True)
-            except ChaosError as error:
-                failed.append(name)
-                print(f"{name}: {error}", flush=True)
-    (output / "faults.md").write_text(table(outcomes))
-    print(table(outcomes))
-    sys.exit(f"not as expected: {', '.join(failed)}" if failed else 0)
+            return inject(name, place)
+
+        carry_out(names, one, output / "faults.md")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ expectation held. Everything that is started here ends here; nothing else is tou
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import shutil
@@ -21,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from tests.chaos import events
 from tests.chaos.corpus import write_corpus
 from tests.chaos.faults import preprocessing
 from tests.chaos.run import ChaosError, Nodes, command, compare, send, short_folder, started_cluster, tree
-from tests.chaos.trials import Outcome, Trial, table
+from tests.chaos.trials import Outcome, Trial, asked, carry_out
 
 FILES = 120  # 19 units
 PROBLEMS, SAMPLES = 96, 4  # six batches of sampling, fifteen chunks of programs
@@ -334,33 +333,23 @@ STAGES: Mapping[str, Callable[[Place, Path], tuple[str, float]]] = {
 }
 
 
+def lose(stage: str, place: Place) -> Outcome:
+    """Lose a node in the middle of `stage`.
+
+    Raises:
+        ChaosError: when its expectation did not hold.
+    """
+    began_s = time.monotonic()
+    happened, recovery_s = STAGES[stage](place, place.output / stage)
+    expected = (STAGES[stage].__doc__ or "").strip()
+    return Outcome(f"node loss: {stage}", expected, happened, 1, time.monotonic() - began_s, recovery_s)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, required=True, help="a folder that is made anew")
-    parser.add_argument("--only", action="append", choices=sorted(STAGES), help="repeatable; default: all")
-    given = parser.parse_args()
-    output = given.output.absolute()
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
-    outcomes: list[Outcome] = []
-    failed: list[str] = []
+    output, names = asked(__doc__, STAGES)
     with short_folder() as short, started_cluster(short) as nodes:
         place = Place(nodes, output)
-        for name in given.only or STAGES:
-            began_s = time.monotonic()
-            try:
-                happened, seconds = STAGES[name](place, output / name)
-            except (ChaosError, psutil.Error) as error:  # the other stages' rows are kept
-                failed.append(name)
-                print(f"{name}: {error}", flush=True)
-                continue
-            expected = (STAGES[name].__doc__ or "").strip()
-            spent_s = time.monotonic() - began_s
-            outcomes.append(Outcome(f"node loss: {name}", expected, happened, 1, spent_s, seconds))
-            print(json.dumps(asdict(outcomes[-1])), flush=True)
-    (output / "node-loss.md").write_text(table(outcomes))
-    print(table(outcomes))
-    sys.exit(f"not as expected: {', '.join(failed)}" if failed else 0)
+        carry_out(names, lambda stage: lose(stage, place), output / "node-loss.md")
 
 
 if __name__ == "__main__":

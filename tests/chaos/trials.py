@@ -6,11 +6,18 @@ fault an `Outcome`, and a Markdown `table` of them.
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
+import shutil
 import subprocess
+import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+import psutil
 
 from tests.chaos import events
 from tests.chaos.run import ROOT, ChaosError
@@ -124,3 +131,32 @@ def table(outcomes: list[Outcome]) -> str:
             f"| {one.fault} | {one.expected} | {one.happened} | {one.attempts} | {one.seconds:.0f} | {recovery} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def asked(description: str | None, names: Iterable[str]) -> tuple[Path, list[str]]:
+    """By the command line: a new folder for what comes of it, and which of `names` to do."""
+    known = list(names)
+    parser = argparse.ArgumentParser(description=description.splitlines()[0] if description else None)
+    parser.add_argument("--output", type=Path, required=True, help="a folder that is made anew")
+    parser.add_argument("--only", action="append", choices=sorted(known), help="repeatable; default: all")
+    given = parser.parse_args()
+    output: Path = given.output.absolute()
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    return output, given.only or known
+
+
+def carry_out(names: Iterable[str], one: Callable[[str], Outcome], report: Path) -> None:
+    """Do `one` after the other, and end the program; one that is not as expected leaves the others' rows."""
+    outcomes: list[Outcome] = []
+    failed: list[str] = []
+    for name in names:
+        try:
+            outcomes.append(one(name))
+            print(json.dumps(asdict(outcomes[-1])), flush=True)
+        except (ChaosError, psutil.Error) as error:
+            failed.append(name)
+            print(f"{name}: {error}", flush=True)
+    report.write_text(table(outcomes))
+    print(table(outcomes))
+    sys.exit(f"not as expected: {', '.join(failed)}" if failed else 0)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import pyarrow as pa
 import xxhash
 
-import cert_ray.corpus.on_ray as corpus_on_ray
-import cert_ray.dataset.on_ray as dataset_on_ray
-import cert_ray.dedup.on_ray as dedup_on_ray
 from cert_ray.dataset.annotate import annotate
 from cert_ray.manifests import ShardReport
 from cert_ray.python_source import SourceFacts, read_source
@@ -21,6 +16,7 @@ from cert_ray.quality.weights import WeightConfig
 from cert_ray.schemas import DOCUMENTS
 from cert_ray.shards.units import Attempt, Work, WorkUnit, run_in_process
 from cert_ray.sketching.anonymize import SketchKind
+from tests.without_ray import Inline, without_ray
 
 FILE = '''import numpy as np
 from {library} import thing
@@ -63,27 +59,8 @@ def in_this_process() -> Iterator[None]:
     def run_units(units: Sequence[WorkUnit], work: Work, run: Attempt, **_: object) -> list[ShardReport]:
         return run_in_process(units, work, run)
 
-    with ExitStack() as stack:
-        for module in (corpus_on_ray, dedup_on_ray, dataset_on_ray):
-            stack.enter_context(mock.patch.object(module, "run_units", run_units))
-        stack.enter_context(mock.patch.object(dedup_on_ray, "ray", _NoRay))
+    with without_ray(Inline(), run_units):
         yield
-
-
-class _NoRay:
-    """The calls of Ray that dedup makes: a task is run when it is started, and what it gives is its own reference."""
-
-    @staticmethod
-    def remote(work: Callable[..., Any]) -> Any:
-        task = mock.Mock(spec=["options", "remote"], remote=work)
-        task.options.return_value = task
-        return task
-
-    @staticmethod
-    def put(value: Any) -> Any:
-        return value
-
-    get = put
 
 
 def annotated_rows(contents: list[str], cluster_size: list[int] | None = None) -> pa.Table:

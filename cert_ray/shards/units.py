@@ -33,8 +33,10 @@ from cert_ray.schemas import SCHEMA_VERSION
 REPORTS_FOLDER = "reports"
 VERSIONS_FOLDER = "versions"
 
-BATCH_WEIGHT = 64_000_000  # bytes of input that a task takes at most, unless one unit is more: some ten seconds
+BATCH_WEIGHT = 64_000_000  # that a task takes at most, unless one unit is more: some ten seconds
 _SHARES_LEFT = 2  # a batch is at most a worker's share of what is left, divided by this
+_LEAST_WEIGHT = 4_000_000  # below which no batch need be: about a second
+_LEAST_SHARES = 8  # nor below a worker's share of everything, divided by this
 
 
 class WorkUnit(Config):
@@ -44,7 +46,8 @@ class WorkUnit(Config):
     payload: dict[str, Any]
     rows: int = 0
     version: str = pydantic.Field(default="", exclude=True)  # of the input, where its storage tells one
-    weight: int = pydantic.Field(default=0, exclude=True)  # bytes of input; 0 is unknown. The heaviest start first
+    # Work, as of cleaning so many bytes of input; 0 is unknown. The heaviest start first.
+    weight: int = pydantic.Field(default=0, exclude=True)
 
     def unit_digest(self, config_digest: str) -> str:
         """xxh3-128 of the unit, the stage's config and the schema: a report with another one belongs to another run."""
@@ -70,19 +73,22 @@ def inputs_digest(units: Iterable[WorkUnit]) -> str:
 
 
 def batches(units: Sequence[WorkUnit], workers: int) -> list[list[WorkUnit]]:
-    """All units, heaviest first, as the tasks of a stage: large ones first, single units at the end.
+    """All units, heaviest first, as the tasks of a stage: large ones first, small ones at the end.
 
     Handing a task over takes Ray Data some tenths of a second, as long as a small unit itself. So each batch takes a
-    share of what is left (factoring: Hummel, Schonberg, Flynn, CACM 1992), and workers still end together. A unit of
-    `BATCH_WEIGHT` or more is alone, and so is one of unknown weight.
+    share of what is left (factoring: Hummel, Schonberg, Flynn, CACM 1992), and workers still end together; to the last
+    few seconds of work, where a share would be less than handing it over takes. A unit of `BATCH_WEIGHT` or more is
+    alone, and so is one of unknown weight.
     """
     weights = {unit.name: unit.weight or BATCH_WEIGHT for unit in units}
     left = sum(weights.values())
+    workers = max(workers, 1)
+    least = min(_LEAST_WEIGHT, left / (_LEAST_SHARES * workers))
     result: list[list[WorkUnit]] = []
     taken = share = 0.0
     for unit in sorted(units, key=lambda unit: -weights[unit.name]):
         if not result or taken + weights[unit.name] > share:
-            share = min(left / (_SHARES_LEFT * max(workers, 1)), BATCH_WEIGHT)
+            share = min(max(left / (_SHARES_LEFT * workers), least), BATCH_WEIGHT)
             taken = 0
             result.append([])
         result[-1].append(unit)

@@ -146,12 +146,14 @@ def test_batches_hold_every_unit_once_and_none_that_is_heavy_shares_one(weights:
         assert len(batch) == 1 or all(unit.weight for unit in batch)
 
 
-def test_no_batch_is_more_than_half_of_a_workers_share_of_what_is_left() -> None:
+def test_batches_take_half_of_a_workers_share_of_what_is_left_or_what_is_worth_handing_over() -> None:
     batches = units.batches(weighed([1_000_000] * 64), workers=2)
-    assert [len(batch) for batch in batches] == [16, 12, 9, 6, 5, 4, 3, 2, 1, 1, 1, 1, 1, 1, 1]
+    assert [len(batch) for batch in batches] == [16, 12, 9, 6, 5, 4, 4, 4, 4]
+    small = units.batches(weighed([100] * 64), workers=2)
+    assert [len(batch) for batch in small] == [16, 12, 9, 6, 5, 4, 4, 4, 4], "a little work is shared out as well"
     assert [len(batch) for batch in units.batches(weighed([1_000_000] * 64), workers=64)] == [1] * 64
 
 
 def test_heavy_units_begin_first_and_unknown_ones_are_alone() -> None:
-    batches = units.batches(weighed([5, 0, 90_000_000, 7, 0]), workers=1)
-    assert [[unit.weight for unit in batch] for batch in batches] == [[90_000_000], [0], [0], [7], [5]]
+    batches = units.batches(weighed([5, 0, 90_000_000, 9_000_000, 0, 7]), workers=1)
+    assert [[unit.weight for unit in batch] for batch in batches] == [[90_000_000], [0], [0], [9_000_000], [7, 5]]

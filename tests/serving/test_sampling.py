@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from cert_ray.errors import ConfigError
-from cert_ray.serving.sampling import Sampling, Streams, draw_tokens
+from cert_ray.serving.sampling import Sampling, Streams, draw_tokens, log_totals
 
 
 def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
@@ -74,6 +74,20 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 def test_every_temperature_and_top_p_gives_a_token(temperature: float, top_p: float, uniform: float) -> None:
     token = draw(torch.tensor([3.0, float("-inf"), 1.0]), np.array([uniform]), temperature, top_p)[0]
     assert token in (0, 2)
+
+
+def test_tokens_that_cannot_be_drawn_leave_no_subnormal_numbers_behind() -> None:
+    logits_RV = torch.linspace(0, -150, 1_000)[None].clone()
+    logits_RV[0, -1] = float("-inf")
+    scratch_RV = torch.empty_like(logits_RV)
+
+    def subnormal() -> int:  # each costs fifty times as much as another number
+        return int(((scratch_RV > 0) & (scratch_RV < torch.finfo(torch.float32).tiny)).sum())
+
+    assert float(log_totals(logits_RV, scratch_RV)) == pytest.approx(float(logits_RV.double().logsumexp(-1)), abs=1e-6)
+    assert subnormal() == 0
+    draw_tokens(logits_RV, [np.array([0.5])], [0.2], [0.9], scratch_RV)
+    assert subnormal() == 0
 
 
 def test_options_that_contradict_each_other_are_refused() -> None:

@@ -135,11 +135,17 @@ class _Part:
     prompt: bool
     masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
-    def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """What each query sees; None: everything, or for a prompt's first part, everything before it."""
+    def mask(self, window: int | None, shared: int, query_HSD: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores of each query, once for each of the `shared` heads: 0 or -inf, of every layer.
+
+        None: a query sees everything, or in a prompt's first part, everything before it.
+        """
         if window not in self.masks:
             mask_QK = self._find_mask(window)
-            self.masks[window] = None if mask_QK is None else mask_QK.to(device)
+            if mask_QK is not None:
+                hidden_QK = torch.zeros(mask_QK.shape, dtype=query_HSD.dtype).masked_fill_(~mask_QK, float("-inf"))
+                mask_QK = hidden_QK.repeat(shared, 1)[None, None].to(query_HSD.device)
+            self.masks[window] = mask_QK
         return self.masks[window]
 
     def _find_mask(self, window: int | None) -> torch.Tensor | None:
@@ -229,8 +235,8 @@ def _attend(
     for part in parts:
         own = slice(part.first, part.first + part.queries)
         key_GKD, value_GKD = part.kept.add(layer, key_GSD[:, own], value_GSD[:, own])
-        mask_QK = part.mask(window, query_HSD.device)
-        if mask_QK is None and part.prompt:
+        mask = part.mask(window, shared, query_HSD)
+        if mask is None and part.prompt:
             attended = scaled_dot_product_attention(
                 query_HSD[None, :, own],
                 key_GKD[None],
@@ -242,7 +248,6 @@ def _attend(
         else:
             # Heads that share a key head are so many queries of it: no key is copied.
             folded = query_HSD[:, own].reshape(1, key_GSD.shape[0], shared * part.queries, size)
-            mask = None if mask_QK is None else mask_QK.repeat(shared, 1)[None, None]
             attended = scaled_dot_product_attention(folded, key_GKD[None], value_GKD[None], attn_mask=mask, scale=scale)
             attended = attended.reshape(heads, part.queries, size)
         attended_HSD[:, own] = attended

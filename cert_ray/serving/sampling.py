@@ -29,6 +29,7 @@ from cert_ray.errors import ConfigError
 # and 0.9 of the mass sits in far fewer tokens once a model is trained.
 _CANDIDATES = 64
 _LEAST_TEMPERATURE = 1e-6  # below, float32 logits that differ at all are as good as greedy
+_SUMMED = 1024  # numbers that are summed in float32
 _LEAST_EXPONENT = -80.0  # exp of it, times a million tokens, is 1e-29
 _LOW_64 = (1 << 64) - 1
 
@@ -118,7 +119,7 @@ def draw_tokens(
     shifted_DV = torch.sub(logits_DV, values_DK[:, :1], out=scratch_DV).div_(
         torch.from_numpy(temperature_D1).to(logits_DV)
     )
-    total_D1 = _exp(shifted_DV).sum(dim=-1, keepdim=True, dtype=torch.float64).cpu().numpy()
+    total_D1 = _sums(_exp(shifted_DV)).cpu().numpy()
     cumulative_DK = _cumulative(values_DK, temperature_D1) / total_D1
     for place, row in enumerate(drawn):
         picked_N = _invert(cumulative_DK[place], uniforms[row], top_p_R[row], whole=False)
@@ -132,11 +133,22 @@ def draw_tokens(
 
 
 def _exp(shifted_RV: torch.Tensor) -> torch.Tensor:
-    """exp, in place, of logits of which the highest of a row is 0; no sum over a row differs by a bit of float64.
+    """exp, in place, of logits of which the highest of a row is 0; a row's sum is the same in float64.
 
     Below -87 the result is subnormal in float32, and a CPU takes fifty times as long for it.
     """
     return shifted_RV.clamp_(min=_LEAST_EXPONENT).exp_()
+
+
+def _sums(weights_RV: torch.Tensor) -> torch.Tensor:
+    """Each row's sum, float64 [R, 1], to 1e-7 of it, whatever rows are beside it.
+
+    A sum in float64 alone copies all of them; one in float32 alone may go another way for one row than for several.
+    """
+    whole = weights_RV.shape[-1] // _SUMMED * _SUMMED
+    parts_RP = weights_RV[:, :whole].unflatten(-1, (-1, _SUMMED)).sum(dim=-1)
+    left_R1 = weights_RV[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
+    return parts_RP.sum(dim=-1, keepdim=True, dtype=torch.float64) + left_R1
 
 
 def _cumulative(values_RK: torch.Tensor, temperature_R1: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

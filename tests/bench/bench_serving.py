@@ -104,6 +104,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=32, help="ours, n = 20; 0: leave those rows out")
     parser.add_argument("--peer-requests", type=int, default=2, help="the peer's, n = 20")
     parser.add_argument("--evaluation", type=int, default=4, help="ours, n = 200; 0: leave that row out")
+    parser.add_argument("--peer-evaluation", type=int, default=1, help="the peer's, n = 200")
     parser.add_argument("--latency", type=int, default=0, help="answers whose latency is measured; 0: none")
     parser.add_argument("--temperature", type=float, action="append", help="default: 0.2 and 0.8")
     parser.add_argument("--force", action="store_true", help="every request goes to stage two")
@@ -122,7 +123,7 @@ def _work(given: argparse.Namespace) -> list[tuple[str, int, float, int, int, in
     ]  # fmt: skip
     if given.evaluation:
         name = f"evaluation, n = 200, temperature 0.2{forced}"
-        rows.append((name, 200, 0.2, given.evaluation, given.evaluation, 1))
+        rows.append((name, 200, 0.2, given.evaluation, given.evaluation, given.peer_evaluation))
     return rows
 
 
@@ -212,7 +213,7 @@ class _Peer:
 
         def load(folder: str) -> Any:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, given.dtype))
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)  # placeholders are written out
             return pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
 
         self._sketcher = load(given.sketcher)
@@ -228,6 +229,7 @@ class _Peer:
             drawn = pipe(
                 text, num_return_sequences=min(PEER_BATCH, n - len(texts)), do_sample=True, temperature=temperature,
                 top_p=TOP_P, top_k=0, max_new_tokens=MAX_TOKENS, min_new_tokens=MAX_TOKENS, return_full_text=False,
+                skip_special_tokens=False,
             )  # fmt: skip
             texts += [entry["generated_text"] for entry in drawn]
         return [cut_at(text, PAPER_STOPS) for text in texts]

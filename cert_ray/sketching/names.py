@@ -342,7 +342,7 @@ class _Uses:
 
 _IDENTIFIER = re.compile(WORD)
 _WORD_OR_NUMBER = re.compile(r"[0-9A-Za-z_\x80-\U0010ffff]++")
-_EQUALS = re.compile(r"\s*=(?!=)")
+_EQUALS = re.compile(r"\s*+=(?!=|\s*+[}!:])")  # of a keyword: with a value, unlike `f"{one, two=}"`
 _AS_NAME = re.compile(rf"(?:[\s\\)]|\#[^\r\n]*+)*+as[\s\\]+({WORD})")
 _REST_NAME = re.compile(rf"\*\*[\s\\]*({WORD})")
 

@@ -93,6 +93,11 @@ from cert_ray.sketching import Sketched, SketchKind, sketch, sketch_source, sket
             "def func(argument):\n    return f'{[argument for argument in argument]} "
             "{(lambda argument: argument)(argument)} {argument}', argument, [variable for variable in argument]\n",
         ),
+        (  # the last name of a tuple is shown, and is no keyword of a call
+            "a, b = 1, 2\nf'{a, b=} {a, b = !r} {a, b=:>9} {f(a, b = a)}'\n",
+            "variable, variable = 1, 2\n"
+            "f'{variable, variable=} {variable, variable = !r} {variable, variable=:>9} {f(variable, b = variable)}'\n",
+        ),
         (
             "import a\nb = f'{[a for a in b]} {a}', a\n",
             "import a\nvariable = f'{[a for a in variable]} {a}', a\n",

@@ -7,7 +7,7 @@ what a result costs and nothing about its bytes is declared `Annotated[..., COST
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -49,9 +49,9 @@ class Config(pydantic.BaseModel):
         """128-bit xxh3 of the canonical JSON of every option that decides the result: equal ones, equal digest."""
         return str(xxhash.xxh3_128_hexdigest(self.model_dump_json(exclude=self._cost_only()).encode()))
 
-    def decides_as(self, options: Mapping[str, Any]) -> bool:
-        """Whether `options`, as a manifest holds them, decide the same result as these."""
-        excluded = self._cost_only()
+    def decides_as(self, options: Mapping[str, Any], but: Iterable[str] = ()) -> bool:
+        """Whether `options`, as a manifest holds them, decide the same result as these; those in `but` may differ."""
+        excluded = {**self._cost_only(), **dict.fromkeys(but, True)}
         return _without(options, excluded) == self.model_dump(mode="json", exclude=excluded)
 
     def _cost_only(self) -> dict[str, Any]:

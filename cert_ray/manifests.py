@@ -216,8 +216,13 @@ def are_whole(folder: str, files: Iterable[WrittenFile], verb: str) -> bool:
     return True
 
 
-def finished_manifest(folder: str, stage: str, verb: str, config: Config, inputs_digest: str) -> Manifest | None:
+def finished_manifest(
+    folder: str, stage: str, verb: str, config: Config, inputs_digest: str, but: Iterable[str] = ()
+) -> Manifest | None:
     """The manifest of `folder` if it was made by such options from these inputs and its files are whole, else None.
+
+    Args:
+        but: names of options that may have been others.
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
@@ -226,7 +231,7 @@ def finished_manifest(folder: str, stage: str, verb: str, config: Config, inputs
     if not is_finished(folder):
         return None
     manifest = read_manifest(folder, stage, verb)
-    if manifest.inputs_digest != inputs_digest or not config.decides_as(manifest.config):
+    if manifest.inputs_digest != inputs_digest or not config.decides_as(manifest.config, but):
         return None
     manifest.check()
     return manifest if are_whole(folder, manifest.files, verb) else None

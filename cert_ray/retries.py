@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from cert_ray.errors import InputError
+from cert_ray.errors import CertRayError, InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -48,20 +48,39 @@ _PASSING_NAMES = re.compile(
     r"|^(?:TimeoutException|NetworkError|RemoteProtocolError)$"  # httpx
     r"|^(?:ClientPayloadError|ResponseStreamingError)$"  # aiohttp, botocore: an answer that broke off
 )
+# Where drivers keep the HTTP status of an answer that refuses: azure, aiohttp and urllib, gcsfs; requests, httpx and
+# huggingface_hub have it on the error's response.
+_STATUS_NAMES = ("status_code", "status", "code")
+_PASSING_STATUSES = {408, 429, *range(500, 600)}  # waited too long, asked too often, and what is the server's fault
 
 
 def is_passing(error: BaseException) -> bool:
     """Whether `error` is one that storage over a network gives now and then; a full disk stays full.
 
-    A missing file and a refused permission are errors of other types. An input that could not be read is judged by why.
+    A missing file and a refused permission are errors of other types, or of other HTTP statuses. An input that could
+    not be read is judged by why.
     """
     if _GAVE_UP in getattr(error, "__notes__", ()):
         return False
     if isinstance(error, InputError):
         return error.__cause__ is not None and is_passing(error.__cause__)
+    if isinstance(error, CertRayError):
+        return False
     if type(error) is OSError:
         return error.errno not in _LASTING
+    if (status := _http_status(error)) is not None:
+        return status in _PASSING_STATUSES
     return any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of the answer that `error` tells of: 4xx or 5xx; None where it tells of none."""
+    for holder in (error, getattr(error, "response", None)):
+        for name in _STATUS_NAMES:
+            value = getattr(holder, name, None)
+            if isinstance(value, int | str) and str(value).isdecimal() and 400 <= int(value) < 600:
+                return int(value)
+    return None
 
 
 def tried_again(call: Callable[P, R]) -> Callable[P, R]:

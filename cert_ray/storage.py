@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from cert_ray.retries import tried_again
 
 _CHECKSUM_BLOCK_BYTES = 4 << 20
 _PARTIAL_SUFFIX = ".partial"
+_ROWS_AT_A_TIME = 128  # of which some are wanted; assumed: a few hundred kilobytes of source
 # Left free on a local disk, for logs and for others; assumed.
 _RESERVE_BYTES = 256 << 20
 
@@ -317,15 +319,54 @@ def write_parquet(table: pa.Table, url: str) -> Written:
 
 
 @tried_again
-def read_parquet(url: str, columns: list[str] | None = None) -> pa.Table:
+def read_parquet(url: str, columns: list[str] | None = None, *, use_threads: bool = True) -> pa.Table:
     """The table at `url`, or only `columns` of it.
+
+    Args:
+        use_threads: Arrow's, each of which keeps memory for what it read; without them it is slower, and leaves less.
 
     Raises:
         pa.ArrowException: for a damaged file.
     """
     filesystem, path = resolve(url)
+    options = {"use_threads": use_threads, "pre_buffer": use_threads}
     with _damage_told(url):
-        return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None)
+        return pq.read_table(path, columns=columns, filesystem=filesystem, partitioning=None, **options)
+
+
+@tried_again
+def read_rows(url: str, rows: Sequence[int], columns: list[str]) -> pa.Table:
+    """`columns` of some `rows` (ascending) of the table at `url`, as far as it has them; a few in memory at a time.
+
+    Raises:
+        pa.ArrowException: for a damaged file.
+    """
+    found: list[pa.RecordBatch] = []
+    with open_parquet(url) as table:
+        first = 0
+        for group in range(table.num_row_groups):
+            last = first + table.metadata.row_group(group).num_rows
+            wanted = [row - first for row in rows[bisect_left(rows, first) : bisect_left(rows, last)]]
+            found += _rows_of_group(table, group, wanted, columns)
+            first = last
+        schema = pa.schema([table.schema_arrow.field(name) for name in columns])
+    return pa.Table.from_batches(found, schema)
+
+
+def _rows_of_group(
+    table: pq.ParquetFile, group: int, wanted: list[int], columns: list[str]
+) -> Iterator[pa.RecordBatch]:
+    if not wanted:
+        return
+    first = 0
+    for batch in table.iter_batches(_ROWS_AT_A_TIME, row_groups=[group], columns=columns, use_threads=False):
+        last = first + len(batch)
+        here = [row - first for row in wanted[bisect_left(wanted, first) : bisect_left(wanted, last)]]
+        if here:
+            yield batch.select(columns).take(pa.array(here))
+        if last > wanted[-1]:
+            return
+        first = last
 
 
 @contextmanager

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import errno
+import io
 import tarfile
+import urllib.error
+from collections.abc import Callable
+from email.message import Message
+from types import SimpleNamespace
+from unittest import mock
 
 import aiohttp
 import httpx
 import pytest
 import requests
 from botocore.exceptions import ResponseStreamingError
+from huggingface_hub import hf_raise_for_status
+from huggingface_hub.errors import HfHubHTTPError
 
 from cert_ray import retries
-from cert_ray.errors import InputError, StorageFullError, SupersededError
+from cert_ray.errors import InputError, RequestError, StorageFullError, SupersededError
 from cert_ray.retries import is_passing, tried_again
 
 
@@ -78,6 +86,94 @@ def unreadable(cause: Exception) -> InputError:
 )
 def test_what_passes(error: Exception, passes: bool) -> None:
     assert is_passing(error) is passes
+
+
+class GcsfsHttpError(Exception):
+    """As gcsfs': the store's own description of what went wrong, its code a number or text."""
+
+    def __init__(self, error_response: dict[str, object]) -> None:
+        self.code = error_response.get("code")
+        super().__init__(error_response.get("message"))
+
+
+class AzureHttpResponseError(Exception):
+    """As azure.core's: its status is that of the response, None without one."""
+
+    def __init__(self, message: str, response: object = None) -> None:
+        self.status_code = getattr(response, "status_code", None)
+        self.response = response
+        super().__init__(message)
+
+
+def refused_by_requests(status: int) -> Exception:
+    response = requests.Response()
+    response.status_code = status
+    with pytest.raises(requests.HTTPError) as raised:
+        response.raise_for_status()
+    return raised.value
+
+
+def refused_by_httpx(status: int) -> Exception:
+    with pytest.raises(httpx.HTTPStatusError) as raised:
+        httpx.Response(status, request=httpx.Request("GET", "https://store/x")).raise_for_status()
+    return raised.value
+
+
+def refused_by_hugging_face(status: int) -> Exception:
+    (hub_http,) = (kind.__module__.partition(".")[0] for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+    http = pytest.importorskip(hub_http)  # httpx, under the name that this version of the hub's client knows it by
+    with pytest.raises(HfHubHTTPError) as raised:
+        hf_raise_for_status(http.Response(status, request=http.Request("GET", "https://store/x")))
+    return raised.value
+
+
+def refused_by_aiohttp(status: int) -> Exception:
+    return aiohttp.ClientResponseError(mock.Mock(), (), status=status)
+
+
+def refused_by_urllib(status: int) -> Exception:
+    return urllib.error.HTTPError("https://store/x", status, "refused", Message(), io.BytesIO())
+
+
+def refused_by_gcsfs(status: int) -> Exception:
+    return GcsfsHttpError({"code": status, "message": "refused"})
+
+
+def refused_by_gcsfs_in_text(status: int) -> Exception:
+    return GcsfsHttpError({"code": str(status), "message": "refused"})
+
+
+def refused_by_azure(status: int) -> Exception:
+    return AzureHttpResponseError("refused", SimpleNamespace(status_code=status))
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        refused_by_requests, refused_by_httpx, refused_by_hugging_face, refused_by_aiohttp, refused_by_urllib,
+        refused_by_gcsfs, refused_by_gcsfs_in_text, refused_by_azure,
+    ],
+)  # fmt: skip
+def test_an_http_status_passes_where_the_server_is_at_fault_or_asked_too_often(
+    refused: Callable[[int], Exception],
+) -> None:
+    statuses = (400, 401, 403, 404, 408, 409, 412, 416, 429, 499, 500, 502, 503, 504, 599)
+    assert [status for status in statuses if is_passing(refused(status))] == [408, 429, 500, 502, 503, 504, 599]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AzureHttpResponseError("no answer"),
+        GcsfsHttpError({}),
+        GcsfsHttpError({"code": 7}),
+        GcsfsHttpError({"code": "backendError"}),
+        RequestError(503, "our own, raised on purpose"),
+        FileNotFoundError(2, "gone"),
+    ],
+)
+def test_what_tells_of_no_answer_of_a_server_is_not_taken_for_one(error: Exception) -> None:
+    assert not is_passing(error)
 
 
 @pytest.fixture

@@ -7,6 +7,8 @@ import pickle
 import shutil
 from pathlib import Path
 
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -81,3 +83,42 @@ def test_an_error_of_the_disk_stays_one_where_a_parquet_file_is_open(tmp_path: P
         raise OSError(errno.EIO, "the disk said so")
     with pytest.raises(FileNotFoundError), storage.open_parquet(str(tmp_path / "b.parquet")):
         pass
+
+
+def write_texts(path: Path, rows: int) -> pa.Table:
+    """Two row groups of texts, of two kilobytes each, that hardly compress; with a column of lists."""
+    generator = np.random.default_rng(rows)
+    texts = [generator.bytes(1_000).hex() for _ in range(rows)]
+    table = pa.table({"row": range(rows), "text": texts, "list": [[{"at": row}] * (row % 3) for row in range(rows)]})
+    storage.write_parquet(table, str(path))
+    return table
+
+
+@hypothesis.settings(deadline=None, max_examples=25)
+@hypothesis.given(rows=st.sets(st.integers(0, 4_300)), columns=st.permutations(["row", "list"]))
+def test_some_rows_are_those_of_the_whole_table(
+    rows: set[int], columns: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "texts.parquet"
+    if not path.exists():
+        write_texts(path, 4_200)
+    whole = storage.read_parquet(str(path), use_threads=False).select(columns)
+    wanted = sorted(rows)
+    found = storage.read_rows(str(path), wanted, columns)
+    assert found.to_pylist() == whole.take(pa.array([row for row in wanted if row < 4_200], pa.int64())).to_pylist()
+    assert found.schema.equals(whole.schema)
+
+
+def test_some_rows_take_no_memory_for_the_others(tmp_path: Path) -> None:
+    write_texts(tmp_path / "texts.parquet", 4_096)
+    before = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(pool)
+    try:
+        storage.read_rows(str(tmp_path / "texts.parquet"), [5, 4_000], ["text"])
+        few_bytes = pool.max_memory()
+        storage.read_parquet(str(tmp_path / "texts.parquet"), ["text"])
+        all_bytes = pool.max_memory()
+    finally:
+        pa.set_memory_pool(before)
+    assert all_bytes > 8_000_000 > 3_000_000 > few_bytes

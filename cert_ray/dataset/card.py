@@ -30,8 +30,8 @@ from cert_ray.dataset.statistics import (
     median,
 )
 from cert_ray.manifests import Manifest
-from cert_ray.retries import tried_again
 from cert_ray.schemas import DropReason
+from cert_ray.shards.units import damage_named
 from cert_ray.sketching.anonymize import SketchKind
 
 # Which step of the flow gives a reason. A reason of no step here counts as the first one's.
@@ -74,6 +74,7 @@ _EXAMPLE_BYTES = (300, 1_800)
 _EXAMPLE_SHARDS = 5
 _LOOKED_AT = 1_000  # rows of each
 _BAR_BINS = BINS_PER_OCTAVE // 4  # of the statistics' bins in one bar
+_VERB = "preprocess"  # makes the dataset
 _COLOUR, _PALE = "#3b6ea5", "#d9e3ee"
 
 
@@ -112,11 +113,15 @@ def funnel(manifest: Manifest) -> list[Step]:
 
 
 def examples(folder: str, manifest: Manifest) -> list[Example]:
-    """Short files with several kinds of placeholders, from shards spread over the dataset, always the same ones."""
+    """Short files with several kinds of placeholders, from shards spread over the dataset, always the same ones.
+
+    Raises:
+        ShardCorruptError: when one of these shards is damaged.
+    """
     kind = SketchKind(manifest.config.get("sketch_kind", SketchKind.CONSTANTS))
     filled = [shard.shard for shard in manifest.shards if shard.rows_kept]
     places = {round(place) for place in np.linspace(0, len(filled) - 1, _EXAMPLE_SHARDS)} if filled else set()
-    found = [_candidates(storage.join(folder, f"{filled[place]}.parquet")) for place in sorted(places)]
+    found = [_candidates(folder, filled[place]) for place in sorted(places)]
     turns = (rows[turn] for turn in range(_EXAMPLES) for rows in found if turn < len(rows))
     return [
         Example(file_name(row["repository"], row["path"]), blocks_of(row, kind))
@@ -124,14 +129,17 @@ def examples(folder: str, manifest: Manifest) -> list[Example]:
     ]
 
 
-@tried_again
-def _candidates(url: str) -> list[dict[str, Any]]:
+def _candidates(folder: str, shard: str) -> list[dict[str, Any]]:
     """The rows among the shard's first that show most, best first, at most as many as there are examples."""
-    columns = [*COLUMNS, "size_bytes"]
-    with storage.open_parquet(url) as shard:
-        # What is read by threads of its own would be the driver's peak.
-        first = next(shard.iter_batches(_LOOKED_AT, row_groups=[0], columns=columns, use_threads=False))
-    table = pa.Table.from_batches([first])
+    url = storage.join(folder, f"{shard}.parquet")
+    with damage_named(folder, shard, _VERB):
+        best = _most_telling(storage.read_rows(url, range(_LOOKED_AT), ["placeholders", "size_bytes"]).combine_chunks())
+        rows = dict(zip(sorted(best), storage.read_rows(url, sorted(best), COLUMNS).to_pylist(), strict=True))
+    return [rows[row] for row in best]
+
+
+def _most_telling(table: pa.Table) -> list[int]:
+    """The rows of `table` that show most, best first."""
     sizes = table.column("size_bytes").to_numpy()
     lists = table.column("placeholders")
     parents = pc.list_parent_indices(lists).to_numpy()
@@ -141,13 +149,16 @@ def _candidates(url: str) -> list[dict[str, Any]]:
     np.add.at(variety, pairs, 1)
     fits = (sizes >= _EXAMPLE_BYTES[0]) & (sizes <= _EXAMPLE_BYTES[1])
     # Where no file fits, the shortest ones do.
-    order = np.lexsort((np.arange(len(table)), np.where(fits, 0, sizes), -variety * fits))
-    rows: list[dict[str, Any]] = table.take(pa.array(order[:_EXAMPLES])).to_pylist()
-    return rows
+    best: list[int] = np.lexsort((np.arange(len(table)), np.where(fits, 0, sizes), -variety * fits)).tolist()
+    return best[:_EXAMPLES]
 
 
 def write_card(folder: str, manifest: Manifest) -> None:
-    """Write the card below `folder`/card."""
+    """Write the card below `folder`/card.
+
+    Raises:
+        ShardCorruptError: when a shard that it shows examples of, or a shard's counts, are damaged.
+    """
     statistics = collect_statistics(folder, manifest)
     top_libraries = sorted(statistics.libraries.items(), key=lambda item: (-item[1], item[0]))[:_TOP_LIBRARIES]
     pictures = {

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import pyarrow as pa
 
 from cert_ray import storage
 from cert_ray.dedup.minhash import I64
 from cert_ray.errors import InputError
 from cert_ray.retries import tried_again
+from cert_ray.shards.units import damage_named
+
+VERB = "preprocess"  # makes the documents
 
 # The documents of a shard as its input gives them; None where no takedown in it is known.
 Originals = Callable[[str], pa.Table | None]
@@ -29,9 +31,11 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
 
     Raises:
         InputError: when the input does not give the shard's documents any more, or nothing tells why texts are missing.
+        ShardCorruptError: when the shard is damaged.
     """
     url = storage.join(documents, f"{shard}.parquet")
-    table = storage.read_parquet(url, list(columns))
+    with damage_named(documents, shard, VERB):
+        table = storage.read_parquet(url, list(columns))
     if not table.column("content").null_count:
         return table
     original = originals(shard) if originals is not None else None
@@ -51,31 +55,17 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
 
 
 def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None) -> list[str]:
-    """The texts of some `rows` (ascending) of one shard of `documents`, with a row group in memory at a time.
+    """The texts of some `rows` (ascending) of one shard of `documents`, with a few rows in memory at a time.
 
     Where one of the rows was removed, the whole shard is read and made again from its input, which is tried again where
     a stream breaks off: in a task, whoever runs its unit does that for `read_contents`.
 
     Args, raises: as `read_contents`.
     """
-    texts = _texts_at(storage.join(documents, f"{shard}.parquet"), rows)
+    with damage_named(documents, shard, VERB):
+        content = storage.read_rows(storage.join(documents, f"{shard}.parquet"), rows.tolist(), ["content"])
+        texts = content.column("content").to_pylist()
     if None in texts:
-        content = tried_again(read_contents)(documents, shard, ["content", "content_hash"], originals).column("content")
-        texts = content.take(pa.array(rows)).to_pylist()
+        whole = tried_again(read_contents)(documents, shard, ["content", "content_hash"], originals)
+        texts = whole.column("content").take(pa.array(rows)).to_pylist()
     return [str(text) for text in texts]
-
-
-@tried_again
-def _texts_at(url: str, rows: I64) -> list[str | None]:
-    texts: list[str | None] = []
-    first = 0
-    with storage.open_parquet(url) as table:
-        for group in range(table.num_row_groups):
-            last = first + table.metadata.row_group(group).num_rows
-            wanted = rows[slice(*np.searchsorted(rows, [first, last]))] - first
-            if len(wanted):
-                # What is read by threads of its own stays with the process.
-                column = table.read_row_group(group, ["content"], use_threads=False).column("content")
-                texts += column.take(pa.array(wanted)).to_pylist()
-            first = last
-    return texts

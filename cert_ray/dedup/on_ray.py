@@ -18,7 +18,7 @@ from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.dedup import survivors
 from cert_ray.dedup.contents import Originals
-from cert_ray.dedup.decisions import Ranking, rank_documents
+from cert_ray.dedup.decisions import Clusters, Ranking, rank_documents
 from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
 from cert_ray.manifests import Manifest
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 STAGE = "dedup"
 VERB = "preprocess"
 _FASTER_THAN_CLEANING = 16  # times, are keys and signatures
+_QUALITY_NOTE = "near_dedup_quality"
 
 
 class DedupConfig(Config):
@@ -50,8 +51,9 @@ def deduplicate(
 ) -> Manifest:
     """Exact and near duplicates of the documents that `manifest` lists; writes `folder`, see `dedup.survivors`.
 
-    A finished and whole `folder` that was made from the same documents by the same options is reused as it is. The note
-    "generations" of `manifest` says how many shards each generation has; what one decided, later ones leave.
+    A finished and whole `folder` that was made from the same documents by the same options is reused as it is; where
+    only `quality` differs, its clusters are measured anew. The note "generations" of `manifest` says how many shards
+    each generation has; what one decided, later ones leave.
 
     Args:
         quality: how near-dedup is measured against brute force, into the manifest's notes; None does not measure it.
@@ -63,11 +65,15 @@ def deduplicate(
     """
     options = DedupConfig(minhash=config, quality=quality)
     inputs = "-".join([manifest.files_digest(), config.digest(), *map(str, manifest.notes["generations"])])
-    if (finished := manifests.finished_manifest(folder, STAGE, VERB, options, inputs)) is not None:
+    finished = manifests.finished_manifest(folder, STAGE, VERB, options, inputs, but=["quality"])
+    if finished is not None and options.decides_as(finished.config):
         logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
         return finished
     with attempt(folder, STAGE, VERB, config.digest()) as run:
-        result = _deduplicate(documents, manifest, run, options, inputs, workers, originals)
+        if finished is not None:
+            result = _measured_anew(documents, folder, finished, options, originals)
+        else:
+            result = _deduplicate(documents, manifest, run, options, inputs, workers, originals)
         manifests.write_manifest(folder, result)
     logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
     return result
@@ -107,13 +113,38 @@ def _deduplicate(
     clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
     del edges, ranking, first_D  # two dozen bytes per document, while the sample below is drawn
-    notes: dict[str, Any] = {**differences}
-    if options.quality is not None:
-        measured = measure_quality(documents, shards, rows, clusters, config, options.quality, originals)
-        notes["near_dedup_quality"] = measured
+    notes = {**differences, **_measured(documents, shards, rows, clusters, options, originals)}
     result = manifests.summarize(STAGE, options, inputs, reports, notes)
     manifests.check_handover(STAGE, manifest.rows_kept, result.rows_read)
     return result
+
+
+def _measured(
+    documents: str,
+    shards: Sequence[str],
+    rows: Sequence[int],
+    clusters: Clusters,
+    options: DedupConfig,
+    originals: Originals | None,
+) -> dict[str, Any]:
+    """The manifest's note of how well near-dedup did; none where it is not measured."""
+    if options.quality is None:
+        return {}
+    quality = measure_quality(documents, shards, rows, clusters, options.minhash, options.quality, originals)
+    return {_QUALITY_NOTE: quality}
+
+
+def _measured_anew(
+    documents: str, folder: str, finished: Manifest, options: DedupConfig, originals: Originals | None
+) -> Manifest:
+    """The manifest `finished` with the same clusters, measured as `options` say."""
+    shards, rows = [shard.shard for shard in finished.shards], [shard.rows_read for shard in finished.shards]
+    notes = {name: note for name, note in finished.notes.items() if name != _QUALITY_NOTE}
+    if options.quality is not None:
+        clusters = survivors.read_clusters(folder, shards, rows)
+        notes |= _measured(documents, shards, rows, clusters, options, originals)
+    logger.info("dedup: clusters reused, %d documents, measured by other options", finished.rows_read)
+    return finished.model_copy(update={"config": options.model_dump(mode="json"), "notes": notes})
 
 
 def _documents_after(shards_of_generation: Sequence[int], rows: Sequence[int]) -> list[int]:

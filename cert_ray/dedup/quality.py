@@ -27,9 +27,10 @@ from scipy.sparse import csr_array
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.dedup.contents import Originals, texts_at
+from cert_ray.dedup.contents import VERB, Originals, texts_at
 from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
+from cert_ray.shards.units import damage_named
 
 _BLOCK_ROWS = 256  # of the sample, compared with all others at a time: bounds the products in memory
 
@@ -66,6 +67,10 @@ def measure_quality(
 
     Returns:
         Counts of documents and pairs, and `recall` and `precision`, each with `_low` and `_high` of its 95% interval.
+
+    Raises:
+        ShardCorruptError: when a shard of the sample is damaged.
+        InputError: as `contents.read_contents`.
     """
     firsts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
     chosen = _choose_shards(firsts, clusters, config)
@@ -157,8 +162,9 @@ def _draw(
     """Half of the documents as clusters in the order of their least hash, the others in the order of their own."""
     numbers, ranks, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for shard in chosen:
-        url = storage.join(documents, f"{shards[shard]}.parquet")
-        table = storage.read_parquet(url, ["content_hash", "size_bytes"])
+        with damage_named(documents, shards[shard], VERB):
+            url = storage.join(documents, f"{shards[shard]}.parquet")
+            table = storage.read_parquet(url, ["content_hash", "size_bytes"], use_threads=False)
         numbers.append(np.arange(firsts[shard], firsts[shard] + len(table)))
         sizes.append(table.column("size_bytes").to_numpy().astype(np.int64))
         hashes = np.frombuffer(b"".join(table.column("content_hash").to_pylist()), ">u8")

@@ -73,7 +73,7 @@ def read_documents(folder: str, shards: Sequence[str], rows: Sequence[int], ends
     hashes_D2, has_shingle_D = np.empty((count, 2), np.uint64), np.empty(count, bool)
     stars_D, size_D = np.empty(count, np.int32), np.empty(count, np.int32)
     for shard, part in _parts(shards, rows):
-        table = _read_keys(folder, shard, ["content_hash", "has_shingle", "stars", "size_bytes"])
+        table = _read_keys(folder, shard, ["content_hash", "has_shingle", "stars", "size_bytes"], use_threads=False)
         hashes_D2[part] = _fixed_rows(table.column("content_hash")).view(">u8")
         has_shingle_D[part] = table.column("has_shingle").to_numpy()
         stars_D[part] = np.minimum(table.column("stars").fill_null(0).to_numpy(), np.iinfo(np.int32).max)
@@ -211,6 +211,17 @@ def write_clusters(
     return reports
 
 
+def read_clusters(folder: str, shards: Sequence[str], rows: Sequence[int]) -> Clusters:
+    """What `write_clusters` wrote."""
+    clusters = Clusters(np.empty(sum(rows), np.int64), np.empty(sum(rows), np.int64))
+    for shard, part in _parts(shards, rows):
+        url = storage.join(folder, f"clusters/{shard}.parquet")
+        table = storage.read_parquet(url, ["survivor", "cluster_size"], use_threads=False)
+        clusters.survivor_D[part] = table.column("survivor").to_numpy()
+        clusters.size_D[part] = table.column("cluster_size").to_numpy()
+    return clusters
+
+
 def _parts(shards: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[str, slice]]:
     """Every shard with the range of its documents' numbers."""
     first = 0
@@ -223,8 +234,8 @@ def _band_column(band: int) -> str:
     return f"band_{band:02d}"
 
 
-def _read_keys(folder: str, shard: str, columns: list[str]) -> pa.Table:
-    return storage.read_parquet(storage.join(folder, "keys", f"{shard}.parquet"), columns)
+def _read_keys(folder: str, shard: str, columns: list[str], use_threads: bool = True) -> pa.Table:
+    return storage.read_parquet(storage.join(folder, "keys", f"{shard}.parquet"), columns, use_threads=use_threads)
 
 
 def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:

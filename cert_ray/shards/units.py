@@ -157,16 +157,39 @@ def perform(unit: WorkUnit, work: Work, run: Attempt) -> ShardReport:
 
 def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
     """The report of `unit` if it was finished from the same input and config and its files are whole, else None."""
-    url = report_url(folder, unit.name)
+    report = _read_report(folder, unit.name)
+    if report is None or report.unit_digest != unit.unit_digest(config_digest) or was_rewritten(unit, folder):
+        return None
+    return report if manifests.are_whole(folder, report.files, verb) else None
+
+
+def _read_report(folder: str, name: str) -> ShardReport | None:
+    """The report of a shard; None where there is none that can be read."""
+    url = report_url(folder, name)
     if not storage.exists(url):
         return None
     try:
-        report = ShardReport.model_validate_json(storage.read_bytes(url))
+        return ShardReport.model_validate_json(storage.read_bytes(url))
     except pydantic.ValidationError:
         return None
-    if report.unit_digest != unit.unit_digest(config_digest) or was_rewritten(unit, folder):
-        return None
-    return report if manifests.are_whole(folder, report.files, verb) else None
+
+
+@contextmanager
+def damage_named(folder: str, shard: str, verb: str) -> Iterator[None]:
+    """Where the block, which reads files of `shard`, fails: is one of them not what the shard's report says?
+
+    Files are compared with their reports before a stage reads them, once; this is for what happens to them afterwards.
+
+    Raises:
+        ShardCorruptError: naming that file. Where all of them are whole, what the block raised comes as it is.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError):
+        report = _read_report(folder, shard)
+        for file in report.files if report is not None else ():
+            manifests.check_file(folder, file, verb)
+        raise
 
 
 def was_rewritten(unit: WorkUnit, folder: str) -> bool:

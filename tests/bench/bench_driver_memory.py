@@ -5,7 +5,12 @@ sketches are made up, a fifth of them are near duplicates, and nothing is cleane
 reads is there. Out: the driver's anonymous memory before, and at its peak, each size in a process of its own, and the
 slope between the first size and the last. Linux only.
 
-Example: python -m tests.bench.bench_driver_memory --documents 100000 --documents 1000000
+With `--loose-files N`: what the driver holds while it plans a folder of so many loose files and hands the units over,
+paths of 80 characters, in bytes per file.
+
+Examples:
+    python -m tests.bench.bench_driver_memory --documents 100000 --documents 1000000
+    python -m tests.bench.bench_driver_memory --loose-files 500000
 """
 
 from __future__ import annotations
@@ -18,12 +23,15 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 
 from cert_ray import storage
+from cert_ray.corpus.sources import SourceConfig, plan_units
 from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
@@ -51,7 +59,7 @@ def write_shards(folder: Path, rows: int, seed: int) -> None:
     ]
     columns = {"content": content, "sketch": content, "size_bytes": size}
     lists = {"placeholders": pa.array([placeholder] * rows), "segments": pa.array([segment] * rows)}
-    names = {"repository": pa.array(["a/b"] * rows), "path": pa.array(["c.py"] * rows)}
+    names = {name: pa.array([name] * rows) for name in ("doc_id", "repository", "path")}
     storage.write_parquet(pa.table({**columns, **lists, **names}), str(folder / "dataset" / "rows.parquet"))
     for index in range(SHARDS):
         document = folder / "documents" / f"{shard_name(index)}.parquet"
@@ -89,6 +97,18 @@ def run_driver(folder: Path, rows: int, seed: int) -> dict[str, int]:
     from cert_ray.dataset import card
 
     clusters = clusters_of(rows * SHARDS, seed)
+    shards = [shard_name(index) for index in range(SHARDS)]
+
+    def judge_and_show() -> None:
+        measure_quality(str(folder / "documents"), shards, [rows] * SHARDS, clusters, MinHashConfig(), QualityConfig())
+        for _ in range(_SHOWN_SHARDS):
+            list(card._candidates(str(folder / "dataset"), "rows"))
+
+    return watched(judge_and_show)
+
+
+def watched(work: Callable[[], object]) -> dict[str, int]:
+    """Anonymous bytes before `work`, and at its peak."""
     before = peak = anonymous_bytes()
     ended = threading.Event()
 
@@ -97,15 +117,37 @@ def run_driver(folder: Path, rows: int, seed: int) -> dict[str, int]:
         while not ended.wait(_LOOK_EVERY_S):
             peak = max(peak, anonymous_bytes())
 
-    watching = threading.Thread(target=watch)
+    watching = threading.Thread(target=watch, daemon=True)
     watching.start()
-    shards = [shard_name(index) for index in range(SHARDS)]
-    measure_quality(str(folder / "documents"), shards, [rows] * SHARDS, clusters, MinHashConfig(), QualityConfig())
-    for _ in range(_SHOWN_SHARDS):
-        list(card._candidates(str(folder / "dataset" / "rows.parquet")))
+    work()
     ended.set()
     watching.join()
     return {"before": before, "peak": peak}
+
+
+def loose_files(count: int) -> list[storage.FileEntry]:
+    """The listing of a folder of repositories, twenty files in each."""
+    folder = "source/" * 7
+    names = (f"/corpus/{file // 20:010d}/{folder}module_{file % 20:02d}.py" for file in range(count))
+    return [storage.FileEntry(name, 5_000, f"{file:019d}") for file, name in enumerate(names)]
+
+
+def plan_loose_files(count: int) -> dict[str, int]:
+    """Anonymous bytes before, and at the peak of listing, planning and describing the units to Ray."""
+    from cert_ray.shards.on_ray import _row_of
+
+    def listed(url: str) -> list[storage.FileEntry]:
+        return loose_files(count)
+
+    def plan() -> list[dict[str, str]]:
+        with (
+            mock.patch.object(storage, "list_files", listed),
+            mock.patch.object(storage, "is_folder", return_value=True),
+        ):
+            units = plan_units(SourceConfig(inputs=("/corpus",), include=("*",)))
+        return [_row_of(unit) for unit in units]
+
+    return watched(plan)
 
 
 def measure(documents: int, seed: int) -> dict[str, int]:
@@ -121,12 +163,18 @@ def measure(documents: int, seed: int) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, action="append", help="repeatable; default 100000 and 1000000")
+    parser.add_argument("--loose-files", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         print(json.dumps(run_driver(given.child, given.rows, given.seed)))
+        return
+    if given.loose_files:
+        used = plan_loose_files(given.loose_files)
+        each = (used["peak"] - used["before"]) / given.loose_files
+        print(f"{given.loose_files:,} loose files: {each:.0f} bytes for each; {time.strftime('%Y-%m-%d')}")
         return
     sizes = given.documents or [100_000, 1_000_000]
     found = [measure(documents, given.seed) for documents in sizes]

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
@@ -14,8 +15,9 @@ from cert_ray import manifests
 from cert_ray.dataset import on_ray as dataset_on_ray
 from cert_ray.dataset.on_ray import preprocess
 from cert_ray.dataset.options import PreprocessConfig
+from cert_ray.dedup import on_ray as dedup_on_ray
 from cert_ray.dedup import survivors
-from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError
+from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError, ShardCorruptError
 from cert_ray.manifests import Manifest, ShardReport
 from tests.chaos.run import compare, tree
 from tests.dataset.builders import in_this_process, write_corpus
@@ -187,6 +189,57 @@ def test_a_finished_dedup_is_reused_until_documents_or_options_change(
     before = len(runs)
     redo(config(tmp_path / "corpus", minhash={"threshold": 0.9}, cleaning={"min_lines": 9}), run)
     assert len(runs) == before + 1
+
+
+def test_another_measure_of_dedup_makes_the_measure_and_the_card_again_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus")
+    run = tmp_path / "run"
+    preprocess(config(tmp_path / "corpus"), str(run))
+    times = {path: path.stat().st_mtime_ns for path in run.rglob("shard-*")}
+    assert any(path.match("dedup/clusters/*") for path in times)
+    with monkeypatch.context() as patched:
+        patched.setattr(dedup_on_ray, "_near_edges", None)
+        few, none, last = (
+            preprocess(config(tmp_path / "corpus", dedup_quality=quality), str(run)).notes.get("near_dedup_quality")
+            for quality in ({"documents": 5}, None, {"documents": 6, "seed": 3})
+        )
+    assert (few["documents"], none, last["documents"]) == (5, None, 6)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("shard-*")} == times
+    preprocess(config(tmp_path / "corpus", dedup_quality={"documents": 6, "seed": 3}), str(tmp_path / "fresh"))
+    assert tree(run) == tree(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize(
+    ("reader", "file"),
+    [
+        ((dedup_on_ray, "measure_quality"), f"documents/{SHARD}.parquet"),
+        ((dataset_on_ray, "write_card"), f"dataset/{SHARD}.parquet"),
+    ],
+)
+def test_damage_that_only_the_driver_meets_names_the_shard_and_the_next_run_mends_it(
+    reader: tuple[ModuleType, str],
+    file: str,
+    finished: tuple[PreprocessConfig, Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sample that judges dedup and the card's examples are read after every shard was found to be whole."""
+    options, run = finished
+    expected = tree(run)
+    read = getattr(*reader)
+
+    def damaged_before(*given: object) -> object:
+        truncate(run / file)
+        return read(*given)
+
+    (run / "dedup" / "manifest.json").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(*reader, damaged_before)
+        with pytest.raises(ShardCorruptError, match=rf"{file}: the manifest says .* `cert-ray preprocess` again"):
+            redo(options, run)
+    redo(options, run)
+    assert tree(run) == expected
 
 
 @pytest.mark.parametrize(

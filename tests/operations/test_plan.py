@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import math
 import pickle
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cert_ray import cli
+from cert_ray import cli, storage
+from cert_ray.corpus.sources import SourceConfig, plan_units
 from cert_ray.errors import ConfigError, InputError
-from cert_ray.operations.plan import Cost, Costs, PlanConfig, StageCost, cores_used, load_costs, make_plan, render_plan
+from cert_ray.operations.plan import (
+    LOOSE_FILE_BYTES,
+    Cost,
+    Costs,
+    PlanConfig,
+    StageCost,
+    cores_used,
+    load_costs,
+    make_plan,
+    render_plan,
+)
+from tests.bench.bench_driver_memory import loose_files
 
 
 def stage(name: str = "work", shared_by: str = "units", **costs: Cost) -> StageCost:
@@ -107,6 +120,21 @@ def test_the_shipped_costs_load_and_say_where_they_come_from() -> None:
     assert costs.machine in shown
     assert costs.date in shown
     assert "Assumed" in shown
+
+
+def test_the_plan_says_what_listing_loose_files_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as it says are enough for what listing and planning allocate at their peak, and half are not."""
+    files = 20_000
+    monkeypatch.setattr(storage, "list_files", lambda url: loose_files(files))
+    monkeypatch.setattr(storage, "is_folder", lambda url: True)
+    tracemalloc.start()
+    units = plan_units(SourceConfig(inputs=("/corpus",), include=("*",)))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(unit.rows for unit in units) == files
+    assert LOOSE_FILE_BYTES / 2 < peak_bytes / files < LOOSE_FILE_BYTES
+    plan = make_plan(PlanConfig(files=2e6, size_bytes=1e9, cores=2), load_costs())
+    assert "as such, these would take 900 MB of its memory more" in render_plan(plan)
 
 
 def test_the_command_reads_a_measurement_of_ones_own(tmp_path: Path) -> None:

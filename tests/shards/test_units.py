@@ -12,7 +12,7 @@ import pytest
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.errors import SupersededError
+from cert_ray.errors import ShardCorruptError, SupersededError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards import units
 from cert_ray.shards.units import WorkUnit, write_table
@@ -53,6 +53,38 @@ def test_a_report_counts_until_the_input_has_another_version(tmp_path: Path) -> 
     assert units.finished_report(unit("monday"), folder, "options", "verb") == report
     assert units.finished_report(unit("tuesday"), folder, "options", "verb") is None
     assert units.finished_report(unit(), folder, "options", "verb") == report  # a storage that tells no versions
+
+
+def test_what_cannot_be_read_is_called_damaged_where_it_is(tmp_path: Path) -> None:
+    perform(unit(), tmp_path, "one")
+    path = tmp_path / "shard-00000.parquet"
+
+    def read(error: Exception) -> None:
+        with units.damage_named(str(tmp_path), "shard-00000", "verb"):
+            raise error
+
+    errors: list[Exception] = [
+        pa.ArrowInvalid("no footer"),
+        OSError("Corrupt snappy"),
+        UnicodeDecodeError("utf-8", b"", 0, 1, ""),
+    ]
+    for error in errors:
+        with pytest.raises(type(error)):  # storage, or a fault of ours: the shard is as its report says
+            read(error)
+    path.write_bytes(path.read_bytes()[:-9])
+    for error in errors:
+        with pytest.raises(
+            ShardCorruptError, match=r"shard-00000\.parquet: the manifest says .* `cert-ray verb` again"
+        ):
+            read(error)
+    path.unlink()
+    with pytest.raises(ShardCorruptError, match="found no file"):
+        read(FileNotFoundError(2, "gone"))
+    for report in ("{", None):
+        url = Path(units.report_url(str(tmp_path), "shard-00000"))
+        url.write_text(report) if report else url.unlink()
+        with pytest.raises(FileNotFoundError):  # nothing tells what was there
+            read(FileNotFoundError(2, "gone"))
 
 
 def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def main() -> None:
         shown = [found[str(rows)]["step_ms"] for rows in given.rows]
         first = f"{max(found[str(rows)]['first_s'] for rows in given.rows):.1f}"
         tables.append([name, *shown, first, f"{agree:.1%}"])
+        print(*map(str, tables[-1]), sep=" | ", flush=True)
         del model
     headers = ["way", *(f"{rows} rows, CPU-ms" for rows in given.rows), "first step, s", "likeliest as in fp32"]
     command = "python -m tests.bench.bench_decoding " + " ".join(sys.argv[1:])

@@ -131,7 +131,7 @@ def test_a_context_that_is_too_long_leaves_its_end_with_the_pair(tokenizer: Toke
 def test_real_files_with_the_context_first_fill_their_rows_and_cut_no_pair(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    rows = [sketched_document(source) for source in real_code(60)]
+    rows = [sketched_document(source) for source in real_code(30)]
     write_dataset(str(tmp_path / "dataset"), [rows])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     config = PackConfig(view=View.CONTEXT_FIRST, context_tokens=512)

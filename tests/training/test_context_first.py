@@ -33,7 +33,7 @@ def test_it_learns_to_sketch_and_to_fill_in(tmp_path: Path, make_config, copy_re
     train_on_dataset(dataset, tokenizer, TokenizerConfig(vocab_size=320), seed=0)
     pack_in_process(dataset, tokenizer, tokens, PackConfig(view=View.CONTEXT_FIRST, context_tokens=47))
     config = make_config(
-        tokenizer=tokenizer, tokens=tokens, output=str(tmp_path / "model"), steps=60, warmup_steps=5, micro_batch=8,
+        tokenizer=tokenizer, tokens=tokens, output=str(tmp_path / "model"), steps=36, warmup_steps=4, micro_batch=8,
         zero_stage=0,
     )  # fmt: skip
     worker.run(config, "digest", 0, 1, copy_report(config.output))

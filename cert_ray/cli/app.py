@@ -44,7 +44,9 @@ Address = Annotated[
     str | None, typer.Option(help="a running Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine")
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="do only so many (files, steps, problems)")]
-ModelFolder = Annotated[str | None, typer.Option("--model", help="folder or hub id of one plain language model")]
+ModelFolder = Annotated[
+    str | None, typer.Option("--model", help="folder or hub id of one language model: plain, or of both stages")
+]
 Sketcher = Annotated[str | None, typer.Option(help="folder of the sketcher (with --generator)")]
 Generator = Annotated[str | None, typer.Option(help="folder of the generator (with --sketcher)")]
 Endpoint = Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")]
@@ -56,8 +58,8 @@ AnswerMode = Annotated[
     str | None,
     typer.Option(
         "--mode",
-        help="of a sketcher and a generator: cascade (default), constrained (the sketch's fixed text must come), "
-        "sketch_only or generator_only",
+        help="of a cascade: cascade (default), constrained (the sketch's fixed text must come), sketch_only or "
+        "generator_only",
     ),
 ]
 Mask = Annotated[

@@ -67,7 +67,7 @@ def tokenizer(
 def pack(
     recipe: RecipeFile,
     view: Annotated[
-        list[str] | None, typer.Option(help="base, xl, sketcher or generator; default: all it needs")
+        list[str] | None, typer.Option(help="base, xl, sketcher, generator or context_first; default: all it needs")
     ] = None,
     overrides: Overrides = None,
     library: Libraries = None,

@@ -50,8 +50,9 @@ def train_models(recipe: Recipe) -> dict[str, TrainResult]:
     wanted = seeded(recipe)
     pipeline.run_preprocess(wanted)
     pipeline.run_tokenizer(wanted)
-    pipeline.run_views(wanted)
-    return {name: pipeline.run_train(wanted, name) for name in models_to_train(wanted)}
+    names = models_to_train(wanted)
+    pipeline.run_views(wanted.model_copy(update={"models": {name: wanted.models[name] for name in names}}))
+    return {name: pipeline.run_train(wanted, name) for name in names}
 
 
 def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS) -> None:

@@ -1,5 +1,8 @@
 """What stands behind a front door: one model, or sketcher and generator, in one process.
 
+One model is a plain one, unless its config.json says that it was trained on the view `context_first`: then it is both
+stages of a cascade.
+
 In: model folders. Out: an `Answerer` that completes prompts one by one. HTTP, Ray and evaluation all use this, so they
 give the same answers.
 
@@ -25,17 +28,29 @@ from cert_ray.config import Config
 from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError, TokenizerMismatchError
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.serving.batching import Turns
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, run_cascade, run_single
+from cert_ray.serving.cascade import (
+    CascadeAnswer,
+    CascadeConfig,
+    Listener,
+    run_cascade,
+    run_context_first,
+    run_single,
+)
 from cert_ray.serving.engines import Engine, EngineConfig
 from cert_ray.serving.events import Event, TextDrawn
+from cert_ray.serving.model_folders import trained_view
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
+from cert_ray.tokens.encoding import View
 
 
 class ModelConfig(Config):
-    """Which models answer: either `model`, or `sketcher` and `generator`. All are folders or URLs."""
+    """Which models answer: either `model`, or `sketcher` and `generator`. All are folders or URLs.
+
+    Where an option depends on what `model` was trained on, its config.json is read.
+    """
 
     model: str | None = None
     sketcher: str | None = None
@@ -54,17 +69,30 @@ class ModelConfig(Config):
                 f"model={self.model!r}, sketcher={self.sketcher!r}, generator={self.generator!r}: give either model, "
                 "or sketcher and generator."
             )
-        if self.cascade.mode is Mode.CONSTRAINED and self.model is not None:
-            raise ConfigError(
-                f"cascade.mode='constrained' with model={self.model!r}: one plain model has no sketch to be held to. "
-                "Give sketcher and generator, or leave the mode out."
-            )
+        if self.model is not None:
+            self._check_model(self.model)
         if self.cascade.mode is Mode.CONSTRAINED and self.engine.kind == "vllm":
             raise ConfigError(
                 "cascade.mode='constrained' with engine.kind='vllm': that engine holds no answer to a sketch. Take "
                 "engine.kind='transformers', or cascade.mode='cascade'."
             )
         return self
+
+    def _check_model(self, model: str) -> None:
+        cascade = self.cascade
+        if cascade.mode is not Mode.CASCADE and not _is_context_first(model):
+            raise ConfigError(
+                f"cascade.mode={cascade.mode.value!r} with model={model!r}: one plain model has no sketcher. Give "
+                f"sketcher and generator, or a model trained on the view {View.CONTEXT_FIRST.value}, or leave the mode "
+                "out."
+            )
+        asked = {"routing": cascade.routing, "sketch_scope": cascade.sketch_scope}
+        wrong = [f"cascade.{name}={value!r}" for name, value in asked.items() if value in ("released", "file")]
+        if wrong and _is_context_first(model):
+            raise ConfigError(
+                f"{', '.join(wrong)} with model={model!r}, which reads the context first: special tokens tell where "
+                "a sketch begins and ends, and the context has none of its own. Leave them out."
+            )
 
     @property
     def folders(self) -> dict[str, str]:
@@ -97,9 +125,15 @@ class Answerer:
         answer_cache: int = 0,
         prompts_at_once: int = 16,
         retriever: Retriever | None = None,
+        *,
+        context_first: bool = False,
     ) -> None:
-        """Without a `sketcher`, `generator` is a plain model. `answer_cache` answers are kept."""
+        """Without a `sketcher`, `generator` is a plain model, or with `context_first` both stages.
+
+        `answer_cache` answers are kept.
+        """
         self._retriever = retriever
+        self._context_first = context_first
         self._sketcher, self._generator = sketcher, generator
         self._cascade = cascade or CascadeConfig()
         self._answers = AnswerCache(answer_cache)
@@ -113,16 +147,20 @@ class Answerer:
             InputError: when a folder holds no model that can be served.
             SchemaVersionError: when a folder was written by another version.
             TokenizerMismatchError: when a stage of the cascade does not know the special tokens.
-            ConfigError: when an engine option does not suit a model.
+            ConfigError: when an engine option does not suit a model, or a model is both stages and is given as one.
         """
         turns = Turns()
         retriever = None if config.retrieve is None else Retriever.load(config.retrieve)
         kept = (config.cascade, config.answer_cache, config.prompts_at_once, retriever)
         if config.model is not None:
+            if _is_context_first(config.model):
+                return cls(None, _load_stage(config.model, config.engine, turns), *kept, context_first=True)
             return cls(None, load_engine(config.model, config.engine, turns), *kept)
         assert config.sketcher is not None
         assert config.generator is not None
         folders = (config.sketcher, config.generator)
+        for folder in filter(_is_context_first, folders):
+            raise ConfigError(f"{folder}: it was trained to be both stages. Serve it as `model`, alone.")
         sketcher, generator = (_load_stage(folder, config.engine, turns) for folder in folders)
         return cls(sketcher, generator, *kept)
 
@@ -180,7 +218,9 @@ class Answerer:
             _tell_again(known, listener)
             return known
         ahead = self._documentation(prompt, sampling)
-        if self._sketcher is None:
+        if self._context_first:
+            answer = run_context_first(prompt, sampling, self._generator, self._cascade, listener, ahead)
+        elif self._sketcher is None:
             answer = run_single(prompt, sampling, self._generator, listener, ahead)
         else:
             answer = run_cascade(prompt, sampling, self._sketcher, self._generator, self._cascade, listener, ahead)
@@ -246,6 +286,10 @@ def load_engine(folder: str, config: EngineConfig, turns: Turns | None = None) -
     if config.kind == "vllm":
         return VllmEngine(folder, config)
     return TransformersEngine(folder, config, turns)
+
+
+def _is_context_first(folder: str) -> bool:
+    return trained_view(folder) == View.CONTEXT_FIRST
 
 
 def _load_stage(folder: str, config: EngineConfig, turns: Turns) -> Engine:

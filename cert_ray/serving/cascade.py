@@ -1,15 +1,12 @@
-"""Sketch, vote, fill in: the inference of PAPER.md ("Inference", steps 1 to 4), pure over two `Engine`s.
+"""Sketch, vote, fill in: the inference of PAPER.md ("Inference", steps 1 to 4), pure over `Engine`s.
 
 In: a context and sampling options. Out: a `CascadeAnswer`: the choices, the sketch that won, its votes, the route.
 No HTTP, no Ray. Whether stage two is needed is read from special token ids, never from the spelling of a word: code
 that says `float` or `to_string` is code. The vote ends as soon as no other sketch can win, if the sketch that won needs
 stage two or has as many samples as answers are asked for.
 
-What each model is given:
-  sketcher   the sketch of the context (`contexts.sketch_context`), as in its training text, which is sketches of files;
-  generator  `encode_pair(sketch, context)`: the sketch that won, the separator, and the context as the user wrote it.
-             Its answer continues the context. By default the sketch is the predicted one alone, as in PAPER.md; with
-             `sketch_scope="file"` the context's own sketch stands before it, as in the generator's training text.
+What each stage is given stands in `layouts`: two models in PAPER.md's layout, or one that reads the context first. The
+stages are called sketcher and generator whatever model they are.
 
 With mode `constrained` the generator's answer must be the sketch, its placeholders filled (`constraints.py`), as long
 as the generator finds that likely enough.
@@ -32,12 +29,12 @@ from cert_ray.errors import ConfigError, RequestError
 from cert_ray.serving import drafts
 from cert_ray.serving.boundaries import PAPER_STOPS, first_stop, split_trailing_blanks
 from cert_ray.serving.constraints import Template
-from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, TokenLogprobs, Work, check_length
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
+from cert_ray.serving.layouts import ContextFirst, Layout, SketchFirst
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.voting import Ballot, Sketch, read_sketch
-from cert_ray.sketching import Placeholder, SketchKind, prompt_format
+from cert_ray.sketching import SketchKind, prompt_format
 
 
 class Route(StrEnum):
@@ -137,7 +134,7 @@ def run_single(
         RequestError: 400, when the context does not fit the window, or for a mode or suffix that the model cannot do.
     """
     if sampling.mode not in (None, Mode.SINGLE):
-        raise _unsupported("mode", f"{sampling.mode}: one plain model is served here, without a sketcher")
+        raise _unsupported("mode", f"{sampling.mode}: one plain model, no cascade, is served here; leave mode out")
     began = time.perf_counter()
     return _alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began, ahead=ahead)
 
@@ -162,22 +159,44 @@ def run_cascade(
         RequestError: 400, when the context does not fit a model's window, or for what a cascade cannot do.
     """
     config = config or CascadeConfig()
+    return _run(context, sampling, SketchFirst(sketcher, generator, config), config, listener, ahead)
+
+
+def run_context_first(
+    context: str,
+    sampling: Sampling,
+    model: Engine,
+    config: CascadeConfig | None = None,
+    listener: Listener = NOBODY,
+    ahead: str = "",
+) -> CascadeAnswer:
+    """The same with one model that was trained on the view `context_first`; stage two goes on from stage one's prompt.
+
+    Raises:
+        RequestError: as `run_cascade`.
+    """
+    return _run(context, sampling, ContextFirst(model), config or CascadeConfig(), listener, ahead)
+
+
+def _run(
+    context: str, sampling: Sampling, layout: Layout, config: CascadeConfig, listener: Listener, ahead: str
+) -> CascadeAnswer:
     mode = sampling.mode or config.mode
     if mode is Mode.SINGLE:
-        raise _unsupported("mode", "single: a sketcher and a generator are served here")
+        raise _unsupported("mode", "single: a cascade is served here; leave mode out, or ask for mode=generator_only")
     if mode is Mode.CONSTRAINED and config.routing == "released":
         raise _unsupported("mode", "constrained: this cascade does not tell placeholders from code (routing: released)")
     began = time.perf_counter()
     stops = (*config.stop, *sampling.stop)
     if mode is Mode.GENERATOR_ONLY:
         stops = (*stops, *config.generator_stop)
-        return _alone(context, sampling, generator, stops, Route.GENERATOR_ONLY, listener, began, config, ahead)
+        return _alone(context, sampling, layout.generator, stops, Route.GENERATOR_ONLY, listener, began, config, ahead)
     if sampling.suffix is not None:
         raise _unsupported("suffix", "a cascade has no sketch of what stands behind; ask for mode=generator_only")
     if sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0):
-        problem = "with logprobs or max_tokens=0: two models read the prompt here; ask for mode=generator_only"
+        problem = "with logprobs or max_tokens=0: two stages read the prompt here; ask for mode=generator_only"
         raise _unsupported("echo", problem)
-    return _Cascade(context, sampling, sketcher, generator, config, listener, ahead).run(mode, began)
+    return _Cascade(context, sampling, layout, config, listener, ahead).run(mode, began)
 
 
 def _alone(
@@ -228,13 +247,13 @@ class _Cascade:
         self,
         context: str,
         sampling: Sampling,
-        sketcher: Engine,
-        generator: Engine,
+        layout: Layout,
         config: CascadeConfig,
         listener: Listener,
         ahead: str,
     ) -> None:
-        self._sampling, self._sketcher, self._generator = sampling, sketcher, generator
+        self._sampling, self._layout = sampling, layout
+        self._sketcher, self._generator = layout.sketcher, layout.generator
         self._config, self._listener = config, listener
         body, self._blanks = split_trailing_blanks(context)
         self._stops = (*config.stop, *sampling.stop)
@@ -243,18 +262,18 @@ class _Cascade:
 
     def _read(self, body: str, *, documented: bool) -> bool:
         """Take `body` for what both models are given; False where documentation leaves no room for an answer."""
-        alone = prompt_format.encode_code(self._generator.tokenizer, body)
-        if documented and not _has_room(alone, self._sampling, self._generator, stages=2):
+        prompts = self._layout.prompts(body, self._blanks)
+        if documented and not _has_room(prompts.alone, self._sampling, self._generator, stages=2):
             return False
         # Before sketching, whose cost grows with a prompt that would be refused anyway.
-        check_length(len(alone), self._generator.context_tokens)
-        self._body, self._alone, self._seen = body, alone, sketch_context(body, self._config.kind)
-        self._prompt = self._sketcher_prompt()
-        return not documented or _has_room(self._prompt, self._sampling, self._sketcher, stages=2)
+        check_length(len(prompts.alone), self._generator.context_tokens)
+        self._prompts = prompts
+        return not documented or _has_room(prompts.before_sketch, self._sampling, self._sketcher, stages=2)
 
     def run(self, mode: Mode, began: float) -> CascadeAnswer:
         """Both stages, as far as they are needed."""
-        ballot, drawn = self._sketch(self._prompt, mode)
+        prompt = self._prompts.before_sketch
+        ballot, drawn = self._sketch(prompt, mode)
         winner, chosen = ballot.winner, ballot.result()
         timings_s = {"sketch": time.perf_counter() - began}
         answer = CascadeAnswer(
@@ -263,7 +282,7 @@ class _Cascade:
             chosen.text,
             chosen.votes,
             chosen.vote_share,
-            len(self._prompt),
+            len(prompt),
             timings_s,
             chosen,
             cached_tokens=drawn.cached_tokens,
@@ -284,11 +303,6 @@ class _Cascade:
         off_sketch = held.count(False) if held else None
         given = replace(answer, choices=tuple(choices), route=route, off_sketch=off_sketch)
         return replace(given, completion_tokens=second.tokens)
-
-    def _sketcher_prompt(self) -> list[int]:
-        if self._config.routing == "released":
-            return prompt_format.encode_code(self._sketcher.tokenizer, self._seen.text)
-        return prompt_format.encode_sketch(self._sketcher.tokenizer, self._seen.text, self._seen.placeholders)
 
     def _is_open(self, sketch: Sketch) -> bool:
         """Whether stage two is needed to fill the sketch in."""
@@ -320,6 +334,7 @@ class _Cascade:
 
         work = _work(self._sampling, prompt, stops, blanks, self._config)
         work = replace(work, n=wanted, logprobs=self._sampling.logprobs, code_only=False)
+        work = replace(work, stop_token_ids=work.stop_token_ids | self._layout.sketch_ends)
         drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 
@@ -337,7 +352,8 @@ class _Cascade:
                 template = self._template(winner)
                 route = Route.CONSTRAINED if pair is not None and template is not None else route
         stops = (*self._stops, *self._config.generator_stop)
-        work = _work(self._sampling, self._alone if pair is None else pair, stops, self._blanks, self._config)
+        prompt = self._prompts.alone if pair is None else pair
+        work = _work(self._sampling, prompt, stops, self._blanks, self._config)
         work = replace(work, template=template, draft=draft)
         teller = _Teller(self._listener, self._sampling, self._config, holds_blanks=True)
         drawn = self._generator.draw(work, teller.hooks())
@@ -367,18 +383,8 @@ class _Cascade:
 
     def _pair(self, winner: Sketch) -> list[int] | None:
         """The generator's prompt of sketch and context; None when the window cannot hold them and an answer."""
-        tokenizer = self._generator.tokenizer
-        text, placeholders = winner.text, winner.placeholders
-        own = len(prompt_format.encode_sketch(tokenizer, text, placeholders))
-        if self._config.sketch_scope == "file":
-            above = self._seen
-            shift = len(above.text) + len(self._blanks)
-            moved = (Placeholder(place.start + shift, place.end + shift, place.kind) for place in placeholders)
-            text, placeholders = above.text + self._blanks + text, (*above.placeholders, *moved)
-        if self._config.routing == "released":
-            pair = prompt_format.encode_code(tokenizer, prompt_format.released_pair(text, self._body))
-        else:
-            pair = prompt_format.encode_pair(tokenizer, text, placeholders, self._body)
+        own = len(prompt_format.encode_sketch(self._generator.tokenizer, winner.text, winner.placeholders))
+        pair = self._prompts.before_code(winner)
         # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
         room = min(self._sampling.max_tokens, 2 * own) + len(self._blanks)
         return pair if len(pair) + room <= self._generator.context_tokens else None

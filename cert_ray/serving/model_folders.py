@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cert_ray.errors import ConfigError, InputError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.manifests import is_finished, read_manifest
 from cert_ray.sketching import prompt_format
+from cert_ray.tokens.encoding import MODEL_VIEW
 
 
 def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
@@ -51,6 +53,18 @@ def _load_local(path: Path, folder: str, dtype: torch.dtype, cure: str) -> tuple
     if known > vocab_size:
         raise InputError(folder, f"its tokenizer has {known} tokens, its model only {vocab_size}", cure)
     return fuse_attention(model), tokenizer
+
+
+def trained_view(folder: str) -> str | None:
+    """The view that the model in `folder`, local or remote, was trained on; None where its config.json does not say."""
+    url = storage.join(folder, "config.json")
+    if not storage.exists(url):
+        return None
+    try:
+        found = json.loads(storage.read_text(url)).get(MODEL_VIEW)
+    except (ValueError, AttributeError):  # no JSON object: loading the model says so
+        return None
+    return None if found is None else str(found)
 
 
 def window(folder: str, model_config: Any) -> int:

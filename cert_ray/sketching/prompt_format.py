@@ -6,7 +6,13 @@ the answer, so the three cannot drift apart. A pair is
 
     SKETCH \n <|segmentation|> \n CODE
 
-where at serving CODE is the context that the generator goes on from.
+where at serving CODE is the context that the generator goes on from. Where the context comes first, for one model that
+does both stages, an example is
+
+    CONTEXT <|segmentation|> SKETCH <|segmentation|> CODE
+
+and at serving the prompt of each stage ends with its separator. No new token is needed: the first one in an example
+begins a sketch, the second one ends it.
 
 Special tokens are reached through spans alone: the word `string` in code is ordinary text, and so is `<|string|>`. For
 that, encoding works on a private copy of the tokenizer with `encode_special_tokens` set and without truncation or
@@ -86,6 +92,38 @@ def encode_pair_batch(tokenizer: Tokenizer, pairs: Iterable[tuple[str, Sequence[
             for sketch, placeholders, code in pairs
         ],
     )
+
+
+def encode_context_first_batch(
+    tokenizer: Tokenizer, examples: Iterable[tuple[str, str, Sequence[Placeholder], str]]
+) -> list[list[int]]:
+    """Ids of context, separator, sketch, separator, code, for each (context, sketch, placeholders, code)."""
+    mark = (SEPARATOR, True)
+    return _encode(
+        tokenizer,
+        [
+            [(context, False), mark, *_pieces(sketch, placeholders), mark, (code, False)]
+            for context, sketch, placeholders, code in examples
+        ],
+    )
+
+
+def sketch_prompt(tokenizer: Tokenizer, context: Sequence[int]) -> list[int]:
+    """What such a model goes on from with a sketch of what follows the code whose ids are `context`."""
+    return [*context, separator_id(tokenizer)]
+
+
+def code_prompt(
+    tokenizer: Tokenizer, context: Sequence[int], sketch: str, placeholders: Sequence[Placeholder]
+) -> list[int]:
+    """What it goes on from with the code itself: `sketch_prompt`, the sketch, and the separator."""
+    ids = encode_sketch(tokenizer, sketch, placeholders)
+    return [*sketch_prompt(tokenizer, context), *ids, separator_id(tokenizer)]
+
+
+def separator_id(tokenizer: Tokenizer) -> int:
+    """The separator's id."""
+    return _token_id(tokenizer, SEPARATOR)
 
 
 def decode_sketch(tokenizer: Tokenizer, ids: Sequence[int]) -> Sketched:

@@ -6,20 +6,24 @@ In: a table of schemas.ANNOTATED, a tokenizer, a `PackConfig`. Out: an `EncodedS
     sketcher    the sketch with its placeholders as special tokens, <|endoftext|>
     generator   per segment its sketch and its code (`prompt_format.encode_pair`), or its code alone where it stands
                 without a sketch; three line breaks between segments; <|endoftext|>
+    context_first   the code in runs (`context_first`), each with the sketch of its last part ahead of that part
+                (`prompt_format.encode_context_first`); three line breaks between runs; <|endoftext|>
 
 A document is one piece, which may be cut at a row's border. In the generator's view it is one piece per segment, with
 what follows the segment; those with a sketch are atomic, unless they are longer than a row: then the code stands alone,
-and is counted. base and xl make the same text: they differ by the libraries chosen and by the recipe.
+and is counted. So it is with the runs of context_first, a piece each; of a context that does not fit the row beside
+its pair, what is nearest to the pair stays with it, and the rest is a piece that may be cut. base and xl make the same
+text: they differ by the libraries chosen and by the recipe.
 
 With `retrieve`, documentation of the library stands ahead of a file that imports it, as comments: in the code, in the
-sketch (where comments stay as they are), and in the code of the first segment, which is where serving puts it.
+sketch (where comments stay as they are), in the code of the first segment, and in the context of the first run, which
+is where serving puts it.
 """
 
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -33,11 +37,12 @@ from tokenizers import Tokenizer
 from cert_ray import schemas
 from cert_ray.config import Config
 from cert_ray.libraries import uses_any
-from cert_ray.python_source import code_points
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.schemas import DropReason
 from cert_ray.sketching import prompt_format
 from cert_ray.sketching.anonymize import Placeholder
+from cert_ray.tokens.blocks import PlacedSketch, blocks_of, moved, sketch_of
+from cert_ray.tokens.context_first import Example, examples_of
 from cert_ray.tokens.dataset import uniform_of_hash
 from cert_ray.tokens.shards import UNIGRAMS, BoolArray, token_dtype
 from cert_ray.tokens.vocabulary import vocabulary_size
@@ -53,6 +58,11 @@ class View(StrEnum):
     XL = "xl"
     SKETCHER = "sketcher"
     GENERATOR = "generator"
+    CONTEXT_FIRST = "context_first"  # both stages in one model
+
+
+SKETCH_VIEWS = frozenset({View.SKETCHER, View.GENERATOR, View.CONTEXT_FIRST})
+MODEL_VIEW = "cert_ray_view"  # in a trained model's config.json: the view that it read last
 
 
 class PackConfig(Config):
@@ -162,7 +172,11 @@ class _Encoder:
         self.counts = {"pairs": 0, "pairs_too_long": 0}
         if retriever is not None:
             self.counts["documented"] = 0
-        views = {View.SKETCHER: self._sketches, View.GENERATOR: self._segments}
+        views = {
+            View.SKETCHER: self._sketches,
+            View.GENERATOR: self._segments,
+            View.CONTEXT_FIRST: self._examples,
+        }
         self.documents = views.get(config.view, self._codes)  # from a batch of rows, the pieces of each row
 
     def _codes(self, rows: pa.Table) -> Iterator[list[_Piece]]:
@@ -175,8 +189,7 @@ class _Encoder:
         sketches = [
             _behind(
                 self._header(row["content"]),
-                row["sketch"],
-                _code_point_placeholders(row["sketch"], row["placeholders"]),
+                *sketch_of(row),
             )
             for row in rows.select(["content", "sketch", "placeholders"]).to_pylist()
         ]
@@ -187,7 +200,7 @@ class _Encoder:
     def _segments(self, rows: pa.Table) -> Iterator[list[_Piece]]:
         """One piece per segment, each with what follows it; a file without segments is its code."""
         columns = rows.select(["content", "sketch", "placeholders", "segments"])
-        blocks = [list(_blocks(row)) or [_Block(row["content"], None)] for row in columns.to_pylist()]
+        blocks = [blocks_of(row) for row in columns.to_pylist()]
         for row, content in zip(blocks, columns["content"].to_pylist(), strict=True):
             row[0] = replace(row[0], code=self._header(content) + row[0].code)
         alone = [block.code for row in blocks for block in row if block.sketch is None]
@@ -200,6 +213,41 @@ class _Encoder:
                 _Piece(next(codes) + follows) if block.sketch is None else self._pair(next(pairs), block.code, follows)
                 for block, follows in zip(row, after, strict=True)
             ]
+
+    def _examples(self, rows: pa.Table) -> Iterator[list[_Piece]]:
+        """One piece per run, or two, each with what follows it."""
+        columns = rows.select(["content", "content_hash", "sketch", "placeholders", "segments"]).to_pylist()
+        documents = [
+            list(examples_of(blocks_of(row), row["content_hash"], self._header(row["content"]))) or [Example("")]
+            for row in columns
+        ]
+        alone = [one.context for examples in documents for one in examples if one.sketch is None]
+        paired = [
+            (one.context, *one.sketch, one.code) for examples in documents for one in examples if one.sketch is not None
+        ]
+        codes = iter(prompt_format.encode_code_batch(self._tokenizer, alone))
+        pairs = iter(prompt_format.encode_context_first_batch(self._tokenizer, paired))
+        for examples in documents:
+            after = [self._join] * (len(examples) - 1) + [self._end]
+            yield [
+                piece
+                for one, follows in zip(examples, after, strict=True)
+                for piece in (
+                    [_Piece(next(codes) + follows)] if one.sketch is None else self._run(next(pairs), one, follows)
+                )
+            ]
+
+    def _run(self, ids: list[int], example: Example, after: list[int]) -> list[_Piece]:
+        """Context and pair, the pair never cut; the code alone where the pair does not fit a row."""
+        self.counts["pairs"] += 1
+        context_tokens = ids.index(prompt_format.separator_id(self._tokenizer))
+        room = self._row_tokens - (len(ids) - context_tokens) - len(after)
+        if room < 0:
+            self.counts["pairs_too_long"] += 1
+            return [_Piece(prompt_format.encode_code(self._tokenizer, example.context + example.code) + after)]
+        far = max(0, context_tokens - room)
+        near = _Piece(ids[far:] + after, atomic=True)
+        return [_Piece(ids[:far]), near] if far else [near]
 
     def _header(self, content: str) -> str:
         header = "" if self._retriever is None else self._retriever.header_of_file(content)
@@ -216,47 +264,9 @@ class _Encoder:
         return _Piece(prompt_format.encode_code(self._tokenizer, code) + after)
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A segment's code, and its sketch with placeholders counted from its start, or None where it stands alone."""
-
-    code: str
-    sketch: tuple[str, list[Placeholder]] | None
-
-
-def _blocks(row: dict[str, Any]) -> Iterator[_Block]:
-    """The segments of one row of the dataset."""
-    segments = row["segments"]
-    codes = _slices(row["content"], segments, "code")
-    sketches = _slices(row["sketch"], segments, "sketch")
-    placeholders = _code_point_placeholders(row["sketch"], row["placeholders"])
-    starts = [placeholder.start for placeholder in placeholders]
-    for segment, (code_start, code_end), (start, end) in zip(segments, codes, sketches, strict=True):
-        sketch = None
-        if segment["with_sketch"]:
-            inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
-            moved = [Placeholder(spot.start - start, spot.end - start, spot.kind) for spot in inside]
-            sketch = (row["sketch"][start:end], moved)
-        yield _Block(row["content"][code_start:code_end], sketch)
-
-
-def _behind(header: str, sketch: str, placeholders: list[Placeholder]) -> tuple[str, list[Placeholder]]:
+def _behind(header: str, sketch: str, placeholders: list[Placeholder]) -> PlacedSketch:
     """The sketch of a file behind `header`, whose sketch is itself."""
-    moved = [Placeholder(spot.start + len(header), spot.end + len(header), spot.kind) for spot in placeholders]
-    return header + sketch, moved
-
-
-def _slices(text: str, segments: Sequence[dict[str, Any]], side: str) -> list[tuple[int, int]]:
-    starts = code_points(text, [segment[f"{side}_start"] for segment in segments])
-    ends = code_points(text, [segment[f"{side}_end"] for segment in segments])
-    return list(zip(starts, ends, strict=True))
-
-
-def _code_point_placeholders(sketch: str, placeholders: Sequence[dict[str, Any]]) -> list[Placeholder]:
-    starts = code_points(sketch, [spot["start"] for spot in placeholders])
-    ends = code_points(sketch, [spot["end"] for spot in placeholders])
-    kinds = [spot["kind"] for spot in placeholders]
-    return [Placeholder(start, end, kind) for start, end, kind in zip(starts, ends, kinds, strict=True)]
+    return header + sketch, moved(placeholders, len(header))
 
 
 def unigram_entropy_nats(counts: npt.NDArray[np.int64]) -> float | None:
@@ -275,7 +285,7 @@ def _kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str,
         kept = table.filter(uses_any(table["libraries"], config.libraries))
         dropped[DropReason.OTHER_LIBRARY.value] = table.num_rows - kept.num_rows
         table = kept
-    if config.view in (View.SKETCHER, View.GENERATOR):
+    if config.view in SKETCH_VIEWS:
         kept = table.filter(table["sketch"].is_valid())
         dropped[DropReason.UNSKETCHABLE.value] = table.num_rows - kept.num_rows
         table = kept

@@ -21,7 +21,7 @@ from cert_ray.shards.units import Attempt, Work, WorkUnit, attempt, run_in_proce
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
 from cert_ray.tokens.dataset import Dataset
-from cert_ray.tokens.encoding import PackConfig, View, encode_shard, unigram_entropy_nats
+from cert_ray.tokens.encoding import SKETCH_VIEWS, PackConfig, View, encode_shard, unigram_entropy_nats
 from cert_ray.tokens.shards import STAGE, VERB, held_out_unigrams, write_shard
 from cert_ray.tokens.vocabulary import (
     TOKENIZER_FILE,
@@ -133,7 +133,7 @@ def _notes(
 
 
 def _check_special_tokens(vocabulary: Tokenizer, url: str, view: View) -> None:
-    needed = SPECIAL_TOKENS if view in (View.SKETCHER, View.GENERATOR) else (END_OF_TEXT, PAD)
+    needed = SPECIAL_TOKENS if view in SKETCH_VIEWS else (END_OF_TEXT, PAD)
     missing = [token for token in needed if vocabulary.token_to_id(token) is None]
     if missing:
         raise TokenizerMismatchError(

@@ -92,6 +92,7 @@ class PackedTokens:
     def __init__(self, manifest: Manifest, folder: Path) -> None:
         """`folder` is on a local disk and holds the files that `manifest` lists. Callers use `open`."""
         self.manifest = manifest
+        self.view: str | None = manifest.config.get("view")
         self.vocab_size: int = manifest.notes["vocab_size"]
         self.context_tokens: int = manifest.config["context_tokens"]
         self.tokenizer_digest: str = manifest.notes["tokenizer_digest"]

@@ -23,6 +23,8 @@ _WAYS = {
     "xl": "continually pre-trained on files that use the libraries, without sketches: the control",
     "sketcher": "continually pre-trained on sketches of files that use the libraries: stage one of CERT",
     "generator": "continually pre-trained on pairs of sketch and code: stage two of CERT",
+    "context_first": "continually pre-trained on code, the sketch of what follows it, and what follows it: both stages "
+    "of CERT in one model",
 }
 
 

@@ -2,7 +2,8 @@
 
 In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the
 folder of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
-vocabulary is kept: special tokens may have been added behind it, and start as `warm_start` says.
+vocabulary is kept: special tokens may have been added behind it, and start as `warm_start` says. The model's config
+names the view that it is trained on (`MODEL_VIEW`), and so does every export: serving asks for that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import fuse_attention
+from cert_ray.tokens.encoding import MODEL_VIEW
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.presets import PRESETS, preset_config
@@ -39,6 +41,7 @@ TOKENIZER_FILES = (
 class PackFacts(Protocol):
     """What is needed of `tokens.shards.PackedTokens`."""
 
+    view: str | None
     vocab_size: int
     context_tokens: int
     tokenizer_digest: str
@@ -62,6 +65,7 @@ def load(config: TrainConfig, pack: PackFacts, copies: Path | None = None) -> Lo
         ConfigError, InputError: when base or tokenizer cannot be used.
     """
     loaded = _load(config, pack, copies)
+    setattr(loaded.model.config, MODEL_VIEW, pack.view)
     if config.activation_checkpointing:
         _checkpoint_activations(loaded.model, config)
     return loaded

@@ -27,6 +27,7 @@ from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedE
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_step
+from cert_ray.tokens.encoding import SKETCH_VIEWS
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.records import StepRecord
@@ -259,7 +260,7 @@ def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str) -> dict[
         "run_digest": checked.run_digest,
         "base": checked.config.base,
         "view": view,
-        "placeholders": view in {"sketcher", "generator"},  # whether it has met sketches
+        "placeholders": view in SKETCH_VIEWS,  # whether it has met sketches
         "context_tokens": checked.pack.config["context_tokens"],
         "tokenizer_digest": checked.pack.notes["tokenizer_digest"],
         "first_loss": steps[0].loss,

@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from tests.bench.measuring import Spread, markdown, publish
 
-VIEWS = ("base", "sketcher", "generator")
+VIEWS = ("base", "sketcher", "generator", "context_first")
 
 
 def main() -> None:

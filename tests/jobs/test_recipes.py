@@ -49,6 +49,14 @@ def test_certg_reads_every_file_and_takes_over_the_bases_tokenizer() -> None:
     assert recipe.adopts_tokenizer
 
 
+@pytest.mark.parametrize("name", ["smollm2.yaml", "smollm2-cpu.yaml"])
+def test_one_model_of_both_stages_learns_from_as_much_as_each_of_the_claims(name: str) -> None:
+    recipe = load_recipe(str(JOBS / name))
+    made, claimed = recipe.train_config("context_first"), recipe.train_config("generator")
+    assert recipe.models["context_first"].view == "context_first"
+    assert (made.base, made.steps * made.rows_per_step) == (claimed.base, claimed.steps * claimed.rows_per_step)
+
+
 def test_smollm2_measures_the_claim_from_one_base() -> None:
     recipe = load_recipe(str(JOBS / "smollm2.yaml"))
     claim = check_claim(recipe)

@@ -107,5 +107,6 @@ def test_documentation_stands_in_every_view_that_has_libraries(monkeypatch: pyte
         View.XL,
         View.SKETCHER,
         View.GENERATOR,
+        View.CONTEXT_FIRST,
     ]
     assert packed[View.BASE].retrieve is None

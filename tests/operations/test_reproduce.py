@@ -16,6 +16,7 @@ from cert_ray.operations.claim_report import missing_parts, write_report
 from cert_ray.operations.recipe import Recipe, recipe_from
 from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
+from cert_ray.tokens.encoding import View
 from tests.dataset.builders import write_corpus
 from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
@@ -93,6 +94,19 @@ def test_every_system_reads_the_documentation_and_another_one_is_another_evaluat
         assert len(digests) == 2
         reproduce._load(recipe, part, recipe.claim)
     assert given == [recipe.retrieve] * 3
+
+
+def test_models_that_the_claim_does_not_compare_are_neither_packed_nor_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path)
+    other = recipe.models["generator"].model_copy(update={"view": View.CONTEXT_FIRST})
+    packed: list[View] = []
+    for stage in ("run_preprocess", "run_tokenizer", "run_train"):
+        monkeypatch.setattr(reproduce.pipeline, stage, lambda *_: None)
+    monkeypatch.setattr(reproduce.pipeline, "run_views", lambda given: packed.extend(given.views))
+    trained = reproduce.train_models(recipe.model_copy(update={"models": {**recipe.models, "both": other}}))
+    assert (list(trained), packed) == (["xl", "sketcher", "generator"], [View.XL, View.SKETCHER, View.GENERATOR])
 
 
 @pytest.mark.ray

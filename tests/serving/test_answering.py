@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from cert_ray.errors import DeadlineError, InputError, RequestCancelledError, RequestError
+from cert_ray.errors import ConfigError, DeadlineError, InputError, RequestCancelledError, RequestError
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.cascade import CascadeAnswer, Route
@@ -187,14 +188,59 @@ class TestRetrieve:
             Answerer.load(ModelConfig(model="absent", retrieve={"docs": str(tmp_path / "docs.jsonl")}))
 
 
-@pytest.mark.parametrize(
-    ("models", "kind", "told"),
-    [
-        ({"model": "a"}, "transformers", "model='a'.*no sketch"),
-        ({"sketcher": "a", "generator": "b"}, "vllm", "engine.kind='transformers'"),
-    ],
-)
-def test_models_that_hold_no_answer_to_a_sketch_are_not_asked_to(models: dict[str, str], kind: str, told: str) -> None:
-    with pytest.raises(ValueError, match=told):
-        ModelConfig(**models, engine={"kind": kind}, cascade={"mode": "constrained"})
-    ModelConfig(**models, engine={"kind": kind})
+@pytest.mark.parametrize("mode", ["constrained", "sketch_only", "generator_only"])
+def test_one_plain_model_has_no_mode_of_a_cascade(mode: str, tmp_path: Path) -> None:
+    for folder in ("absent", save_model(tmp_path)):
+        with pytest.raises(ConfigError, match=f"cascade.mode='{mode}' with model='{folder}'.*leave the mode out"):
+            ModelConfig.from_mapping({"model": folder, "cascade": {"mode": mode}}, "test")
+
+
+@pytest.mark.parametrize("mode", [Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY])
+def test_a_request_for_a_mode_of_a_cascade_is_refused_by_one_plain_model(mode: Mode) -> None:
+    plain = Answerer(None, ScriptedEngine(small_tokenizer(), lambda _: [("x", 0.0)]))
+    with pytest.raises(RequestError, match=f"mode {mode.value}: one plain model.*leave mode out") as refused:
+        plain.answer(["x"], Sampling(mode=mode))
+    assert (refused.value.status, refused.value.param) == (400, "mode")
+
+
+def test_vllm_holds_no_answer_to_a_sketch() -> None:
+    models = {"sketcher": "a", "generator": "b", "engine": {"kind": "vllm"}}
+    with pytest.raises(ConfigError, match=r"engine\.kind='transformers'"):
+        ModelConfig.from_mapping({**models, "cascade": {"mode": "constrained"}}, "test")
+    ModelConfig.from_mapping(models, "test")
+
+
+class TestContextFirst:
+    """One model whose config says that it is both stages."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> str:
+        save_model(tmp_path, "llama")
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"cert_ray_view": "context_first"}))
+        return str(tmp_path)
+
+    def test_it_is_served_as_a_cascade(self, folder: str) -> None:
+        answerer = Answerer.load(ModelConfig(model=folder, cascade={"mode": "sketch_only"}))
+        (answer,) = answerer.answer(["x = df['a']"], Sampling(n=3, max_tokens=6))
+        assert (answer.route, len(answer.choices)) == (Route.SKETCH_ONLY, 3)
+        (answer,) = answerer.answer(["x = df['a']"], Sampling(max_tokens=6, mode=Mode.GENERATOR_ONLY))
+        assert answer.route is Route.GENERATOR_ONLY
+
+    @pytest.mark.parametrize("cascade", [{"routing": "released"}, {"sketch_scope": "file"}])
+    def test_options_of_the_other_layout_are_refused(self, folder: str, cascade: dict[str, str]) -> None:
+        ((option, value),) = cascade.items()
+        with pytest.raises(ConfigError, match=f"cascade.{option}='{value}'.*Leave"):
+            ModelConfig.from_mapping({"model": folder, "cascade": cascade}, "test")
+
+    @pytest.mark.parametrize("stage", ["sketcher", "generator"])
+    def test_it_is_no_half_of_another_cascade(self, folder: str, folders: dict[str, str], stage: str) -> None:
+        with pytest.raises(ConfigError, match=r"both stages\. Serve it as `model`"):
+            Answerer.load(ModelConfig(**{**folders, stage: folder}))
+
+    def test_documentation_stands_ahead_of_the_context(self) -> None:
+        engine = ScriptedEngine(small_tokenizer(), lambda _: [(" x = <|number|>", 0.0)])
+        answerer = Answerer(None, engine, retriever=Retriever(DOCS), context_first=True)
+        answerer.answer([ASKS_FOR_SORTING], Sampling(max_tokens=8))
+        documented = Retriever(DOCS).header(ASKS_FOR_SORTING) + ASKS_FOR_SORTING.rstrip()
+        assert [prompt.partition("<|segmentation|>")[0] for prompt in engine.prompts] == [documented] * 2

@@ -15,10 +15,12 @@ from cert_ray.sketching.prompt_format import (
     SEPARATOR,
     SPECIAL_TOKENS,
     add_special_tokens,
+    code_prompt,
     decode_code,
     decode_sketch,
     encode_code,
     encode_code_batch,
+    encode_context_first_batch,
     encode_pair,
     encode_pair_batch,
     encode_sketch,
@@ -26,6 +28,8 @@ from cert_ray.sketching.prompt_format import (
     has_placeholder,
     released_has_placeholder,
     released_pair,
+    separator_id,
+    sketch_prompt,
     special_token,
 )
 
@@ -179,3 +183,17 @@ def test_the_released_format_is_plain_text_that_misroutes() -> None:
     assert released_pair("x = number", "x = 1") == f"x = number\n{RELEASED_SEPARATOR}\nx = 1"
     assert released_has_placeholder("df.astype(float)")
     assert not released_has_placeholder("df.head()")
+
+
+def test_with_the_context_first_each_stages_prompt_begins_the_training_text(tokenizer: Tokenizer) -> None:
+    sketch, code = "x = number + string", "x = 1 + 'a'"
+    (ids,) = encode_context_first_batch(tokenizer, [(SOURCE, sketch, [Placeholder(4, 10, "number")], code)])
+    context = encode_code(tokenizer, SOURCE)
+    first = sketch_prompt(tokenizer, context)
+    second = code_prompt(tokenizer, context, sketch, [Placeholder(4, 10, "number")])
+    assert second[: len(first)] == first
+    assert ids == second + encode_code(tokenizer, code)
+    assert tokenizer.decode(second[len(context) :], skip_special_tokens=False) == (
+        f"{SEPARATOR}x = <|number|> + string{SEPARATOR}"
+    )
+    assert ids.count(separator_id(tokenizer)) == 2

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from cert_ray.retrieval.library_docs import ApiDoc
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.sketching.prompt_format import END_OF_TEXT, SEPARATOR
 from cert_ray.tokens.encoding import EncodedShard, PackConfig, View, encode_shard, unigram_entropy_nats
+from cert_ray.tokens.pack import pack_in_process
+from cert_ray.tokens.packing import plan_rows
+from cert_ray.tokens.shards import PackedTokens
 from cert_ray.tokens.vocabulary import TokenizerConfig, train_vocabulary
-from tests.tokens.datasets import Row, document, example, real_code, sketched_document, table_of
+from tests.tokens.datasets import Row, document, example, real_code, sketched_document, table_of, write_dataset
 
 UNICODE = document(
     'import os\n\n\nname = "é日本"  # ключ\n\n\nüber = 12\n',
@@ -87,6 +92,60 @@ def test_real_files_keep_all_their_code_in_the_generators_view(tokenizer: Tokeni
         assert Counter("\n".join(blocks).split()) == Counter(row["content"].split())
 
 
+def test_the_context_comes_first_and_the_sketch_stands_between_separators(tokenizer: Tokenizer) -> None:
+    """Where a part begins is drawn: both blocks as pairs, or the first as context of the second."""
+    encoded = encode(tokenizer, [UNICODE], View.CONTEXT_FIRST)
+    (pieces,) = texts(tokenizer, encoded)
+    shape = re.compile(f"(.*){re.escape(SEPARATOR)}(.*){re.escape(SEPARATOR)}(.*)", re.DOTALL)
+    found = [shape.fullmatch(piece) for piece in pieces]
+    runs = [match.groups() for match in found if match is not None]
+    assert len(runs) == len(pieces) == encoded.counts["pairs"]
+    code = [context + part for context, _, part in runs]
+    assert code[-1].endswith(END_OF_TEXT)
+    assert all(part.endswith("\n\n\n") for part in code[:-1])
+    assert "".join(code).removesuffix(END_OF_TEXT) == UNICODE["content"]  # whose blocks are three line breaks apart
+    for context, sketch, part in runs:
+        assert context == context.rstrip()
+        bare = part.removesuffix(END_OF_TEXT)
+        assert sketch.rstrip() == re.sub("12", "<|number|>", re.sub('"é日本"', "<|string|>", bare)).rstrip()
+    assert encoded.pieces["atomic"].to_pylist() == [True] * len(pieces)
+
+
+def test_a_context_that_is_too_long_leaves_its_end_with_the_pair(tokenizer: Tokenizer) -> None:
+    code = "import a\n" * 60
+    row = document(f"{code}\nx = 1", f"{code}\nx = number", [("number", "number")],
+                   [(code, code, False), ("x = 1", "x = number", True)])  # fmt: skip
+    whole = encode(tokenizer, [row], View.CONTEXT_FIRST)
+    (tokens,) = whole.pieces["tokens"].to_pylist()
+    short = encode(tokenizer, [row], View.CONTEXT_FIRST, context_tokens=49)
+    assert short.tokens.tolist() == whole.tokens.tolist()
+    assert short.pieces["tokens"].to_pylist() == [tokens - 50, 50]
+    assert short.pieces["atomic"].to_pylist() == [False, True]
+    pair = len(whole.tokens) - whole.tokens.tolist().index(tokenizer.token_to_id(SEPARATOR))
+    alone = encode(tokenizer, [row], View.CONTEXT_FIRST, context_tokens=pair - 2)
+    assert texts(tokenizer, alone) == [[row["content"] + END_OF_TEXT]]
+    assert (alone.counts["pairs"], alone.counts["pairs_too_long"]) == (1, 1)
+    assert encode(tokenizer, [row], View.CONTEXT_FIRST, context_tokens=pair - 1).pieces["tokens"].to_pylist()[1] == pair
+
+
+def test_real_files_with_the_context_first_fill_their_rows_and_cut_no_pair(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    rows = [sketched_document(source) for source in real_code(30)]
+    write_dataset(str(tmp_path / "dataset"), [rows])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = PackConfig(view=View.CONTEXT_FIRST, context_tokens=512)
+    pack_in_process(str(tmp_path / "dataset"), str(tmp_path), str(tmp_path / "tokens"), config)
+    packed = PackedTokens.open(str(tmp_path / "tokens"))
+    plan = plan_rows(packed, np.arange(len(packed)), 512)
+    assert plan.stats.cut_pairs == 0
+    assert plan.stats.used_share > 0.98
+    separator = tokenizer.token_to_id(SEPARATOR)
+    in_rows = [int((plan.row(number)[0] == separator).sum()) for number in range(len(plan))]
+    assert all(count % 2 == 0 for count in in_rows)
+    assert sum(in_rows) == 2 * (packed.manifest.counts["pairs"] - packed.manifest.counts["pairs_too_long"])
+
+
 def test_a_pair_that_does_not_fit_a_row_becomes_code_alone(tokenizer: Tokenizer) -> None:
     whole = encode(tokenizer, [UNICODE], View.GENERATOR)
     longest = max(whole.pieces["tokens"].to_pylist())
@@ -107,7 +166,7 @@ DOCUMENTED = document(
 )
 
 
-@pytest.mark.parametrize("view", [View.XL, View.SKETCHER, View.GENERATOR])
+@pytest.mark.parametrize("view", [View.XL, View.SKETCHER, View.GENERATOR, View.CONTEXT_FIRST])
 def test_documentation_stands_ahead_of_a_files_text_as_ahead_of_a_prompt(tokenizer: Tokenizer, view: View) -> None:
     retriever = Retriever([ApiDoc("monkey.peek", "(path)", "Ein Blick: é.")])
     table, config = table_of([DOCUMENTED, UNICODE]), PackConfig(view=view)
@@ -130,9 +189,10 @@ def test_documentation_stands_with_the_code_of_a_first_pair(tokenizer: Tokenizer
     assert texts(tokenizer, encoded) == [[f"{spelled}\n{SEPARATOR}\n{header}{code}{END_OF_TEXT}"]]
 
 
-def test_a_file_without_segments_is_its_code(tokenizer: Tokenizer) -> None:
-    rows = [document("# only a comment\n", "# only a comment\n")]
-    assert texts(tokenizer, encode(tokenizer, rows, View.GENERATOR)) == [["# only a comment\n" + END_OF_TEXT]]
+@pytest.mark.parametrize("view", [View.GENERATOR, View.CONTEXT_FIRST])
+def test_a_file_without_segments_is_its_code(tokenizer: Tokenizer, view: View) -> None:
+    rows = [document("# only a comment\n", "# only a comment\n"), document("", "")]
+    assert texts(tokenizer, encode(tokenizer, rows, view)) == [["# only a comment\n" + END_OF_TEXT], [END_OF_TEXT]]
 
 
 def test_rows_of_other_libraries_and_without_sketches_are_counted_drops(tokenizer: Tokenizer) -> None:

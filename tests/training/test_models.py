@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,8 +22,9 @@ VOCABULARY = WORDS + 2
 ADDED = ("<|number|>", "<|string|>")
 
 
-def _pack(tokenizer, context_tokens=16):
+def _pack(tokenizer, context_tokens=16, view="xl"):
     return SimpleNamespace(
+        view=view,
         vocab_size=tokenizer.get_vocab_size(),
         context_tokens=context_tokens,
         tokenizer_digest=tokenizer_digest(tokenizer),
@@ -128,3 +130,13 @@ def test_a_hub_id_that_cannot_be_had_says_so(make_config):
     """The test environment is offline, so no id can be."""
     with pytest.raises(ConfigError, match="the hub does not give it"):
         models.load(make_config(base="cert-ray/no-such-model", tokenizer=None), SimpleNamespace())
+
+
+def test_the_config_says_the_view_that_a_model_read_last(tmp_path, make_config, tokenizer_folder):
+    tokenizer = load_tokenizer(str(tokenizer_folder))
+    model = models.load(make_config(), _pack(tokenizer, view="context_first")).model
+    model.save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["cert_ray_view"] == "context_first"
+    continued = models.load(make_config(base=str(tmp_path / "base"), tokenizer=None), _pack(tokenizer)).model
+    assert continued.config.cert_ray_view == "xl"

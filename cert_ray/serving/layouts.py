@@ -1,0 +1,129 @@
+"""What the stages of a cascade are given to go on from: in PAPER.md's layout, and where the context comes first.
+
+In: a context, and the engines. Out: the tokens of each stage's prompt. No vote and no sampling in here.
+
+`SketchFirst`, two models:
+  sketcher   the sketch of the context (`contexts.sketch_context`), as in its training text, which is sketches of files;
+  generator  `encode_pair(sketch, context)`: the sketch that won, the separator, and the context as the user wrote it.
+             Its answer continues the context. By default the sketch is the predicted one alone, as in PAPER.md; with
+             `sketch_scope="file"` the context's own sketch stands before it, as in the generator's training text.
+
+`ContextFirst`, one model: the context as the user wrote it, and behind the separator its sketch of what follows; behind
+that, once it is chosen, a separator again. The second prompt begins with the whole first one, which the engine has read
+(`EngineConfig.prefix_cache_tokens`). The blanks that a context ended in stand in the sketch, as in training.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+from cert_ray.serving.contexts import sketch_context
+from cert_ray.serving.engines import Engine
+from cert_ray.serving.voting import Sketch
+from cert_ray.sketching import Placeholder, Sketched, prompt_format
+
+if TYPE_CHECKING:
+    from cert_ray.serving.cascade import CascadeConfig
+
+
+class Prompts(Protocol):
+    """Of one context."""
+
+    @property
+    def alone(self) -> list[int]:
+        """The context as code, without a sketch."""
+        ...
+
+    @property
+    def before_sketch(self) -> list[int]:
+        """What stage one goes on from. Costs more than `alone`, and grows with the context."""
+        ...
+
+    def before_code(self, sketch: Sketch) -> list[int]:
+        """What stage two goes on from."""
+        ...
+
+
+class Layout(Protocol):
+    """The models of both stages, and how they are prompted."""
+
+    @property
+    def sketcher(self) -> Engine: ...
+
+    @property
+    def generator(self) -> Engine: ...
+
+    @property
+    def sketch_ends(self) -> frozenset[int]:
+        """Tokens that end a sketch, as the end of text does."""
+        ...
+
+    def prompts(self, context: str, blanks: str) -> Prompts:
+        """The prompts of `context`, from whose end `blanks` were taken."""
+        ...
+
+
+class SketchFirst:
+    """PAPER.md's layout."""
+
+    sketch_ends: frozenset[int] = frozenset()
+
+    def __init__(self, sketcher: Engine, generator: Engine, config: CascadeConfig) -> None:
+        self.sketcher, self.generator, self._config = sketcher, generator, config
+
+    def prompts(self, context: str, blanks: str) -> Prompts:
+        """See `Layout`."""
+        return _SketchFirstPrompts(context, blanks, self.sketcher, self.generator, self._config)
+
+
+class _SketchFirstPrompts:
+    def __init__(self, context: str, blanks: str, sketcher: Engine, generator: Engine, config: CascadeConfig) -> None:
+        self._context, self._blanks, self._config = context, blanks, config
+        self._sketcher, self._generator = sketcher.tokenizer, generator.tokenizer
+        self.alone = prompt_format.encode_code(self._generator, context)
+
+    @cached_property
+    def _seen(self) -> Sketched:
+        return sketch_context(self._context, self._config.kind)
+
+    @cached_property
+    def before_sketch(self) -> list[int]:
+        seen = self._seen
+        if self._config.routing == "released":
+            return prompt_format.encode_code(self._sketcher, seen.text)
+        return prompt_format.encode_sketch(self._sketcher, seen.text, seen.placeholders)
+
+    def before_code(self, sketch: Sketch) -> list[int]:
+        text, placeholders = sketch.text, sketch.placeholders
+        if self._config.sketch_scope == "file":
+            shift = len(self._seen.text) + len(self._blanks)
+            moved = (Placeholder(place.start + shift, place.end + shift, place.kind) for place in placeholders)
+            text, placeholders = self._seen.text + self._blanks + text, (*self._seen.placeholders, *moved)
+        if self._config.routing == "released":
+            return prompt_format.encode_code(self._generator, prompt_format.released_pair(text, self._context))
+        return prompt_format.encode_pair(self._generator, text, placeholders, self._context)
+
+
+class ContextFirst:
+    """One model that was trained on the view `context_first`."""
+
+    def __init__(self, model: Engine) -> None:
+        self.sketcher = self.generator = model
+        self.sketch_ends = frozenset({prompt_format.separator_id(model.tokenizer)})
+
+    def prompts(self, context: str, blanks: str) -> Prompts:
+        """See `Layout`."""
+        return _ContextFirstPrompts(context, blanks, self.generator)
+
+
+class _ContextFirstPrompts:
+    def __init__(self, context: str, blanks: str, model: Engine) -> None:
+        self._tokenizer, self._blanks = model.tokenizer, blanks
+        self.alone = prompt_format.encode_code(self._tokenizer, context)
+        self.before_sketch = prompt_format.sketch_prompt(self._tokenizer, self.alone)
+
+    def before_code(self, sketch: Sketch) -> list[int]:
+        shift = len(self._blanks)
+        moved = [Placeholder(place.start + shift, place.end + shift, place.kind) for place in sketch.placeholders]
+        return prompt_format.code_prompt(self._tokenizer, self.alone, self._blanks + sketch.text, moved)

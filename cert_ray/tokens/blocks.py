@@ -1,0 +1,66 @@
+"""The blocks of a document as the views take them: text, sketch and placeholders, offsets counted in code points.
+
+In: rows of schemas.ANNOTATED as Python objects, where offsets are bytes of UTF-8. Out: `Block`s.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cert_ray.python_source import code_points
+from cert_ray.sketching.anonymize import Placeholder
+
+PlacedSketch = tuple[str, list[Placeholder]]  # a sketch, and its placeholders counted from its start
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A segment's code, and its sketch, or None where it stands alone."""
+
+    code: str
+    sketch: PlacedSketch | None
+    gap: str = ""  # blank lines between the block ahead and this one
+
+
+def blocks_of(row: dict[str, Any]) -> list[Block]:
+    """The blocks of one row; of a file without segments its code."""
+    return list(_blocks(row)) or [Block(row["content"], None)]
+
+
+def sketch_of(row: dict[str, Any]) -> PlacedSketch:
+    """The sketch of a whole row."""
+    placeholders = row["placeholders"]
+    starts = code_points(row["sketch"], [spot["start"] for spot in placeholders])
+    ends = code_points(row["sketch"], [spot["end"] for spot in placeholders])
+    kinds = [spot["kind"] for spot in placeholders]
+    return row["sketch"], [Placeholder(*place) for place in zip(starts, ends, kinds, strict=True)]
+
+
+def moved(placeholders: Sequence[Placeholder], shift: int) -> list[Placeholder]:
+    """The same placeholders, `shift` code points further on."""
+    return [Placeholder(spot.start + shift, spot.end + shift, spot.kind) for spot in placeholders]
+
+
+def _blocks(row: dict[str, Any]) -> Iterator[Block]:
+    segments, content = row["segments"], row["content"]
+    codes = _slices(content, segments, "code")
+    sketches = _slices(row["sketch"], segments, "sketch")
+    sketch, placeholders = sketch_of(row)
+    starts = [placeholder.start for placeholder in placeholders]
+    last = 0
+    for segment, (code_start, code_end), (start, end) in zip(segments, codes, sketches, strict=True):
+        placed = None
+        if segment["with_sketch"]:
+            inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
+            placed = (sketch[start:end], moved(inside, -start))
+        yield Block(content[code_start:code_end], placed, content[last:code_start])
+        last = code_end
+
+
+def _slices(text: str, segments: Sequence[dict[str, Any]], side: str) -> list[tuple[int, int]]:
+    starts = code_points(text, [segment[f"{side}_start"] for segment in segments])
+    ends = code_points(text, [segment[f"{side}_end"] for segment in segments])
+    return list(zip(starts, ends, strict=True))

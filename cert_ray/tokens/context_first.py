@@ -1,0 +1,119 @@
+"""Training text in which the context comes first: code, then the sketch of what follows it, then what follows it.
+
+In: the blocks of a document. Out: `Example`s, which together hold its code once, in order. `prompt_format` says how one
+is spelled. It is what one model of both stages reads at serving: the prompt, its sketch of the rest, the rest. So the
+context is code without sketches between it, and ends where prompts end.
+
+A class is taken method by method. A prompt ends inside a block more often than ahead of one, so the part of a block
+that is sketched begins at a place drawn among those where a word ends and blanks follow: there serving ends a prompt
+(`serving.boundaries`), and code and sketch agree, since a sketch keeps its code's lines (where it does not, the whole
+block is taken). Answers are short: a part is at most the last `_PART_LINES` lines of a block. Every other block with a
+sketch, as drawn, is context of a later one; the last such block of a document never is. What is drawn depends on the
+content's hash and the block's number alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import xxhash
+
+from cert_ray.tokens.blocks import Block, PlacedSketch, moved
+
+_PART_LINES: Final = 8  # assumed: an answer is a line or a few
+_BLANKS: Final = " \t\r\n"
+_WORD_END: Final = re.compile(r"(?<=\S)[ \t]")
+_BEFORE_METHOD: Final = re.compile(r"\n[ \t]*\n+(?=(?: {4}|\t)(?:@|def |async def ))")
+_QUOTES: Final = re.compile("\"\"\"|'''")
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Code, and behind it a part that stands there as sketch and as code; only code at the end of some documents."""
+
+    context: str
+    sketch: PlacedSketch | None = None
+    code: str = ""
+
+
+def examples_of(blocks: Sequence[Block], content_hash: str, ahead: str = "") -> Iterator[Example]:
+    """The examples of one document. `ahead` is documentation, which is context of the first."""
+    context = ahead
+    smaller = [part for block in blocks for part in _methods(block)]
+    last = max((number for number, block in enumerate(smaller) if block.sketch is not None), default=-1)
+    for number, block in enumerate(smaller):
+        context += block.gap if context else ""
+        drawn = xxhash.xxh3_64_intdigest(f"{content_hash} {number}".encode())
+        if block.sketch is None or (drawn & 1 and number != last):
+            context += block.code
+            continue
+        yield _example(context, block.code, block.sketch, drawn >> 1)
+        context = ""
+    if context:
+        yield Example(context)
+
+
+def _methods(block: Block) -> Iterator[Block]:
+    """The block, cut ahead of the methods of a class where code and sketch have them in the same number."""
+    if block.sketch is None:
+        yield block
+        return
+    text, placeholders = block.sketch
+    in_code, in_sketch = (list(_BEFORE_METHOD.finditer(side)) for side in (block.code, text))
+    if len(in_code) != len(in_sketch):
+        in_code, in_sketch = [], []
+    gaps = [block.gap, *(found.group() for found in in_code)]
+    code_from = [0, *(found.end() for found in in_code)]
+    code_to = [*(found.start() for found in in_code), len(block.code)]
+    sketch_from = [0, *(found.end() for found in in_sketch)]
+    sketch_to = [*(found.start() for found in in_sketch), len(text)]
+    for number, gap in enumerate(gaps):
+        start, end = sketch_from[number], sketch_to[number]
+        inside = [spot for spot in placeholders if start <= spot.start and spot.end <= end]
+        code = block.code[code_from[number] : code_to[number]]
+        yield Block(code, (text[start:end], moved(inside, -start)), gap)
+
+
+def _example(context: str, code: str, sketch: PlacedSketch, drawn: int) -> Example:
+    text, placeholders = sketch
+    places = places_of(code, text)
+    code_from, sketch_from = places[drawn % len(places)]
+    whole = context + code[:code_from]
+    context = whole.rstrip(_BLANKS)
+    blanks = whole[len(context) :]
+    inside = [spot for spot in placeholders if spot.start >= sketch_from]
+    part = (blanks + text[sketch_from:], moved(inside, len(blanks) - sketch_from))
+    return Example(context, part, blanks + code[code_from:])
+
+
+def places_of(code: str, sketch: str) -> list[tuple[int, int]]:
+    """Where the part of a block that is sketched may begin, in its code and in its sketch: never none.
+
+    As many lines on both sides mean that no placeholder took a line break away, so the lines belong to each other.
+    Comments and texts in three quotes are not cut inside.
+    """
+    code_lines, sketch_lines = code.split("\n"), sketch.split("\n")
+    if len(code_lines) != len(sketch_lines):
+        return [(0, 0)]
+    first = max(0, len(code_lines) - _PART_LINES)
+    places = [(0, 0)] if first == 0 else []
+    code_at = sketch_at = 0
+    is_quoted = False
+    for number, (line, sketched) in enumerate(zip(code_lines, sketch_lines, strict=True)):
+        quotes = len(_QUOTES.findall(line))
+        if number >= first and not is_quoted and not quotes:
+            same = _common_beginning(line, sketched).partition("#")[0]
+            places += [(code_at + found.start(), sketch_at + found.start()) for found in _WORD_END.finditer(same)]
+        is_quoted ^= quotes % 2 == 1
+        if number >= first and not is_quoted and line.strip():
+            places.append((code_at + len(line.rstrip(_BLANKS)), sketch_at + len(sketched.rstrip(_BLANKS))))
+        code_at, sketch_at = code_at + len(line) + 1, sketch_at + len(sketched) + 1
+    return [place for place in dict.fromkeys(places) if code[place[0] :].strip()] or [(0, 0)]
+
+
+def _common_beginning(one: str, other: str) -> str:
+    differs = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return one[: next(differs, min(len(one), len(other)))]

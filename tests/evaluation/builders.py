@@ -35,7 +35,7 @@ def in_this_process(programs: Sequence[Program | str], config: ExecutionConfig |
 
 
 def die_before(folder: Path, attempts: int) -> int:
-    """End this process as if it were lost, in all of `attempts` calls but the last; how many there were, with that one."""
+    """End this process, as a lost one does, in all of `attempts` calls but the last, which gives their number."""
     calls = folder / "calls"
     with calls.open("a") as stream:
         stream.write("x")

@@ -33,13 +33,13 @@ fi
 
 cat > "$work/run" <<END
 #!/usr/bin/env bash
-# A command in the image, as its user: $work/run COMMAND...; OPTIONS="--volume A:B" are buildah's.
+# A command in the image, as its user: $work/run COMMAND... OPTIONS="--volume A:B" and ISOLATION=oci are buildah's.
 set -euo pipefail
 export TMPDIR=$work/tmp
 store=(${store[*]@Q})
 container=\$(buildah "\${store[@]}" from --pull=never $image)
 trap 'buildah "\${store[@]}" rm "\$container" > /dev/null' EXIT
-buildah "\${store[@]}" run --isolation chroot \${OPTIONS:-} "\$container" -- "\$@"
+buildah "\${store[@]}" run --isolation "\${ISOLATION:-chroot}" \${OPTIONS:-} "\$container" -- "\$@"
 END
 chmod +x "$work/run"
 buildah "${store[@]}" images

@@ -4,6 +4,7 @@
 # "$@" is run at the end: e.g. cert-ray demo --small --output /tmp/demo
 set -euo pipefail
 
+# shellcheck source=/dev/null
 echo "user $(id -u), $(python --version), $(. /etc/os-release && echo "$PRETTY_NAME")"
 test "$(id -u)" != 0
 cert-ray --version

@@ -195,8 +195,8 @@ class Sandbox:
             return Execution(Outcome.KILLED, f"ended its sandbox, {_ATTEMPTS} times of {_ATTEMPTS}", "")
         raise SandboxError(
             f"generated code could not be run, in {_ATTEMPTS} attempts: {problems[-1]}\n"
-            "Inside a container bubblewrap needs user namespaces (or root with SYS_ADMIN); "
-            "without them only --unsafe works."
+            "Inside a container bubblewrap needs user namespaces (or root with SYS_ADMIN) and a /proc that is not "
+            "masked; without them only --unsafe works."
         ) from problems[-1]
 
     def _works(self) -> bool:

@@ -31,6 +31,6 @@ for folder in ~ /tmp /opt/cert-ray; do
     test -w "$folder" && echo "can be written: $folder"
 done
 ldconfig -p | grep -o 'libseccomp.so.2 .*'
-bwrap --ro-bind / / --unshare-all true && echo "bubblewrap starts" || echo "bubblewrap does not start here"
+bwrap --ro-bind / / --proc /proc --unshare-all true && echo "bubblewrap starts" || echo "bubblewrap does not start here"
 cert-ray doctor || true # it minds the machine, too: memory, disk, the token
 "$@"

@@ -13,8 +13,12 @@ DEMO_ARGS ?=
 # Workers, nodes and drivers that `make chaos` kills; about ten seconds each on two cores.
 CHAOS_KILLS ?= 100
 CHAOS_SEED ?= 1
+# What builds the image: docker, podman or buildah; and what it is told, such as --build-arg BASE=2.60.0-py311-gpu.
+IMAGE_TOOL ?= docker
+IMAGE_ARGS ?=
+IMAGE ?= cert-ray:0.1.0-ray2.60.0
 
-.PHONY: demo test test-quick chaos check audit docs bench bench-env format clean help
+.PHONY: demo test test-quick chaos check audit image docs bench bench-env format clean help
 
 help:
 	@echo "make demo        the whole pipeline on the Python files of this machine, minutes on two cores"
@@ -22,6 +26,7 @@ help:
 	@echo "make chaos       preprocessing under CHAOS_KILLS=$(CHAOS_KILLS) kills; summary in chaos/summary.md"
 	@echo "make check       ruff and mypy"
 	@echo "make audit       known vulnerabilities of what the image's lock pins; a report, never a failure"
+	@echo "make image       cluster/Dockerfile by IMAGE_TOOL=$(IMAGE_TOOL) (or podman, buildah) with IMAGE_ARGS"
 	@echo "make docs        docs/ as a site, in build/docs"
 	@echo "make bench       every benchmark beside its peers, hours: see tests/bench/README.md; make bench-env: the peers"
 
@@ -53,6 +58,11 @@ check: $(VENV)/installed-dev
 
 audit: $(VENV)/installed-dev
 	@$(BIN)/python cluster/audit.py
+
+# docker finds the list of what stays out by itself.
+image:
+	$(IMAGE_TOOL) build -f cluster/Dockerfile $(if $(filter-out docker,$(IMAGE_TOOL)),--ignorefile cluster/Dockerfile.dockerignore) \
+		-t $(IMAGE) $(IMAGE_ARGS) .
 
 docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict --quiet

@@ -3,9 +3,10 @@
     python cluster/audit.py [--strict] [LOCK]
 
 In: `requirements.lock`, with hashes. Out: the known vulnerabilities, one a line, then one line that says how many
-packages were looked up. pip-audit does the asking, and calls it a success when the index that it asks knows none of the
-packages; so those are counted, and no all-clear is given without an answer. The exit status is 0 whatever was found or
-could not be asked, unless `--strict`: then 1 for a vulnerability, 2 where packages could not be looked up.
+packages were looked up, or that no database was reached. pip-audit does the asking, and calls it a success when the
+index that it asks knows none of the packages; so those are counted, and no all-clear is given without an answer. The
+exit status is 0 whatever was found or could not be asked, unless `--strict`: then 1 for a vulnerability, 2 where
+packages could not be looked up.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 LOCK = Path(__file__).with_name("requirements.lock")
 _ASK = ["--require-hashes", "--disable-pip", "--progress-spinner", "off", "--timeout", "5", "--format", "json"]
+_NOTHING = "audit: no database was reached, and whether there are vulnerabilities is not known"
 _PATIENCE_S = 50  # for all packages together: CI waits for it
 
 
@@ -52,7 +54,7 @@ def read(report: dict[str, Any]) -> tuple[list[str], int]:
     ]
     known = len(packages) - len(unknown)
     if not known:
-        return ["audit: NOT audited, the database that was asked knows none of the packages"], 2
+        return [f"{_NOTHING}: what was asked answers for none of the {len(packages)} packages"], 2
     last = f"audit: {len(lines)} known vulnerabilities in {known} of {len(packages)} packages"
     if unknown:
         last += f"; not looked up, since it does not know them: {', '.join(unknown)}"
@@ -67,7 +69,7 @@ def main() -> None:
     try:
         lines, status = read(ask(given.lock))
     except ChildProcessError as error:
-        lines, status = [f"audit: NOT audited, pip-audit gave no report: {error}"], 2
+        lines, status = [f"{_NOTHING}: pip-audit gave no report: {error}"], 2
     sys.stdout.write("\n".join(lines) + "\n")
     sys.exit(status if given.strict else 0)
 

@@ -50,6 +50,9 @@ def evaluate(
     ] = None,
     python: Annotated[str | None, typer.Option(help="interpreter of the sandbox, e.g. 3.11")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="run generated code without bubblewrap")] = False,
+    unfiltered: Annotated[
+        bool, typer.Option("--unfiltered", help="run generated code also where libseccomp is missing")
+    ] = False,
     rerank: Annotated[
         list[str] | None, typer.Option(help="logprob, syntax or agreement: also pass@1 of the first by it; repeatable")
     ] = None,
@@ -78,7 +81,8 @@ def evaluate(
     options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
     options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}
     options |= {"max_tokens": None if samples else max_tokens}
-    options |= {"requirements": requirement or None, "execution": {"python": python, "unsafe": unsafe}}
+    options |= {"requirements": requirement or None}
+    options |= {"execution": {"python": python, "unsafe": unsafe, "unfiltered": unfiltered}}
     config = EvaluateConfig.from_mapping(
         {**options, "rerank": rerank or (), "calls_at_once": calls_at_once}, "evaluate"
     )

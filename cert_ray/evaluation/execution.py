@@ -28,6 +28,7 @@ class ExecutionConfig(Config):
     limits: Limits = Limits()
     workers: int | None = pydantic.Field(default=None, ge=1)  # None: one per core
     unsafe: bool = False  # run without bubblewrap, as this user
+    unfiltered: bool = False  # run also where libseccomp is missing, without a filter of system calls
 
     def environment(self) -> Environment:
         """The environment, built on this machine if it is not there yet."""
@@ -72,5 +73,5 @@ def run_in_one_sandbox(
     stopped: threading.Event | None = None,
 ) -> list[tuple[Program | str, Execution]]:
     """Run `programs` one after the other in a sandbox of their own, until `stopped`."""
-    with Sandbox(environment, config.limits, unsafe=config.unsafe) as sandbox:
+    with Sandbox(environment, config.limits, unsafe=config.unsafe, unfiltered=config.unfiltered) as sandbox:
         return [(program, sandbox.run(program)) for program in programs if stopped is None or not stopped.is_set()]

@@ -1,7 +1,8 @@
 """The same as `execution.execute_in_threads`, spread over a Ray cluster: chunks of programs, one sandbox per task.
 
-Each node needs bubblewrap (or `unsafe`), and builds the environment for itself at its first task. A task is repeated
-by Ray when its worker dies; chunks come from the order of the programs, so the result does not depend on the workers.
+Each node needs bubblewrap and libseccomp (or `unsafe`, `unfiltered`), and builds the environment for itself at its
+first task. A task whose worker or node is lost runs again elsewhere, without end, as in preprocessing; what it raises
+ends the evaluation at once. Chunks come from the order of the programs, so the result does not depend on the workers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -
     """
     distinct = list(dict.fromkeys(programs))
     chunks = [distinct[start : start + _CHUNK_PROGRAMS] for start in range(0, len(distinct), _CHUNK_PROGRAMS)]
-    task = ray.remote(_run_chunk).options(num_cpus=1, max_retries=3)
+    task = ray.remote(_run_chunk).options(num_cpus=1, max_retries=-1)
     outcomes: dict[Program | str, Execution] = {}
     waiting = list(reversed(chunks))
     running: list[ray.ObjectRef] = []

@@ -255,7 +255,7 @@ def _summary(
             "python_version": environment.python_version,
             "packages": dict(environment.packages),
         },
-        "isolation": list(describe_isolation(execution.unsafe)),
+        "isolation": list(describe_isolation(execution.unsafe, execution.unfiltered)),
         "outcomes": result.outcomes,
         "pass_at_k": {str(k): score for k, score in result.pass_at_k.items()},
         "pass_at_k_valid": None if valid is None else {str(k): score for k, score in valid.items()},

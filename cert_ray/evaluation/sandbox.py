@@ -13,6 +13,7 @@ import base64
 import dataclasses
 import json
 import os
+import platform
 import select
 import shutil
 import signal
@@ -100,8 +101,18 @@ def find_bubblewrap() -> str | None:
     return shutil.which("bwrap")
 
 
-def describe_isolation(unsafe: bool = False) -> tuple[str, ...]:
-    """What stands between generated code and this machine, and what does not, as sentences for people."""
+def missing_protection() -> tuple[str, ...]:
+    """What this machine lacks of `bubblewrap` and `libseccomp2`, by the names of Debian's packages."""
+    found = {"bubblewrap": find_bubblewrap(), "libseccomp2": find_filter(network=True)}
+    return tuple(package for package, protection in found.items() if protection is None)
+
+
+def describe_isolation(unsafe: bool = False, unfiltered: bool = False) -> tuple[str, ...]:
+    """What stands between generated code and this machine, and what does not, as sentences for people.
+
+    Args:
+        unfiltered: other machines may run programs without a filter, whatever this one has.
+    """
     limits = (
         "CPU time, memory (of each process and of all together), file size, output, number of processes and time "
         "without work are limited per program."
@@ -111,6 +122,8 @@ def describe_isolation(unsafe: bool = False) -> tuple[str, ...]:
         if find_filter(network=not unsafe) is not None
         else "NO seccomp: install libseccomp2, else system calls are not filtered."
     )
+    if unfiltered and not calls.startswith("NO"):
+        calls += " NOT on a node without libseccomp2: programs run there all the same (--unfiltered)."
     clean = "The environment is empty, standard input is closed, and leftover processes are killed."
     if unsafe:
         return (
@@ -137,17 +150,16 @@ class Sandbox:
     """A child process that runs programs, started with the first; a context manager.
 
     Raises:
-        SandboxError: from the constructor when bubblewrap is missing and `unsafe` is false.
+        SandboxError: from the constructor when bubblewrap is missing and `unsafe` is false, or libseccomp is and
+            `unfiltered` is.
     """
 
-    def __init__(self, environment: Environment, limits: Limits | None = None, *, unsafe: bool = False) -> None:
+    def __init__(
+        self, environment: Environment, limits: Limits | None = None, *, unsafe: bool = False, unfiltered: bool = False
+    ) -> None:
         self._environment, self._limits, self._unsafe = environment, limits or Limits(), unsafe
+        _refuse_unprotected(unsafe, unfiltered)
         self._bubblewrap = None if unsafe else find_bubblewrap()
-        if self._bubblewrap is None and not unsafe:
-            raise SandboxError(
-                "bubblewrap is not installed, and generated code would not be contained without it. Run "
-                "`apt-get install bubblewrap` (or your system's equivalent), or accept the risk with --unsafe."
-            )
         self._nested: bool | None = False if unsafe else None  # None: not tried yet
         self._process: _SandboxProcess | None = None
 
@@ -183,8 +195,8 @@ class Sandbox:
             return Execution(Outcome.KILLED, f"ended its sandbox, {_ATTEMPTS} times of {_ATTEMPTS}", "")
         raise SandboxError(
             f"generated code could not be run, in {_ATTEMPTS} attempts: {problems[-1]}\n"
-            "Inside a container bubblewrap needs user namespaces (or root with SYS_ADMIN); "
-            "without them only --unsafe works."
+            "Inside a container bubblewrap needs user namespaces (or root with SYS_ADMIN) and a /proc that is not "
+            "masked; without them only --unsafe works."
         ) from problems[-1]
 
     def _works(self) -> bool:
@@ -322,6 +334,20 @@ class _SandboxProcess:
         self._errors.seek(0)
         words = self._errors.read()[-1000:].decode(errors="replace").strip()
         return f"{problem}; it said: {words}" if words else problem
+
+
+def _refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
+    lacks = {
+        "bubblewrap": (unsafe, "generated code would not be contained", "--unsafe"),
+        "libseccomp2": (unfiltered, "system calls of generated code would not be filtered", "--unfiltered"),
+    }
+    for package in missing_protection():
+        accepted, risk, option = lacks[package]
+        if not accepted:
+            raise SandboxError(
+                f"{package} is not installed on {platform.node()}, and {risk} without it. Run `apt-get install "
+                f"{package}` (or your system's equivalent), or accept the risk with {option}."
+            )
 
 
 def _encoded_filter(network: bool) -> str | None:

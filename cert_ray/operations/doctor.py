@@ -10,7 +10,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -130,16 +130,15 @@ def _ray_authentication() -> Finding:
 
 
 def _sandbox() -> Finding:
-    from cert_ray.evaluation.system_calls import find_filter
+    from cert_ray.evaluation.sandbox import find_bubblewrap, missing_protection
 
-    found = shutil.which("bwrap")
-    if found and find_filter(network=False) is None:
-        return Finding(
-            "sandbox", Level.WARN, f"{found}, no libseccomp", "apt-get install libseccomp2: system calls go unfiltered."
-        )
-    if found:
-        return Finding("sandbox", Level.OK, found)
-    return Finding(
-        "sandbox", Level.WARN, "bubblewrap is missing",
-        "apt-get install bubblewrap: `evaluate` refuses to run generated code without it, unless told --unsafe.",
-    )  # fmt: skip
+    if missing := missing_protection():
+        return Finding("sandbox", Level.WARN, f"without {' and '.join(missing)}", advise_protection(missing))
+    return Finding("sandbox", Level.OK, str(find_bubblewrap()))
+
+
+def advise_protection(missing: Sequence[str]) -> str:
+    """What to do where generated code cannot be contained, for lack of these packages."""
+    options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered"}
+    told = " ".join(options[package] for package in missing)
+    return f"apt-get install {' '.join(missing)}: `evaluate` runs no generated code without, unless told {told}."

@@ -43,7 +43,7 @@ def evaluate(
     """
     problems = [find_problems(one) for one in problems]
     config = config.model_copy(update={"problems": problems[0], "source_digest": _source_digest(config.source)})
-    for line in describe_isolation(config.execution.unsafe):
+    for line in describe_isolation(config.execution.unsafe, config.execution.unfiltered):
         _log.info("isolation, as on this machine: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
         sweep = SweepConfig(problems=tuple(problems), temperatures=tuple(temperatures), each=config)

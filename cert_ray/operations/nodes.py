@@ -11,7 +11,7 @@ import importlib.metadata
 import logging
 import platform
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import psutil
 
 from cert_ray import __version__
 from cert_ray.errors import ConfigError
-from cert_ray.operations.doctor import Finding, Level
+from cert_ray.operations.doctor import Finding, Level, advise_protection
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class NodeFacts:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     memory_bytes: int = 0
     disk_free_bytes: int = 0
+    missing_protection: Sequence[str] = ()  # of generated code: packages
     silence: str | None = None
     error: str | None = None
 
@@ -63,10 +64,13 @@ def versions_here() -> dict[str, str]:
 
 def facts_of_this_node() -> dict[str, Any]:
     """What a node says of itself; runs there."""
+    from cert_ray.evaluation.sandbox import missing_protection
+
     return {
         "versions": versions_here(),
         "memory_bytes": psutil.virtual_memory().total,
         "disk_free_bytes": shutil.disk_usage("/tmp").free,
+        "missing_protection": missing_protection(),
     }
 
 
@@ -120,4 +124,7 @@ def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
     if node.disk_free_bytes < _DISK_WANTED_BYTES:
         cure = "Ray spills objects and logs there: free some, or move its --temp-dir."
         findings.append(Finding(name, Level.WARN, f"{node.disk_free_bytes / _GIB:.1f} GiB free in /tmp", cure))
+    if node.missing_protection:
+        found = f"no sandbox for generated code: without {' and '.join(node.missing_protection)}"
+        findings.append(Finding(name, Level.WARN, found, advise_protection(node.missing_protection)))
     return findings

@@ -54,14 +54,15 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
-        context = ray.init(
-            address="local",
-            include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
-            log_to_driver=True,  # a training worker tells its steps on its own stderr
-            logging_level=logging.WARNING,
-            _temp_dir=folder,
-            runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
-        )
+        with logs.warnings_alone("ray", but="Token authentication is enabled"):  # as it is meant to be
+            context = ray.init(
+                address="local",
+                include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
+                log_to_driver=True,  # a training worker tells its steps on its own stderr
+                logging_level=logging.WARNING,
+                _temp_dir=folder,
+                runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
+            )
         resources = ray.cluster_resources()
         logger.info(
             "ray: private, cpus=%d memory_gb=%.1f dashboard=http://%s",
@@ -86,10 +87,11 @@ def know_own_cluster() -> None:
 def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:
     """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
 
-    Its log lines are told as the caller's, and kept beside them as those of VERB-worker.
+    Its log lines are told as the caller's, and kept beside them as those of VERB-worker. Where its worker or node is
+    lost it runs again, without end: it has to go on from what it kept.
 
     Raises:
-        CertRayError: as `work`, without Ray's wrapping.
+        CertRayError: as `work`, at once, without Ray's wrapping.
     """
     log = logs.inherited()
 
@@ -97,7 +99,7 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
         with logs.taken_over(log, kept_as=f"{log.fields.get('verb', 'work')}-worker"):
             return work()
 
-    task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=3)
+    task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
     try:
         found: Result = ray.get(task.remote())
     except ray.exceptions.RayTaskError as error:

@@ -35,10 +35,15 @@ from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
 from cert_ray.serving.sampling import Sampling
+from cert_ray.telemetry import logs
 from cert_ray.telemetry import on_ray as telemetry
 
 _log = logging.getLogger(__name__)
 
+_SERVE = "ray.serve"  # its logger
+_WARNINGS_ALONE = {
+    "log_level": "WARNING"
+}  # of Serve's own lines, which Ray brings to the terminal; ours tell each request
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
@@ -297,7 +302,7 @@ def _log_as_serve_does() -> None:
     """Write this replica's log lines where Serve writes its own."""
     logger = logging.getLogger("cert_ray")
     logger.setLevel(logging.INFO)
-    for handler in logging.getLogger("ray.serve").handlers:
+    for handler in logging.getLogger(_SERVE).handlers:
         logger.addHandler(handler)
 
 
@@ -325,9 +330,10 @@ class ServedApp:
         """Stop serving. A second call does nothing."""
         if not ray.is_initialized() or _running_address() is None:
             return
-        serve.delete(self._app_name)
-        if self._owns_serve:
-            serve.shutdown()
+        with logs.warnings_alone(_SERVE):
+            serve.delete(self._app_name)
+            if self._owns_serve:
+                serve.shutdown()
 
     def __enter__(self) -> ServedApp:
         return self
@@ -354,7 +360,10 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))
     if running is None:
-        serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
+        with logs.warnings_alone(_SERVE):
+            serve.start(
+                proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_WARNINGS_ALONE
+            )
     elif host != config.host or config.port not in (None, port):
         raise ConfigError(
             f"host={config.host!r}, port={config.port}: Serve already listens on {host}:{port}, and has one address "
@@ -362,7 +371,8 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
         )
     served = ServedApp(f"http://{host}:{port}", config.app_name, owns_serve=running is None)
     try:
-        serve.run(app, name=config.app_name, route_prefix="/", blocking=False)
+        with logs.warnings_alone(_SERVE):
+            serve.run(app, name=config.app_name, route_prefix="/", blocking=False, logging_config=_WARNINGS_ALONE)
     except RuntimeError as error:  # a model that cannot be loaded, a front door that cannot be built
         served.stop()
         raise CertRayError(f"{config.model_name} cannot be served: {error}") from error

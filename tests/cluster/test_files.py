@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,18 @@ def test_the_image_is_of_the_tested_ray_and_passes_hadolint() -> None:
         [hadolint, CLUSTER / "Dockerfile"], capture_output=True, text=True, timeout=60, check=False
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_image_is_built_under_the_name_that_pods_ask_for() -> None:
+    (name,) = re.findall(r"^IMAGE \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert f"image: {name}\n" in (CLUSTER / "kubernetes/base/raycluster/raycluster.yaml").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests/cluster/image").glob("*.sh")), ids=lambda path: path.name)
+def test_what_builds_the_image_by_hand_passes_shellcheck(path: Path) -> None:
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    checked = subprocess.run([shellcheck, path], capture_output=True, text=True, timeout=60, check=False)
+    assert checked.returncode == 0, checked.stdout
 
 
 @pytest.mark.parametrize("path", sorted(CLUSTER.glob("serve-*.yaml")), ids=lambda path: path.name)

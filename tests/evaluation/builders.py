@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +32,16 @@ def write_problems(path: Path, count: int, name: str = "T") -> str:
 def in_this_process(programs: Sequence[Program | str], config: ExecutionConfig | None = None) -> list[Execution]:
     """A stand-in for the sandbox, for programs that a test wrote itself."""
     return [_run(program if isinstance(program, str) else program.text) for program in programs]
+
+
+def die_before(folder: Path, attempts: int) -> int:
+    """End this process, as a lost one does, in all of `attempts` calls but the last, which gives their number."""
+    calls = folder / "calls"
+    with calls.open("a") as stream:
+        stream.write("x")
+    if (made := len(calls.read_text())) < attempts:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made
 
 
 def _run(text: str) -> Execution:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from cert_ray.errors import SandboxError
+from cert_ray.evaluation import on_ray
 from cert_ray.evaluation.execution import ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.on_ray import execute_on_ray
-from cert_ray.evaluation.sandbox import find_bubblewrap
+from cert_ray.evaluation.sandbox import Execution, Outcome, find_bubblewrap
+from tests.evaluation.builders import die_before
 from tests.evaluation.test_execution import PROGRAMS
 
 pytestmark = [
@@ -26,6 +28,18 @@ pytestmark = [
 def test_ray_gives_what_threads_give(workers: int | None) -> None:
     here = execute_in_threads(PROGRAMS, ExecutionConfig(workers=2))
     assert execute_on_ray(PROGRAMS, ExecutionConfig(workers=workers)) == here
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_chunk_that_loses_its_worker_four_times_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passed = Execution(Outcome.PASSED, "", "")
+
+    def run_chunk(programs: list[str], config: ExecutionConfig) -> list[tuple[str, Execution]]:
+        die_before(tmp_path, attempts=5)
+        return [(program, passed) for program in programs]
+
+    monkeypatch.setattr(on_ray, "_run_chunk", run_chunk)
+    assert execute_on_ray(["pass"], ExecutionConfig()) == [passed]
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -239,6 +239,22 @@ def test_without_bubblewrap_it_refuses_with_both_ways_out(monkeypatch: pytest.Mo
         Sandbox(current_environment())
 
 
+@pytest.mark.parametrize("unsafe", [False, True])
+def test_without_libseccomp_it_refuses_with_both_ways_out(monkeypatch: pytest.MonkeyPatch, unsafe: bool) -> None:
+    monkeypatch.setattr(sandbox_module, "find_filter", lambda *, network: None)
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: "/usr/bin/bwrap")
+    with pytest.raises(SandboxError, match=r"apt-get install libseccomp2.*--unfiltered"):
+        Sandbox(current_environment(), unsafe=unsafe)
+
+
+def test_unfiltered_runs_without_libseccomp_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert any("NOT on a node without libseccomp2" in line for line in describe_isolation(unfiltered=True))
+    monkeypatch.setattr(sandbox_module, "find_filter", lambda *, network: None)
+    assert any("NO seccomp" in line for line in describe_isolation(unfiltered=True))
+    with Sandbox(current_environment(), LIMITS, unsafe=True, unfiltered=True) as sandbox:
+        assert sandbox.run("import os; os.close(os.memfd_create('x'))").outcome is Outcome.PASSED
+
+
 def test_unsafe_still_limits_and_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_TOKEN", "hush-hush-1234")
     mark = f"{os.getpid()}.{threading.get_ident() % 1000}1"

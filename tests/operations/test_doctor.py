@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cert_ray.evaluation import sandbox
 from cert_ray.operations.doctor import Level, examine
 
 
@@ -34,3 +35,12 @@ def test_missing_token_and_missing_sandbox_are_warned_about(monkeypatch: pytest.
     (tmp_path / "none").write_text("t")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     assert {finding.name: finding for finding in examine()}["ray authentication"].level == Level.OK
+
+
+def test_missing_libseccomp_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "find_filter", lambda *, network: None)
+    found = {finding.name: finding for finding in examine()}["sandbox"]
+    assert found.level == Level.WARN
+    assert "apt-get install" in found.advice
+    assert "libseccomp2" in found.advice
+    assert "--unfiltered" in found.advice

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cert_ray.errors import ConfigError
+from cert_ray.evaluation.sandbox import missing_protection
 from cert_ray.operations.doctor import Level
 from cert_ray.operations.nodes import NodeFacts, judge_nodes, refuse_other_versions, versions_here
 
@@ -58,6 +59,19 @@ def test_little_room_is_a_warning_that_says_what_to_change() -> None:
     assert "--num-cpus=4" in memory.advice
 
 
+@pytest.mark.parametrize(
+    ("missing", "told"), [("bubblewrap", "--unsafe"), ("libseccomp2", "--unfiltered")], ids=lambda value: value
+)
+def test_a_node_that_cannot_contain_generated_code_is_named(missing: str, told: str) -> None:
+    bare = SOUND.answered({"missing_protection": (missing,)})
+    _, finding = judge_nodes([bare], HERE)
+    assert finding.level == Level.WARN
+    assert "10.0.0.1" in finding.name
+    assert missing in finding.found
+    assert f"apt-get install {missing}" in finding.advice
+    assert told in finding.advice
+
+
 def test_a_node_without_facts_fails_alone() -> None:
     assert levels(SOUND.silent("no answer within 60 s")) == [Level.FAIL]
     assert levels(SOUND.failed("No module named 'cert_ray'")) == [Level.FAIL]
@@ -72,6 +86,7 @@ def test_every_node_of_a_cluster_is_asked(ray_cluster: None) -> None:
     assert node.versions == versions_here()
     assert node.cpus == 4
     assert node.memory_bytes > 0
+    assert node.missing_protection == missing_protection()
 
 
 @pytest.mark.ray

@@ -18,7 +18,7 @@ from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.telemetry import logs
-from tests.evaluation.builders import in_this_process, write_problems
+from tests.evaluation.builders import die_before, in_this_process, write_problems
 from tests.ray_marks import RAY_DATA
 from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
@@ -103,6 +103,19 @@ class TestOnRay:
 
         with pytest.raises(CertRayError, match=r"^change it$"):
             run_on_worker(fail, cpus=1, gpus=0)
+
+    def test_a_task_that_loses_its_worker_four_times_runs_again(self, tmp_path: Path) -> None:
+        assert run_on_worker(lambda: die_before(tmp_path, attempts=5), cpus=1, gpus=0) == 5
+
+    def test_an_error_of_the_code_is_not_tried_again(self, tmp_path: Path) -> None:
+        def fail() -> None:
+            with (tmp_path / "attempts").open("a") as stream:
+                stream.write("x")
+            raise ValueError("a fault of ours")
+
+        with pytest.raises(ValueError, match="a fault of ours"):
+            run_on_worker(fail, cpus=1, gpus=0)
+        assert (tmp_path / "attempts").read_text() == "x"
 
     def test_lines_of_a_task_are_kept_below_the_run(self, tmp_path: Path) -> None:
         def tell() -> None:

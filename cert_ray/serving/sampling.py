@@ -146,7 +146,7 @@ def _sums(weights_RV: torch.Tensor) -> torch.Tensor:
     A sum in float64 alone copies all of them; one in float32 alone may go another way for one row than for several.
     """
     whole = weights_RV.shape[-1] // _SUMMED * _SUMMED
-    parts_RP = weights_RV[:, :whole].unflatten(-1, (-1, _SUMMED)).sum(dim=-1)
+    parts_RP = weights_RV[:, :whole].reshape(len(weights_RV), -1, _SUMMED).sum(dim=-1)
     left_R1 = weights_RV[:, whole:].sum(dim=-1, keepdim=True, dtype=torch.float64)
     return parts_RP.sum(dim=-1, keepdim=True, dtype=torch.float64) + left_R1
 

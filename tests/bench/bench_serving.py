@@ -213,7 +213,7 @@ class _Peer:
 
         def load(folder: str) -> Any:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, given.dtype))
-            tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)  # placeholders are written out
+            tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=False)  # placeholders written out
             return pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
 
         self._sketcher = load(given.sketcher)

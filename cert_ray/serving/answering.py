@@ -80,7 +80,8 @@ class ModelConfig(Config):
 
     def _check_model(self, model: str) -> None:
         cascade = self.cascade
-        if cascade.mode is not Mode.CASCADE and not _is_context_first(model):
+        # A front door may stand where the model does not lie: then the engine, which loads it, refuses.
+        if cascade.mode is not Mode.CASCADE and _is_at_hand(model) and not _is_context_first(model):
             raise ConfigError(
                 f"cascade.mode={cascade.mode.value!r} with model={model!r}: one plain model has no sketcher. Give "
                 f"sketcher and generator, or a model trained on the view {View.CONTEXT_FIRST.value}, or leave the mode "
@@ -286,6 +287,10 @@ def load_engine(folder: str, config: EngineConfig, turns: Turns | None = None) -
     if config.kind == "vllm":
         return VllmEngine(folder, config)
     return TransformersEngine(folder, config, turns)
+
+
+def _is_at_hand(folder: str) -> bool:
+    return storage.exists(storage.join(folder, "config.json"))
 
 
 def _is_context_first(folder: str) -> bool:

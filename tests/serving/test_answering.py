@@ -190,9 +190,12 @@ class TestRetrieve:
 
 @pytest.mark.parametrize("mode", ["constrained", "sketch_only", "generator_only"])
 def test_one_plain_model_has_no_mode_of_a_cascade(mode: str, tmp_path: Path) -> None:
-    for folder in ("absent", save_model(tmp_path)):
-        with pytest.raises(ConfigError, match=f"cascade.mode='{mode}' with model='{folder}'.*leave the mode out"):
-            ModelConfig.from_mapping({"model": folder, "cascade": {"mode": mode}}, "test")
+    folder, cascade = save_model(tmp_path), {"mode": mode}
+    with pytest.raises(ConfigError, match=f"cascade.mode='{mode}' with model='{folder}'.*leave the mode out"):
+        ModelConfig.from_mapping({"model": folder, "cascade": cascade}, "test")
+    elsewhere = ModelConfig.from_mapping({"model": str(tmp_path / "elsewhere"), "cascade": cascade}, "test")
+    with pytest.raises(InputError, match="no such model folder"):
+        Answerer.load(elsewhere)
 
 
 @pytest.mark.parametrize("mode", [Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY])

@@ -108,8 +108,7 @@ def _engine(reference: Any, dtype: torch.dtype) -> Any:
 
 
 def _quantised(reference: Any) -> Any:
-    # Deprecated, and still what PyTorch brings for this; torchao is another package. A scale for each row of weights:
-    # with one for each layer, SmolLM2-135M's likeliest token was that of fp32 39 times in 100.
+    # Deprecated, and still what PyTorch brings for this; torchao is another package. A scale for each row of weights.
     each_row = {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}
     model = torch.ao.quantization.quantize_dynamic(copy.deepcopy(reference).eval(), each_row)
     assert packed_attention.enable(model)

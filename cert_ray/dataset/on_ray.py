@@ -167,10 +167,18 @@ def _preprocess(
     with attempt(folder, STAGE, "preprocess", options.digest()) as run:
         reports = run_units(units, work, run, workers=workers)
         manifest = _summarize(config, inputs, documents, clusters, reports)
+        _withdraw_other(folder, manifest)
         write_card(folder, manifest)
         manifests.write_manifest(folder, manifest)
     logger.info("dataset: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest
+
+
+def _withdraw_other(folder: str, manifest: Manifest) -> None:
+    """Remove the manifest of `folder` unless it is `manifest`: killed after the card, it would stand over another's."""
+    if manifests.is_finished(folder) and manifests.read_manifest(folder, STAGE, "preprocess") != manifest:
+        storage.check_commit()
+        storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
 
 
 def _originals(config: DocumentsConfig, plan: Plan, documents: Manifest, output: str) -> Originals | None:

@@ -13,7 +13,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import ParamSpec, TypeVar
 
 from cert_ray.errors import CertRayError, InputError
@@ -49,7 +49,7 @@ _PASSING_NAMES = re.compile(
     r"|^(?:ClientPayloadError|ResponseStreamingError)$"  # aiohttp, botocore: an answer that broke off
 )
 # Where drivers keep the HTTP status of an answer that refuses: azure, aiohttp and urllib, gcsfs; requests, httpx and
-# huggingface_hub have it on the error's response.
+# huggingface_hub have it on the error's response. The first that there is counts: aiohttp warns of its `code`.
 _STATUS_NAMES = ("status_code", "status", "code")
 _PASSING_STATUSES = {408, 429, *range(500, 600)}  # waited too long, asked too often, and what is the server's fault
 
@@ -58,7 +58,7 @@ def is_passing(error: BaseException) -> bool:
     """Whether `error` is one that storage over a network gives now and then; a full disk stays full.
 
     A missing file and a refused permission are errors of other types, or of other HTTP statuses. An input that could
-    not be read is judged by why.
+    not be read is judged by why, and so is an `OSError` that a client made of the store's answer.
     """
     if _GAVE_UP in getattr(error, "__notes__", ()):
         return False
@@ -67,7 +67,11 @@ def is_passing(error: BaseException) -> bool:
     if isinstance(error, CertRayError):
         return False
     if type(error) is OSError:
-        return error.errno not in _LASTING
+        if error.errno in _LASTING or _is_forbidden_by_gcsfs(error):
+            return False
+        # s3fs makes EBUSY of a conflict as of "slow down", and EIO of every code that it does not know.
+        status = _http_status(error.__cause__) if error.__cause__ is not None else None
+        return status is None or status in _PASSING_STATUSES
     if (status := _http_status(error)) is not None:
         return status in _PASSING_STATUSES
     return any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
@@ -76,11 +80,18 @@ def is_passing(error: BaseException) -> bool:
 def _http_status(error: BaseException) -> int | None:
     """The status of the answer that `error` tells of: 4xx or 5xx; None where it tells of none."""
     for holder in (error, getattr(error, "response", None)):
-        for name in _STATUS_NAMES:
-            value = getattr(holder, name, None)
-            if isinstance(value, int | str) and str(value).isdecimal() and 400 <= int(value) < 600:
-                return int(value)
+        if isinstance(holder, Mapping):  # botocore's response
+            value = holder.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            value = next((getattr(holder, name) for name in _STATUS_NAMES if hasattr(holder, name)), None)
+        if isinstance(value, int | str) and str(value).isdecimal() and 400 <= int(value) < 600:
+            return int(value)
     return None
+
+
+def _is_forbidden_by_gcsfs(error: OSError) -> bool:
+    """Whether gcsfs made it of a 403, which it tells in the text alone."""
+    return error.errno is None and str(error).startswith("Forbidden: ")
 
 
 def tried_again(call: Callable[P, R]) -> Callable[P, R]:

@@ -6,6 +6,7 @@ import errno
 import io
 import tarfile
 import urllib.error
+import warnings
 from collections.abc import Callable
 from email.message import Message
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import aiohttp
 import httpx
 import pytest
 import requests
-from botocore.exceptions import ResponseStreamingError
+from botocore.exceptions import ClientError, ResponseStreamingError
 from huggingface_hub import hf_raise_for_status
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -43,6 +44,7 @@ def unreadable(cause: Exception) -> InputError:
     [
         (OSError(errno.EIO, "the storage said so"), True),
         (OSError("Service Unavailable"), True),
+        (OSError("Forbidden: https://store/x\n\nno access"), False),  # as gcsfs'
         (OSError(errno.EBUSY, "slow down"), True),
         (OSError(errno.ENOSPC, "no space left"), False),
         (OSError(errno.EROFS, "read-only"), False),
@@ -159,6 +161,37 @@ def test_an_http_status_passes_where_the_server_is_at_fault_or_asked_too_often(
 ) -> None:
     statuses = (400, 401, 403, 404, 408, 409, 412, 416, 429, 499, 500, 502, 503, 504, 599)
     assert [status for status in statuses if is_passing(refused(status))] == [408, 429, 500, 502, 503, 504, 599]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "passes"),
+    [
+        ("SlowDown", 503, True),
+        ("InternalError", 500, True),
+        ("InternalError", 200, True),  # a copy that failed after the answer had begun
+        ("RequestTimeout", 400, True),
+        ("TooManyRequests", 429, True),
+        ("OperationAborted", 409, False),
+        ("RestoreAlreadyInProgress", 409, False),
+        ("409", 409, False),
+        ("KMS.DisabledException", 400, False),
+        ("AccessDenied", 403, False),
+        ("RequestHeaderSectionTooLarge", 403, False),
+        ("NoSuchKey", 404, False),
+        ("NotImplemented", 501, False),
+    ],
+)
+def test_what_s3fs_makes_of_an_answer_is_judged_by_the_answer(code: str, status: int, passes: bool) -> None:
+    errors = pytest.importorskip("s3fs.errors")
+    answer = {"Error": {"Code": code, "Message": "refused"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    assert is_passing(errors.translate_boto_error(ClientError(answer, "GetObject"))) is passes
+
+
+def test_judging_touches_nothing_that_a_client_has_deprecated() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not is_passing(aiohttp.ClientResponseError(mock.Mock(), (), status=404))
+        assert not is_passing(aiohttp.ClientResponseError(mock.Mock(), ()))
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,29 @@ def test_another_measure_of_dedup_makes_the_measure_and_the_card_again_and_nothi
     assert tree(run) == tree(tmp_path / "fresh")
 
 
+def test_a_run_killed_after_its_card_leaves_no_manifest_over_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path / "corpus", files=3)
+    run = tmp_path / "run"
+    first, second = (config(tmp_path / "corpus", dedup_quality={"documents": count}) for count in (5, 6))
+    preprocess(first, str(run))
+    expected = tree(run)
+    true_card = dataset_on_ray.write_card
+
+    def dies(folder: str, manifest: Manifest) -> None:
+        true_card(folder, manifest)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset_on_ray, "write_card", dies)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(second, str(run))
+    assert not manifests.is_finished(str(run / "dataset"))
+    preprocess(first, str(run))
+    assert tree(run) == expected
+
+
 @pytest.mark.parametrize(
     ("reader", "file"),
     [

@@ -87,6 +87,16 @@ def test_what_cannot_be_read_is_called_damaged_where_it_is(tmp_path: Path) -> No
             read(FileNotFoundError(2, "gone"))
 
 
+def test_a_run_that_a_later_one_took_over_does_not_call_shards_damaged(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    with units.attempt(folder, "stage", "verb", "options") as earlier:
+        units.perform(unit(), writes(tmp_path, "one"), earlier)
+        with units.attempt(folder, "stage", "verb", "other options"):
+            (tmp_path / "shard-00000.parquet").unlink()
+        with pytest.raises(SupersededError), units.damage_named(folder, "shard-00000", "verb"):
+            raise FileNotFoundError(2, "gone")
+
+
 def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) -> None:
     reports = [
         perform(given, tmp_path / name, "one")
@@ -184,6 +194,15 @@ def test_batches_take_half_of_a_workers_share_of_what_is_left_or_what_is_worth_h
     small = units.batches(weighed([100] * 64), workers=2)
     assert [len(batch) for batch in small] == [16, 12, 9, 6, 5, 4, 4, 4, 4], "a little work is shared out as well"
     assert [len(batch) for batch in units.batches(weighed([1_000_000] * 64), workers=64)] == [1] * 64
+
+
+def test_a_shard_without_documents_shares_a_task_and_one_of_unknown_size_is_alone() -> None:
+    counts: list[dict[str, int]] = [{"content_bytes": 0}, {"content_bytes": 160_000}, {"content_bytes": 17}, {}]
+    reports = [ShardReport(shard="s", unit_digest="", files=(), rows_read=0, rows_kept=0, counts=c) for c in counts]
+    weights = [units.weight_after_cleaning(report, 16) for report in reports]
+    assert weights == [1, 10_000, 2, 0]
+    batches = units.batches(weighed(weights), workers=1)
+    assert [[unit.weight for unit in batch] for batch in batches] == [[0], [10_000, 2, 1]]
 
 
 def test_heavy_units_begin_first_and_unknown_ones_are_alone() -> None:

@@ -1,8 +1,8 @@
 r"""The only place that turns placeholder spans into special tokens, and back.
 
 In: a `tokenizers.Tokenizer` to which `add_special_tokens` was applied, and text with spans. Out: token ids; from ids,
-text with spans. Used for the training text of the sketcher and the generator, for the prompt at serving, and to read
-the answer, so the three cannot drift apart. A pair is
+text with spans. Used for the training text of every view with sketches (sketcher, generator, context first), for the
+prompt at serving, and to read the answer, so the three cannot drift apart. A pair is
 
     SKETCH \n <|segmentation|> \n CODE
 

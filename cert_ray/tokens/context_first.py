@@ -2,19 +2,23 @@
 
 In: the blocks of a document. Out: `Example`s, which together hold its code once, in order. `prompt_format` says how one
 is spelled. It is what one model of both stages reads at serving: the prompt, its sketch of the rest, the rest. So the
-context is code without sketches between it, and ends where prompts end.
+context of an example is code without sketches between it, and ends where prompts end. (Packed into one row, earlier
+examples of the same document stand ahead of it, sketches and all.)
 
-A class is taken method by method. A prompt ends inside a block more often than ahead of one, so the part of a block
-that is sketched begins at a place drawn among those where a word ends and blanks follow: there serving ends a prompt
-(`serving.boundaries`), and code and sketch agree, since a sketch keeps its code's lines (where it does not, the whole
-block is taken). Answers are short: a part is at most the last `_PART_LINES` lines of a block. Every other block with a
-sketch, as drawn, is context of a later one; the last such block of a document never is. What is drawn depends on the
-content's hash and the block's number alone.
+A class is taken method by method, and so is whatever else has definitions one level in behind blank lines. A prompt
+ends inside a block more often than ahead of one, so the part of a block that is sketched begins at a place drawn among
+those where a word ends and blanks follow: there serving ends a prompt (`serving.boundaries`), and code and sketch
+agree, since a sketch keeps its code's lines (where it does not, the whole block is taken, however long). None begins
+behind `np.` or `(`, where prompts end, too. Answers are short: a part is at most the last `_PART_LINES` lines of a
+block, behind the blanks that its context would have ended in. Every other block with a sketch, as drawn, is context of
+a later one; the last such block of a document never is. What is drawn depends on the content's hash and the block's
+number alone.
 """
 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -26,7 +30,8 @@ from cert_ray.tokens.blocks import Block, PlacedSketch, moved
 _PART_LINES: Final = 8  # assumed: an answer is a line or a few
 _BLANKS: Final = " \t\r\n"
 _WORD_END: Final = re.compile(r"(?<=\S)[ \t]")
-_BEFORE_METHOD: Final = re.compile(r"\n[ \t]*\n+(?=(?: {4}|\t)(?:@|def |async def ))")
+# A run of blank lines is entered behind text only, and never given back: linear, however long it is.
+_BEFORE_METHOD: Final = re.compile(r"(?<=[^ \t\n])[ \t]*+\n(?:[ \t]*+\n)++(?=(?: {4}|\t)(?:@|def |async def ))")
 _QUOTES: Final = re.compile("\"\"\"|'''")
 
 
@@ -57,12 +62,12 @@ def examples_of(blocks: Sequence[Block], content_hash: str, ahead: str = "") -> 
 
 
 def _methods(block: Block) -> Iterator[Block]:
-    """The block, cut ahead of the methods of a class where code and sketch have them in the same number."""
+    """The block, cut ahead of its definitions one level in, where code and sketch have them in the same number."""
     if block.sketch is None:
         yield block
         return
     text, placeholders = block.sketch
-    in_code, in_sketch = (list(_BEFORE_METHOD.finditer(side)) for side in (block.code, text))
+    in_code, in_sketch = (_before_methods(side) for side in (block.code, text))
     if len(in_code) != len(in_sketch):
         in_code, in_sketch = [], []
     gaps = [block.gap, *(found.group() for found in in_code)]
@@ -70,11 +75,18 @@ def _methods(block: Block) -> Iterator[Block]:
     code_to = [*(found.start() for found in in_code), len(block.code)]
     sketch_from = [0, *(found.end() for found in in_sketch)]
     sketch_to = [*(found.start() for found in in_sketch), len(text)]
+    starts = [spot.start for spot in placeholders]
     for number, gap in enumerate(gaps):
         start, end = sketch_from[number], sketch_to[number]
-        inside = [spot for spot in placeholders if start <= spot.start and spot.end <= end]
+        inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
         code = block.code[code_from[number] : code_to[number]]
         yield Block(code, (text[start:end], moved(inside, -start)), gap)
+
+
+def _before_methods(text: str) -> list[re.Match[str]]:
+    """The blank lines ahead of definitions one level in; those of a text in three quotes are none."""
+    quotes = [found.start() for found in _QUOTES.finditer(text)]
+    return [found for found in _BEFORE_METHOD.finditer(text) if bisect_left(quotes, found.start()) % 2 == 0]
 
 
 def _example(context: str, code: str, sketch: PlacedSketch, drawn: int) -> Example:

@@ -92,6 +92,48 @@ def test_a_class_is_taken_method_by_method() -> None:
     assert max(len(list(examples_of([block(code, sketch)], digest))) for digest in "abcdefgh") == 3
 
 
+def cuts(code: str, sketch: str) -> set[int]:
+    """The numbers of examples that draws make of one block."""
+    return {len(list(examples_of([block(code, sketch)], digest))) for digest in "abcdefghijklmnop"}
+
+
+def test_a_class_is_not_cut_inside_a_text_in_three_quotes() -> None:
+    """The example: what looks like a method stands in a docstring; the one method behind it is cut as ever."""
+    code = (
+        'class A:\n    """Use:\n\n    def f(a b):\n        pass c d\n    """\n\n    def g(self):\n        return 1\n\n'
+        "    def h(self):\n        return 2"
+    )
+    sketch = re.sub(r"\b[12]\b", "number", code).replace("class A", "class AnClass")
+    assert cuts(code, sketch) == {1, 2, 3}
+    for digest in "abcdefghijklmnop":
+        for one in examples_of([block(code, sketch)], digest):
+            assert one.context.count('"""') % 2 == one.code.count('"""') % 2 == 0
+
+
+def test_blank_lines_and_definitions_inside_a_replaced_text_do_not_keep_a_class_whole() -> None:
+    code = 'class A:\n    x = """\n\n    def f"""\n\n    def g(self):\n        return 1'
+    sketch = "class AnClass:\n    x = string\n\n    def func(self):\n        return number"
+    assert cuts(code, sketch) == {1, 2}
+
+
+@pytest.mark.parametrize("blank", ["\n", " \n", "\t \n", " \n\n"])
+def test_a_very_long_run_of_blank_lines_is_read_once(blank: str) -> None:
+    """Were it read again from each of its lines, this would take minutes."""
+    for end in ("y = 2", "    def f(self):\n        return 2"):
+        code = f"class A:\n    x = 1\n{blank * 100_000}{end}"
+        found = list(examples_of([block(code, re.sub(r"\b[12]\b", "number", code))], "a"))
+        assert "".join(one.context + one.code for one in found).split() == code.split()
+
+
+def test_a_class_of_very_many_methods_keeps_each_ones_placeholders() -> None:
+    """Were all placeholders read again for each method, that would be 400 million comparisons."""
+    code = "class A:\n    x = 0" + "".join(f"\n\n    def f(self):\n        return {n}" for n in range(20_000))
+    sketch = re.sub(r"\b\d+\b", "number", code)
+    pairs = [one.sketch for one in examples_of([block(code, sketch)], "a") if one.sketch is not None]
+    assert len(pairs) > 5_000
+    assert all([text[spot.start : spot.end] for spot in spots] == ["number"] for text, spots in pairs)
+
+
 def test_code_without_sketches_is_one_context() -> None:
     assert shown(examples_of([block("import a", None), block("import b", None, "\n")], "a")) == [
         ("import a\nimport b", None, "")

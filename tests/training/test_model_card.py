@@ -67,6 +67,14 @@ def test_everything_that_is_known_is_told() -> None:
     assert "model-index" not in text  # the cascade's score is not this model's
 
 
+def test_a_model_of_both_stages_is_told_to_be_served_alone() -> None:
+    text = render_card(ModelFacts(**{**FULL, "name": "both", "view": "context_first"}))
+    assert "both stages of CERT in one model" in text
+    assert "cert-ray serve --model FOLDER" in text
+    assert "it is a whole cascade" in text
+    assert "--sketcher" not in text
+
+
 @pytest.mark.parametrize("facts", [{"name": "x", "architecture": "GPTNeoForCausalLM"}, FULL])
 def test_equal_facts_give_equal_cards_and_what_is_not_known_is_left_out(facts: dict[str, Any]) -> None:
     text = render_card(ModelFacts(**facts))

@@ -41,7 +41,9 @@ def serve(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Serve the cascade, or one plain model, behind OpenAI's /v1/completions until interrupted.
+    """Serve a cascade of two models or of one of both stages, or a plain model, behind OpenAI's /v1/completions.
+
+    Until interrupted.
 
     Example: cert-ray serve --sketcher demo/models/sketcher --generator demo/models/generator
     """

@@ -43,7 +43,7 @@ from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
-from cert_ray.tokens.encoding import View
+from cert_ray.tokens.encoding import MODEL_VIEW, View
 
 
 class ModelConfig(Config):
@@ -83,9 +83,10 @@ class ModelConfig(Config):
         # A front door may stand where the model does not lie: then the engine, which loads it, refuses.
         if cascade.mode is not Mode.CASCADE and _is_at_hand(model) and not _is_context_first(model):
             raise ConfigError(
-                f"cascade.mode={cascade.mode.value!r} with model={model!r}: one plain model has no sketcher. Give "
-                f"sketcher and generator, or a model trained on the view {View.CONTEXT_FIRST.value}, or leave the mode "
-                "out."
+                f"cascade.mode={cascade.mode.value!r} with model={model!r}: one plain model has no sketcher, and "
+                f'{storage.join(model, "config.json")} does not say "{MODEL_VIEW}": "{View.CONTEXT_FIRST.value}", '
+                "as that of a model of both stages does. Give such a model, or sketcher and generator, or leave the "
+                "mode out."
             )
         asked = {"routing": cascade.routing, "sketch_scope": cascade.sketch_scope}
         wrong = [f"cascade.{name}={value!r}" for name, value in asked.items() if value in ("released", "file")]
@@ -155,14 +156,20 @@ class Answerer:
         kept = (config.cascade, config.answer_cache, config.prompts_at_once, retriever)
         if config.model is not None:
             if _is_context_first(config.model):
-                return cls(None, _load_stage(config.model, config.engine, turns), *kept, context_first=True)
+                cure = f"Take {MODEL_VIEW!r} out of its config.json to serve it as a plain model, or train it with "
+                cure += f"`cert-ray train` on the view {View.CONTEXT_FIRST.value}."
+                both = _load_stage(config.model, config.engine, turns, "model of both stages", cure)
+                return cls(None, both, *kept, context_first=True)
             return cls(None, load_engine(config.model, config.engine, turns), *kept)
         assert config.sketcher is not None
         assert config.generator is not None
         folders = (config.sketcher, config.generator)
         for folder in filter(_is_context_first, folders):
             raise ConfigError(f"{folder}: it was trained to be both stages. Serve it as `model`, alone.")
-        sketcher, generator = (_load_stage(folder, config.engine, turns) for folder in folders)
+        cure = "Serve it as `model`, or train it with `cert-ray train` on the sketcher or generator view."
+        sketcher, generator = (
+            _load_stage(folder, config.engine, turns, "sketcher or generator", cure) for folder in folders
+        )
         return cls(sketcher, generator, *kept)
 
     @property
@@ -297,14 +304,13 @@ def _is_context_first(folder: str) -> bool:
     return trained_view(folder) == View.CONTEXT_FIRST
 
 
-def _load_stage(folder: str, config: EngineConfig, turns: Turns) -> Engine:
+def _load_stage(folder: str, config: EngineConfig, turns: Turns, wanted: str, cure: str) -> Engine:
     """A model of the cascade: one that does not know the special tokens cannot have been trained for it."""
     engine = load_engine(folder, config, turns)
     needed = (prompt_format.SEPARATOR, *(prompt_format.special_token(kind) for kind in PLACEHOLDER_KINDS))
     missing = [token for token in needed if engine.tokenizer.token_to_id(token) is None]
     if missing:
         raise TokenizerMismatchError(
-            f"{folder}: its tokenizer lacks {', '.join(missing)}, so it is no sketcher or generator. Serve it as "
-            "`model`, or train it with `cert-ray train` on the sketcher or generator view."
+            f"{folder}: its tokenizer lacks {', '.join(missing)}, so it is no {wanted}. {cure}"
         )
     return engine

@@ -369,7 +369,10 @@ def _tell_prompt(tokenizer: Any, request: Request) -> TokenLogprobs:
 
 
 class _KeptPrompts:
-    """Keys and values of prompts that were read lately, for those that begin alike. The least recently used go."""
+    """Keys and values of prompts that were read lately, for those that begin alike. The least recently used go.
+
+    None is the beginning of another: the longer one serves both.
+    """
 
     def __init__(self, model: ForwardPass, most_tokens: int) -> None:
         self._model, self._most_tokens = model, most_tokens
@@ -391,15 +394,21 @@ class _KeptPrompts:
         return self._model.beginning(self._kept[best], shared), shared
 
     def wants(self, prompt: Sequence[int]) -> bool:
-        """Whether this prompt is worth keeping, and not kept."""
-        return len(prompt) <= self._most_tokens and tuple(prompt) not in self._kept
+        """Whether this prompt is worth keeping, and not kept, as a whole or as the beginning of another."""
+        if len(prompt) > self._most_tokens:
+            return False
+        asked = tuple(prompt)
+        return not any(other[: len(asked)] == asked for other in self._kept)
 
     def add(self, prompt: Sequence[int], kept: Any) -> None:
         """Keep a copy of what is kept of a prompt that was just read."""
         copied = self._model.beginning(kept, len(prompt))
         if copied is None:
             return
-        self._kept[tuple(prompt)] = copied
+        added = tuple(prompt)
+        for other in [other for other in self._kept if added[: len(other)] == other]:
+            del self._kept[other]
+        self._kept[added] = copied
         while sum(map(len, self._kept)) > self._most_tokens:
             self._kept.popitem(last=False)
 

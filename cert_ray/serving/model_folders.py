@@ -56,7 +56,11 @@ def _load_local(path: Path, folder: str, dtype: torch.dtype, cure: str) -> tuple
 
 
 def trained_view(folder: str) -> str | None:
-    """The view that the model in `folder`, local or remote, was trained on; None where its config.json does not say."""
+    """The view that the model in `folder`, local or remote, was trained on; None where its config.json does not say.
+
+    Raises:
+        InputError: when there is a config.json that cannot be read.
+    """
     url = storage.join(folder, "config.json")
     if not storage.exists(url):
         return None
@@ -64,6 +68,11 @@ def trained_view(folder: str) -> str | None:
         found = json.loads(storage.read_text(url)).get(MODEL_VIEW)
     except (ValueError, AttributeError):  # no JSON object: loading the model says so
         return None
+    except RecursionError as error:
+        raise InputError(url, "its JSON is nested too deeply", "Give a model's folder, with its own file.") from error
+    except (IsADirectoryError, PermissionError) as error:
+        problem = "it is a folder" if isinstance(error, IsADirectoryError) else "it may not be read"
+        raise InputError(url, problem, "Give a model's folder, with a config.json that this user may read.") from error
     return None if found is None else str(found)
 
 

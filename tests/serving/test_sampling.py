@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from cert_ray.errors import ConfigError
-from cert_ray.serving.sampling import Sampling, Streams, draw_tokens, log_totals
+from cert_ray.serving.sampling import Sampling, Streams, _sums, draw_tokens, log_totals
 
 
 def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
@@ -74,6 +74,16 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
 def test_every_temperature_and_top_p_gives_a_token(temperature: float, top_p: float, uniform: float) -> None:
     token = draw(torch.tensor([3.0, float("-inf"), 1.0]), np.array([uniform]), temperature, top_p)[0]
     assert token in (0, 2)
+
+
+@pytest.mark.parametrize("size", [7, 1_024, 5_000, 5_120])
+def test_a_row_is_summed_whole_and_the_same_in_company(size: int) -> None:
+    weights_RV = torch.randn(6, size, generator=torch.Generator().manual_seed(size)).mul_(3).exp_()
+    sums_R1 = _sums(weights_RV)
+    assert (sums_R1.dtype, sums_R1.shape) == (torch.float64, (6, 1))
+    assert sums_R1.numpy() == pytest.approx(weights_RV.numpy().astype(np.float64).sum(axis=1)[:, None], rel=3e-7)
+    for row in range(6):
+        assert torch.equal(_sums(weights_RV[row : row + 1]), sums_R1[row : row + 1])
 
 
 def test_tokens_that_cannot_be_drawn_leave_no_subnormal_numbers_behind() -> None:

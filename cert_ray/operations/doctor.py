@@ -139,6 +139,7 @@ def _sandbox() -> Finding:
 
 def advise_protection(missing: Sequence[str]) -> str:
     """What to do where generated code cannot be contained, for lack of these packages."""
-    options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered"}
+    options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered", "pyseccomp": "--unfiltered"}
     told = " ".join(options[package] for package in missing)
-    return f"apt-get install {' '.join(missing)}: `evaluate` runs no generated code without, unless told {told}."
+    ways = [f"{'pip' if package == 'pyseccomp' else 'apt-get'} install {package}" for package in missing]
+    return f"{' and '.join(ways)}: `evaluate` runs no generated code without, unless told {told}."

@@ -13,7 +13,8 @@ DEMO_ARGS ?=
 # Workers, nodes and drivers that `make chaos` kills; about ten seconds each on two cores.
 CHAOS_KILLS ?= 100
 CHAOS_SEED ?= 1
-# What builds the image: docker, podman or buildah; and what it is told, such as --build-arg BASE=2.60.0-py311-gpu.
+# What builds the image: docker, podman or buildah; what it is told; and the image's name. The one for GPUs has its own:
+# make image IMAGE=cert-ray-gpu:0.1.0-ray2.60.0 IMAGE_ARGS="--build-arg BASE=2.60.0-py311-gpu"
 IMAGE_TOOL ?= docker
 IMAGE_ARGS ?=
 IMAGE ?= cert-ray:0.1.0-ray2.60.0

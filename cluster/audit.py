@@ -54,7 +54,7 @@ def read(report: dict[str, Any]) -> tuple[list[str], int]:
     ]
     known = len(packages) - len(unknown)
     if not known:
-        return [f"{_NOTHING}: what was asked answers for none of the {len(packages)} packages"], 2
+        return [f"{_NOTHING}: no database answered for any of the {len(packages)} packages"], 2
     last = f"audit: {len(lines)} known vulnerabilities in {known} of {len(packages)} packages"
     if unknown:
         last += f"; not looked up, since it does not know them: {', '.join(unknown)}"

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pydantic
 
@@ -29,6 +30,14 @@ class ExecutionConfig(Config):
     workers: int | None = pydantic.Field(default=None, ge=1)  # None: one per core
     unsafe: bool = False  # run without bubblewrap, as this user
     unfiltered: bool = False  # run also where libseccomp is missing, without a filter of system calls
+
+    @pydantic.model_serializer(mode="wrap")
+    def _without_unfiltered(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """`unfiltered` stands in no dump while it is off: what was finished before there was such a field stays so."""
+        options: dict[str, Any] = dump(self)
+        if not self.unfiltered:
+            options.pop("unfiltered", None)
+        return options
 
     def environment(self) -> Environment:
         """The environment, built on this machine if it is not there yet."""

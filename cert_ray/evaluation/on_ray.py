@@ -1,8 +1,9 @@
 """The same as `execution.execute_in_threads`, spread over a Ray cluster: chunks of programs, one sandbox per task.
 
 Each node needs bubblewrap and libseccomp (or `unsafe`, `unfiltered`), and builds the environment for itself at its
-first task. A task whose worker or node is lost runs again elsewhere, without end, as in preprocessing; what it raises
-ends the evaluation at once. Chunks come from the order of the programs, so the result does not depend on the workers.
+first task. A task whose worker or node is lost runs again elsewhere, without end, as in preprocessing; under `unsafe`
+three times only, since there generated code itself can end one worker after the other. What a task raises ends the
+evaluation at once. Chunks come from the order of the programs, so the result does not depend on the workers.
 """
 
 from __future__ import annotations
@@ -12,23 +13,27 @@ from collections.abc import Sequence
 
 import ray
 
+from cert_ray.errors import SandboxError
 from cert_ray.evaluation.execution import ExecutionConfig, run_in_one_sandbox
 from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.sandbox import Execution
 from cert_ray.telemetry.on_ray import count_programs
 
 _CHUNK_PROGRAMS = 32  # measured on 2 cores: starting a sandbox with pandas costs what 40 programs cost (0.5 s, 12 ms)
+_UNSAFE_RETRIES = 3  # assumed: more losses of one chunk are its programs' doing, not the nodes'
+_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
 
 def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -> list[Execution]:
     """Run `programs` as Ray tasks of one CPU each; at most `config.workers` at once, where that is given.
 
     Raises:
-        SandboxError: when one of them could not be run at all.
+        SandboxError: when one of them could not be run at all, or, with `config.unsafe`, its worker lost four times.
     """
     distinct = list(dict.fromkeys(programs))
     chunks = [distinct[start : start + _CHUNK_PROGRAMS] for start in range(0, len(distinct), _CHUNK_PROGRAMS)]
-    task = ray.remote(_run_chunk).options(num_cpus=1, max_retries=-1)
+    retries = _UNSAFE_RETRIES if config.unsafe else -1
+    task = ray.remote(_run_chunk).options(num_cpus=1, max_retries=retries)
     outcomes: dict[Program | str, Execution] = {}
     waiting = list(reversed(chunks))
     running: list[ray.ObjectRef] = []
@@ -37,13 +42,25 @@ def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -
             while waiting and (config.workers is None or len(running) < config.workers):
                 running.append(task.remote(waiting.pop(), config))
             done, running = ray.wait(running, num_returns=1)
-            ended = ray.get(done[0])
+            ended = _outcomes(done[0])
             count_programs(Counter(str(execution.outcome) for _, execution in ended))
             outcomes.update(ended)
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
     return [outcomes[program] for program in programs]
+
+
+def _outcomes(chunk: ray.ObjectRef) -> list[tuple[Program | str, Execution]]:
+    try:
+        found: list[tuple[Program | str, Execution]] = ray.get(chunk)
+    except _LOST as error:
+        raise SandboxError(
+            f"--unsafe: the worker of at most {_CHUNK_PROGRAMS} programs was lost {_UNSAFE_RETRIES + 1} times. "
+            "Without bubblewrap a program can end it: run without --unsafe, where it cannot. If nodes were lost, or "
+            "their memory ran out (Ray's log says so), run it again on fewer CPUs a node."
+        ) from error
+    return found
 
 
 def _run_chunk(programs: list[Program | str], config: ExecutionConfig) -> list[tuple[Program | str, Execution]]:

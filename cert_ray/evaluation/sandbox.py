@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import json
 import os
 import platform
@@ -102,8 +103,9 @@ def find_bubblewrap() -> str | None:
 
 
 def missing_protection() -> tuple[str, ...]:
-    """What this machine lacks of `bubblewrap` and `libseccomp2`, by the names of Debian's packages."""
-    found = {"bubblewrap": find_bubblewrap(), "libseccomp2": find_filter(network=True)}
+    """What this machine lacks: Debian's packages `bubblewrap` and `libseccomp2`, or Python's `pyseccomp`."""
+    calls = "libseccomp2" if importlib.util.find_spec("pyseccomp") else "pyseccomp"
+    found = {"bubblewrap": find_bubblewrap(), calls: find_filter(network=True)}
     return tuple(package for package, protection in found.items() if protection is None)
 
 
@@ -120,7 +122,8 @@ def describe_isolation(unsafe: bool = False, unfiltered: bool = False) -> tuple[
     calls = (
         "seccomp: mounts, namespaces, tracing, keys, BPF, io_uring and other calls that nobody needs are refused."
         if find_filter(network=not unsafe) is not None
-        else "NO seccomp: install libseccomp2, else system calls are not filtered."
+        else "NO seccomp on this machine: without libseccomp2 and Python's pyseccomp no system call is refused, "
+        "and programs run only under --unfiltered; nodes of a cluster that have both filter."
     )
     if unfiltered and not calls.startswith("NO"):
         calls += " NOT on a node without libseccomp2: programs run there all the same (--unfiltered)."
@@ -341,11 +344,13 @@ def _refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
         "bubblewrap": (unsafe, "generated code would not be contained", "--unsafe"),
         "libseccomp2": (unfiltered, "system calls of generated code would not be filtered", "--unfiltered"),
     }
+    lacks["pyseccomp"] = lacks["libseccomp2"]
     for package in missing_protection():
+        installer = "pip install" if package == "pyseccomp" else "apt-get install"
         accepted, risk, option = lacks[package]
         if not accepted:
             raise SandboxError(
-                f"{package} is not installed on {platform.node()}, and {risk} without it. Run `apt-get install "
+                f"{package} is not installed on {platform.node()}, and {risk} without it. Run `{installer} "
                 f"{package}` (or your system's equivalent), or accept the risk with {option}."
             )
 

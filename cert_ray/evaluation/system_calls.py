@@ -16,6 +16,8 @@ import tempfile
 from functools import cache
 from types import ModuleType
 
+from cert_ray.errors import SandboxError
+
 _NAMESPACES_AND_MOUNTS = (
     "unshare setns mount umount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick "
     "mount_setattr open_by_handle_at name_to_handle_at"
@@ -36,9 +38,21 @@ _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: ioctl_tty(2)
 
 
 def find_filter(*, network: bool) -> bytes | None:
-    """The filter, or None where pyseccomp or libseccomp is missing. Without `network`, no internet sockets either."""
+    """The filter, or None where pyseccomp or libseccomp is missing. Without `network`, no internet sockets either.
+
+    Raises:
+        SandboxError: where libseccomp is too old, or the filter could not be made.
+    """
     library = _library()
-    return None if library is None else _compiled(library, network)
+    if library is None:
+        return None
+    try:
+        return _compiled(library, network)
+    except OSError as error:
+        raise SandboxError(
+            f"the filter of system calls could not be made: {error}. It wants libseccomp 2.5 or later, and room for a "
+            "temporary file."
+        ) from error
 
 
 @cache

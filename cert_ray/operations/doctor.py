@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ _GIB = 1 << 30
 # Assumed: room for two training workers (about 1 GiB resident each in the demo), Ray itself, and the system.
 _MEMORY_WANTED_BYTES = 6 * _GIB
 _SHARED_MEMORY_WANTED_BYTES = 2 * _GIB
+_PATIENCE_S = 10  # assumed: a bubblewrap that works starts within it
 _DISK_WANTED_BYTES = 5 * _GIB
 
 
@@ -134,11 +136,27 @@ def _sandbox() -> Finding:
 
     if missing := missing_protection():
         return Finding("sandbox", Level.WARN, f"without {' and '.join(missing)}", advise_protection(missing))
-    return Finding("sandbox", Level.OK, str(find_bubblewrap()))
+    bubblewrap = str(find_bubblewrap())
+    if (problem := _why_not(bubblewrap)) is not None:
+        cure = "Inside a container it needs user namespaces and a /proc that is not masked; else only --unsafe works."
+        return Finding("sandbox", Level.WARN, f"{bubblewrap} does not start: {problem}", cure)
+    return Finding("sandbox", Level.OK, bubblewrap)
+
+
+def _why_not(bubblewrap: str) -> str | None:
+    """The last line of a bubblewrap that cannot start here."""
+    command = [bubblewrap, "--ro-bind", "/", "/", "--proc", "/proc", "--unshare-all", "true"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    said = done.stderr.strip() or f"exit status {done.returncode}"
+    return None if done.returncode == 0 else said.splitlines()[-1]
 
 
 def advise_protection(missing: Sequence[str]) -> str:
     """What to do where generated code cannot be contained, for lack of these packages."""
-    options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered"}
+    options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered", "pyseccomp": "--unfiltered"}
     told = " ".join(options[package] for package in missing)
-    return f"apt-get install {' '.join(missing)}: `evaluate` runs no generated code without, unless told {told}."
+    ways = [f"{'pip' if package == 'pyseccomp' else 'apt-get'} install {package}" for package in missing]
+    return f"{' and '.join(ways)}: `evaluate` runs no generated code without, unless told {told}."

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 _JOINING_S = 30.0  # assumed: a node starts a process within it; one that is slower is not waited for
+_TOKEN_IS_USED = "Token authentication is enabled for this Ray cluster"  # another warning says that no token was found
+_RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
+_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
 # One thread per process: Ray runs as many processes as there are cores.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -54,7 +57,7 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
-        with logs.warnings_alone("ray", but="Token authentication is enabled"):  # as it is meant to be
+        with logs.warnings_alone("ray", but=_TOKEN_IS_USED):  # as it is meant to be
             context = ray.init(
                 address="local",
                 include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
@@ -88,10 +91,10 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
     """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
 
     Its log lines are told as the caller's, and kept beside them as those of VERB-worker. Where its worker or node is
-    lost it runs again, without end: it has to go on from what it kept.
+    lost it runs again, up to 20 times: it has to go on from what it kept.
 
     Raises:
-        CertRayError: as `work`, at once, without Ray's wrapping.
+        CertRayError: as `work`, at once, without Ray's wrapping; or when worker or node were lost more often.
     """
     log = logs.inherited()
 
@@ -99,11 +102,17 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
         with logs.taken_over(log, kept_as=f"{log.fields.get('verb', 'work')}-worker"):
             return work()
 
-    task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
+    task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
     try:
         found: Result = ray.get(task.remote())
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, CertRayError) else error) from None
+    except _LOST as error:
+        raise CertRayError(
+            f"this work lost its worker or node {_RETRIES + 1} times, so it may well be what ends it: look at the "
+            "node's memory against the model's size, at evaluation's cpus and gpus in the recipe, and for a crash of a "
+            f"native library in Ray's worker logs. Ray says: {_last_line(error)}"
+        ) from error
     return found
 
 

@@ -67,7 +67,12 @@ def test_the_image_is_of_the_tested_ray_and_passes_hadolint() -> None:
 
 def test_the_image_is_built_under_the_name_that_pods_ask_for() -> None:
     (name,) = re.findall(r"^IMAGE \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert f"image: {name}\n" in (CLUSTER / "kubernetes/base/raycluster/raycluster.yaml").read_text()
+    pods = (CLUSTER / "kubernetes/base/raycluster/raycluster.yaml").read_text()
+    assert f"image: {name}\n" in pods
+    for page in ("Makefile", "docs/operating.md"):
+        (gpu,) = re.findall(r"make image IMAGE=(\S+) IMAGE_ARGS=.*-gpu", (ROOT / page).read_text())
+        assert f"image: {gpu}\n" in pods
+        assert gpu != name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests/cluster/image").glob("*.sh")), ids=lambda path: path.name)

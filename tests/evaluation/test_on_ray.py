@@ -43,6 +43,20 @@ def test_a_chunk_that_loses_its_worker_four_times_runs_again(tmp_path: Path, mon
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_unsafe_programs_that_end_every_worker_end_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_chunk(programs: list[str], config: ExecutionConfig) -> list[tuple[str, Execution]]:
+        die_before(tmp_path, attempts=99)
+        return []
+
+    monkeypatch.setattr(on_ray, "_run_chunk", run_chunk)
+    with pytest.raises(SandboxError, match=r"lost 4 times.*without --unsafe"):
+        execute_on_ray(["pass"], ExecutionConfig(unsafe=True))
+    assert len((tmp_path / "calls").read_text()) == 4
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_our_failures_arrive_as_themselves(tmp_path: Path) -> None:
     requirements = ("no-such-package-of-cert-ray==0.0.1",)
     config = ExecutionConfig(requirements=requirements, environment_cache=str(tmp_path))

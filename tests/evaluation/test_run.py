@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cert_ray.errors import BenchmarkFormatError, ConfigError
+from cert_ray.errors import BenchmarkFormatError, ConfigError, SandboxError
+from cert_ray.evaluation import sandbox
 from cert_ray.evaluation.benchmarks import Sample, read_problems, read_samples
 from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
@@ -115,6 +116,21 @@ def test_another_number_of_completions_than_asked_for_is_an_error(
     with pytest.raises(ConfigError, match="the model returned"):
         run_evaluation(config, lambda prompts, n: returned)
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_sampled_where_programs_cannot_be_contained(
+    problems: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "missing_protection", lambda: ("libseccomp2",))
+    asked: list[list[str]] = []
+
+    def complete(prompts: list[str], n: int) -> list[list[str]]:
+        asked.append(prompts)
+        return [[" 0"] * n for _ in prompts]
+
+    with pytest.raises(SandboxError, match="--unfiltered"):
+        run_evaluation(EvaluateConfig(problems=problems, output=str(tmp_path / "out")), complete)
+    assert asked == []
 
 
 def test_exactly_one_source_of_completions(problems: str, tmp_path: Path) -> None:

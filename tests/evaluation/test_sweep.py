@@ -189,3 +189,16 @@ def test_a_damaged_summary_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "results.jsonl").write_text("")
     with pytest.raises(InputError, match="not a finished evaluation"):
         read_runs(str(tmp_path))
+
+
+def test_an_evaluation_of_before_the_option_unfiltered_is_finished_and_digests_are_of_then(tmp_path: Path) -> None:
+    config = EvaluateConfig(problems=write_problems(tmp_path / "p.jsonl", 2), output=str(tmp_path / "out"))
+    run_evaluation(config, lambda prompts, n: [[" 1"] * n for _ in prompts], in_this_process)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary["config"]["execution"].pop("unfiltered", None)  # as it was written then
+    (tmp_path / "out" / "summary.json").write_text(json.dumps(summary))
+    assert is_finished(config)
+    assert "unfiltered" not in config.model_dump(mode="json")["execution"]
+    accepted = config.model_copy(update={"execution": config.execution.model_copy(update={"unfiltered": True})})
+    assert not is_finished(accepted)
+    assert EvaluateConfig.from_mapping(accepted.model_dump(mode="json"), "test") == accepted

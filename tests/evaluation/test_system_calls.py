@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from cert_ray.errors import SandboxError
 from cert_ray.evaluation import system_calls
 from cert_ray.evaluation.sandbox import describe_isolation
 
@@ -29,3 +30,13 @@ def test_without_libseccomp_isolation_says_so(monkeypatch: pytest.MonkeyPatch) -
         assert any("NO seccomp" in line for line in describe_isolation())
     finally:
         system_calls._library.cache_clear()
+
+
+def test_a_libseccomp_that_does_not_know_clone3_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(library: object, network: bool) -> bytes:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(system_calls, "_library", lambda: sys)
+    monkeypatch.setattr(system_calls, "_compiled", compiled)
+    with pytest.raises(SandboxError, match=r"libseccomp 2\.5"):
+        system_calls.find_filter(network=True)

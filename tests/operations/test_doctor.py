@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cert_ray.errors import SandboxError
 from cert_ray.evaluation import sandbox
 from cert_ray.operations.doctor import Level, examine
 
@@ -44,3 +45,24 @@ def test_missing_libseccomp_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> 
     assert "apt-get install" in found.advice
     assert "libseccomp2" in found.advice
     assert "--unfiltered" in found.advice
+
+
+def test_a_missing_pyseccomp_is_installed_by_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "missing_protection", lambda: ("pyseccomp",))
+    with pytest.raises(SandboxError, match=r"pip install pyseccomp.*--unfiltered"):
+        sandbox._refuse_unprotected(unsafe=True, unfiltered=False)
+    monkeypatch.setattr(sandbox, "missing_protection", lambda: ("bubblewrap", "pyseccomp"))
+    found = {finding.name: finding for finding in examine()}["sandbox"]
+    assert found.advice.startswith("apt-get install bubblewrap and pip install pyseccomp: ")
+
+
+def test_a_bubblewrap_that_does_not_start_is_warned_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bubblewrap = tmp_path / "bwrap"
+    bubblewrap.write_text('#!/bin/sh\necho one >&2\necho "bwrap: Can\'t mount proc" >&2\nexit 1\n')
+    bubblewrap.chmod(0o755)
+    monkeypatch.setattr(sandbox, "missing_protection", tuple)
+    monkeypatch.setattr(sandbox, "find_bubblewrap", lambda: str(bubblewrap))
+    found = {finding.name: finding for finding in examine()}["sandbox"]
+    assert found.level == Level.WARN
+    assert found.found == f"{bubblewrap} does not start: bwrap: Can't mount proc"
+    assert "--unsafe" in found.advice

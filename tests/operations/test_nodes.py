@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from cert_ray.errors import ConfigError
+from cert_ray.evaluation import sandbox
 from cert_ray.evaluation.sandbox import missing_protection
 from cert_ray.operations.doctor import Level
-from cert_ray.operations.nodes import NodeFacts, judge_nodes, refuse_other_versions, versions_here
+from cert_ray.operations.nodes import NodeFacts, facts_of_this_node, judge_nodes, refuse_other_versions, versions_here
 
 GIB = 1 << 30
 HERE = {"python": "3.11.7", "ray": "2.60.0", "cert-ray": "0.1.0"}
@@ -100,3 +101,11 @@ def test_a_node_on_which_asking_raises_has_answered(ray_cluster: None, monkeypat
     (node,) = on_ray.ask_nodes()
     assert node.silence is None
     assert node.error == "ModuleNotFoundError: No module named 'cert_ray'"
+
+
+def test_a_filter_that_cannot_be_made_is_no_reason_to_refuse_a_node_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room() -> tuple[str, ...]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sandbox, "missing_protection", no_room)
+    assert facts_of_this_node()["missing_protection"] == ("libseccomp2",)

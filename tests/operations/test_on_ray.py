@@ -48,6 +48,7 @@ def test_a_private_ray_does_not_tell_of_the_token_that_it_is_meant_to_have(monke
     def init(**_: object) -> None:
         setup._warn_token_auth_enabled()
         setup._warn_token_auth_disabled()
+        setup.logger.warning("Token authentication is enabled but no token was found. Requests will fail.")
         raise _AskedError
 
     monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: False)
@@ -58,8 +59,9 @@ def test_a_private_ray_does_not_tell_of_the_token_that_it_is_meant_to_have(monke
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(_AskedError), on_ray.ray_session():
         pass
-    (line,) = shown.getvalue().splitlines()
-    assert line.startswith("Token authentication is disabled")
+    disabled, missing = shown.getvalue().splitlines()
+    assert disabled.startswith("Token authentication is disabled")
+    assert missing.startswith("Token authentication is enabled but no token")
 
 
 def test_processes_of_a_private_ray_know_its_address_where_another_runs_beside() -> None:

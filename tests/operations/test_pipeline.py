@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cert_ray.errors import CertRayError, ConfigError
-from cert_ray.operations import pipeline
+from cert_ray.operations import on_ray, pipeline
 from cert_ray.operations.on_ray import run_on_worker
 from cert_ray.operations.recipe import Recipe, recipe_from
 from cert_ray.operations.sources import Source
@@ -106,6 +106,15 @@ class TestOnRay:
 
     def test_a_task_that_loses_its_worker_four_times_runs_again(self, tmp_path: Path) -> None:
         assert run_on_worker(lambda: die_before(tmp_path, attempts=5), cpus=1, gpus=0) == 5
+
+    def test_a_task_that_always_loses_its_worker_ends_with_what_to_look_at(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert 10 < on_ray._RETRIES < 100
+        monkeypatch.setattr(on_ray, "_RETRIES", 1)
+        with pytest.raises(CertRayError, match=r"2 times.*memory.*cpus and gpus"):
+            run_on_worker(lambda: die_before(tmp_path, attempts=99), cpus=1, gpus=0)
+        assert len((tmp_path / "calls").read_text()) == 2
 
     def test_an_error_of_the_code_is_not_tried_again(self, tmp_path: Path) -> None:
         def fail() -> None:

@@ -2,10 +2,10 @@
 # Builds cluster/Dockerfile with buildah where no registry of images can be reached, on a stand-in for its base.
 # By hand, as root, with Debian's buildah and mmdebstrap, and room for about three images below WORK:
 #
-#   MOUNTS="/etc/ssl/certs /etc/pip.conf" tests/cluster/image/build.sh WORK [--build-arg LOCK=...]
+#   MOUNTS="/etc/ssl/certs PIP_CONF" tests/cluster/image/build.sh WORK [--build-arg LOCK=...]
 #
 # MOUNTS are files and folders of this machine, SOURCE or SOURCE:TARGET, that the network asks for: they are there while
-# it builds and not in the image. Besides the image it leaves WORK/run, which runs a command in it.
+# it builds and not in the image; PIP_CONF stands for your pip configuration. Besides the image it leaves WORK/run, which runs a command in it.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 work=$(realpath -m "$1")

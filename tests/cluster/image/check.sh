@@ -28,7 +28,8 @@ for folder in ~/.cache/pip /var/lib/apt/lists; do
     test -z "$(ls -A "$folder" 2> /dev/null)" || { echo "left over: $folder"; exit 1; }
 done
 for folder in ~ /tmp /opt/cert-ray; do
-    test -w "$folder" && echo "can be written: $folder"
+    test -w "$folder" || { echo "cannot be written: $folder"; exit 1; }
+    echo "can be written: $folder"
 done
 ldconfig -p | grep -o 'libseccomp.so.2 .*'
 bwrap --ro-bind / / --proc /proc --unshare-all true && echo "bubblewrap starts" || echo "bubblewrap does not start here"

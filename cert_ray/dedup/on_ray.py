@@ -16,7 +16,7 @@ import ray
 from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.dedup import survivors
-from cert_ray.dedup.contents import Originals
+from cert_ray.dedup.contents import VERB, Originals
 from cert_ray.dedup.decisions import Clusters, Ranking, rank_documents
 from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
@@ -27,7 +27,6 @@ from cert_ray.shards.units import Attempt, WorkUnit, attempt, weight_after_clean
 logger = logging.getLogger(__name__)
 
 STAGE = "dedup"
-VERB = "preprocess"
 # Times, are keys and signatures: 70 MB a second and core beside 4.4, by a timeline of 969 MB on two cores (2026-11-26).
 _FASTER_THAN_CLEANING = 16
 _QUALITY_NOTE = "near_dedup_quality"

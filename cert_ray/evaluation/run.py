@@ -33,7 +33,7 @@ from cert_ray.evaluation.execution import Execute, ExecutionConfig, execute_in_t
 from cert_ray.evaluation.report import render_html, render_markdown, result_rows
 from cert_ray.evaluation.rerank import RerankMethod
 from cert_ray.evaluation.runs import RESULTS, SUMMARY, remove_sweep
-from cert_ray.evaluation.sandbox import Sandbox, describe_isolation
+from cert_ray.evaluation.sandbox import describe_isolation, refuse_unprotected
 from cert_ray.evaluation.scoring import EvaluationResult, evaluate, rerank_counts
 from cert_ray.evaluation.sketch_quality import measure_sketches
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
@@ -104,7 +104,7 @@ def run_evaluation(
     execution = _execution(config, problems)
     environment = execution.environment()  # before sampling: what cannot be scored should not be sampled for hours
     if execute is execute_in_threads:  # this machine runs them; nodes of a cluster speak for themselves
-        Sandbox(environment, execution.limits, unsafe=execution.unsafe, unfiltered=execution.unfiltered).close()
+        refuse_unprotected(execution.unsafe, execution.unfiltered)
     remove_sweep(config.output)
     samples = _samples(config, problems, complete, keep_parts)
     if RerankMethod.LOGPROB in config.rerank and all(sample.logprob is None for sample in samples):

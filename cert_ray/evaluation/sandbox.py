@@ -161,7 +161,7 @@ class Sandbox:
         self, environment: Environment, limits: Limits | None = None, *, unsafe: bool = False, unfiltered: bool = False
     ) -> None:
         self._environment, self._limits, self._unsafe = environment, limits or Limits(), unsafe
-        _refuse_unprotected(unsafe, unfiltered)
+        refuse_unprotected(unsafe, unfiltered)
         self._bubblewrap = None if unsafe else find_bubblewrap()
         self._nested: bool | None = False if unsafe else None  # None: not tried yet
         self._process: _SandboxProcess | None = None
@@ -339,7 +339,8 @@ class _SandboxProcess:
         return f"{problem}; it said: {words}" if words else problem
 
 
-def _refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
+def refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
+    """Raise `SandboxError` where this machine lacks a protection that was not waived."""
     lacks = {
         "bubblewrap": (unsafe, "generated code would not be contained", "--unsafe"),
         "libseccomp2": (unfiltered, "system calls of generated code would not be filtered", "--unfiltered"),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Engine
 from cert_ray.serving.voting import Sketch
-from cert_ray.sketching import Placeholder, Sketched, prompt_format
+from cert_ray.sketching import Sketched, moved, prompt_format
 
 if TYPE_CHECKING:
     from cert_ray.serving.cascade import CascadeConfig
@@ -98,8 +98,8 @@ class _SketchFirstPrompts:
         text, placeholders = sketch.text, sketch.placeholders
         if self._config.sketch_scope == "file":
             shift = len(self._seen.text) + len(self._blanks)
-            moved = (Placeholder(place.start + shift, place.end + shift, place.kind) for place in placeholders)
-            text, placeholders = self._seen.text + self._blanks + text, (*self._seen.placeholders, *moved)
+            text = self._seen.text + self._blanks + text
+            placeholders = (*self._seen.placeholders, *moved(placeholders, shift))
         if self._config.routing == "released":
             return prompt_format.encode_code(self._generator, prompt_format.released_pair(text, self._context))
         return prompt_format.encode_pair(self._generator, text, placeholders, self._context)
@@ -124,6 +124,5 @@ class _ContextFirstPrompts:
         self.before_sketch = prompt_format.sketch_prompt(self._tokenizer, self.alone)
 
     def before_code(self, sketch: Sketch) -> list[int]:
-        shift = len(self._blanks)
-        moved = [Placeholder(place.start + shift, place.end + shift, place.kind) for place in sketch.placeholders]
-        return prompt_format.code_prompt(self._tokenizer, self.alone, self._blanks + sketch.text, moved)
+        placeholders = moved(sketch.placeholders, len(self._blanks))
+        return prompt_format.code_prompt(self._tokenizer, self.alone, self._blanks + sketch.text, placeholders)

@@ -41,9 +41,8 @@ from cert_ray.telemetry import on_ray as telemetry
 _log = logging.getLogger(__name__)
 
 _SERVE = "ray.serve"  # its logger
-_WARNINGS_ALONE = {
-    "log_level": "WARNING"
-}  # of Serve's own lines, which Ray brings to the terminal; ours tell each request
+# Of Serve's own lines, which Ray brings to the terminal; ours tell each request.
+_WARNINGS_ALONE = {"log_level": "WARNING"}
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them

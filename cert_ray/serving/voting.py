@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from cert_ray.serving.boundaries import drop_start, first_stop
 from cert_ray.serving.engines import Completion
 from cert_ray.serving.events import SketchCandidate, SketchChosen
-from cert_ray.sketching import Placeholder, prompt_format
+from cert_ray.sketching import Placeholder, moved, prompt_format
 
 _Key = tuple[str, tuple[Placeholder, ...]]
 
@@ -39,11 +39,7 @@ def read_sketch(tokenizer: Tokenizer, sample: Completion, blanks: str, stops: Se
     shown = decoded.text[start:]
     shown = shown[: first_stop(shown, stops)]
     text = shown.rstrip()  # trailing blanks make no other sketch
-    placeholders = tuple(
-        Placeholder(place.start - start, place.end - start, place.kind)
-        for place in decoded.placeholders
-        if place.end - start <= len(text)
-    )
+    placeholders = tuple(place for place in moved(decoded.placeholders, -start) if place.end <= len(text))
     return Sketch(text, placeholders, replace(sample, text=shown))
 
 

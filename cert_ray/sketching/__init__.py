@@ -9,9 +9,19 @@ from cert_ray.sketching.anonymize import (
     Placeholder,
     Sketched,
     SketchKind,
+    moved,
     sketch,
     sketch_source,
     sketch_spans,
 )
 
-__all__ = ["PLACEHOLDER_KINDS", "Placeholder", "SketchKind", "Sketched", "sketch", "sketch_source", "sketch_spans"]
+__all__ = [
+    "PLACEHOLDER_KINDS",
+    "Placeholder",
+    "SketchKind",
+    "Sketched",
+    "moved",
+    "sketch",
+    "sketch_source",
+    "sketch_spans",
+]

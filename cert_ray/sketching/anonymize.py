@@ -68,6 +68,11 @@ class Placeholder(NamedTuple):
     kind: str
 
 
+def moved(placeholders: Iterable[Placeholder], shift: int) -> list[Placeholder]:
+    """The same placeholders, `shift` code points further on."""
+    return [Placeholder(spot.start + shift, spot.end + shift, spot.kind) for spot in placeholders]
+
+
 @dataclass(frozen=True, slots=True)
 class Sketched:
     """A sketch: `placeholders[i]` of `text` stands for the source range `replaced[i]` (code points, half open)."""

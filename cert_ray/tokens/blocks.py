@@ -6,12 +6,12 @@ In: rows of schemas.ANNOTATED as Python objects, where offsets are bytes of UTF-
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cert_ray.python_source import code_points
-from cert_ray.sketching.anonymize import Placeholder
+from cert_ray.sketching.anonymize import Placeholder, moved
 
 PlacedSketch = tuple[str, list[Placeholder]]  # a sketch, and its placeholders counted from its start
 
@@ -39,23 +39,22 @@ def sketch_of(row: dict[str, Any]) -> PlacedSketch:
     return row["sketch"], [Placeholder(*place) for place in zip(starts, ends, kinds, strict=True)]
 
 
-def moved(placeholders: Sequence[Placeholder], shift: int) -> list[Placeholder]:
-    """The same placeholders, `shift` code points further on."""
-    return [Placeholder(spot.start + shift, spot.end + shift, spot.kind) for spot in placeholders]
+def parts_of(sketch: PlacedSketch, spans: Iterable[tuple[int, int]]) -> Iterator[PlacedSketch]:
+    """The sketch between each start and end."""
+    text, placeholders = sketch
+    starts = [placeholder.start for placeholder in placeholders]
+    for start, end in spans:
+        inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
+        yield text[start:end], moved(inside, -start)
 
 
 def _blocks(row: dict[str, Any]) -> Iterator[Block]:
     segments, content = row["segments"], row["content"]
     codes = _slices(content, segments, "code")
-    sketches = _slices(row["sketch"], segments, "sketch")
-    sketch, placeholders = sketch_of(row)
-    starts = [placeholder.start for placeholder in placeholders]
+    sketches = parts_of(sketch_of(row), _slices(row["sketch"], segments, "sketch"))
     last = 0
-    for segment, (code_start, code_end), (start, end) in zip(segments, codes, sketches, strict=True):
-        placed = None
-        if segment["with_sketch"]:
-            inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
-            placed = (sketch[start:end], moved(inside, -start))
+    for segment, (code_start, code_end), sketch in zip(segments, codes, sketches, strict=True):
+        placed = sketch if segment["with_sketch"] else None
         yield Block(content[code_start:code_end], placed, content[last:code_start])
         last = code_end
 

@@ -25,7 +25,8 @@ from typing import Final
 
 import xxhash
 
-from cert_ray.tokens.blocks import Block, PlacedSketch, moved
+from cert_ray.sketching.anonymize import moved
+from cert_ray.tokens.blocks import Block, PlacedSketch, parts_of
 
 _PART_LINES: Final = 8  # assumed: an answer is a line or a few
 _BLANKS: Final = " \t\r\n"
@@ -66,21 +67,20 @@ def _methods(block: Block) -> Iterator[Block]:
     if block.sketch is None:
         yield block
         return
-    text, placeholders = block.sketch
+    text, _ = block.sketch
     in_code, in_sketch = (_before_methods(side) for side in (block.code, text))
     if len(in_code) != len(in_sketch):
         in_code, in_sketch = [], []
     gaps = [block.gap, *(found.group() for found in in_code)]
-    code_from = [0, *(found.end() for found in in_code)]
-    code_to = [*(found.start() for found in in_code), len(block.code)]
-    sketch_from = [0, *(found.end() for found in in_sketch)]
-    sketch_to = [*(found.start() for found in in_sketch), len(text)]
-    starts = [spot.start for spot in placeholders]
-    for number, gap in enumerate(gaps):
-        start, end = sketch_from[number], sketch_to[number]
-        inside = placeholders[bisect_left(starts, start) : bisect_left(starts, end)]
-        code = block.code[code_from[number] : code_to[number]]
-        yield Block(code, (text[start:end], moved(inside, -start)), gap)
+    sketches = parts_of(block.sketch, _between(in_sketch, len(text)))
+    for gap, (start, end), sketch in zip(gaps, _between(in_code, len(block.code)), sketches, strict=True):
+        yield Block(block.code[start:end], sketch, gap)
+
+
+def _between(cuts: Sequence[re.Match[str]], length: int) -> list[tuple[int, int]]:
+    """Starts and ends of what the matches leave of a text."""
+    starts = [0, *(cut.end() for cut in cuts)]
+    return list(zip(starts, [*(cut.start() for cut in cuts), length], strict=True))
 
 
 def _before_methods(text: str) -> list[re.Match[str]]:

@@ -40,8 +40,8 @@ from cert_ray.libraries import uses_any
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.schemas import DropReason
 from cert_ray.sketching import prompt_format
-from cert_ray.sketching.anonymize import Placeholder
-from cert_ray.tokens.blocks import PlacedSketch, blocks_of, moved, sketch_of
+from cert_ray.sketching.anonymize import Placeholder, moved
+from cert_ray.tokens.blocks import PlacedSketch, blocks_of, sketch_of
 from cert_ray.tokens.context_first import Example, examples_of
 from cert_ray.tokens.dataset import uniform_of_hash
 from cert_ray.tokens.shards import UNIGRAMS, BoolArray, token_dtype

@@ -53,6 +53,17 @@ def redo(options: PreprocessConfig, run: Path) -> Manifest:
     return preprocess(options, str(run))
 
 
+def killed(
+    monkeypatch: pytest.MonkeyPatch, step: str, dies: Callable[..., object], options: PreprocessConfig, run: Path
+) -> None:
+    """A run that ends inside `step`, which is `dies` in it, and leaves no finished dataset."""
+    with monkeypatch.context() as patched:
+        patched.setattr(dataset_on_ray, step, dies)
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(options, str(run))
+    assert not manifests.is_finished(str(run / "dataset"))
+
+
 def flip_a_bit(path: Path) -> None:
     payload = bytearray(path.read_bytes())
     payload[len(payload) // 2] ^= 1
@@ -225,11 +236,7 @@ def test_a_run_killed_after_its_card_leaves_no_manifest_over_it(
         true_card(folder, manifest)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(dataset_on_ray, "write_card", dies)
-        with pytest.raises(KeyboardInterrupt):
-            preprocess(second, str(run))
-    assert not manifests.is_finished(str(run / "dataset"))
+    killed(monkeypatch, "write_card", dies, second, run)
     preprocess(first, str(run))
     assert tree(run) == expected
 
@@ -333,11 +340,7 @@ def test_a_run_that_dies_after_its_rewritten_documents_leaves_no_finished_datase
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(dataset_on_ray, "deduplicate", die)
-        with pytest.raises(KeyboardInterrupt):
-            preprocess(options, str(run))
-    assert not manifests.is_finished(str(run / "dataset"))
+    killed(monkeypatch, "deduplicate", die, options, run)
     contents = [
         content
         for shard in preprocess(options, str(run)).shards

@@ -50,7 +50,7 @@ def test_missing_libseccomp_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_missing_pyseccomp_is_installed_by_pip(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "missing_protection", lambda: ("pyseccomp",))
     with pytest.raises(SandboxError, match=r"pip install pyseccomp.*--unfiltered"):
-        sandbox._refuse_unprotected(unsafe=True, unfiltered=False)
+        sandbox.refuse_unprotected(unsafe=True, unfiltered=False)
     monkeypatch.setattr(sandbox, "missing_protection", lambda: ("bubblewrap", "pyseccomp"))
     found = {finding.name: finding for finding in examine()}["sandbox"]
     assert found.advice.startswith("apt-get install bubblewrap and pip install pyseccomp: ")

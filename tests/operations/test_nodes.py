@@ -104,6 +104,20 @@ def test_nodes_without_protection_are_one_line_for_each_kind() -> None:
     assert tell_unprotected([*failing, bare], unsafe=True, unfiltered=True) == []
 
 
+def test_an_evaluation_warns_of_nodes_on_which_a_sandbox_was_tried_in_vain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from cert_ray.operations import on_ray
+
+    def asked(timeout_s: float, try_sandbox: bool) -> list[NodeFacts]:
+        return [SOUND, SOUND.answered({"sandbox_failure": "no namespaces" if try_sandbox else None})]
+
+    monkeypatch.setattr(on_ray, "ask_nodes", asked)
+    on_ray.warn_of_unprotected_nodes(unsafe=False, unfiltered=False)
+    (warning,) = caplog.records
+    assert "1 node(s) of 8 CPUs and 0 GPUs (10.0.0.1): no namespaces. " in warning.getMessage()
+
+
 def test_a_node_without_facts_fails_alone() -> None:
     assert levels(SOUND.silent("no answer within 60 s")) == [Level.FAIL]
     assert levels(SOUND.failed("No module named 'cert_ray'")) == [Level.FAIL]

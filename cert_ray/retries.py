@@ -51,7 +51,12 @@ _PASSING_NAMES = re.compile(
 # Where drivers keep the HTTP status of an answer that refuses: azure, aiohttp and urllib, gcsfs; requests, httpx and
 # huggingface_hub have it on the error's response. The first that there is counts: aiohttp warns of its `code`.
 _STATUS_NAMES = ("status_code", "status", "code")
-_PASSING_STATUSES = {408, 429, *range(500, 600)}  # waited too long, asked too often, and what is the server's fault
+# Elsewhere for the moment (S3, while a new bucket's name spreads), waited too long, asked too often, and what is the
+# server's fault, but for what it does not implement. Elsewhere for good (301, 308) is a wrong region or endpoint:
+# botocore has followed it where it could.
+_PASSING_STATUSES = {307, 408, 429, *range(500, 600)} - {501}
+# A 409 stays, but for these of S3's: another request was changing the same thing at that moment.
+_PASSING_CODES = {"OperationAborted", "ConditionalRequestConflict"}
 
 
 def is_passing(error: BaseException) -> bool:
@@ -70,21 +75,29 @@ def is_passing(error: BaseException) -> bool:
         if error.errno in _LASTING or _is_forbidden_by_gcsfs(error):
             return False
         # s3fs makes EBUSY of a conflict as of "slow down", and EIO of every code that it does not know.
-        status = _http_status(error.__cause__) if error.__cause__ is not None else None
-        return status is None or status in _PASSING_STATUSES
-    if (status := _http_status(error)) is not None:
-        return status in _PASSING_STATUSES
+        return error.__cause__ is None or _is_passing_answer(error.__cause__) is not False
+    if (passes := _is_passing_answer(error)) is not None:
+        return passes
     return any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
 
 
+def _is_passing_answer(error: BaseException) -> bool | None:
+    """Whether the answer that `error` tells of is one that passes; None where it tells of none."""
+    status, response = _http_status(error), getattr(error, "response", None)
+    if status is None:
+        return None
+    code = response.get("Error", {}).get("Code") if isinstance(response, Mapping) else None
+    return status in _PASSING_STATUSES or code in _PASSING_CODES
+
+
 def _http_status(error: BaseException) -> int | None:
-    """The status of the answer that `error` tells of: 4xx or 5xx; None where it tells of none."""
+    """The status of the answer that `error` tells of: 3xx, 4xx or 5xx; None where it tells of none."""
     for holder in (error, getattr(error, "response", None)):
         if isinstance(holder, Mapping):  # botocore's response
             value = holder.get("ResponseMetadata", {}).get("HTTPStatusCode")
         else:
             value = next((getattr(holder, name) for name in _STATUS_NAMES if hasattr(holder, name)), None)
-        if isinstance(value, int | str) and str(value).isdecimal() and 400 <= int(value) < 600:
+        if isinstance(value, int | str) and str(value).isdecimal() and 300 <= int(value) < 600:
             return int(value)
     return None
 

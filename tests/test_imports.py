@@ -21,6 +21,7 @@ FOUNDATION = {
     "python_source",
     "libraries",
     "gpt_neo",
+    "on_ray",
     "telemetry",
     "shards",
 }

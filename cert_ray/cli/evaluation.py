@@ -92,9 +92,10 @@ def evaluate(
     sampling = {"max_tokens": max_tokens, "seed": seed}
     if on_ray or address:
         from cert_ray.evaluation.on_ray import execute_on_ray
-        from cert_ray.operations.on_ray import ray_session
+        from cert_ray.operations.on_ray import ray_session, warn_of_unprotected_nodes
 
         with ray_session(address):
+            warn_of_unprotected_nodes(unsafe, unfiltered)
             scores = evaluating.evaluate(config, problems, temperatures, sampling, execute_on_ray)
     else:
         scores = evaluating.evaluate(config, problems, temperatures, sampling)

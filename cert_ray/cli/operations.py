@@ -31,7 +31,7 @@ def doctor(
         from cert_ray.operations.on_ray import ask_nodes, ray_session
 
         with ray_session(cluster, check_versions=False):  # it names them all
-            findings = judge_nodes(ask_nodes(), versions_here())
+            findings = judge_nodes(ask_nodes(try_sandbox=True), versions_here())
     for finding in findings:
         typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
         if finding.advice:

@@ -19,7 +19,7 @@ from cert_ray.corpus.removals import Removal, blank, content_bytes
 from cert_ray.corpus.sources import plan_units
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, attempt, inputs_digest, write_table
+from cert_ray.shards.units import WorkUnit, attempt, damage_named, inputs_digest, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +115,13 @@ def clean(
             notes["problem_files"] = problems.checksums
         manifest = manifests.summarize(STAGE, config, plan.inputs_digest, reports, notes)
         if problems:
-            parts = [storage.join(folder, "contamination", f"{report.shard}.parquet") for report in reports]
-            write_report(folder, pa.concat_tables(map(storage.read_parquet, parts)), problems)
+            parts = [_contamination(folder, report.shard) for report in reports]
+            write_report(folder, pa.concat_tables(parts), problems)
         manifests.write_manifest(folder, manifest)
     logger.info("documents: read %d, kept %d, dropped %s", manifest.rows_read, manifest.rows_kept, manifest.dropped)
     return manifest
+
+
+def _contamination(folder: str, shard: str) -> pa.Table:
+    with damage_named(folder, shard, "preprocess"):
+        return storage.read_parquet(storage.join(folder, "contamination", f"{shard}.parquet"))

@@ -19,7 +19,9 @@ from collections.abc import Mapping
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pydantic
+import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
@@ -35,10 +37,19 @@ from cert_ray.dataset.removal import apply_removals
 from cert_ray.dataset.statistics import largest_clusters, shard_statistics, write_statistics
 from cert_ray.dedup.contents import Originals
 from cert_ray.dedup.on_ray import deduplicate
-from cert_ray.errors import InputError
+from cert_ray.errors import InputError, ShardCorruptError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import WorkUnit, attempt, was_rewritten, weight_after_cleaning, write_table
+from cert_ray.shards.units import (
+    WorkUnit,
+    attempt,
+    check_source,
+    damage_named,
+    made_from,
+    was_rewritten,
+    weight_after_cleaning,
+    write_table,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +76,11 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
     payload = AnnotateUnit.from_mapping(unit.payload, unit.name)
     folder = storage.join(output, STAGE)
     name = f"{unit.name}.parquet"
-    documents = storage.read_parquet(storage.join(output, DOCUMENTS_STAGE, name))
-    clusters = storage.read_parquet(storage.join(output, "dedup", "clusters", name))
+    documents_folder = storage.join(output, DOCUMENTS_STAGE)
+    with damage_named(documents_folder, unit.name, "preprocess"):
+        documents = storage.read_parquet(storage.join(documents_folder, name))
+    clusters = _read_clusters(storage.join(output, "dedup", "clusters", name), payload.clusters_checksum)
+    check_source(documents_folder, unit.name, payload.documents_checksum)
     manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(clusters))
     rows, drops = annotate(documents, clusters, config.weights, config.sketch_kind)
     manifests.check_handover(f"{STAGE}/{unit.name}", len(documents), len(rows) + len(drops))
@@ -85,6 +99,17 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
         dropped=dict(sorted(dropped.items())),
         counts={**row_counts(rows), **payload.redacted},
     )
+
+
+def _read_clusters(url: str, checksum: str) -> pa.Table:
+    """The clusters file at `url`, if it is the one that dedup's manifest tells of; dedup's reports tell of keys."""
+    try:
+        payload = storage.read_bytes(url)
+    except FileNotFoundError as error:
+        raise ShardCorruptError(url, f"xxh3 {checksum}", "no file", "preprocess") from error
+    if (found := str(xxhash.xxh3_128_hexdigest(payload))) != checksum:
+        raise ShardCorruptError(url, f"xxh3 {checksum}", f"xxh3 {found}", "preprocess")
+    return pq.read_table(pa.BufferReader(payload))
 
 
 def preprocess(
@@ -166,8 +191,12 @@ def _preprocess(
     folder = storage.join(output, STAGE)
     work = functools.partial(write_annotated, output=output, config=options)
     with attempt(folder, STAGE, "preprocess", options.digest()) as run:
-        reports = run_units(units, work, run, workers=workers)
-        manifest = _summarize(config, inputs, documents, clusters, reports)
+        with (
+            made_from(storage.join(output, DOCUMENTS_STAGE), documents, "preprocess"),
+            made_from(storage.join(output, "dedup"), clusters, "preprocess"),
+        ):
+            reports = run_units(units, work, run, workers=workers)
+            manifest = _summarize(config, inputs, documents, clusters, reports)
         _withdraw_other(folder, manifest)
         write_card(folder, manifest)
         manifests.write_manifest(folder, manifest)

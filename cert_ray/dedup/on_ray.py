@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import ray
 
-from cert_ray import manifests
+from cert_ray import manifests, storage
 from cert_ray.config import Config
 from cert_ray.dedup import survivors
 from cert_ray.dedup.contents import VERB, Originals
 from cert_ray.dedup.decisions import Clusters, Ranking, rank_documents
 from cert_ray.dedup.minhash import U64, MinHashConfig
 from cert_ray.dedup.quality import QualityConfig, measure_quality
-from cert_ray.manifests import Manifest
+from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.on_ray import own_errors
 from cert_ray.shards.on_ray import run_units
-from cert_ray.shards.units import Attempt, WorkUnit, attempt, weight_after_cleaning
+from cert_ray.shards.units import Attempt, WorkUnit, attempt, check_source, made_from, weight_after_cleaning
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ def deduplicate(
     Raises:
         ConservationError: when a shard's keys are not those of as many documents as `manifest` says.
         InputError: when a text that was taken down is needed, and the input does not give it any more.
+        ShardCorruptError: when a shard of documents, keys or signatures is damaged after it was found to be whole.
+        SupersededError: when another run has begun in `folder`, or made other documents.
     """
     options = DedupConfig(minhash=config, quality=quality)
     inputs = "-".join([manifest.files_digest(), config.digest(), *map(str, manifest.notes["generations"])])
@@ -69,10 +72,11 @@ def deduplicate(
         logger.info("dedup: reused, %d documents, %d kept", finished.rows_read, finished.rows_kept)
         return finished
     with attempt(folder, STAGE, VERB, config.digest()) as run:
-        if finished is not None:
-            result = _measured_anew(documents, folder, finished, options, originals)
-        else:
-            result = _deduplicate(documents, manifest, run, options, inputs, workers, originals)
+        with made_from(documents, manifest, VERB):
+            if finished is not None:
+                result = _measured_anew(documents, folder, finished, options, originals)
+            else:
+                result = _deduplicate(documents, manifest, run, options, inputs, workers, originals)
         manifests.write_manifest(folder, result)
     logger.info("dedup: %d documents, %d kept, dropped %s", result.rows_read, result.rows_kept, result.dropped)
     return result
@@ -96,9 +100,7 @@ def _deduplicate(
         )
         for shard in manifest.shards
     ]
-    work = functools.partial(
-        survivors.write_keys, documents=documents, folder=folder, config=config, originals=originals
-    )
+    work = functools.partial(_write_keys, documents=documents, folder=folder, config=config, originals=originals)
     keys = run_units(units, work, run, workers=workers)
     for before, after in zip(manifest.shards, keys, strict=True):
         manifests.check_handover(f"{STAGE}/{after.shard}", before.rows_kept, after.rows_read)
@@ -108,7 +110,7 @@ def _deduplicate(
     first_D = survivors.exact_firsts(columns)
     ranking = rank_documents(columns, first_D)
     del columns
-    edges = _Fetched(list(_near_edges(folder, shards, rows, ranking, config, workers)))
+    edges = _Fetched(list(_near_edges(run, shards, rows, ranking, config, workers)))
     clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
     del edges, ranking, first_D  # two dozen bytes per document, while the sample below is drawn
@@ -116,6 +118,13 @@ def _deduplicate(
     result = manifests.summarize(STAGE, options, inputs, reports, notes)
     manifests.check_handover(STAGE, manifest.rows_kept, result.rows_read)
     return result
+
+
+def _write_keys(unit: WorkUnit, documents: str, **options: Any) -> ShardReport:
+    """In a task: keys are called after the documents that they were made from."""
+    report = survivors.write_keys(unit, documents, **options)
+    check_source(documents, unit.name, unit.payload["documents"])
+    return report
 
 
 def _measured(
@@ -163,7 +172,7 @@ class _Fetched:
 
 
 def _near_edges(
-    folder: str,
+    run: Attempt,
     shards: Sequence[str],
     rows: Sequence[int],
     ranking: Ranking,
@@ -171,7 +180,7 @@ def _near_edges(
     workers: int | None,
 ) -> Iterator[ray.ObjectRef]:
     """Every task's edges when it is done, in the order of the tasks, at most `workers` of them at a time."""
-    task = ray.remote(survivors.band_edges)
+    task = ray.remote(_band_edges)
     rank_ref = ray.put(ranking.rank_D)
     pending: list[ray.ObjectRef] = []
     for bands, key_range in survivors.band_tasks(config, len(ranking.number_R)):
@@ -180,11 +189,18 @@ def _near_edges(
         # Like Ray Data's tasks, run again whenever a worker or node is lost; an error of the task itself ends the run.
         name = f"{STAGE} bands {bands[0]} to {bands[-1]}, part {key_range[0]}"
         options = {"num_cpus": 1, "max_retries": -1, "name": name}
-        pending.append(task.options(**options).remote(folder, shards, bands, key_range, rows, rank_ref, config))
+        pending.append(task.options(**options).remote(run, shards, bands, key_range, rows, rank_ref, config))
     while pending:
         yield _done(pending.pop(0))
 
 
+def _band_edges(run: Attempt, *given: Any) -> U64:
+    """In a task: a shard that cannot be read is not called damaged when a later run has removed it."""
+    with storage.commits_guarded(run.check):
+        return survivors.band_edges(run.folder, *given)
+
+
 def _done(edges: ray.ObjectRef) -> ray.ObjectRef:
-    ray.get(edges)
+    with own_errors():
+        ray.get(edges)
     return edges

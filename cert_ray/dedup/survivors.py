@@ -24,13 +24,13 @@ import pyarrow.parquet as pq
 from cert_ray import storage
 from cert_ray.dedup import decisions
 from cert_ray.dedup.buckets import bucket_edges, joined, second_of, sharing
-from cert_ray.dedup.contents import Originals, read_contents
+from cert_ray.dedup.contents import VERB, Originals, read_contents
 from cert_ray.dedup.decisions import UNRANKED, Clusters, Documents, Ranking
 from cert_ray.dedup.minhash import BINS, I64, U8, U32, U64, MinHashConfig, signatures
 from cert_ray.errors import StorageFullError
 from cert_ray.manifests import ShardReport, WrittenFile
 from cert_ray.schemas import DropReason
-from cert_ray.shards.units import WorkUnit, write_table
+from cert_ray.shards.units import WorkUnit, damage_named, write_table
 
 # Small corpora are cut in so many tasks: each of them reads every shard of keys, and more than a few cores are idle.
 _LEAST_TASKS = 4
@@ -68,12 +68,16 @@ def read_documents(folder: str, shards: Sequence[str], rows: Sequence[int], ends
 
     Args:
         ends: documents after each generation.
+
+    Raises:
+        ShardCorruptError: when a shard of keys is damaged.
     """
     count = sum(rows)
     hashes_D2, has_shingle_D = np.empty((count, 2), np.uint64), np.empty(count, bool)
     stars_D, size_D = np.empty(count, np.int32), np.empty(count, np.int32)
     for shard, part in _parts(shards, rows):
-        table = _read_keys(folder, shard, ["content_hash", "has_shingle", "stars", "size_bytes"], use_threads=False)
+        columns = ["content_hash", "has_shingle", "stars", "size_bytes"]
+        table = _read(folder, "keys", shard, columns, part, use_threads=False)
         hashes_D2[part] = _fixed_rows(table.column("content_hash")).view(">u8")
         has_shingle_D[part] = table.column("has_shingle").to_numpy()
         stars_D[part] = np.minimum(table.column("stars").fill_null(0).to_numpy(), np.iinfo(np.int32).max)
@@ -110,6 +114,9 @@ def band_edges(
 
     Args:
         key_range: which one, from 0, of how many equal ranges.
+
+    Raises:
+        ShardCorruptError: when a shard of keys or signatures is damaged.
     """
     places = [sharing(of_band) for of_band in _places(folder, shards, rows, bands, key_range, rank_D)]
     members = np.unique(np.concatenate([second_of(of_band) for of_band in places]))
@@ -234,8 +241,16 @@ def _band_column(band: int) -> str:
     return f"band_{band:02d}"
 
 
-def _read_keys(folder: str, shard: str, columns: list[str], use_threads: bool = True) -> pa.Table:
-    return storage.read_parquet(storage.join(folder, "keys", f"{shard}.parquet"), columns, use_threads=use_threads)
+def _read(
+    folder: str, kind: str, shard: str, columns: list[str], documents: slice, use_threads: bool = True
+) -> pa.Table:
+    """Columns of the keys or signatures of a shard, a row for each of its `documents`."""
+    url = storage.join(folder, kind, f"{shard}.parquet")
+    with damage_named(folder, shard, VERB):
+        table = storage.read_parquet(url, columns, use_threads=use_threads)
+        if len(table) != documents.stop - documents.start:
+            raise ValueError(f"{url}: {len(table)} rows for {documents.stop - documents.start} documents")
+    return table
 
 
 def _fixed_rows(column: pa.ChunkedArray) -> npt.NDArray[np.uint8]:
@@ -259,7 +274,7 @@ def _places(
     for shard, documents in _parts(shards, rows):
         ranks = rank_D[documents]
         ranked = ranks != UNRANKED
-        table = _read_keys(folder, shard, [_band_column(band) for band in bands])
+        table = _read(folder, "keys", shard, [_band_column(band) for band in bands], documents)
         for column, places in zip(table.columns, found, strict=True):
             keys = column.to_numpy()
             chosen = ranked if parts == 1 else ranked & (keys.astype(np.uint64) * parts >> 32 == part)
@@ -292,5 +307,5 @@ def _read_signatures(
         ranks = rank_D[part]
         wanted = np.flatnonzero(wanted_R[np.minimum(ranks, len(wanted_R) - 1)])
         if len(wanted):
-            column = storage.read_parquet(storage.join(folder, "signatures", f"{shard}.parquet")).column("signature")
+            column = _read(folder, "signatures", shard, ["signature"], part).column("signature")
             signature_MK[np.searchsorted(members, ranks[wanted])] = _fixed_rows(column)[wanted]

@@ -17,11 +17,11 @@ from cert_ray.errors import SandboxError
 from cert_ray.evaluation.execution import ExecutionConfig, run_in_one_sandbox
 from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.sandbox import Execution
+from cert_ray.on_ray import LOST, own_errors
 from cert_ray.telemetry.on_ray import count_programs
 
 _CHUNK_PROGRAMS = 32  # measured on 2 cores: starting a sandbox with pandas costs what 40 programs cost (0.5 s, 12 ms)
 _UNSAFE_RETRIES = 3  # assumed: more losses of one chunk are its programs' doing, not the nodes'
-_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
 
 def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -> list[Execution]:
@@ -53,8 +53,9 @@ def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -
 
 def _outcomes(chunk: ray.ObjectRef) -> list[tuple[Program | str, Execution]]:
     try:
-        found: list[tuple[Program | str, Execution]] = ray.get(chunk)
-    except _LOST as error:
+        with own_errors():
+            found: list[tuple[Program | str, Execution]] = ray.get(chunk)
+    except LOST as error:
         raise SandboxError(
             f"--unsafe: the worker of at most {_CHUNK_PROGRAMS} programs was lost {_UNSAFE_RETRIES + 1} times. "
             "Without bubblewrap a program can end it: run without --unsafe, where it cannot. If nodes were lost, or "

@@ -33,14 +33,14 @@ import pydantic
 
 from cert_ray.config import Config
 from cert_ray.errors import SandboxError
-from cert_ray.evaluation.environments import Environment
+from cert_ray.evaluation.environments import Environment, current_environment
+from cert_ray.evaluation.namespaces import NOBODY, find_way
 from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.system_calls import find_filter
 
 _INSIDE = tuple(Path(__file__).with_name(f"sandbox_{part}.py") for part in ("inside", "guard", "watch"))
 _INSIDE_FOLDER = "/cert-ray"  # where the sandbox sees them; the first is the program
 _BOX = "/box"  # the candidate's working folder
-_NOBODY = 65534
 _ATTEMPTS = 3
 _START_S = 180.0  # assumed: pandas loads in 0.5 s, on a busy machine with a cold disk in far more
 _SLOWEST = 10.0  # as in sandbox_watch: times wall_time_s
@@ -243,7 +243,7 @@ class _SandboxProcess:
         settings = {
             "preload": environment.preload,
             "nested": nested,
-            "user": _NOBODY if bubblewrap is not None and os.geteuid() == 0 else None,
+            "user": NOBODY if bubblewrap is not None and os.geteuid() == 0 else None,
             "box": self._folder.name if bubblewrap is None else _BOX,
             "cover_tmp": not _in_tmp(environment),
             "filter": _encoded_filter(network=bubblewrap is not None),
@@ -356,6 +356,21 @@ def refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
             )
 
 
+def why_no_sandbox(unfiltered: bool = False) -> str | None:
+    """Runs a harmless program, contained and filtered as any other: None where it passes, else one line that says why.
+
+    Takes up to a second where it works. To be asked where nothing is `missing_protection`, or that is waived.
+    """
+    try:
+        with Sandbox(current_environment(), unfiltered=unfiltered) as sandbox:
+            execution = sandbox.run(_HARMLESS)
+    except (SandboxError, OSError) as error:
+        return str(error.__cause__ or error).splitlines()[-1]
+    if execution.outcome is Outcome.PASSED:
+        return None
+    return f"a program that does nothing {execution.outcome.value}: {execution.detail}"
+
+
 def _encoded_filter(network: bool) -> str | None:
     found = find_filter(network=network)
     return None if found is None else base64.b64encode(found).decode()
@@ -371,7 +386,7 @@ def _variables(box: str) -> dict[str, str]:
 def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limits) -> list[str]:
     """The command line up to the program. Order matters: a later mount hides an earlier one below it."""
     size = ("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs")
-    options = [bubblewrap, "--die-with-parent", "--new-session", *_namespaces()]
+    options = find_way(bubblewrap).command(bubblewrap)
     options += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", *size, "/tmp", *size, _BOX]
     options += ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
@@ -391,14 +406,6 @@ def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limit
     for path in _INSIDE:
         options += ["--ro-bind", str(path), f"{_INSIDE_FOLDER}/{path.name}"]
     return [*options, "--chdir", _BOX, "--remount-ro", "/dev", "--remount-ro", "/", "--"]
-
-
-def _namespaces() -> Sequence[str]:
-    """As root without a user namespace, since the child then becomes a user without any rights; else with one."""
-    if os.geteuid() == 0:
-        unshared = ("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try")
-        return (*unshared, "--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
-    return ("--unshare-all", "--uid", str(_NOBODY), "--gid", str(_NOBODY))
 
 
 def _in_tmp(environment: Environment) -> bool:

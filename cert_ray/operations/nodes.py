@@ -1,7 +1,8 @@
 """The nodes of a cluster, judged: do they run the same code as this process, and have they room?
 
-In: `NodeFacts`, which `on_ray.ask_nodes` gathers. Out: `Finding`s of `doctor`, one per node and complaint. No Ray in
-here. Ray itself refuses nodes of another Ray or Python; cert-ray's version it does not know.
+In: `NodeFacts`, which `on_ray.ask_nodes` gathers. Out: `Finding`s of `doctor`, one per node and complaint, and lines by
+which an evaluation tells at its start on which nodes generated code will not run. No Ray in here. Ray itself refuses
+nodes of another Ray or Python; cert-ray's version it does not know.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import psutil
 
 from cert_ray import __version__
 from cert_ray.errors import CertRayError, ConfigError
-from cert_ray.operations.doctor import Finding, Level, advise_protection
+from cert_ray.evaluation import sandbox
+from cert_ray.operations.doctor import START_SANDBOX, Finding, Level, advise_protection
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ _GIB = 1 << 30
 _MEMORY_PER_CPU_BYTES = (
     1.5 * _GIB
 )  # assumed: a preprocessing task takes about 1 GB (docs/planning.md), and Ray its share
+_NAMED = 3  # nodes of a kind in one line
 _DISK_WANTED_BYTES = 5 * _GIB  # assumed: object spilling and logs
 
 
@@ -41,6 +44,7 @@ class NodeFacts:
     memory_bytes: int = 0
     disk_free_bytes: int = 0
     missing_protection: Sequence[str] = ()  # of generated code: packages
+    sandbox_failure: str | None = None  # why a harmless program did not run in it, where that was tried
     silence: str | None = None
     error: str | None = None
 
@@ -62,22 +66,27 @@ def versions_here() -> dict[str, str]:
     return {"python": platform.python_version(), "ray": importlib.metadata.version("ray"), "cert-ray": __version__}
 
 
-def facts_of_this_node() -> dict[str, Any]:
-    """What a node says of itself; runs there."""
+def facts_of_this_node(try_sandbox: bool = False) -> dict[str, Any]:
+    """What a node says of itself; runs there.
+
+    Args:
+        try_sandbox: start one, which takes about a second.
+    """
+    missing = _missing_protection()
+    tried = try_sandbox and "bubblewrap" not in missing
     return {
         "versions": versions_here(),
         "memory_bytes": psutil.virtual_memory().total,
         "disk_free_bytes": shutil.disk_usage("/tmp").free,
-        "missing_protection": _missing_protection(),
+        "missing_protection": missing,
+        "sandbox_failure": sandbox.why_no_sandbox(unfiltered=bool(missing)) if tried else None,
     }
 
 
 def _missing_protection() -> tuple[str, ...]:
     """As the sandbox says; a filter that cannot be made is none, and no reason to refuse the node other work."""
-    from cert_ray.evaluation.sandbox import missing_protection
-
     try:
-        return missing_protection()
+        return sandbox.missing_protection()
     except (CertRayError, OSError) as error:
         logger.warning("no filter of system calls here: %s", error)
         return ("libseccomp2",)
@@ -133,7 +142,36 @@ def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
     if node.disk_free_bytes < _DISK_WANTED_BYTES:
         cure = "Ray spills objects and logs there: free some, or move its --temp-dir."
         findings.append(Finding(name, Level.WARN, f"{node.disk_free_bytes / _GIB:.1f} GiB free in /tmp", cure))
-    if node.missing_protection:
-        found = f"no sandbox for generated code: without {' and '.join(node.missing_protection)}"
-        findings.append(Finding(name, Level.WARN, found, advise_protection(node.missing_protection)))
+    if (lack := _lack_of_protection(node)) is not None:
+        findings.append(Finding(name, Level.WARN, f"no sandbox for generated code: {lack[0]}", lack[1]))
     return findings
+
+
+def _lack_of_protection(node: NodeFacts, unsafe: bool = False, unfiltered: bool = False) -> tuple[str, str] | None:
+    """Why generated code does not run on `node`, and what to do; None where it does, or would not be sent there."""
+    if not node.cpus:
+        return None
+    waived = {"bubblewrap": unsafe, "libseccomp2": unfiltered, "pyseccomp": unfiltered}
+    if missing := [package for package in node.missing_protection if not waived[package]]:
+        return f"without {' and '.join(missing)}", advise_protection(missing)
+    if node.sandbox_failure is not None and not unsafe:
+        return node.sandbox_failure, START_SANDBOX
+    return None
+
+
+def tell_unprotected(nodes: Iterable[NodeFacts], unsafe: bool, unfiltered: bool) -> list[str]:
+    """A line for each kind of node (its resources, and what it lacks) on which generated code will not run.
+
+    Args:
+        unsafe, unfiltered: as an evaluation was told.
+    """
+    kinds: dict[tuple[float, float, tuple[str, str]], list[str]] = {}
+    for node in nodes:
+        lack = _lack_of_protection(node, unsafe, unfiltered)
+        if lack is not None:
+            kinds.setdefault((node.cpus, node.gpus, lack), []).append(node.address)
+    return [
+        f"generated code will not run on {len(addresses)} node(s) of {cpus:g} CPUs and {gpus:g} GPUs "
+        f"({', '.join(addresses[:_NAMED])}{', ...' if len(addresses) > _NAMED else ''}): {why}. {cure}"
+        for (cpus, gpus, (why, cure)), addresses in kinds.items()
+    ]

@@ -13,7 +13,14 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cert_ray.errors import CertRayError
-from cert_ray.operations.nodes import NodeFacts, facts_of_this_node, refuse_other_versions, versions_here
+from cert_ray.on_ray import LOST, own_errors
+from cert_ray.operations.nodes import (
+    NodeFacts,
+    facts_of_this_node,
+    refuse_other_versions,
+    tell_unprotected,
+    versions_here,
+)
 from cert_ray.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -22,7 +29,6 @@ Result = TypeVar("Result")
 _JOINING_S = 30.0  # assumed: a node starts a process within it; one that is slower is not waited for
 _TOKEN_IS_USED = "Token authentication is enabled for this Ray cluster"  # another warning says that no token was found
 _RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
-_LOST = (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError)
 
 # One thread per process: Ray runs as many processes as there are cores.
 _WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -104,10 +110,9 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
 
     task = ray.remote(logged).options(num_cpus=cpus, num_gpus=gpus, max_retries=_RETRIES)
     try:
-        found: Result = ray.get(task.remote())
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, CertRayError) else error) from None
-    except _LOST as error:
+        with own_errors():
+            found: Result = ray.get(task.remote())
+    except LOST as error:
         raise CertRayError(
             f"this work lost its worker or node {_RETRIES + 1} times, so it may well be what ends it: look at the "
             "node's memory against the model's size, at evaluation's cpus and gpus in the recipe, and for a crash of a "
@@ -116,15 +121,27 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
     return found
 
 
-def ask_nodes(timeout_s: float = 60.0) -> list[NodeFacts]:
-    """What every living node of the connected cluster says of itself, by address; of others why there is no answer."""
+def warn_of_unprotected_nodes(unsafe: bool, unfiltered: bool) -> None:
+    """A warning for each kind of node on which generated code will not run; an autoscaler may add others later."""
+    for line in tell_unprotected(ask_nodes(_JOINING_S, try_sandbox=True), unsafe, unfiltered):
+        logger.warning("%s", line)
+
+
+def ask_nodes(timeout_s: float = 60.0, try_sandbox: bool = False) -> list[NodeFacts]:
+    """What every living node of the connected cluster says of itself, by address; of others why there is no answer.
+
+    Args:
+        try_sandbox: start one where tasks of one CPU may run, as those of an evaluation.
+    """
     task = ray.remote(facts_of_this_node)
     asked = {}
     for node in sorted(ray.nodes(), key=lambda node: str(node["NodeManagerAddress"])):
         if node["Alive"]:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name, resources = str(node["NodeManagerAddress"]), node["Resources"]
-            reference = task.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote()
+            reference = task.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(
+                try_sandbox and resources.get("CPU", 0) > 0
+            )
             asked[reference] = NodeFacts(address=name, cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
     ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
     answers = []

@@ -14,7 +14,7 @@ from cert_ray.evaluation.run import EvaluateConfig
 from cert_ray.manifests import Manifest
 from cert_ray.operations.evaluating import evaluate
 from cert_ray.operations.model_cards import write_card
-from cert_ray.operations.on_ray import run_on_worker
+from cert_ray.operations.on_ray import run_on_worker, warn_of_unprotected_nodes
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.telemetry import logs
 from cert_ray.tokens.encoding import PackConfig, View
@@ -99,6 +99,7 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
         "evaluation",
     )
     sampling = {"max_tokens": wanted.max_tokens, "seed": wanted.seed}
+    warn_of_unprotected_nodes(wanted.execution.unsafe, wanted.execution.unfiltered)
     given = (config, wanted.problems, wanted.temperatures, sampling, execute_on_ray)
     return run_on_worker(lambda: evaluate(*given, reuse=True), wanted.cpus, wanted.gpus)
 

@@ -9,7 +9,9 @@ another one means that the input was written again, though its name and size are
 reused; nothing that is made from an input knows them.
 
 Each run of a stage puts a token into its folder. Its tasks and its driver check it before what they write becomes
-visible, so neither can overwrite a later run's files (but for the moment between that look and the rename).
+visible, so neither can overwrite a later run's files (but for the moment between that look and the rename). What a
+later run makes of the stages before must not be read into shards that are called after what stood there before:
+`made_from` and `check_source` see to that.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.errors import SupersededError
-from cert_ray.manifests import ATTEMPT_NAME, ShardReport, WrittenFile
+from cert_ray.errors import NotFinishedError, SchemaVersionError, SupersededError
+from cert_ray.manifests import ATTEMPT_NAME, Manifest, ShardReport, WrittenFile
 from cert_ray.schemas import SCHEMA_VERSION
 
 REPORTS_FOLDER = "reports"
@@ -127,12 +129,16 @@ class Attempt:
 
     def check(self) -> None:
         """Raise `SupersededError` when a later run has begun, or finished, in the folder."""
-        try:
-            current = storage.read_text(storage.join(self.folder, ATTEMPT_NAME))
-        except FileNotFoundError:  # a later run has finished
-            current = ""
-        if current != self.token:
+        if _token(self.folder) != self.token:
             raise SupersededError(self.folder)
+
+
+def _token(folder: str) -> str | None:
+    """The token of the run that is at work in `folder`; None where the last one has finished."""
+    try:
+        return storage.read_text(storage.join(folder, ATTEMPT_NAME))
+    except FileNotFoundError:
+        return None
 
 
 @contextmanager
@@ -150,6 +156,49 @@ def attempt(folder: str, stage: str, verb: str, config_digest: str) -> Iterator[
     storage.write_text(storage.join(folder, ATTEMPT_NAME), begun.token)
     with storage.commits_guarded(begun.check):
         yield begun
+
+
+@contextmanager
+def made_from(folder: str, manifest: Manifest, verb: str) -> Iterator[None]:
+    """The block reads the finished stage in `folder`: is it finished, and the same, when the block ends?
+
+    A later run of other options takes that manifest away, and shards with it, without a word to a run that is at a
+    later stage by then: what that one has to read is missing or another's, not damaged.
+
+    Raises:
+        SupersededError: when it is not, whatever the block raised. Otherwise that comes as it is.
+    """
+    try:
+        yield
+    except SupersededError:
+        raise
+    except Exception as error:  # of any kind, since Ray tells its tasks' errors as errors of its own
+        if not _stands(folder, manifest, verb):
+            raise SupersededError(folder) from error
+        raise
+    if not _stands(folder, manifest, verb):
+        raise SupersededError(folder)
+
+
+def _stands(folder: str, manifest: Manifest, verb: str) -> bool:
+    try:
+        return manifests.read_manifest(folder, manifest.stage, verb).files_digest() == manifest.files_digest()
+    except (NotFinishedError, SchemaVersionError):
+        return False
+
+
+def check_source(folder: str, shard: str, identity: str) -> None:
+    """For work that has read a shard of the finished stage in `folder`: was that the one known by `identity`?
+
+    Where a later run makes other shards there, what was read may be one of them, and nothing made from it may be called
+    after the one that stood there before. Asked in the work's task, before it returns its report.
+
+    Raises:
+        SupersededError: when a later run is at work there, or has made another one.
+    """
+    report = _read_report(folder, shard)
+    if _token(folder) is not None or report is None or report.files[0].identity != identity:
+        raise SupersededError(folder)
 
 
 def perform(unit: WorkUnit, work: Work, run: Attempt) -> ShardReport:

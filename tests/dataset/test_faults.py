@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from cert_ray.dataset.on_ray import preprocess
 from cert_ray.dataset.options import PreprocessConfig
 from cert_ray.dedup import on_ray as dedup_on_ray
 from cert_ray.dedup import survivors
-from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError, ShardCorruptError
+from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError, ShardCorruptError, SupersededError
 from cert_ray.manifests import Manifest, ShardReport
 from tests.chaos.run import compare, tree
 from tests.dataset.builders import in_this_process, write_corpus
@@ -245,16 +246,19 @@ def test_a_run_killed_after_its_card_leaves_no_manifest_over_it(
     ("reader", "file"),
     [
         ((dedup_on_ray, "measure_quality"), f"documents/{SHARD}.parquet"),
+        ((survivors, "read_documents"), f"dedup/keys/{SHARD}.parquet"),
+        ((survivors, "band_edges"), f"dedup/keys/{SHARD}.parquet"),
+        ((survivors, "band_edges"), f"dedup/signatures/{SHARD}.parquet"),
         ((dataset_on_ray, "write_card"), f"dataset/{SHARD}.parquet"),
     ],
 )
-def test_damage_that_only_the_driver_meets_names_the_shard_and_the_next_run_mends_it(
+def test_damage_after_the_check_names_the_shard_and_the_next_run_mends_it(
     reader: tuple[ModuleType, str],
     file: str,
     finished: tuple[PreprocessConfig, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The sample that judges dedup and the card's examples are read after every shard was found to be whole."""
+    """The sample that judges dedup, its keys and the card's examples are read after every shard was found whole."""
     options, run = finished
     expected = tree(run)
     read = getattr(*reader)
@@ -270,6 +274,39 @@ def test_damage_that_only_the_driver_meets_names_the_shard_and_the_next_run_mend
             redo(options, run)
     redo(options, run)
     assert tree(run) == expected
+
+
+@pytest.mark.parametrize(
+    "reader", [(survivors, "write_keys"), (dedup_on_ray, "measure_quality"), (dataset_on_ray, "write_annotated")]
+)
+@pytest.mark.parametrize("step", ["clean", "deduplicate"])
+def test_a_run_whose_documents_a_later_one_removed_says_that_it_was_superseded(
+    step: str, reader: tuple[ModuleType, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later one died at the end of its documents, or after it, and never came to the earlier one's stage."""
+    write_corpus(tmp_path / "corpus", files=3)
+    options, run = config(tmp_path / "corpus"), tmp_path / "run"
+    fewer = options.model_copy(update={"sources": options.sources.model_copy(update={"limit": 2})})
+    preprocess(options, str(tmp_path / "undisturbed"))
+    read, clean = getattr(*reader), dataset_on_ray.clean
+
+    def dies(*given: Any) -> None:
+        if step == "clean":
+            clean(*given)
+            (run / "documents" / "manifest.json").unlink()
+            (run / "documents" / manifests.ATTEMPT_NAME).write_text("its token")
+        raise KeyboardInterrupt
+
+    def overtaken_before(*given: object, **named: object) -> object:
+        killed(monkeypatch, step, dies, fewer, run)
+        return read(*given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*reader, overtaken_before)
+        with pytest.raises(SupersededError, match=r"documents: another run has begun"):
+            preprocess(options, str(run))
+    preprocess(options, str(run))
+    assert tree(run) == tree(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 from cert_ray.errors import SandboxError
 from cert_ray.evaluation import sandbox as sandbox_module
 from cert_ray.evaluation.environments import current_environment
+from cert_ray.evaluation.namespaces import ways
 from cert_ray.evaluation.sandbox import Limits, Outcome, Sandbox, describe_isolation, find_bubblewrap
 
 LIMITS = Limits(
@@ -29,12 +30,14 @@ needs_bubblewrap = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=["nested", "one program per sandbox"])
+@pytest.fixture(scope="module", params=["nested", "one program per sandbox", "network namespace from outside"])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
-    """Both ways to keep programs apart: namespaces for each, or a whole sandbox for each."""
-    with Sandbox(current_environment(), LIMITS) as opened:
-        if request.param != "nested":
+    """Both ways to keep programs apart, namespaces for each or a whole sandbox; and both to keep the network away."""
+    with pytest.MonkeyPatch.context() as patched, Sandbox(current_environment(), LIMITS) as opened:
+        if request.param == "one program per sandbox":
             opened._nested = False
+        if request.param == "network namespace from outside":
+            patched.setattr(sandbox_module, "find_way", lambda _: ways()[1])
         yield opened
 
 

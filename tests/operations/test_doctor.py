@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_missing_pyseccomp_is_installed_by_pip(monkeypatch: pytest.MonkeyPatch
     assert found.advice.startswith("apt-get install bubblewrap and pip install pyseccomp: ")
 
 
-def test_a_bubblewrap_that_does_not_start_is_warned_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_sandbox_that_does_not_start_is_warned_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bubblewrap = tmp_path / "bwrap"
     bubblewrap.write_text('#!/bin/sh\necho one >&2\necho "bwrap: Can\'t mount proc" >&2\nexit 1\n')
     bubblewrap.chmod(0o755)
@@ -64,5 +65,13 @@ def test_a_bubblewrap_that_does_not_start_is_warned_about(monkeypatch: pytest.Mo
     monkeypatch.setattr(sandbox, "find_bubblewrap", lambda: str(bubblewrap))
     found = {finding.name: finding for finding in examine()}["sandbox"]
     assert found.level == Level.WARN
-    assert found.found == f"{bubblewrap} does not start: bwrap: Can't mount proc"
+    assert found.found == "does not start: bwrap: Can't mount proc"
     assert "--unsafe" in found.advice
+
+
+def test_a_filter_that_the_kernel_refuses_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "missing_protection", tuple)
+    monkeypatch.setattr(sandbox, "_encoded_filter", lambda network: base64.b64encode(b"no filter").decode())
+    found = {finding.name: finding for finding in examine()}["sandbox"]
+    assert found.level == Level.WARN
+    assert found.found.startswith("does not start: ")

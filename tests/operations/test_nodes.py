@@ -8,7 +8,14 @@ from cert_ray.errors import ConfigError
 from cert_ray.evaluation import sandbox
 from cert_ray.evaluation.sandbox import missing_protection
 from cert_ray.operations.doctor import Level
-from cert_ray.operations.nodes import NodeFacts, facts_of_this_node, judge_nodes, refuse_other_versions, versions_here
+from cert_ray.operations.nodes import (
+    NodeFacts,
+    facts_of_this_node,
+    judge_nodes,
+    refuse_other_versions,
+    tell_unprotected,
+    versions_here,
+)
 
 GIB = 1 << 30
 HERE = {"python": "3.11.7", "ray": "2.60.0", "cert-ray": "0.1.0"}
@@ -73,6 +80,44 @@ def test_a_node_that_cannot_contain_generated_code_is_named(missing: str, told: 
     assert told in finding.advice
 
 
+def test_a_node_on_which_no_sandbox_starts_is_named_unless_no_task_would_run_there() -> None:
+    said = {"sandbox_failure": "bwrap: Can't mount proc"}
+    _, finding = judge_nodes([SOUND.answered(said)], HERE)
+    assert (finding.level, finding.found) == (
+        Level.WARN,
+        "no sandbox for generated code: bwrap: Can't mount proc",
+    )
+    assert "systempaths=unconfined" in finding.advice
+    assert levels(SOUND.answered({**said, "cpus": 0})) == [Level.OK]
+
+
+def test_nodes_without_protection_are_one_line_for_each_kind() -> None:
+    failing = [SOUND.answered({"address": f"10.0.0.{n}", "sandbox_failure": "no namespaces"}) for n in range(2, 7)]
+    bare = SOUND.answered({"address": "10.0.1.1", "gpus": 1, "missing_protection": ("bubblewrap", "libseccomp2")})
+    head = bare.answered({"cpus": 0})
+    silent = SOUND.silent("no answer")
+    several, one = tell_unprotected([SOUND, *failing, bare, head, silent], unsafe=False, unfiltered=False)
+    assert "5 node(s) of 8 CPUs and 0 GPUs (10.0.0.2, 10.0.0.3, 10.0.0.4, ...): no namespaces. " in several
+    assert "1 node(s) of 8 CPUs and 1 GPUs (10.0.1.1): without bubblewrap and libseccomp2. apt-get" in one
+    (one,) = tell_unprotected([*failing, bare], unsafe=True, unfiltered=False)
+    assert "without libseccomp2. " in one
+    assert tell_unprotected([*failing, bare], unsafe=True, unfiltered=True) == []
+
+
+def test_an_evaluation_warns_of_nodes_on_which_a_sandbox_was_tried_in_vain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from cert_ray.operations import on_ray
+
+    def asked(timeout_s: float, try_sandbox: bool) -> list[NodeFacts]:
+        return [SOUND, SOUND.answered({"sandbox_failure": "no namespaces" if try_sandbox else None})]
+
+    monkeypatch.setattr(on_ray, "ask_nodes", asked)
+    on_ray.warn_of_unprotected_nodes(unsafe=False, unfiltered=False)
+    (warning,) = caplog.records
+    assert "1 node(s) of 8 CPUs and 0 GPUs (10.0.0.1): no namespaces. " in warning.getMessage()
+
+
 def test_a_node_without_facts_fails_alone() -> None:
     assert levels(SOUND.silent("no answer within 60 s")) == [Level.FAIL]
     assert levels(SOUND.failed("No module named 'cert_ray'")) == [Level.FAIL]
@@ -82,19 +127,21 @@ def test_a_node_without_facts_fails_alone() -> None:
 def test_every_node_of_a_cluster_is_asked(ray_cluster: None) -> None:
     from cert_ray.operations.on_ray import ask_nodes
 
-    (node,) = ask_nodes()
+    (node,) = ask_nodes(try_sandbox=True)
     assert (node.silence, node.error) == (None, None)
     assert node.versions == versions_here()
     assert node.cpus == 4
     assert node.memory_bytes > 0
     assert node.missing_protection == missing_protection()
+    if "bubblewrap" not in node.missing_protection:
+        assert node.sandbox_failure == sandbox.why_no_sandbox(unfiltered=bool(node.missing_protection))
 
 
 @pytest.mark.ray
 def test_a_node_on_which_asking_raises_has_answered(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from cert_ray.operations import on_ray
 
-    def without_cert_ray() -> None:
+    def without_cert_ray(try_sandbox: bool) -> None:
         raise ModuleNotFoundError("No module named 'cert_ray'")
 
     monkeypatch.setattr(on_ray, "facts_of_this_node", without_cert_ray)

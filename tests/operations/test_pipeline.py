@@ -69,6 +69,7 @@ def test_models_are_scored_with_the_documentation_that_they_were_trained_to_read
     monkeypatch.setattr(Answerer, "load", lambda config: loaded.append(config) or load(config))
     monkeypatch.setattr(pipeline, "run_on_worker", lambda work, cpus, gpus: work())
     monkeypatch.setattr(pipeline, "execute_on_ray", in_this_process)
+    monkeypatch.setattr(pipeline, "warn_of_unprotected_nodes", lambda unsafe, unfiltered: None)
     monkeypatch.chdir(tmp_path)
     pipeline.run_evaluate(recipe_from(options, "test"))
     (config,) = loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import hypothesis
@@ -95,6 +96,48 @@ def test_a_run_that_a_later_one_took_over_does_not_call_shards_damaged(tmp_path:
             (tmp_path / "shard-00000.parquet").unlink()
         with pytest.raises(SupersededError), units.damage_named(folder, "shard-00000", "verb"):
             raise FileNotFoundError(2, "gone")
+
+
+def finished(folder: Path, text: str) -> manifests.Manifest:
+    """A stage of one shard, made by a run of its own."""
+    with units.attempt(str(folder), "stage", "verb", "options") as begun:
+        report = units.perform(unit(), writes(folder, text), begun)
+        manifest = manifests.summarize("stage", _Nothing(), "inputs", [report])
+        manifests.write_manifest(str(folder), manifest)
+    return manifest
+
+
+def test_a_stage_ends_as_superseded_only_where_what_it_was_made_from_is_gone(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    manifest = finished(tmp_path, "one")
+    with units.made_from(folder, manifest, "verb"):
+        finished(tmp_path, "one")  # the same, by another run
+    with pytest.raises(ZeroDivisionError), units.made_from(folder, manifest, "verb"):
+        raise ZeroDivisionError
+    for change in (functools.partial(finished, tmp_path, "other"), (tmp_path / "manifest.json").unlink):
+        change()
+        with pytest.raises(SupersededError, match="another run") as told, units.made_from(folder, manifest, "verb"):
+            raise ZeroDivisionError
+        assert isinstance(told.value.__cause__, ZeroDivisionError)
+        with pytest.raises(SupersededError), units.made_from(folder, manifest, "verb"):
+            pass
+
+
+def test_a_shard_was_the_one_it_was_called_unless_a_later_run_is_or_was_there(tmp_path: Path) -> None:
+    folder = str(tmp_path)
+    identity = finished(tmp_path, "one").files[0].identity
+    check = functools.partial(units.check_source, folder, "shard-00000", identity)
+    check()
+    with units.attempt(folder, "stage", "verb", "options"), pytest.raises(SupersededError):
+        check()
+    finished(tmp_path, "one")
+    check()
+    finished(tmp_path, "another")
+    with pytest.raises(SupersededError):
+        check()
+    Path(units.report_url(folder, "shard-00000")).unlink()
+    with pytest.raises(SupersededError):
+        check()
 
 
 def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""The way that is taken around bubblewrap starts here, with a network of its own; no other one is taken."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cert_ray.errors import SandboxError
+from cert_ray.evaluation import sandbox as sandbox_module
+from cert_ray.evaluation.environments import current_environment
+from cert_ray.evaluation.namespaces import Way, find_way, ways
+from cert_ray.evaluation.sandbox import Sandbox, find_bubblewrap
+
+BUBBLEWRAP = find_bubblewrap() or "bwrap"
+GVISOR = "bwrap: loopback: Failed RTM_NEWADDR: No such file or directory"  # runsc 0.0~20240729, bubblewrap 0.8.0
+
+pytestmark = pytest.mark.skipif(
+    find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
+)
+
+
+def script(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return str(path)
+
+
+def as_below_gvisor(folder: Path) -> str:
+    """Bubblewrap, but for a network namespace of its own."""
+    refused = f'case "$one" in --unshare-net|--unshare-all) echo {shlex.quote(GVISOR)} >&2; exit 1;; esac'
+    return script(folder / "bwrap", f'for one in "$@"; do {refused}; done', f'exec {shlex.quote(BUBBLEWRAP)} "$@"')
+
+
+def test_bubblewrap_makes_its_own_network_namespace_where_it_can() -> None:
+    assert find_way(BUBBLEWRAP) == ways()[0]
+
+
+def test_where_it_cannot_it_is_started_inside_of_one(tmp_path: Path) -> None:
+    assert find_way(as_below_gvisor(tmp_path)) == ways()[1]
+
+
+@pytest.mark.parametrize("way", ways(), ids=["alone", "from outside"])
+def test_both_ways_have_loopback_alone_and_no_capability(way: Way) -> None:
+    files = ["--ro-bind", "/", "/", "--proc", "/proc", "--", "cat"]
+    devices, status = (
+        subprocess.run([*way.command(BUBBLEWRAP), *files, path], capture_output=True, text=True, check=True).stdout
+        for path in ("/proc/net/dev", "/proc/self/status")
+    )
+    assert [line.split(":")[0].strip() for line in devices.splitlines()[2:]] == ["lo"]
+    (effective,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff"))
+    become_nobody = 1 << 6 | 1 << 7  # CAP_SETGID and CAP_SETUID, which root needs for it
+    assert effective & ~become_nobody == 0
+
+
+def test_a_way_with_this_machines_network_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "unshare", 'while [ "$1" != "--" ]; do shift; done', "shift", 'exec "$@"')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert find_way(as_below_gvisor(tmp_path)) == ways()[0]
+
+
+def test_where_no_way_starts_evaluation_refuses_in_bubblewraps_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = script(tmp_path / "bwrap", f"echo {shlex.quote(GVISOR)} >&2", "exit 1")
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: broken)
+    with Sandbox(current_environment(), unfiltered=True) as sandbox, pytest.raises(SandboxError, match=GVISOR):
+        sandbox.run("pass")

@@ -94,6 +94,16 @@ def test_source_that_is_not_python_3_is_refused_in_one_line(
     assert "cert-ray:" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_served_is_refused_before_ray_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cert_ray.operations.on_ray.ray_session", lambda _: pytest.fail("Ray was started"))
+    (tmp_path / "config.json").write_text("{}")
+    assert run(monkeypatch, "serve", "--sketcher", str(tmp_path), "--generator", str(tmp_path)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"cert-ray: {tmp_path}: it cannot be the sketcher: no tokenizer.json in it. Give the folder")
+
+
 def test_serve_may_hold_every_answer_to_its_sketch() -> None:
     stages = ["--sketcher", "s", "--generator", "g"]
     result = CliRunner().invoke(cli.app, ["serve", *stages, "--mode", "constrained", "--dry-run"])

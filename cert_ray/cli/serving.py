@@ -62,6 +62,7 @@ def serve(
     if dry_run:
         show(config.model_dump(mode="json"))
         raise typer.Exit
+    config.check_models()  # before Ray is started for nothing
     with ray_session(address), start_server(config) as served:
         typer.echo(f"serving {name} at {served.base_url}/v1/completions; Ctrl-C stops", err=True)
         signal.pause()

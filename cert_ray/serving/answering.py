@@ -25,7 +25,7 @@ import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError, TokenizerMismatchError
+from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.serving.batching import Turns
 from cert_ray.serving.cascade import (
@@ -38,11 +38,11 @@ from cert_ray.serving.cascade import (
 )
 from cert_ray.serving.engines import Engine, EngineConfig
 from cert_ray.serving.events import Event, TextDrawn
+from cert_ray.serving.model_checks import check_models
 from cert_ray.serving.model_folders import trained_view
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
-from cert_ray.sketching import PLACEHOLDER_KINDS, prompt_format
 from cert_ray.tokens.encoding import MODEL_VIEW, View
 
 
@@ -80,19 +80,25 @@ class ModelConfig(Config):
 
     def _check_model(self, model: str) -> None:
         cascade = self.cascade
+        asked = {
+            name: f"cascade.{name}={str(getattr(cascade, name))!r}"
+            for name in ("mode", "routing", "sketch_scope")
+            if getattr(cascade, name) != CascadeConfig.model_fields[name].default
+        }
         # A front door may stand where the model does not lie: then the engine, which loads it, refuses.
-        if cascade.mode is not Mode.CASCADE and _is_at_hand(model) and not _is_context_first(model):
+        if not asked or not _is_at_hand(model):
+            return
+        if not _is_context_first(model):
             raise ConfigError(
-                f"cascade.mode={cascade.mode.value!r} with model={model!r}: one plain model has no sketcher, and "
+                f"{', '.join(asked.values())} with model={model!r}: one plain model has no sketcher, and "
                 f'{storage.join(model, "config.json")} does not say "{MODEL_VIEW}": "{View.CONTEXT_FIRST.value}", '
-                "as that of a model of both stages does. Give such a model, or sketcher and generator, or leave the "
-                "mode out."
+                "as that of a model of both stages does. Give such a model, or sketcher and generator, or leave "
+                f"{'the ' + ' and the '.join(asked)} out."
             )
-        asked = {"routing": cascade.routing, "sketch_scope": cascade.sketch_scope}
-        wrong = [f"cascade.{name}={value!r}" for name, value in asked.items() if value in ("released", "file")]
-        if wrong and _is_context_first(model):
+        layout = [text for name, text in asked.items() if name != "mode"]
+        if layout:
             raise ConfigError(
-                f"{', '.join(wrong)} with model={model!r}, which reads the context first: special tokens tell where "
+                f"{', '.join(layout)} with model={model!r}, which reads the context first: special tokens tell where "
                 "a sketch begins and ends, and the context has none of its own. Leave them out."
             )
 
@@ -101,6 +107,15 @@ class ModelConfig(Config):
         """The models given, by option, with local paths made absolute: servers run in other folders."""
         given = {"model": self.model, "sketcher": self.sketcher, "generator": self.generator}
         return {option: storage.absolute(folder) for option, folder in given.items() if folder is not None}
+
+    @property
+    def is_on_this_disk(self) -> bool:
+        """Whether all of the models lie on a disk of this machine."""
+        return all(storage.is_local(folder) and _is_at_hand(folder) for folder in self.folders.values())
+
+    def check(self, name: str | None = None) -> None:
+        """Raise what `check_models` raises where the models cannot be loaded; `name` is theirs among several."""
+        check_models(self.folders, self.engine, name)
 
     def absolute(self) -> Self:
         """The same for a process in another folder."""
@@ -151,26 +166,17 @@ class Answerer:
             TokenizerMismatchError: when a stage of the cascade does not know the special tokens.
             ConfigError: when an engine option does not suit a model, or a model is both stages and is given as one.
         """
-        turns = Turns()
         retriever = None if config.retrieve is None else Retriever.load(config.retrieve)
+        config.check()
+        turns = Turns()
         kept = (config.cascade, config.answer_cache, config.prompts_at_once, retriever)
         if config.model is not None:
-            if _is_context_first(config.model):
-                cure = f"Take {MODEL_VIEW!r} out of its config.json to serve it as a plain model, or train it with "
-                cure += f"`cert-ray train` on the view {View.CONTEXT_FIRST.value}."
-                both = _load_stage(config.model, config.engine, turns, "model of both stages", cure)
-                return cls(None, both, *kept, context_first=True)
-            return cls(None, load_engine(config.model, config.engine, turns), *kept)
+            model = load_engine(config.model, config.engine, turns)
+            return cls(None, model, *kept, context_first=_is_context_first(config.model))
         assert config.sketcher is not None
         assert config.generator is not None
-        folders = (config.sketcher, config.generator)
-        for folder in filter(_is_context_first, folders):
-            raise ConfigError(f"{folder}: it was trained to be both stages. Serve it as `model`, alone.")
-        cure = "Serve it as `model`, or train it with `cert-ray train` on the sketcher or generator view."
-        sketcher, generator = (
-            _load_stage(folder, config.engine, turns, "sketcher or generator", cure) for folder in folders
-        )
-        return cls(sketcher, generator, *kept)
+        sketcher = load_engine(config.sketcher, config.engine, turns)
+        return cls(sketcher, load_engine(config.generator, config.engine, turns), *kept)
 
     @property
     def cache_hits(self) -> int:
@@ -302,15 +308,3 @@ def _is_at_hand(folder: str) -> bool:
 
 def _is_context_first(folder: str) -> bool:
     return trained_view(folder) == View.CONTEXT_FIRST
-
-
-def _load_stage(folder: str, config: EngineConfig, turns: Turns, wanted: str, cure: str) -> Engine:
-    """A model of the cascade: one that does not know the special tokens cannot have been trained for it."""
-    engine = load_engine(folder, config, turns)
-    needed = (prompt_format.SEPARATOR, *(prompt_format.special_token(kind) for kind in PLACEHOLDER_KINDS))
-    missing = [token for token in needed if engine.tokenizer.token_to_id(token) is None]
-    if missing:
-        raise TokenizerMismatchError(
-            f"{folder}: its tokenizer lacks {', '.join(missing)}, so it is no {wanted}. {cure}"
-        )
-    return engine

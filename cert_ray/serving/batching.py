@@ -13,24 +13,21 @@ import logging
 import queue
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, Work
+from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs
 from cert_ray.serving.joint import JointSamples, Top, likeliest, tell_logprobs
+from cert_ray.serving.kept_prompts import KeptPrompts, Pin
 from cert_ray.serving.packed_attention import Feed
 from cert_ray.serving.sampling import draw_tokens, log_totals
 
 _log = logging.getLogger(__name__)
-
-# A shorter common beginning is not worth copying. Assumed.
-_LEAST_SHARED_TOKENS = 8
 
 
 class ForwardPass(Protocol):
@@ -69,6 +66,7 @@ class Request:
         self.kept: Any = None
         self.read = 0  # tokens of the prompt that are read
         self.cached_tokens = 0
+        self.pin: Pin | None = None
         self.prompt_logprobs: list[tuple[float, Top]] = []
         self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
         self.given_up = False  # nobody waits any more
@@ -164,7 +162,7 @@ class Batch:
         self._arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
-        self._prompts = _KeptPrompts(model, config.prefix_cache_tokens)
+        self._prompts = KeptPrompts(model, config.prefix_cache_tokens)
         self._scratch = _Scratch()
         self.counted = Counted()
         turns.join(self)
@@ -277,6 +275,8 @@ class Batch:
             self._score(request, logits_QV)
         if not request.is_read:
             return False
+        if request.samples.work.comes_again:
+            request.pin = self._prompts.pin(request.prompt)
         if self._prompts.wants(request.prompt):
             self._prompts.add(request.prompt, request.kept)
         if not request.samples.branches:  # no token was asked for: the prompt was to be scored
@@ -311,7 +311,8 @@ class Batch:
         told = None
         if request.samples.work.score_prompt:
             told = _tell_prompt(self._model.tokenizer, request)
-        self._end(request, _Told(drawn=request.samples.finish(request.cached_tokens, told)))
+        drawn = request.samples.finish(request.cached_tokens, told)
+        self._end(request, _Told(drawn=replace(drawn, pin=request.pin)))
 
     def _end(self, request: Request, told: _Told) -> None:
         self._running = [other for other in self._running if other is not request]
@@ -366,54 +367,3 @@ def _tell_prompt(tokenizer: Any, request: Request) -> TokenLogprobs:
     logprobs = [None, *(logprob for logprob, _ in request.prompt_logprobs)]
     tops = [None, *(top for _, top in request.prompt_logprobs)]
     return tell_logprobs(tokenizer, request.prompt, logprobs, tops, "", 1 << 62)
-
-
-class _KeptPrompts:
-    """Keys and values of prompts that were read lately, for those that begin alike. The least recently used go.
-
-    None is the beginning of another: the longer one serves both.
-    """
-
-    def __init__(self, model: ForwardPass, most_tokens: int) -> None:
-        self._model, self._most_tokens = model, most_tokens
-        self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-
-    def find(self, prompt: Sequence[int], work: Work) -> tuple[Any, int]:
-        """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
-        best, shared = None, 0
-        if not work.score_prompt:
-            asked = np.asarray(prompt)
-            for other in self._kept:
-                common = _common_beginning(asked, np.asarray(other))
-                if common > shared:
-                    best, shared = other, common
-        shared = min(shared, len(prompt) - 1)  # the last token is read for its logits
-        if best is None or shared < _LEAST_SHARED_TOKENS:
-            return self._model.begin(), 0
-        self._kept.move_to_end(best)
-        return self._model.beginning(self._kept[best], shared), shared
-
-    def wants(self, prompt: Sequence[int]) -> bool:
-        """Whether this prompt is worth keeping, and not kept, as a whole or as the beginning of another."""
-        if len(prompt) > self._most_tokens:
-            return False
-        asked = tuple(prompt)
-        return not any(other[: len(asked)] == asked for other in self._kept)
-
-    def add(self, prompt: Sequence[int], kept: Any) -> None:
-        """Keep a copy of what is kept of a prompt that was just read."""
-        copied = self._model.beginning(kept, len(prompt))
-        if copied is None:
-            return
-        added = tuple(prompt)
-        for other in [other for other in self._kept if added[: len(other)] == other]:
-            del self._kept[other]
-        self._kept[added] = copied
-        while sum(map(len, self._kept)) > self._most_tokens:
-            self._kept.popitem(last=False)
-
-
-def _common_beginning(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:
-    size = min(len(one), len(other))
-    differs = np.flatnonzero(one[:size] != other[:size])
-    return int(differs[0]) if len(differs) else size

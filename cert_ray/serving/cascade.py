@@ -273,7 +273,7 @@ class _Cascade:
     def run(self, mode: Mode, began: float) -> CascadeAnswer:
         """Both stages, as far as they are needed."""
         prompt = self._prompts.before_sketch
-        ballot, drawn = self._sketch(prompt, mode)
+        ballot, drawn = self._sketch(prompt, mode)  # `drawn` is held here until stage two has its answer: see its `pin`
         winner, chosen = ballot.winner, ballot.result()
         timings_s = {"sketch": time.perf_counter() - began}
         answer = CascadeAnswer(
@@ -335,6 +335,7 @@ class _Cascade:
         work = _work(self._sampling, prompt, stops, blanks, self._config)
         work = replace(work, n=wanted, logprobs=self._sampling.logprobs, code_only=False)
         work = replace(work, stop_token_ids=work.stop_token_ids | self._layout.sketch_ends)
+        work = replace(work, comes_again=self._layout.begins_alike)
         drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 

@@ -118,6 +118,12 @@ class ServeConfig(FrontDoorConfig):
         """Requests that are worked on or wait."""
         return self.at_once + self.max_queued_requests
 
+    def check_models(self, *, on_this_disk: bool = False) -> None:
+        """Raise what `answering.ModelConfig.check` raises; of `on_this_disk` where models lie elsewhere, nothing."""
+        for name, model in self.models.items():
+            if model.is_on_this_disk or not on_this_disk:
+                model.check(name if len(self.models) > 1 else None)
+
     def check_exposure(self, host: str) -> None:
         """Raise `ConfigError` if others can reach a server at `host`, and no key keeps them out."""
         if host not in LOOPBACK and self.api_keys_file is None and not self.without_keys:

@@ -91,6 +91,12 @@ class TabbyHealth(BaseModel):
     version: dict[str, str] = Field(default_factory=dict)
 
 
+class TabbySettings(BaseModel):
+    """What Tabby's agent asks of its server: whether it may tell its maker how it is used."""
+
+    disable_client_side_telemetry: bool = True
+
+
 def read_infill(asked: InfillRequest, model: str, limits: RequestLimits) -> CompletionRequest:
     """The request that `asked` is.
 

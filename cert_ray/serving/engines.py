@@ -8,7 +8,7 @@ language model of transformers, `vllm_engine.py` what vLLM runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import pydantic
@@ -81,6 +81,7 @@ class Work:
     # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again (PAPER.md).
     streams: int | None = None
     template: Template | None = None  # what each sample must look like, as long as the model agrees
+    comes_again: bool = False  # the prompt comes again as the beginning of a longer one, while `Drawn` is held
     draft: tuple[int, ...] = ()  # what samples may look like (`drafts.source`); no sample depends on it
 
 
@@ -111,6 +112,9 @@ class Drawn:
     tokens: int  # drawn by all samples together, end of text apart
     cached_tokens: int = 0  # of the prompt, not read again
     prompt_logprobs: TokenLogprobs | None = None
+    pin: object = field(
+        default=None, compare=False, repr=False
+    )  # with `comes_again`: keeps the prompt from being dropped
 
 
 class Engine(Protocol):
@@ -153,6 +157,7 @@ class EngineConfig(Config):
     max_rows: int = pydantic.Field(default=256, ge=1)
     prefill_tokens: int = pydantic.Field(default=256, ge=1)  # of prompts, read beside one step of the others
     # Prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in fp32.
+    # Those that wait for the second stage of one model of both are kept besides, unless this is 0.
     prefix_cache_tokens: int = pydantic.Field(default=8192, ge=0)
     # Tokens of the sketch that are read behind a sample's last one, on the chance that it draws them; 0: none. Measured
     # (docs/benchmarks.md, "The sketch in stage two"): half the CPU time where it is followed, no loss elsewhere.

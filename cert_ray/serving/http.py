@@ -159,6 +159,10 @@ def _add_editors(app: FastAPI, completions: _Completions, any_library: str) -> N
     async def tabby_health() -> editors.TabbyHealth:
         return editors.TabbyHealth(model=any_library)
 
+    @app.get("/tabby/v1beta/server_setting", responses=_ERRORS)
+    async def tabby_settings() -> editors.TabbySettings:
+        return editors.TabbySettings()
+
     @app.post("/tabby/v1/events", responses=_ERRORS, status_code=204)
     async def tabby_events() -> None:
         """Plugins tell here what was shown and taken; nothing is kept."""

@@ -59,6 +59,11 @@ class Layout(Protocol):
         """Tokens that end a sketch, as the end of text does."""
         ...
 
+    @property
+    def begins_alike(self) -> bool:
+        """Whether stage two's prompt begins with stage one's, and goes to the same model."""
+        ...
+
     def prompts(self, context: str, blanks: str) -> Prompts:
         """The prompts of `context`, from whose end `blanks` were taken."""
         ...
@@ -68,6 +73,7 @@ class SketchFirst:
     """PAPER.md's layout."""
 
     sketch_ends: frozenset[int] = frozenset()
+    begins_alike = False
 
     def __init__(self, sketcher: Engine, generator: Engine, config: CascadeConfig) -> None:
         self.sketcher, self.generator, self._config = sketcher, generator, config
@@ -107,6 +113,8 @@ class _SketchFirstPrompts:
 
 class ContextFirst:
     """One model that was trained on the view `context_first`."""
+
+    begins_alike = True
 
     def __init__(self, model: Engine) -> None:
         self.sketcher = self.generator = model

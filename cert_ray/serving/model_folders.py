@@ -1,15 +1,25 @@
-"""A model folder, local or remote, as a loaded model and its tokenizer. Only safetensors, never a model's own code."""
+"""A model folder, local or remote, as a loaded model and its tokenizer. Only safetensors, never a model's own code.
+
+`describe` reads what is small in it (config, tokenizer, where it is local the headers of the weights), so that most of
+what is wrong with a folder is told in a second, and before anything is deployed; `load_model` begins with it.
+"""
 
 from __future__ import annotations
 
 import json
 import tempfile
+import textwrap
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError
@@ -18,41 +28,170 @@ from cert_ray.manifests import is_finished, read_manifest
 from cert_ray.sketching import prompt_format
 from cert_ray.tokens.encoding import MODEL_VIEW
 
+_CURE: Final = "Give the folder that `cert-ray export` wrote, or one that transformers saved with safetensors."
+_CONFIG: Final = "config.json"
+_TOKENIZER: Final = "tokenizer.json"
+_SHARDS: Final = "model.safetensors.index.json"
+_WEIGHTS: Final = "model.safetensors"
+# What transformers raises for a config.json that it cannot make a configuration of (tried: other JSON, other types,
+# unknown architectures, nesting), and for weights that do not fit it.
+_UNUSABLE: Final = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError, SafetensorError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What a model folder says of its model."""
+
+    folder: str
+    config: Any  # transformers' own
+    tokenizer: Tokenizer
+
+    @property
+    def view(self) -> str | None:
+        """The view that the model was trained on, if that is told."""
+        found = getattr(self.config, MODEL_VIEW, None)
+        return None if found is None else str(found)
+
+
+def describe(folder: str) -> Described:
+    """The configuration and tokenizer of the model in `folder`; its weights are there, and are not read.
+
+    Raises:
+        InputError: when it is no such folder, lacks a file, or one of these files is damaged.
+        SchemaVersionError: when its manifest is of another version, or not that of a model.
+    """
+    _check_folder(folder)
+    if storage.is_local(folder):
+        return _describe(storage.local_path(folder), folder)
+    files = (file.url.split("/") for file in storage.list_files(folder))
+    names = {name for *_, parent, name in files if parent == storage.name_of(folder)}
+    _check_files(names, folder)
+    with tempfile.TemporaryDirectory(prefix="cert-ray-model-") as copied:
+        for name in {_CONFIG, _TOKENIZER, _SHARDS} & names:
+            (Path(copied) / name).write_bytes(storage.read_bytes(storage.join(folder, name)))
+        _check_shards(Path(copied), names, folder)
+        return _read(Path(copied), folder)
+
 
 def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
     """The model in `folder`, on the CPU, and its tokenizer.
 
     Raises:
-        InputError: when it is no such folder, or holds no safetensors or no tokenizer.json.
+        InputError: when it is no such folder, lacks a file, or holds no model that transformers can load whole.
         SchemaVersionError: when its manifest is of another version, or not that of a model.
     """
-    cure = "Give the folder that `cert-ray export` wrote, or one that transformers saved with safetensors."
-    if not storage.is_folder(folder):
-        raise InputError(folder, "no such model folder", cure)
-    if is_finished(folder):  # ours: another schema version is refused by name; other folders have no manifest
-        read_manifest(folder, "model", "export")
+    _check_folder(folder)
+    with _on_this_machine(folder) as path:
+        tokenizer = _describe(path, folder).tokenizer
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+                output_loading_info=True, ignore_mismatched_sizes=True,  # told below, by name
+            )  # fmt: skip
+        except _UNUSABLE as error:
+            raise InputError(folder, f"transformers cannot load it: {_in_short(error)}", _CURE) from error
+    _check_whole(found, folder)
+    _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, folder)
+    return fuse_attention(model), tokenizer
+
+
+def _check_whole(found: dict[str, Any], folder: str) -> None:
+    """Of tensors that are not there, or have another shape, transformers only warns, and draws them at random."""
+    problems = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    problems += [
+        f"{name} is {list(has)} instead of {list(wanted)}" for name, has, wanted in sorted(found["mismatched_keys"])
+    ]
+    if problems:
+        more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
+        problem = f"its weights are not those of its {_CONFIG}: {', '.join(problems[:3])}{more}"
+        raise InputError(folder, problem, "Copy the whole folder again, or export the model again.")
+
+
+@contextmanager
+def _on_this_machine(folder: str) -> Iterator[Path]:
     if storage.is_local(folder):
-        return _load_local(storage.local_path(folder), folder, dtype, cure)
+        yield storage.local_path(folder)
+        return
     with tempfile.TemporaryDirectory(prefix="cert-ray-model-") as copied:
         storage.copy_folder_to_local(folder, Path(copied))
-        return _load_local(Path(copied), folder, dtype, cure)
+        yield Path(copied)
 
 
-def _load_local(path: Path, folder: str, dtype: torch.dtype, cure: str) -> tuple[Any, Tokenizer]:
-    for needed, pattern in (("config.json",) * 2, ("tokenizer.json",) * 2, ("safetensors weights", "*.safetensors")):
-        if not any(path.glob(pattern)):
-            raise InputError(folder, f"no {needed} in it", cure)
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+def _check_folder(folder: str) -> None:
+    if not storage.is_folder(folder):
+        raise InputError(folder, "no such model folder", _CURE)
+    if is_finished(folder):  # ours: another schema version is refused by name; other folders have no manifest
+        read_manifest(folder, "model", "export")
+
+
+def _describe(path: Path, folder: str) -> Described:
+    names = {file.name for file in path.iterdir() if file.is_file()}
+    _check_files(names, folder)
+    _check_shards(path, names, folder)
+    for name in sorted(names):
+        if name.endswith(".safetensors"):
+            _check_header(path / name, folder)
+    return _read(path, folder)
+
+
+def _check_files(names: Set[str], folder: str) -> None:
+    for name in (_CONFIG, _TOKENIZER):
+        if name not in names:
+            raise InputError(folder, f"no {name} in it", _CURE)
+    if not any(name.endswith(".safetensors") for name in names):
+        raise InputError(folder, "no safetensors weights in it", _CURE)
+
+
+def _check_shards(path: Path, names: Set[str], folder: str) -> None:
+    """Of weights in several files, each is there."""
+    if _WEIGHTS in names or _SHARDS not in names:
+        return
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(folder, f"transformers cannot load it: {error}", cure) from error
-    vocab_size, known = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab_size(with_added_tokens=True)
+        named = set(json.loads((path / _SHARDS).read_text())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(folder, f"its {_SHARDS} is damaged: {error!r}", _CURE) from error
+    absent = sorted(named - names)
+    if absent:
+        raise InputError(folder, f"{', '.join(absent)}, named in {_SHARDS}, is not in it", _CURE)
+
+
+def _check_header(weights: Path, folder: str) -> None:
+    """The header says what a file of weights holds, and so how long it is: one that was cut off is told by it."""
+    try:
+        with safe_open(weights, framework="pt") as opened:
+            opened.keys()
+    except SafetensorError as error:
+        problem = f"its {weights.name} is damaged, or not yet copied whole: {_in_short(error)}"
+        raise InputError(folder, problem, "Copy it again.") from error
+
+
+def _read(path: Path, folder: str) -> Described:
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except _UNUSABLE as error:
+        problem = f"transformers cannot use its {_CONFIG}: {_in_short(error)}"
+        raise InputError(folder, problem.replace(str(path), folder), _CURE) from error
+    try:
+        tokenizer = Tokenizer.from_file(str(path / _TOKENIZER))
+    except Exception as error:  # of whatever is no tokenizer it raises nothing more special
+        raise InputError(folder, f"its {_TOKENIZER} cannot be read: {_in_short(error)}", _CURE) from error
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(vocab_size, int):
+        _check_vocabulary(tokenizer, vocab_size, folder)
+    return Described(folder, config, tokenizer)
+
+
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str) -> None:
+    known = tokenizer.get_vocab_size(with_added_tokens=True)
     if known > vocab_size:
-        raise InputError(folder, f"its tokenizer has {known} tokens, its model only {vocab_size}", cure)
-    return fuse_attention(model), tokenizer
+        raise InputError(folder, f"its tokenizer has {known} tokens, its model only {vocab_size}", _CURE)
+
+
+def _in_short(error: Exception) -> str:
+    """What another package says, on one line, without its advice."""
+    return textwrap.shorten(str(error) or repr(error), 300, placeholder=" ...")
 
 
 def trained_view(folder: str) -> str | None:

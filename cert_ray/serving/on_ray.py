@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 import socket
+import textwrap
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,9 +26,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.schema import DeploymentStatus
 
 from cert_ray import storage
-from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
+from cert_ray.errors import CertRayError, ConfigError, RequestError
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.api_keys import read_key_file
@@ -47,11 +50,20 @@ _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
 _REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
+_FAILED = frozenset({DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY})
+_RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception)(?:: |$)", re.MULTILINE)  # as a traceback's last line begins
+_OURS = re.compile(r"^cert_ray\.errors\.\w+: ")  # its messages say enough
+_REASON_CHARACTERS = 1_000
 _FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
 
 
 class Engines:
     """The deployment that holds the models. Decoding runs in threads, so that queues and health checks are served."""
+
+    @staticmethod
+    def check(config: ServeConfig) -> None:
+        """Raise, before anything is deployed, what `ServeConfig.check_models` raises."""
+        config.check_models()
 
     def __init__(self, options: dict[str, Any]) -> None:
         _log_as_serve_does()
@@ -201,11 +213,15 @@ def _retry_or_raise(error: Exception, attempt: int) -> None:
 def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
     """The Serve application for `args`: a `ServeConfig`, or the mapping of one, as Serve's builders are called.
 
+    This may run on a node where the models do not lie, or may not be read: those that lie on its disk are checked.
+
     Raises:
-        ConfigError: when an option cannot be used.
-        InputError: when a model's documentation is not there, or not what is meant.
+        CertRayError: when an option cannot be used; when a model cannot be loaded; when its documentation is not there,
+            or not what is meant.
     """
-    return application(args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app"))
+    config = args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app")
+    config.check_models(on_this_disk=True)
+    return application(config)
 
 
 def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.Application:
@@ -346,15 +362,12 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
 
     Raises:
         ConfigError: when Ray is not connected, or Serve already listens elsewhere.
-        InputError: when a model folder or its documentation is not there.
-        CertRayError: when the application does not come up, saying why.
+        CertRayError: when a model cannot be loaded, its documentation is not there, or the application does not come
+            up, saying why.
     """
     if not ray.is_initialized():
         raise ConfigError("start_server: no Ray is connected. Call ray.init() first.")
-    for model in config.models.values():
-        for folder in model.folders.values():
-            if not storage.is_folder(folder):  # at once, instead of after three replicas that fail to start
-                raise InputError(folder, "no such model folder", "Give one that `cert-ray export` wrote.")
+    engines.check(config)  # at once, instead of after three replicas that fail to start
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))
@@ -373,10 +386,27 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
         with logs.warnings_alone(_SERVE):
             serve.run(app, name=config.app_name, route_prefix="/", blocking=False, logging_config=_WARNINGS_ALONE)
     except RuntimeError as error:  # a model that cannot be loaded, a front door that cannot be built
+        why = _why_failed(config.app_name) or str(error)  # which says no more than that it failed
         served.stop()
-        raise CertRayError(f"{config.model_name} cannot be served: {error}") from error
+        raise CertRayError(f"{config.model_name} cannot be served: {why}") from error
     _log.info("serving %s at %s/v1", config.model_name, served.base_url)
     return served
+
+
+def _why_failed(app_name: str) -> str:
+    """What ended the replicas that did not start, by Serve's status; empty where it does not say."""
+    application = serve.status().applications.get(app_name)
+    if application is None:
+        return ""
+    failed = [one.message for one in application.deployments.values() if one.status in _FAILED]
+    return "; ".join(reason_in(message) for message in failed if message)
+
+
+def reason_in(message: str) -> str:
+    """The error at the end of a replica's tracebacks, on one line; the whole message, in short, without any."""
+    raised = list(_RAISED.finditer(message))
+    reason = message[raised[-1].start() :] if raised else message
+    return textwrap.shorten(_OURS.sub("", reason), _REASON_CHARACTERS, placeholder=" ...")
 
 
 def _running_address() -> tuple[str, int] | None:

@@ -26,6 +26,7 @@ from typing import Final
 import xxhash
 
 from cert_ray.sketching.anonymize import moved
+from cert_ray.sketching.literals import COMMENT, STRING_KINDS, scan
 from cert_ray.tokens.blocks import Block, PlacedSketch, parts_of
 
 _PART_LINES: Final = 8  # assumed: an answer is a line or a few
@@ -33,7 +34,6 @@ _BLANKS: Final = " \t\r\n"
 _WORD_END: Final = re.compile(r"(?<=\S)[ \t]")
 # A run of blank lines is entered behind text only, and never given back: linear, however long it is.
 _BEFORE_METHOD: Final = re.compile(r"(?<=[^ \t\n])[ \t]*+\n(?:[ \t]*+\n)++(?=(?: {4}|\t)(?:@|def |async def ))")
-_QUOTES: Final = re.compile("\"\"\"|'''")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +84,26 @@ def _between(cuts: Sequence[re.Match[str]], length: int) -> list[tuple[int, int]
 
 
 def _before_methods(text: str) -> list[re.Match[str]]:
-    """The blank lines ahead of definitions one level in; those of a text in three quotes are none."""
-    quotes = [found.start() for found in _QUOTES.finditer(text)]
-    return [found for found in _BEFORE_METHOD.finditer(text) if bisect_left(quotes, found.start()) % 2 == 0]
+    """The blank lines ahead of definitions one level in; those inside a string are none."""
+    found = list(_BEFORE_METHOD.finditer(text))
+    uncut = _Uncut(text) if found else None
+    return [one for one in found if uncut is None or one.start() not in uncut]
+
+
+class _Uncut:
+    """The strings and comments of some code: a place inside of one is `in` it, its ends are not."""
+
+    def __init__(self, code: str) -> None:
+        spans = [
+            (start, start + len(code[start:end].rstrip(_BLANKS)) if kind == COMMENT else end)
+            for start, end, kind in scan(code)
+            if kind == COMMENT or kind in STRING_KINDS
+        ]
+        self._starts, self._ends = [start for start, _ in spans], [end for _, end in spans]
+
+    def __contains__(self, place: int) -> bool:
+        last = bisect_left(self._starts, place) - 1
+        return last >= 0 and place < self._ends[last]
 
 
 def _example(context: str, code: str, sketch: PlacedSketch, drawn: int) -> Example:
@@ -105,7 +122,7 @@ def places_of(code: str, sketch: str) -> list[tuple[int, int]]:
     """Where the part of a block that is sketched may begin, in its code and in its sketch: never none.
 
     As many lines on both sides mean that no placeholder took a line break away, so the lines belong to each other.
-    Comments and texts in three quotes are not cut inside.
+    Comments and strings are not cut inside.
     """
     code_lines, sketch_lines = code.split("\n"), sketch.split("\n")
     if len(code_lines) != len(sketch_lines):
@@ -113,15 +130,14 @@ def places_of(code: str, sketch: str) -> list[tuple[int, int]]:
     first = max(0, len(code_lines) - _PART_LINES)
     places = [(0, 0)] if first == 0 else []
     code_at = sketch_at = 0
-    is_quoted = False
+    uncut = _Uncut(code)
     for number, (line, sketched) in enumerate(zip(code_lines, sketch_lines, strict=True)):
-        quotes = len(_QUOTES.findall(line))
-        if number >= first and not is_quoted and not quotes:
-            same = _common_beginning(line, sketched).partition("#")[0]
-            places += [(code_at + found.start(), sketch_at + found.start()) for found in _WORD_END.finditer(same)]
-        is_quoted ^= quotes % 2 == 1
-        if number >= first and not is_quoted and line.strip():
-            places.append((code_at + len(line.rstrip(_BLANKS)), sketch_at + len(sketched.rstrip(_BLANKS))))
+        if number >= first:
+            ends = [found.start() for found in _WORD_END.finditer(_common_beginning(line, sketched))]
+            inside = [(code_at + end, sketch_at + end) for end in ends]
+            if line.strip():
+                inside.append((code_at + len(line.rstrip(_BLANKS)), sketch_at + len(sketched.rstrip(_BLANKS))))
+            places += [place for place in inside if place[0] not in uncut]
         code_at, sketch_at = code_at + len(line) + 1, sketch_at + len(sketched) + 1
     return [place for place in dict.fromkeys(places) if code[place[0] :].strip()] or [(0, 0)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
-from cert_ray.serving.deployment import ServedModel
+from cert_ray.serving.deployment import ServeConfig, ServedModel
 from cert_ray.serving.engines import Completion, FinishReason
 from cert_ray.serving.events import SketchCandidate, SketchChosen, TextDrawn
 from cert_ray.serving.on_ray import Engines
@@ -54,6 +54,10 @@ class PacedAnswerer(FakeAnswerer):
 
 class PacedEngines(Engines):
     """Engines without models: a model's folder is called by the seconds that a token takes."""
+
+    @staticmethod
+    def check(config: ServeConfig) -> None:
+        """There is nothing to load."""
 
     def load_now(self, model: ServedModel) -> Answerer:
         return PacedAnswerer(float(Path(model.model or "0").name))

@@ -196,17 +196,27 @@ class TestRetrieve:
             Answerer.load(ModelConfig(model="absent", retrieve={"docs": str(tmp_path / "docs.jsonl")}))
 
 
-@pytest.mark.parametrize("mode", ["constrained", "sketch_only", "generator_only"])
-def test_one_plain_model_has_no_mode_of_a_cascade(mode: str, tmp_path: Path) -> None:
-    folder, cascade = save_model(tmp_path), {"mode": mode}
-    with pytest.raises(
-        ConfigError, match=f"cascade.mode='{mode}' with model='{folder}'.*leave the mode out"
-    ) as refused:
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mode", "constrained"),
+        ("mode", "sketch_only"),
+        ("mode", "generator_only"),
+        ("routing", "released"),
+        ("sketch_scope", "file"),
+    ],
+)
+def test_one_plain_model_has_no_options_of_a_cascade(option: str, value: str, tmp_path: Path) -> None:
+    folder, cascade = save_model(tmp_path), {option: value}
+    told = f"cascade.{option}='{value}' with model='{folder}'.*leave the {option} out"
+    with pytest.raises(ConfigError, match=told) as refused:
         ModelConfig.from_mapping({"model": folder, "cascade": cascade}, "test")
     assert f'{folder}/config.json does not say "cert_ray_view": "context_first"' in str(refused.value)
     elsewhere = ModelConfig.from_mapping({"model": str(tmp_path / "elsewhere"), "cascade": cascade}, "test")
     with pytest.raises(InputError, match="no such model folder"):
         Answerer.load(elsewhere)
+    defaults = {"mode": "cascade", "routing": "special_tokens", "sketch_scope": "answer"}
+    ModelConfig.from_mapping({"model": folder, "cascade": defaults}, "test")
 
 
 @pytest.mark.parametrize("mode", [Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY])
@@ -249,7 +259,7 @@ class TestContextFirst:
 
     @pytest.mark.parametrize("stage", ["sketcher", "generator"])
     def test_it_is_no_half_of_another_cascade(self, folder: str, folders: dict[str, str], stage: str) -> None:
-        with pytest.raises(ConfigError, match=r"both stages\. Serve it as `model`"):
+        with pytest.raises(ConfigError, match=r"both stages\. Serve it as `model`, alone"):
             Answerer.load(ModelConfig(**{**folders, stage: folder}))
 
     def test_one_without_the_special_tokens_is_no_model_of_both_stages(self, folder: str) -> None:

@@ -15,8 +15,8 @@ import pytest
 from cert_ray.errors import RequestCancelledError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.answering import check_wanted
-from cert_ray.serving.batching import _KeptPrompts
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
+from cert_ray.serving.kept_prompts import KeptPrompts
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import save_model
@@ -120,7 +120,7 @@ class Recited:
 def test_prompts_that_go_on_take_the_places_of_their_beginnings() -> None:
     first = [tuple(range(100 * place, 100 * place + 20)) for place in range(16)]
     second = [(*prompt, 7, 8, 9) for prompt in first]
-    prompts = _KeptPrompts(Recited(), sum(map(len, second)))
+    prompts = KeptPrompts(Recited(), sum(map(len, second)))
     for prompt in first:
         prompts.add(prompt, prompt)
     for prompt, longer in zip(first, second, strict=True):
@@ -132,6 +132,25 @@ def test_prompts_that_go_on_take_the_places_of_their_beginnings() -> None:
         assert prompts.find(longer, Work(longer)) == (longer[:-1], 22)
         assert not prompts.wants(prompt)
         assert not prompts.wants(longer)
+
+
+def test_a_pinned_prompt_is_kept_beyond_the_limit_until_nobody_holds_its_pin() -> None:
+    first = [tuple(range(100 * place, 100 * place + 20)) for place in range(16)]
+    prompts = KeptPrompts(Recited(), 10)  # less than any of them has
+    assert not prompts.wants(first[0])
+    pins = [prompts.pin(prompt) for prompt in first]
+    for prompt in first:
+        assert prompts.wants(prompt)
+        prompts.add(prompt, prompt)
+    longer = (*first[0], 7)
+    prompts.add(longer, longer)  # which serves the pin as well
+    assert [prompts.find(prompt, Work(prompt))[1] for prompt in first] == [19] * 16
+    del pins[4:]
+    prompts.add((1,) * 9, (1,) * 9)
+    assert [prompts.find(prompt, Work(prompt))[1] for prompt in first] == [19] * 4 + [0] * 12
+    off = KeptPrompts(Recited(), 0)
+    pin = off.pin(first[0])
+    assert not off.wants(pin.prompt)
 
 
 def test_a_cancelled_request_ends_and_the_others_go_on(engine: TransformersEngine, alone: list[Any]) -> None:

@@ -97,6 +97,7 @@ def test_tabbys_plugin_gets_choices_cut_as_the_paper_cuts() -> None:
     [(_, prompts, sampling)] = backend.asked
     assert (prompts, sampling.stop, sampling.seed, sampling.suffix) == (["x"], PAPER_STOPS, 7, None)
     assert send("GET", "/tabby/v1/health", backend).json()["model"] == "org/cert"
+    assert send("GET", "/tabby/v1beta/server_setting", backend).json() == {"disable_client_side_telemetry": True}
     assert send("POST", "/tabby/v1/events", backend, json={"type": "view"}).status_code == 204
 
 

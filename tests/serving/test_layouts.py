@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Route, run_context_first
 from cert_ray.serving.constraints import Template
-from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work
+from cert_ray.serving.deployment import ServeConfig
+from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, EngineConfig, Hooks, Work
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
-from cert_ray.sketching import prompt_format
+from cert_ray.sketching import Placeholder, prompt_format
 from tests.serving.builders import ScriptedEngine, save_model, small_tokenizer
 
 TOKENIZER = small_tokenizer()
@@ -193,6 +195,43 @@ def test_the_prompt_is_read_once_for_both_stages(tmp_path: Path) -> None:
             found += 1
             assert twice - once == len(context) + 1
     assert found
+
+
+class Together(TransformersEngine):
+    """Of so many requests none begins its second stage before all have ended their first; every one has a second."""
+
+    def wait_for(self, requests: int) -> None:
+        self._ready = threading.Barrier(requests, timeout=60)
+
+    def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
+        drawn = super().draw(work, hooks)
+        if work.code_only:
+            return drawn
+        self._ready.wait()
+        ids = prompt_format.encode_sketch(TOKENIZER, " f(number)", [Placeholder(3, 9, "number")])
+        return replace(drawn, samples=(Completion(tuple(ids), " f(number)", "stop", -1.0),))
+
+
+def test_prompts_between_two_stages_are_kept_as_many_as_admission_lets_in(
+    tmp_path: Path,
+) -> None:
+    """Counted with a cache of 10 tokens: each of sixteen prompts of 82 and more is read once all the same."""
+    folder, at_once = context_first(tmp_path, "llama"), ServeConfig.model_fields["max_ongoing_requests"].default
+    prompts = [f"{name} = {name} + 1\n" * 9 + f"{name} =" for name in "abcdefghijklmnop"]
+    tokens = [len(prompt_format.encode_code(TOKENIZER, prompt)) + 1 for prompt in prompts]
+    assert len(prompts) == at_once
+    assert min(tokens) > 64
+    rows, answers = {}, {}
+    for most in (10, 0):
+        engine = Together(folder, EngineConfig(draft_tokens=0, prefix_cache_tokens=most))
+        engine.wait_for(at_once)
+        answerer = Answerer(None, engine, prompts_at_once=at_once, context_first=True)
+        answers[most] = answerer.answer(prompts, Sampling(max_tokens=4, temperature=0.0))
+        rows[most] = engine.counted.forward_rows
+    assert {answer.route for answer in answers[10]} == {Route.GENERATOR}
+    kept, read_again = ([[one.ids for one in answer.choices] for answer in answers[most]] for most in (10, 0))
+    assert kept == read_again
+    assert rows[0] - rows[10] == sum(tokens)
 
 
 def test_an_answer_depends_on_its_request_alone(folder: str) -> None:

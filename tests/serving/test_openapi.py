@@ -40,6 +40,7 @@ def test_the_document_is_whole() -> None:
         "GET /health",
         "GET /v1/models",
         "GET /tabby/v1/health",
+        "GET /tabby/v1beta/server_setting",
         "GET /v1/models/{name}",
         "POST /infill",
         "POST /tabby/v1/completions",

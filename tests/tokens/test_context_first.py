@@ -110,6 +110,39 @@ def test_a_class_is_not_cut_inside_a_text_in_three_quotes() -> None:
             assert one.context.count('"""') % 2 == one.code.count('"""') % 2 == 0
 
 
+@pytest.mark.parametrize(
+    "lone",
+    [
+        "# it's ''' of Python",
+        '# """',
+        "a = \"'''\"",
+        "b = '\"\"\"' # '''",
+        'c = r"""" # ""',
+        'd = """#\n    e\n    """',
+    ],
+)
+def test_quotes_that_open_nothing_keep_no_method_from_being_cut(lone: str) -> None:
+    """By hand: two methods behind the line, so up to three parts; and words end behind it as they do elsewhere."""
+    code = f"class A:\n    {lone}\n\n    def g(self):\n        return x\n\n    def h(self):\n        return y"
+    assert cuts(code, code) == {1, 2, 3}
+    method = f"def g(self):\n    {lone}\n    return x"
+    behind = method.index("return")
+    assert {behind - 5, behind + 6} <= {place for place, _ in places_of(method, method)}
+
+
+def test_a_string_is_not_cut_inside_wherever_it_ends() -> None:
+    """The text in three quotes stands behind a comment with three others, and holds these, too."""
+    text = '"""a b\n  c \'\'\' d # """'
+    code = f"x = 1  # it's ''' of Python\ny = {text} + z w"
+    start = code.index(text)
+    places = {place for place, _ in places_of(code, code)}
+    assert not places & set(range(start + 1, start + len(text)))
+    assert {start - 1, start + len(text), start + len(text) + 2} <= places
+    comment = range(code.index("#") + 1, code.index("\n"))
+    assert not places & set(comment)
+    assert {code.index("  #"), comment.stop} <= places
+
+
 def test_blank_lines_and_definitions_inside_a_replaced_text_do_not_keep_a_class_whole() -> None:
     code = 'class A:\n    x = """\n\n    def f"""\n\n    def g(self):\n        return 1'
     sketch = "class AnClass:\n    x = string\n\n    def func(self):\n        return number"

@@ -1,0 +1,183 @@
+"""What is wrong with a model's folder, or with the role that it is given, is told before weights are read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from cert_ray import storage
+from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
+from cert_ray.serving import model_folders
+from cert_ray.serving.deployment import ServeConfig
+from cert_ray.serving.engines import EngineConfig
+from cert_ray.serving.model_checks import check_models
+from cert_ray.serving.model_folders import load_model
+from tests.serving.builders import save_model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    save_model(folder, "llama")
+    return folder
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "model")
+
+
+def change(folder: Path, **options: object) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | options))
+    return str(folder)
+
+
+def refused(folder: Path | str, role: str = "model", engine: EngineConfig | None = None) -> str:
+    with pytest.raises(CertRayError) as error:
+        check_models({role: str(folder)}, engine or EngineConfig())
+    return str(error.value)
+
+
+@pytest.mark.parametrize("role", ["model", "sketcher", "generator"])
+def test_a_model_that_can_be_served_is_not_refused(folder: Path, role: str) -> None:
+    check_models({role: str(folder)}, EngineConfig())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named_with_the_role(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    shown = "safetensors weights" if name == "model.safetensors" else name
+    assert refused(folder, "sketcher") == (
+        f"{folder}: it cannot be the sketcher: no {shown} in it. Give the folder that `cert-ray export` wrote, or one "
+        "that transformers saved with safetensors."
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", "[" * 100_000, '{"model_type": "llama", "dtype": "x"}', '{"model_type": "x"}'],
+)
+def test_a_config_that_is_none_is_named(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert f"{folder}: it cannot be the model: transformers cannot use its config.json:" in refused(folder)
+
+
+def test_a_config_of_other_values_is_named_with_what_is_wrong(folder: Path) -> None:
+    assert "'hidden_size' expected int, got str" in refused(change(folder, hidden_size="32"))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]"])
+def test_a_tokenizer_that_is_none_is_named(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    assert f"{folder}: it cannot be the model: its tokenizer.json cannot be read:" in refused(folder)
+
+
+def test_weights_that_were_cut_off_are_named(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert "its model.safetensors is damaged, or not yet copied whole" in refused(folder)
+
+
+def test_a_shard_that_is_not_there_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    assert "model-00002-of-00002.safetensors, named in model.safetensors.index.json, is not in it" in refused(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    assert "its model.safetensors.index.json is damaged" in refused(folder)
+
+
+def test_a_tokenizer_of_another_model_is_named_by_its_size(folder: Path) -> None:
+    vocab_size = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    known = f"its tokenizer has {vocab_size} tokens, its model only {vocab_size - 1}"
+    assert known in refused(change(folder, vocab_size=vocab_size - 1))
+
+
+def test_a_model_that_does_not_go_on_from_a_text_is_refused(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "t5", "vocab_size": 500}')
+    assert "its architecture (t5) is none that goes on from a text" in refused(folder)
+
+
+def test_a_plain_model_is_no_stage_of_a_cascade(folder: Path) -> None:
+    Tokenizer(WordLevel({"x": 0})).save(str(folder / "tokenizer.json"))
+    check_models({"model": str(folder)}, EngineConfig())
+    with pytest.raises(TokenizerMismatchError, match=r"lacks <\|segmentation\|>.*no generator\. Serve it as `model`"):
+        check_models({"generator": str(folder)}, EngineConfig())
+    change(folder, cert_ray_view="context_first")
+    assert "no model of both stages. Take 'cert_ray_view' out" in refused(folder)
+
+
+@pytest.mark.parametrize("role", ["sketcher", "generator"])
+def test_a_model_of_both_stages_is_none_of_two(folder: Path, role: str) -> None:
+    change(folder, cert_ray_view="context_first")
+    check_models({"model": str(folder)}, EngineConfig())
+    told = f"it cannot be the {role}: it was trained to be both stages. Serve it as `model`, alone."
+    assert told in refused(folder, role)
+
+
+def test_sketcher_and_generator_the_wrong_way_round_are_noticed(folder: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    stages = {
+        "sketcher": change(folder, cert_ray_view="sketcher"),
+        "generator": change(other, cert_ray_view="generator"),
+    }
+    check_models(stages, EngineConfig())
+    with pytest.raises(ConfigError, match=r"each was trained to be the other\. Swap them"):
+        check_models({"sketcher": stages["generator"], "generator": stages["sketcher"]}, EngineConfig())
+    check_models(dict.fromkeys(stages, stages["sketcher"]), EngineConfig())  # one model, tried as both
+
+
+def test_infill_tokens_that_are_not_there_are_refused(folder: Path) -> None:
+    assert "lacks one of them" in refused(folder, engine=EngineConfig(infill=("<P>", "<S>", "<M>")))
+
+
+def test_a_model_in_a_store_is_looked_at_without_its_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "memory://models/one"
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        storage.write_bytes(storage.join(url, name), (folder / name).read_bytes())
+    read, read_bytes = [], storage.read_bytes
+    monkeypatch.setattr(storage, "read_bytes", lambda one: read.append(storage.name_of(one)) or read_bytes(one))
+    monkeypatch.setattr(storage, "copy_folder_to_local", lambda *_: pytest.fail("that copies the weights"))
+    check_models({"sketcher": url}, EngineConfig())
+    assert sorted(read) == ["config.json", "tokenizer.json"]
+    storage.write_bytes(storage.join(url, "config.json"), b"{")
+    assert f"{url}: it cannot be the sketcher: transformers cannot use its config.json" in refused(url, "sketcher")
+    storage.remove(storage.join(url, "tokenizer.json"))
+    assert "no tokenizer.json in it" in refused(url)
+
+
+def test_of_several_models_the_one_that_cannot_be_served_is_named(folder: Path, tmp_path: Path) -> None:
+    models = {"fine": {"model": str(folder)}, "pandas": {"sketcher": str(folder), "generator": str(tmp_path / "gone")}}
+    config = ServeConfig.from_mapping({"models": models}, "test")
+    with pytest.raises(InputError, match=r"gone: it cannot be the generator of pandas: no such model folder\."):
+        config.check_models()
+    config.check_models(on_this_disk=True)  # a node may build the application where no model lies
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match=r"the model of fine: no tokenizer\.json"):
+        config.check_models(on_this_disk=True)
+
+
+def test_weights_of_another_shape_or_none_are_not_replaced_by_random_ones(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    gone = weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"not those of its config\.json: model\.norm\.weight is missing\. Copy"):
+        load_model(str(folder), torch.float32)
+    save_file(weights | {"model.norm.weight": gone[:-1]}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"model\.norm\.weight is \[31\] instead of \[32\]\. Copy"):
+        load_model(str(folder), torch.float32)
+
+
+def test_loading_begins_with_the_same_look(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_folders, "AutoModelForCausalLM", None)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"its tokenizer\.json cannot be read"):
+        load_model(str(folder), torch.float32)

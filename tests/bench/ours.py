@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -42,7 +43,7 @@ from cert_ray.schemas import DOCUMENTS
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit, attempt, inputs_digest, shard_name, write_table
 from tests.bench import stages
-from tests.bench.measuring import Usage
+from tests.bench.measuring import Usage, cpu_by_kind
 
 
 def main() -> None:
@@ -85,16 +86,21 @@ def preprocess(
             manifest, used = stages.preprocess(config, output, workers, pool)
             return sum(stage.wall_s for stage in used.values()), manifest, used
         with stages.pooled(workers) if pool else contextlib.nullcontext():
-            started = time.perf_counter()
+            before, started = cpu_by_kind(os.getpid()), time.perf_counter()
             manifest = dataset_on_ray.preprocess(config, str(output), workers)
-            return time.perf_counter() - started, manifest, {}
+            seconds = time.perf_counter() - started
+            cpu_s.update(cpu_by_kind(os.getpid()))
+            cpu_s.subtract(before)
+            return seconds, manifest, {}
 
+    cpu_s: Counter[str] = Counter()
     seconds, manifest, used = run() if pool else _on_ray(run)
     return {
         "seconds": seconds,
         "rows_read": manifest.rows_read,
         "rows_kept": manifest.rows_kept,
         "dropped": manifest.dropped,
+        "cpu_s": {kind: round(used, 2) for kind, used in cpu_s.most_common() if used > 0},
         "stages": {
             name: {**asdict(usage), "written_bytes": stages.written_bytes(output, name)} for name, usage in used.items()
         },

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,6 +63,27 @@ class Usage:
     worker_growth_bytes: int = 0  # the most that one of the others grew above its start, or first look
     read_bytes: int = 0  # by read calls, whether from disk or from the page cache
     output: str = field(default="", repr=False)
+
+
+def cpu_by_kind(root: int) -> Counter[str]:
+    """CPU seconds so far of a process and its running descendants, by what they are: driver, workers, Ray's own."""
+    used: Counter[str] = Counter()
+    for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
+            times = process.cpu_times()
+            kind = "driver" if process.pid == root else _kind(process.cmdline())
+            used[kind] += times.user + times.system
+    return used
+
+
+def _kind(command: Sequence[str]) -> str:
+    title = next((word for word in command if word.startswith("ray::")), "")
+    if title.startswith("ray::_") or title.endswith("Agent"):
+        return title.split("(")[0].strip()
+    if title or any("multiprocessing" in word for word in command):
+        return "workers"
+    script = next((word for word in command[1:] if word.endswith(".py")), command[0] if command else "?")
+    return Path(script).name
 
 
 class TreeWatch:

@@ -10,12 +10,14 @@ import argparse
 import ast
 import contextlib
 import functools
+import importlib
 import json
 import multiprocessing
 import os
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -25,6 +27,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
+import ray.data
 import xxhash
 import yaml
 
@@ -40,7 +43,7 @@ from cert_ray.schemas import DOCUMENTS
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import WorkUnit, attempt, inputs_digest, shard_name, write_table
 from tests.bench import stages
-from tests.bench.measuring import Usage
+from tests.bench.measuring import Usage, cpu_by_kind
 
 
 def main() -> None:
@@ -83,16 +86,21 @@ def preprocess(
             manifest, used = stages.preprocess(config, output, workers, pool)
             return sum(stage.wall_s for stage in used.values()), manifest, used
         with stages.pooled(workers) if pool else contextlib.nullcontext():
-            started = time.perf_counter()
+            before, started = cpu_by_kind(os.getpid()), time.perf_counter()
             manifest = dataset_on_ray.preprocess(config, str(output), workers)
-            return time.perf_counter() - started, manifest, {}
+            seconds = time.perf_counter() - started
+            cpu_s.update(cpu_by_kind(os.getpid()))
+            cpu_s.subtract(before)
+            return seconds, manifest, {}
 
+    cpu_s: Counter[str] = Counter()
     seconds, manifest, used = run() if pool else _on_ray(run)
     return {
         "seconds": seconds,
         "rows_read": manifest.rows_read,
         "rows_kept": manifest.rows_kept,
         "dropped": manifest.dropped,
+        "cpu_s": {kind: round(used, 2) for kind, used in cpu_s.most_common() if used > 0},
         "stages": {
             name: {**asdict(usage), "written_bytes": stages.written_bytes(output, name)} for name, usage in used.items()
         },
@@ -104,16 +112,28 @@ def _on_ray(work: Callable[[], Any]) -> Any:
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         try:
-            task = ray.remote(_nothing)
-            ray.get([task.remote() for _ in range(2 * (os.cpu_count() or 1))])  # worker processes are up
+            _bring_up(os.cpu_count() or 1)
             return work()
         finally:
             ray.shutdown()
 
 
-def _nothing() -> None:
-    """What brings a worker process up: both must be busy for a moment, or one would do it all."""
+def _bring_up(workers: int) -> None:
+    """Worker processes, their imports, and the actors which Ray Data keeps for a cluster, before the clock starts.
+
+    As of the pool: its processes import this module when they start.
+    """
+    processes: set[int] = set()
+    while len(processes) < workers:
+        dataset = ray.data.range(4 * workers, override_num_blocks=4 * workers).map_batches(_process_id, batch_size=1)
+        processes.update(row["process"] for row in dataset.iter_rows())
+
+
+def _process_id(batch: dict[str, Any]) -> dict[str, Any]:
+    """Of a task that takes a moment, so that all worker processes get some."""
+    importlib.import_module("tests.bench.ours")
     time.sleep(0.2)
+    return {"process": [os.getpid()]}
 
 
 def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _highest(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     rows, whole = len(logits_RV), logits_RV.shape[-1] // _BLOCK * _BLOCK
     if whole < 4 * count * _BLOCK:
         return logits_RV.topk(count, dim=-1)
-    blocks_RPB = logits_RV[:, :whole].unflatten(-1, (-1, _BLOCK))
+    blocks_RPB = logits_RV[:, :whole].reshape(rows, -1, _BLOCK)
     block_RK = blocks_RPB.amax(dim=-1).topk(count, dim=-1, sorted=False).indices
     held = blocks_RPB.gather(1, block_RK[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
     ids = (block_RK[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits_RV.device)).flatten(1)

@@ -2,8 +2,8 @@
 
 In: a context and sampling options. Out: a `CascadeAnswer`: the choices, the sketch that won, its votes, the route.
 No HTTP, no Ray. Whether stage two is needed is read from special token ids, never from the spelling of a word: code
-that says `float` or `to_string` is code. The vote ends as soon as no other sketch can win, if the sketch that won needs
-stage two or has as many samples as answers are asked for.
+that says `float` or `to_string` is code. The vote ends as soon as no other sketch can win, going by what samples begin
+with, if the sketch that won needs stage two or has as many samples as answers are asked for.
 
 What each stage is given stands in `layouts`: two models in PAPER.md's layout, or one that reads the context first. The
 stages are called sketcher and generator whatever model they are.
@@ -33,7 +33,7 @@ from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, TokenLogp
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.layouts import ContextFirst, Layout, SketchFirst
 from cert_ray.serving.sampling import Mode, Sampling
-from cert_ray.serving.voting import Ballot, Sketch, read_sketch
+from cert_ray.serving.voting import Ballot, Sketch, read_beginning, read_sketch
 from cert_ray.sketching import SketchKind, prompt_format
 
 
@@ -325,12 +325,15 @@ class _Cascade:
                 ballot.add(known[key], votes)
             return ballot
 
-        def enough(ended: Sequence[tuple[Completion, int]]) -> bool:
+        def enough(ended: Sequence[tuple[Completion, int]], begun: Sequence[tuple[tuple[int, ...], int]]) -> bool:
             ballot = count(ended)
-            if not ballot.is_decided:
+            winner, votes = ballot.winner, ballot.votes_of(ballot.winner)
+            fills_in = self._is_open(winner) or not winner.text.strip()
+            if votes < needed and (mode is Mode.SKETCH_ONLY or not fills_in):
                 return False
-            fills_in = self._is_open(ballot.winner) or not ballot.winner.text.strip()
-            return (mode is not Mode.SKETCH_ONLY and fills_in) or ballot.votes_of(ballot.winner) >= needed
+            if any(more >= votes for _, more in begun):  # they may all become one sketch
+                return False
+            return ballot.is_decided_for([(read_beginning(tokenizer, ids, blanks, stops), more) for ids, more in begun])
 
         work = _work(self._sampling, prompt, stops, blanks, self._config)
         work = replace(work, n=wanted, logprobs=self._sampling.logprobs, code_only=False)

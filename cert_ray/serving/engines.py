@@ -97,8 +97,9 @@ class Hooks:
     # Called by the thread that waits, with a sample's number and more of its text that nothing takes back.
     on_text: Callable[[int, str, FinishReason | None], None] = _ignore_text
     streams_text: bool = False  # whether `on_text` wants the text as it is drawn
-    # Given the samples that have ended so far, each with how many drew it: True ends the others where they are.
-    enough: Callable[[Sequence[tuple[Completion, int]]], bool] | None = None
+    # Given the samples that have ended so far, each with how many drew it, and likewise the tokens of those that have
+    # not, as far as they are known: True ends the others where they are.
+    enough: Callable[[Sequence[tuple[Completion, int]], Sequence[tuple[tuple[int, ...], int]]], bool] | None = None
 
 
 DEFAULT_HOOKS = Hooks()

@@ -102,15 +102,21 @@ class JointSamples:
         if work.max_tokens == 0:
             self._end(self.branches.pop(), ended=False)
 
-    def guess(self, room: int) -> int:
-        """Give branches drafts of at most `room` tokens altogether; how many they got."""
+    def guess(self, room: int, idle: int) -> int:
+        """Give branches drafts of at most `room` tokens altogether, of which `idle` cost little; how many they got.
+
+        Where most of what was drafted was not drawn, no more than those are guessed: what a template leaves no choice
+        in is no guess.
+        """
         left = room
+        guesses = room if 2 * self.accepted >= self.drafted else min(room, idle)
         for branch in self.branches:
             most = max(0, min(left, self._left(branch) - 1))
             if branch.course is not None and not branch.course.is_free:
                 branch.draft = list(branch.course.known[: min(most, _MOST_KNOWN)])
             else:
-                branch.draft = self._expected.following(branch.ids, min(most, self._draft_tokens))
+                branch.draft = self._expected.following(branch.ids, min(most, self._draft_tokens, guesses))
+                guesses -= len(branch.draft)
             left -= len(branch.draft)
         self.drafted += room - left
         return room - left

@@ -28,6 +28,8 @@ from cert_ray.errors import ConfigError
 # So many candidates are sorted, and all tokens only for a row where these do not decide. Assumed: code is predictable,
 # and 0.9 of the mass sits in far fewer tokens once a model is trained.
 _CANDIDATES = 64
+_BLOCK = 64  # numbers of which the highest is found in one pass, before the highest of all are looked for; assumed
+_LEAST_REST = 1e-9  # of a row's mass: so little behind the candidates is not summed, and less than sums are exact to
 _LEAST_TEMPERATURE = 1e-6  # below, float32 logits that differ at all are as good as greedy
 _SUMMED = 1024  # numbers that are summed in float32; assumed
 _LEAST_EXPONENT = -80.0  # exp of it, times a million tokens, is 1e-29
@@ -114,13 +116,9 @@ def draw_tokens(
         return tokens
     logits_DV = logits_RV if len(drawn) == len(uniforms) else logits_RV[drawn]
     temperature_D1 = np.maximum([temperature_R[row] for row in drawn], _LEAST_TEMPERATURE)[:, None]
-    values_DK, ids_DK = logits_DV.topk(min(_CANDIDATES, logits_DV.shape[-1]), dim=-1)
-    scratch_DV = None if scratch_RV is None else scratch_RV[: len(drawn)]
-    shifted_DV = torch.sub(logits_DV, values_DK[:, :1], out=scratch_DV).div_(
-        torch.from_numpy(temperature_D1).to(logits_DV)
-    )
-    total_D1 = _sums(_exp(shifted_DV)).cpu().numpy()
-    cumulative_DK = _cumulative(values_DK, temperature_D1) / total_D1
+    values_DK, ids_DK = _highest(logits_DV, min(_CANDIDATES, logits_DV.shape[-1]))
+    cumulative_DK = _cumulative(values_DK, temperature_D1)
+    cumulative_DK /= _totals(logits_DV, values_DK[:, :1], cumulative_DK, temperature_D1, scratch_RV)
     for place, row in enumerate(drawn):
         picked_N = _invert(cumulative_DK[place], uniforms[row], top_p_R[row], whole=False)
         ids_K = ids_DK[place]
@@ -130,6 +128,48 @@ def draw_tokens(
             picked_N = _invert(cumulative_V / cumulative_V[-1], uniforms[row], top_p_R[row], whole=True)
         tokens[row] = ids_K.cpu().numpy()[picked_N]
     return tokens
+
+
+def _highest(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The highest `count` of each row in falling order, and where they stand: [R, count] each.
+
+    They are in the blocks whose highest are the highest. Measured as in `_exp`, at a load of 7: 90 rows of 49,152 are
+    drawn from at temperature 0.2 in 7.5 ms, and in 16.3 with `topk` and `_sums` over all of them.
+    """
+    rows, whole = len(logits_RV), logits_RV.shape[-1] // _BLOCK * _BLOCK
+    if whole < 4 * count * _BLOCK:
+        return logits_RV.topk(count, dim=-1)
+    blocks_RPB = logits_RV[:, :whole].reshape(rows, -1, _BLOCK)
+    block_RK = blocks_RPB.amax(dim=-1).topk(count, dim=-1, sorted=False).indices
+    held = blocks_RPB.gather(1, block_RK[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)
+    ids = (block_RK[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=logits_RV.device)).flatten(1)
+    rest = torch.arange(whole, logits_RV.shape[-1], device=logits_RV.device).expand(rows, -1)
+    values_RK, places_RK = torch.cat([held, logits_RV[:, whole:]], dim=1).topk(count, dim=-1)
+    return values_RK, torch.cat([ids, rest], dim=1).gather(1, places_RK)
+
+
+def _totals(
+    logits_RV: torch.Tensor,
+    highest_R1: torch.Tensor,
+    cumulative_RK: npt.NDArray[np.float64],
+    temperature_R1: npt.NDArray[np.float64],
+    scratch_RV: torch.Tensor | None,
+) -> npt.NDArray[np.float64]:
+    """Each row's sum of exp(logit / temperature), the highest being 1; [R, 1].
+
+    The sum of the candidates, where the least of them shows that all others together are next to nothing.
+    """
+    total_R1 = cumulative_RK[:, -1:].copy()
+    least_R = total_R1[:, 0] - cumulative_RK[:, -2] if cumulative_RK.shape[1] > 1 else np.ones(len(total_R1))
+    others = logits_RV.shape[-1] - cumulative_RK.shape[1]
+    summed = np.flatnonzero(others * least_R > _LEAST_REST * total_R1[:, 0]).tolist()
+    if summed:
+        left_SV = logits_RV if len(summed) == len(logits_RV) else logits_RV[summed]
+        scratch_SV = None if scratch_RV is None else scratch_RV[: len(summed)]
+        shifted_SV = torch.sub(left_SV, highest_R1[summed], out=scratch_SV)
+        shifted_SV.div_(torch.from_numpy(temperature_R1[summed]).to(logits_RV))
+        total_R1[summed] = _sums(_exp(shifted_SV)).cpu().numpy()
+    return total_R1
 
 
 def _exp(shifted_RV: torch.Tensor) -> torch.Tensor:

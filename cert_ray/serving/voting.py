@@ -1,6 +1,7 @@
 """The vote over sketches: which sketch most samples agree on, and from when on no other can win.
 
-In: samples of the sketcher. Out: the winner, and a `SketchChosen` that tells the whole vote. Pure.
+In: samples of the sketcher, and what is known of those that have not ended. Out: the winner, and a `SketchChosen` that
+tells the whole vote. Pure.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from cert_ray.serving.boundaries import drop_start, first_stop
+from cert_ray.serving.boundaries import drop_start, first_stop, settled
 from cert_ray.serving.engines import Completion
 from cert_ray.serving.events import SketchCandidate, SketchChosen
 from cert_ray.sketching import Placeholder, moved, prompt_format
@@ -41,6 +42,12 @@ def read_sketch(tokenizer: Tokenizer, sample: Completion, blanks: str, stops: Se
     text = shown.rstrip()  # trailing blanks make no other sketch
     placeholders = tuple(place for place in moved(decoded.placeholders, -start) if place.end <= len(text))
     return Sketch(text, placeholders, replace(sample, text=shown))
+
+
+def read_beginning(tokenizer: Tokenizer, ids: Sequence[int], blanks: str, stops: Sequence[str]) -> str:
+    """The text that a sample's sketch begins with, whatever is drawn behind these first tokens of it."""
+    text = drop_start(prompt_format.decode_sketch(tokenizer, ids).text, blanks)
+    return settled(text, stops).rstrip()
 
 
 class Ballot:
@@ -80,9 +87,22 @@ class Ballot:
     @property
     def is_decided(self) -> bool:
         """Whether the winner wins whatever the samples that were not counted yet will say."""
-        votes = sorted(self._votes.values(), reverse=True)
-        second = votes[1] if len(votes) > 1 else 0
-        return bool(votes) and votes[0] > second + self._wanted - self._counted
+        return self.is_decided_for(())
+
+    def is_decided_for(self, begun: Sequence[tuple[str, int]]) -> bool:
+        """The same, where it is known how sketches of samples that were not counted begin, and of how many samples.
+
+        A sample adds a vote only to a sketch that begins as its own does: one that has votes, or one that is as long as
+        the longest of those that begin alike.
+        """
+        if not self._votes:
+            return False
+        first = self.winner.key
+        rivals = [(text, votes) for (text, places), votes in self._votes.items() if (text, places) != first]
+        rivals += [(text, 0) for text, _ in begun]
+        joined = [votes + sum(more for start, more in begun if text.startswith(start)) for text, votes in rivals]
+        unknown = self._wanted - self._counted - sum(more for _, more in begun)
+        return self._votes[first] > max(joined, default=0) + unknown
 
     def result(self) -> SketchChosen:
         """The vote, told whole."""

@@ -181,7 +181,7 @@ class _ForcedSketcher:
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         enough = hooks.enough
         if enough is not None:
-            marked = lambda ended: enough([(self._marked(sample), votes) for sample, votes in ended])  # noqa: E731
+            marked = lambda ended, begun: enough([(self._marked(one), votes) for one, votes in ended], begun)  # noqa: E731
             hooks = replace(hooks, enough=marked)
         drawn = self._engine.draw(work, hooks)
         return replace(drawn, samples=tuple(sample and self._marked(sample) for sample in drawn.samples))

@@ -118,7 +118,7 @@ class ScriptedEngine:
         for place in range(work.n):
             samples[place] = self._completion(*script[place % len(script)], work)
             ended = [(sample, 1) for sample in samples if sample is not None]
-            if hooks.enough is not None and place + 1 < work.n and hooks.enough(ended):
+            if hooks.enough is not None and place + 1 < work.n and hooks.enough(ended, ()):
                 self.left_undrawn += work.n - place - 1
                 break
         for place, sample in enumerate(samples):

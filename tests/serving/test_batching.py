@@ -217,7 +217,8 @@ def test_a_listener_that_fails_ends_its_request(engine: TransformersEngine) -> N
 def test_the_rest_is_left_undrawn_when_there_is_enough(engine: TransformersEngine, alone: list[Any]) -> None:
     seen: list[int] = []
 
-    def enough(ended: Sequence[tuple[Completion, int]]) -> bool:
+    def enough(ended: Sequence[tuple[Completion, int]], begun: Sequence[tuple[tuple[int, ...], int]]) -> bool:
+        assert sum(count for _, count in (*ended, *begun)) == 12
         seen.append(sum(count for _, count in ended))
         return seen[-1] >= 2
 

@@ -19,7 +19,7 @@ from cert_ray.serving import drafts
 from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_cascade, run_single
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
-from cert_ray.serving.engines import Completion, Work
+from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, Hooks, Work
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.sketching import Sketched, SketchKind, prompt_format, sketch_source
@@ -215,6 +215,33 @@ def test_the_vote_ends_when_no_other_sketch_can_win() -> None:
     assert sketcher.left_undrawn == answer.chosen.undecided == 2
     assert (answer.sketch_votes, answer.vote_share, answer.chosen.sketches) == (3, 1.0, 5)
     assert len(answer.choices) == 5
+
+
+class Asking(ScriptedEngine):
+    """Draws a sketch for two samples, says how three others begin, and whether that was enough."""
+
+    told: tuple[str, ...] = ()
+    was_enough: bool | None = None
+
+    def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
+        ended = self._completion(" a(<|number|>)", -1.0, work)
+        begun = [(tuple(prompt_format.encode_code(self.tokenizer, text)), 1) for text in self.told]
+        assert hooks.enough is not None
+        self.was_enough = hooks.enough([(ended, 2)], begun)
+        return Drawn((ended, ended, None, None, None), 0)
+
+
+@pytest.mark.parametrize(
+    ("begun", "enough"),
+    [((" b", " c", " d"), True), ((" b", " a", " ab"), False), ((" b", " b", " c"), False), ((" b", " c"), False)],
+)
+def test_the_vote_ends_when_the_others_cannot_agree_any_more(begun: tuple[str, ...], enough: bool) -> None:
+    sketcher = Asking(TOKENIZER, lambda _: [])
+    sketcher.told = begun
+    answer = run_cascade(CONTEXT, asking(5), sketcher, engine([" df.head(5)"]))
+    assert sketcher.was_enough == enough
+    assert answer.chosen is not None
+    assert (answer.sketch_votes, answer.chosen.undecided) == (2, 3)
 
 
 def test_sketches_that_are_the_answers_are_all_drawn() -> None:

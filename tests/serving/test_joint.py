@@ -205,3 +205,17 @@ def test_a_templates_share_is_of_what_could_come_without_it() -> None:
     samples.restrict(logits_BV, log_totals(logits_BV))
     assert samples.drawing[0].branch.course is not None
     assert logits_BV[0, other] == float("-inf")
+
+
+def test_guesses_that_were_not_drawn_are_made_no_more_than_costs_little() -> None:
+    """Rows of many branches for what nobody draws are half of a step."""
+    tokenizer = small_tokenizer()
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    asked = Work((1,), max_tokens=30, draft=tuple(range(20, 40)))
+    samples = JointSamples(asked, 64, tokenizer, frozenset({0}), FirstTokens(tokenizer, size), draft_tokens=6)
+    assert samples.guess(50, idle=0) == 6  # nothing is known of it yet
+    samples.drafted, samples.accepted = 10, 5
+    assert samples.guess(50, idle=0) == 6
+    samples.drafted, samples.accepted = 10, 4
+    assert [samples.guess(50, idle) for idle in (0, 4, 9)] == [0, 4, 6]
+    assert samples.guess(3, idle=9) == 3

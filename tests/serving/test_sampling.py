@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from cert_ray.errors import ConfigError
-from cert_ray.serving.sampling import Sampling, Streams, _sums, draw_tokens, log_totals
+from cert_ray.serving.sampling import Sampling, Streams, _highest, _sums, draw_tokens, log_totals
 
 
 def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
@@ -53,6 +53,31 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p() -> None:
     uniform = np.linspace(0, 1 - 1e-9, 1000)
     for top_p, kept in ((0.4, {0}), (0.499, {0}), (0.55, {0, 2}), (0.79, {0, 2})):
         assert set(draw(logits, uniform, 1.0, top_p).tolist()) == kept
+
+
+@pytest.mark.parametrize("size", [100, 4_096, 20_000, 20_480])
+def test_the_highest_are_found_wherever_they_stand(size: int) -> None:
+    logits_RV = torch.randn(5, size, generator=torch.Generator().manual_seed(size))
+    logits_RV[1, :70] += 10  # all in two blocks
+    logits_RV[2, -70:] += 10
+    logits_RV[3, 9:] = float("-inf")
+    values_RK, ids_RK = _highest(logits_RV, 64)
+    assert torch.equal(values_RK, logits_RV.sort(descending=True).values[:, :64])
+    assert torch.equal(logits_RV.gather(1, ids_RK), values_RK)
+    assert all(len(set(row)) == 64 for row in ids_RK.tolist())
+
+
+@pytest.mark.parametrize("gap", [1.0, 3.0, 5.0, 6.0, 8.0, 20.0])
+def test_what_is_next_to_nothing_changes_no_draw(gap: float) -> None:
+    """From all tokens needed to a few: the tokens are those of running sums over the whole row, in float64."""
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(3))
+    logits[::700] += gap
+    uniform = np.linspace(0, 1 - 1e-9, 500)
+    order = logits.argsort(descending=True, stable=True).numpy()
+    cumulative = torch.softmax(logits.double() / 0.2, dim=-1).numpy()[order].cumsum()
+    size = int(np.searchsorted(cumulative, 0.9)) + 1
+    expected = order[np.searchsorted(cumulative[:size], uniform * cumulative[size - 1], side="right")]
+    assert np.mean(draw(logits, uniform, 0.2, 0.9) == expected) > 0.99  # but where two tokens meet
 
 
 def test_a_flat_distribution_is_sampled_beyond_the_candidates() -> None:

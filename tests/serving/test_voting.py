@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cert_ray.serving.engines import Completion
-from cert_ray.serving.voting import Ballot, Sketch
+from cert_ray.serving.voting import Ballot, Sketch, read_beginning, read_sketch
+from cert_ray.sketching import prompt_format
+from tests.serving.builders import small_tokenizer
 
 
 def sketch(name: str, mean_logprob: float = -1.0) -> Sketch:
@@ -32,6 +34,51 @@ def test_once_decided_nothing_changes_the_winner(names: list[str]) -> None:
     else:
         assert len(most) > 1
         assert most[0][1] == most[1][1]
+
+
+@given(st.lists(st.tuples(st.text("ab", max_size=4), st.integers(0, 4)), min_size=1, max_size=9))
+def test_what_samples_begin_with_decides_no_vote_too_soon_and_none_too_late(drawn: list[tuple[str, int]]) -> None:
+    """Of each sample so many letters are known; it has ended where that is more than there are."""
+    ended = [name for name, known in drawn if known >= len(name)]
+    begun = [name[:known] for name, known in drawn if known < len(name)]
+    ballot = Ballot(len(drawn))
+    for name in ended:
+        ballot.add(sketch(name))
+    decided = ballot.is_decided_for([(start, 1) for start in begun])
+    if not ended:
+        assert not decided
+        return
+    winner, votes = ballot.winner.text, Counter(ended)
+    # Brute force: any sketch at all, two letters longer than what is known, may get all that begin as it does.
+    names = {start + end for start in begun for end in ("", "a", "b", "aa")} | set(ended)
+    rivals = [votes[name] + sum(name.startswith(start) for start in begun) for name in names if name != winner]
+    assert decided == (votes[winner] > max(rivals, default=0))
+    if decided:
+        everything = Counter(name for name, _ in drawn)
+        assert all(everything[winner] > count for name, count in everything.items() if name != winner)
+
+
+def test_samples_of_which_nothing_is_known_may_become_any_sketch() -> None:
+    ballot = Ballot(10)
+    ballot.add(sketch("a"), 4)
+    assert not ballot.is_decided_for([("b", 3)])
+    assert not ballot.is_decided_for([("a", 3), ("b", 2)])
+    assert ballot.is_decided_for([("b", 3), ("c", 3)])
+    assert ballot.is_decided_for([("aa", 3), ("ab", 3)])
+    assert not ballot.is_decided_for([("aa", 3), ("", 3)])
+
+
+def test_a_sketch_begins_with_what_was_read_of_its_first_tokens() -> None:
+    tokenizer = small_tokenizer()
+    stops = ("\ndef", "\n#")
+    for text in ("  df.head(<|number|>)\n  return <|string|>", "  x = 'é☃'\n#", "  a\n\ndef f", " ", "b \n"):
+        tokenizer.encode_special_tokens = False
+        ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+        whole = read_sketch(
+            tokenizer, Completion(ids, prompt_format.decode_code(tokenizer, ids), "stop", -1.0), "  ", stops
+        )
+        for known in range(len(ids)):
+            assert whole.text.startswith(read_beginning(tokenizer, ids[:known], "  ", stops))
 
 
 def test_equals_go_to_the_likeliest_by_its_best_sample() -> None:

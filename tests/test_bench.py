@@ -14,11 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cert_ray.dedup import on_ray as dedup_on_ray
 from cert_ray.operations.plan import Costs
-from tests.bench import bench_dedup, bench_gpu, bench_growth, bench_sketch, fetch_corpus
+from tests.bench import bench_dedup, bench_gpu, bench_growth, bench_sketch, fetch_corpus, ours
 from tests.bench.inputs import count_bytes, related_rows, sample_texts, spread_rows, write_parts
 from tests.bench.make_corpus import KINDS, SCHEMA, CorpusOptions, Writer, ground_truth, make_corpus
 from tests.bench.measuring import peers_python
+from tests.dataset.builders import in_this_process
 
 OPTIONS = CorpusOptions(documents=3_000, seed=5)
 
@@ -51,6 +53,21 @@ def test_near_copies_are_similar_and_others_are_not(contents: list[str]) -> None
         assert truth.cluster_D[left] == truth.cluster_D[right]
     expected = {(int(truth.cluster_D[row]), row) for row in range(600) if truth.kind_D[row] != 0 and len(sets[row])}
     assert len(expected & pairs) >= 0.98 * len(expected)
+
+
+def test_our_side_of_the_dedup_benchmark_keeps_originals(
+    contents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ground_truth(OPTIONS).kind_D
+    originals = [text for row, text in enumerate(contents) if KINDS[kinds[row]] == "original"][:30]
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    pq.write_table(pa.table({"content": originals + originals[:10]}), tables / "part.parquet")
+    monkeypatch.setattr(ours, "_on_ray", lambda work: work())
+    with in_this_process():
+        monkeypatch.setattr(ours, "run_units", dedup_on_ray.run_units)
+        figures = ours.dedup(tables, tmp_path / "out", workers=1)
+    assert (figures["rows_read"], figures["rows_kept"]) == (40, 30)
 
 
 def test_rates_and_sizes_are_those_asked_for() -> None:

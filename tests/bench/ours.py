@@ -112,7 +112,7 @@ def _on_ray(work: Callable[[], Any]) -> Any:
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=folder)
         try:
-            _bring_up(os.cpu_count() or 1)
+            _bring_up(int(ray.cluster_resources()["CPU"]))
             return work()
         finally:
             ray.shutdown()
@@ -124,9 +124,12 @@ def _bring_up(workers: int) -> None:
     As of the pool: its processes import this module when they start.
     """
     processes: set[int] = set()
-    while len(processes) < workers:
+    for _ in range(5):
         dataset = ray.data.range(4 * workers, override_num_blocks=4 * workers).map_batches(_process_id, batch_size=1)
         processes.update(row["process"] for row in dataset.iter_rows())
+        if len(processes) >= workers:
+            return
+    raise RuntimeError(f"only {len(processes)} of {workers} worker processes came up")
 
 
 def _process_id(batch: dict[str, Any]) -> dict[str, Any]:
@@ -147,25 +150,21 @@ def dedup(tables: Path, output: Path, workers: int) -> dict[str, Any]:
 
     def run() -> tuple[float, Any]:
         started = time.perf_counter()
-        hashed = _run(units, _write_hashed, documents, workers)
-        notes = {"generations": [len(units)]}
-        manifest = manifests.summarize("documents", MinHashConfig(), inputs_digest(units), hashed, notes)
+        with attempt(documents, "documents", "bench", "") as begun:
+            hashed = run_units(units, functools.partial(_write_hashed, folder=documents), begun, workers=workers)
+            notes = {"generations": [len(units)]}
+            manifest = manifests.summarize("documents", MinHashConfig(), inputs_digest(units), hashed, notes)
+            manifests.write_manifest(documents, manifest)
         clusters = deduplicate(documents, manifest, storage.join(folder, "dedup"), MinHashConfig(), workers)
-        _run(units, functools.partial(_write_survivors, run=folder), storage.join(folder, "kept"), workers)
+        kept = storage.join(folder, "kept")
+        with attempt(kept, "kept", "bench", "") as begun:
+            run_units(units, functools.partial(_write_survivors, folder=kept, run=folder), begun, workers=workers)
         return time.perf_counter() - started, clusters
 
     seconds, clusters = _on_ray(run)
     parts = [storage.read_parquet(storage.join(folder, "dedup/clusters", f"{unit.name}.parquet")) for unit in units]
     storage.write_parquet(pa.concat_tables(parts), storage.join(folder, "clusters.parquet"))
     return {"seconds": seconds, "rows_read": clusters.rows_read, "rows_kept": clusters.rows_kept}
-
-
-def _run(
-    units: list[WorkUnit], work: Callable[[WorkUnit, str], ShardReport], folder: str, workers: int
-) -> list[ShardReport]:
-    stage = storage.name_of(folder)
-    with attempt(folder, stage, "bench", "") as run:
-        return run_units(units, functools.partial(work, folder=folder), run, workers=workers)
 
 
 def _row_groups(tables: Path) -> list[dict[str, Any]]:

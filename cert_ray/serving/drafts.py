@@ -86,7 +86,7 @@ class Expected:
     def following(self, ids: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens that may follow the sample's tokens `ids`."""
         drafts = self._drafts
-        if not drafts or not most:
+        if not drafts or most <= 0:
             return []
         if not ids:
             return self._until_hole(0, most)

@@ -108,7 +108,7 @@ class JointSamples:
         Where most of what was drafted was not drawn, no more than those are guessed: what a template leaves no choice
         in is no guess.
         """
-        left = room
+        left = room = max(0, room)
         guesses = room if 2 * self.accepted >= self.drafted else min(room, idle)
         for branch in self.branches:
             most = max(0, min(left, self._left(branch) - 1))

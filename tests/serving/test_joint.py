@@ -219,3 +219,5 @@ def test_guesses_that_were_not_drawn_are_made_no_more_than_costs_little() -> Non
     samples.drafted, samples.accepted = 10, 4
     assert [samples.guess(50, idle) for idle in (0, 4, 9)] == [0, 4, 6]
     assert samples.guess(3, idle=9) == 3
+    assert samples.guess(-5, idle=0) == 0  # a request begins as one row, so there may be more rows than a batch has
+    assert not any(branch.draft for branch in samples.branches)

@@ -59,7 +59,7 @@ MUST_FAIL = {
 def main() -> None:
     if sys.argv[1:] == ["outside"]:
         mock.patch.object(sandbox_module, "find_way", return_value=ways()[1]).start()
-    sys.stdout.write(f"uid {os.getuid()}, {sandbox_module.find_way(find_bubblewrap() or 'bwrap')}\n")
+    sys.stdout.write(f"uid {os.getuid()}, {sandbox_module.find_way(find_bubblewrap() or 'bwrap', 180)}\n")
     broken = 0
     with (
         tempfile.NamedTemporaryFile() as secret,

@@ -1,23 +1,33 @@
 """How bubblewrap gets its namespaces on this machine, a network of its own among them.
 
-Usually it makes all of them. Where that fails, util-linux' `unshare` makes the network namespace (and, for whoever is
-not root, the user namespace that it takes), and starts bubblewrap inside, which makes the others. That is so below
-gVisor: it gives a new loopback device its address, and bubblewrap, which would give it the same one, ends ("loopback:
-Failed RTM_NEWADDR", gVisor's issue 13438). A way is taken only after it has been seen to start, in another network
-namespace than this process'. Where no way does, the first one is used, and ends with bubblewrap's own words.
+Usually it makes all of them. Where it ends over the loopback device, util-linux' `unshare` makes the network namespace
+(and, for whoever is not root, the user namespace that it takes), and starts bubblewrap inside, which makes the others.
+That is so below gVisor: it gives a new loopback device its address, and bubblewrap, which would give it the same one,
+ends ("loopback: Failed RTM_NEWADDR", gVisor's issue 13438). Elsewhere loopback is down that way, so nothing else, and
+no slow start, leads to it.
+
+A way is taken after it has been seen to start in another network namespace than this process'; one that starts in this
+one is refused. Where none starts, the first one is used, and ends with bubblewrap's own words.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from cert_ray.errors import SandboxError
+
+logger = logging.getLogger(__name__)
+
 NOBODY = 65534
-_PATIENCE_S = 10  # assumed: a bubblewrap that works starts within it
+SEARCHED = "/usr/bin:/bin"  # PATH in the sandbox, and of what starts it
+_LOOPBACK = "loopback:"  # so begins what bubblewrap says where it cannot have a network of its own
 _NETWORK = "/proc/self/ns/net"
 _OTHERS = ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL")
 
@@ -34,31 +44,70 @@ class Way:
         return [*self.before, bubblewrap, "--die-with-parent", "--new-session", *self.options]
 
 
-def ways() -> tuple[Way, Way]:
-    """Bubblewrap alone, and inside of another's network namespace.
+def ways() -> tuple[Way, ...]:
+    """Bubblewrap alone, and inside of another's network namespace where `unshare` is installed.
 
     As root without a user namespace, since the child then becomes a user without any rights; else with one.
     """
+    unshare = shutil.which("unshare")
     if os.geteuid() == 0:
         options = (*_OTHERS, "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
-        return Way((), ("--unshare-net", *options)), Way(("unshare", "--net", "--"), options)
-    alone = ("--unshare-all", "--uid", str(NOBODY), "--gid", str(NOBODY))
-    return Way((), alone), Way(("unshare", "--user", "--map-root-user", "--net", "--"), _OTHERS)
+        alone = Way((), ("--unshare-net", *options))
+        return (alone,) if unshare is None else (alone, Way((unshare, "--net", "--"), options))
+    alone = Way((), ("--unshare-all", "--uid", str(NOBODY), "--gid", str(NOBODY)))
+    return (alone,) if unshare is None else (alone, Way((unshare, "--user", "--map-root-user", "--net", "--"), _OTHERS))
 
 
 @cache
-def find_way(bubblewrap: str) -> Way:
-    """The first way that starts here and has a network of its own; where none does, the first."""
-    return next((way for way in ways() if _starts(bubblewrap, way)), ways()[0])
+def find_way(bubblewrap: str, patience_s: float) -> Way:
+    """The first way that starts here, with a network of its own; where none does, the first. Kept, but for errors.
+
+    Raises:
+        SandboxError: where a way starts in this machine's own network, or that cannot be told.
+        OSError: where it could not be tried, or did not start within `patience_s`: another time it may.
+    """
+    first, *others = ways()
+    said = _try(bubblewrap, first, patience_s)
+    if said is None:
+        return first
+    for way in others if _LOOPBACK in said else ():
+        if _try(bubblewrap, way, patience_s) is None:
+            logger.warning("no network of bubblewrap's own (%s): %s makes it", said.splitlines()[-1], way.before[0])
+            return way
+    return first
 
 
-def _starts(bubblewrap: str, way: Way) -> bool:
+def _try(bubblewrap: str, way: Way, patience_s: float) -> str | None:
+    """None where `way` starts, in a network that is not ours; what it said where it ended without."""
     asked = [sys.executable, "-I", "-S", "-c", f"import os; print(os.readlink({_NETWORK!r}))"]
     command = [*way.command(bubblewrap), "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--", *asked]
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=patience_s,
+            check=False,
+            env={"PATH": SEARCHED},
         )
-        return done.returncode == 0 and done.stdout.strip() not in ("", str(Path(_NETWORK).readlink()))
-    except (OSError, subprocess.TimeoutExpired):  # also where /proc does not tell
-        return False
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"it took more than {patience_s:.0f} s") from error
+    if done.returncode != 0:
+        return done.stderr
+    network, own = done.stdout.strip(), _own_network()
+    if "" in (network, own) or network == own:
+        raise SandboxError(
+            f"{' '.join([*way.before, bubblewrap])} started a program in this machine's own network namespace, or did "
+            f"not tell in which ({network or 'nothing'}; ours is {own or 'not known'}): generated code would reach the "
+            "network. Is it bubblewrap itself, and is /proc mounted here?"
+        )
+    return None
+
+
+def _own_network() -> str:
+    try:
+        return str(Path(_NETWORK).readlink())
+    except OSError:  # no /proc
+        return ""

@@ -13,6 +13,7 @@ import base64
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import platform
 import select
@@ -34,7 +35,7 @@ import pydantic
 from cert_ray.config import Config
 from cert_ray.errors import SandboxError
 from cert_ray.evaluation.environments import Environment, current_environment
-from cert_ray.evaluation.namespaces import NOBODY, find_way
+from cert_ray.evaluation.namespaces import NOBODY, SEARCHED, find_way
 from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.system_calls import find_filter
 
@@ -43,6 +44,7 @@ _INSIDE_FOLDER = "/cert-ray"  # where the sandbox sees them; the first is the pr
 _BOX = "/box"  # the candidate's working folder
 _ATTEMPTS = 3
 _START_S = 180.0  # assumed: pandas loads in 0.5 s, on a busy machine with a cold disk in far more
+_ASKED_S = 20.0  # assumed: well below what a cluster's nodes are given to answer, 30 or 60 s
 _SLOWEST = 10.0  # as in sandbox_watch: times wall_time_s
 _GRACE_S = 30.0  # assumed: how much later than its own deadline the supervisor may answer
 _FRAME_BYTES_MAX = 1 << 20
@@ -138,7 +140,8 @@ def describe_isolation(unsafe: bool = False, unfiltered: bool = False) -> tuple[
             *KNOWN_LIMITS,
         )
     return (
-        "bubblewrap: no network, own process, mount, IPC, host-name and control-group namespaces, no capabilities.",
+        "bubblewrap: no network, own process, mount, IPC, host-name and control-group namespaces, no capabilities. "
+        "Where it cannot make the network namespace, as below gVisor, `unshare` does, and a warning says so.",
         "Files: an own empty file system; only the interpreter, its packages and the system's libraries, read-only.",
         "Each program has user, process, mount and IPC namespaces of its own, or a whole sandbox where the kernel does "
         "not nest them; a working folder of its own, in memory and bounded; it cannot see another program.",
@@ -152,15 +155,25 @@ def describe_isolation(unsafe: bool = False, unfiltered: bool = False) -> tuple[
 class Sandbox:
     """A child process that runs programs, started with the first; a context manager.
 
+    Args:
+        patience_s: make one attempt, and in it wait no longer than this for any one answer; for whoever only asks.
+
     Raises:
         SandboxError: from the constructor when bubblewrap is missing and `unsafe` is false, or libseccomp is and
             `unfiltered` is.
     """
 
     def __init__(
-        self, environment: Environment, limits: Limits | None = None, *, unsafe: bool = False, unfiltered: bool = False
+        self,
+        environment: Environment,
+        limits: Limits | None = None,
+        *,
+        unsafe: bool = False,
+        unfiltered: bool = False,
+        patience_s: float | None = None,
     ) -> None:
         self._environment, self._limits, self._unsafe = environment, limits or Limits(), unsafe
+        self._patience_s, self._attempts = patience_s, _ATTEMPTS if patience_s is None else 1
         refuse_unprotected(unsafe, unfiltered)
         self._bubblewrap = None if unsafe else find_bubblewrap()
         self._nested: bool | None = False if unsafe else None  # None: not tried yet
@@ -184,20 +197,21 @@ class Sandbox:
         """Run `program` to its end or to a limit; a string is a program without tests.
 
         Raises:
-            SandboxError: when it could not be run, in three attempts each with a fresh process.
+            SandboxError: when it could not be run, in three attempts each with a fresh process; at once where
+                bubblewrap does not keep it from this machine's network.
         """
         program = Program(program) if isinstance(program, str) else program
         problems: list[_BrokenError] = []
-        while len(problems) < _ATTEMPTS:
+        while len(problems) < self._attempts:
             try:
                 return self._attempt(program)
             except _BrokenError as error:
                 self.close()
                 problems.append(error)
         if all(isinstance(error, _SilentError) for error in problems) and self._works():
-            return Execution(Outcome.KILLED, f"ended its sandbox, {_ATTEMPTS} times of {_ATTEMPTS}", "")
+            return Execution(Outcome.KILLED, f"ended its sandbox, {self._attempts} times of {self._attempts}", "")
         raise SandboxError(
-            f"generated code could not be run, in {_ATTEMPTS} attempts: {problems[-1]}\n"
+            f"generated code could not be run, in {self._attempts} attempts: {problems[-1]}\n"
             "Inside a container bubblewrap needs user namespaces (or root with SYS_ADMIN) and a /proc that is not "
             "masked; without them only --unsafe works."
         ) from problems[-1]
@@ -230,14 +244,22 @@ class Sandbox:
             return False
 
     def _start(self, nested: bool) -> _SandboxProcess:
-        return _SandboxProcess(self._environment, self._limits, self._bubblewrap, nested)
+        return _SandboxProcess(self._environment, self._limits, self._bubblewrap, nested, self._patience_s)
 
 
 class _SandboxProcess:
     """One running `sandbox_inside`, spoken to through its standard input and output."""
 
-    def __init__(self, environment: Environment, limits: Limits, bubblewrap: str | None, nested: bool) -> None:
-        self._limits = limits
+    def __init__(
+        self,
+        environment: Environment,
+        limits: Limits,
+        bubblewrap: str | None,
+        nested: bool,
+        patience_s: float | None = None,
+    ) -> None:
+        self._limits, self._patience_s = limits, math.inf if patience_s is None else patience_s
+        around = [] if bubblewrap is None else _bubblewrap_options(bubblewrap, environment, limits, self._patience_s)
         self._folder = tempfile.TemporaryDirectory(prefix="cert-ray-box-")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         settings = {
@@ -250,9 +272,7 @@ class _SandboxProcess:
             "limits": limits.model_dump(),
         }
         inside = str(_INSIDE[0]) if bubblewrap is None else f"{_INSIDE_FOLDER}/{_INSIDE[0].name}"
-        command = [environment.python, "-s", "-B", "-X", "utf8", inside, json.dumps(settings)]
-        if bubblewrap is not None:
-            command = [*_bubblewrap_options(bubblewrap, environment, limits), *command]
+        command = [*around, environment.python, "-s", "-B", "-X", "utf8", inside, json.dumps(settings)]
         try:
             self._process = subprocess.Popen(
                 command,
@@ -308,7 +328,7 @@ class _SandboxProcess:
             view = view[os.write(self._process.stdin.fileno(), view) :]
 
     def _read(self, timeout_s: float) -> dict[str, Any]:
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + min(timeout_s, self._patience_s)
         size = struct.unpack("<I", self._read_exactly(4, deadline))[0]
         if size > _FRAME_BYTES_MAX:
             raise _BrokenError(self._last_words(f"an answer of {size} bytes"))
@@ -359,10 +379,11 @@ def refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
 def why_no_sandbox(unfiltered: bool = False) -> str | None:
     """Runs a harmless program, contained and filtered as any other: None where it passes, else one line that says why.
 
-    Takes up to a second where it works. To be asked where nothing is `missing_protection`, or that is waived.
+    Takes up to a second where it works, and `_ASKED_S` where bubblewrap hangs. To be asked where nothing is
+    `missing_protection`, or that is waived.
     """
     try:
-        with Sandbox(current_environment(), unfiltered=unfiltered) as sandbox:
+        with Sandbox(current_environment(), unfiltered=unfiltered, patience_s=_ASKED_S) as sandbox:
             execution = sandbox.run(_HARMLESS)
     except (SandboxError, OSError) as error:
         return str(error.__cause__ or error).splitlines()[-1]
@@ -379,14 +400,17 @@ def _encoded_filter(network: bool) -> str | None:
 def _variables(box: str) -> dict[str, str]:
     """All environment variables of the sandbox: one thread each, and the same order of sets in every run."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")}
-    places = {"HOME": box, "TMPDIR": box, "PATH": "/usr/bin:/bin"}
+    places = {"HOME": box, "TMPDIR": box, "PATH": SEARCHED}
     return {**threads, **places, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg"}
 
 
-def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limits) -> list[str]:
+def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limits, patience_s: float) -> list[str]:
     """The command line up to the program. Order matters: a later mount hides an earlier one below it."""
     size = ("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs")
-    options = find_way(bubblewrap).command(bubblewrap)
+    try:
+        options = find_way(bubblewrap, min(_START_S, patience_s)).command(bubblewrap)
+    except OSError as error:
+        raise _BrokenError(f"{bubblewrap} did not start: {error}") from error
     options += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", *size, "/tmp", *size, _BOX]
     options += ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):

@@ -162,16 +162,22 @@ def _lack_of_protection(node: NodeFacts, unsafe: bool = False, unfiltered: bool 
 def tell_unprotected(nodes: Iterable[NodeFacts], unsafe: bool, unfiltered: bool) -> list[str]:
     """A line for each kind of node (its resources, and what it lacks) on which generated code will not run.
 
+    Also for each on which that is not known, since it did not answer.
+
     Args:
         unsafe, unfiltered: as an evaluation was told.
     """
-    kinds: dict[tuple[float, float, tuple[str, str]], list[str]] = {}
+    kinds: dict[tuple[float, float, str, str], list[str]] = {}
     for node in nodes:
-        lack = _lack_of_protection(node, unsafe, unfiltered)
-        if lack is not None:
-            kinds.setdefault((node.cpus, node.gpus, lack), []).append(node.address)
+        if node.cpus and (problem := node.silence or node.error) is not None:
+            told = "it is not known whether generated code will run", problem
+        elif (lack := _lack_of_protection(node, unsafe, unfiltered)) is not None:
+            told = "generated code will not run", ". ".join(lack)
+        else:
+            continue
+        kinds.setdefault((node.cpus, node.gpus, *told), []).append(node.address)
     return [
-        f"generated code will not run on {len(addresses)} node(s) of {cpus:g} CPUs and {gpus:g} GPUs "
-        f"({', '.join(addresses[:_NAMED])}{', ...' if len(addresses) > _NAMED else ''}): {why}. {cure}"
-        for (cpus, gpus, (why, cure)), addresses in kinds.items()
+        f"{what} on {len(addresses)} node(s) of {cpus:g} CPUs and {gpus:g} GPUs "
+        f"({', '.join(addresses[:_NAMED])}{', ...' if len(addresses) > _NAMED else ''}): {why}"
+        for (cpus, gpus, what, why), addresses in kinds.items()
     ]

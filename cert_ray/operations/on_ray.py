@@ -123,7 +123,7 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
 
 def warn_of_unprotected_nodes(unsafe: bool, unfiltered: bool) -> None:
     """A warning for each kind of node on which generated code will not run; an autoscaler may add others later."""
-    for line in tell_unprotected(ask_nodes(_JOINING_S, try_sandbox=True), unsafe, unfiltered):
+    for line in tell_unprotected(ask_nodes(_JOINING_S, try_sandbox=not unsafe), unsafe, unfiltered):
         logger.warning("%s", line)
 
 
@@ -139,9 +139,9 @@ def ask_nodes(timeout_s: float = 60.0, try_sandbox: bool = False) -> list[NodeFa
         if node["Alive"]:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name, resources = str(node["NodeManagerAddress"]), node["Resources"]
-            reference = task.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(
-                try_sandbox and resources.get("CPU", 0) > 0
-            )
+            # No argument where none is wanted: an older node's function takes none, and is to tell its version.
+            tries = (True,) if try_sandbox and resources.get("CPU", 0) > 0 else ()
+            reference = task.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*tries)
             asked[reference] = NodeFacts(address=name, cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))
     ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
     answers = []

@@ -196,8 +196,10 @@ def check_source(folder: str, shard: str, identity: str) -> None:
     Raises:
         SupersededError: when a later run is at work there, or has made another one.
     """
-    report = _read_report(folder, shard)
-    if _token(folder) is not None or report is None or report.files[0].identity != identity:
+    if _token(folder) is not None:
+        raise SupersededError(folder)
+    report = _read_report(folder, shard)  # after the token: a run that ended between both is seen by what it left
+    if report is None or report.files[0].identity != identity:
         raise SupersededError(folder)
 
 

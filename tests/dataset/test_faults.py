@@ -20,6 +20,7 @@ from cert_ray.dedup import on_ray as dedup_on_ray
 from cert_ray.dedup import survivors
 from cert_ray.errors import CertRayError, ConservationError, SchemaVersionError, ShardCorruptError, SupersededError
 from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.shards.units import report_url
 from tests.chaos.run import compare, tree
 from tests.dataset.builders import in_this_process, write_corpus
 
@@ -243,31 +244,36 @@ def test_a_run_killed_after_its_card_leaves_no_manifest_over_it(
 
 
 @pytest.mark.parametrize(
-    ("reader", "file"),
+    ("reader", "file", "damage"),
     [
-        ((dedup_on_ray, "measure_quality"), f"documents/{SHARD}.parquet"),
-        ((survivors, "read_documents"), f"dedup/keys/{SHARD}.parquet"),
-        ((survivors, "band_edges"), f"dedup/keys/{SHARD}.parquet"),
-        ((survivors, "band_edges"), f"dedup/signatures/{SHARD}.parquet"),
-        ((dataset_on_ray, "write_card"), f"dataset/{SHARD}.parquet"),
+        ((dedup_on_ray, "measure_quality"), f"documents/{SHARD}.parquet", truncate),
+        ((survivors, "read_documents"), f"dedup/keys/{SHARD}.parquet", truncate),
+        ((survivors, "band_edges"), f"dedup/keys/{SHARD}.parquet", truncate),
+        ((survivors, "band_edges"), f"dedup/signatures/{SHARD}.parquet", truncate),
+        ((dataset_on_ray, "write_annotated"), f"dedup/clusters/{SHARD}.parquet", truncate),
+        ((dataset_on_ray, "write_annotated"), f"dedup/clusters/{SHARD}.parquet", Path.unlink),
+        ((dataset_on_ray, "write_card"), f"dataset/{SHARD}.parquet", truncate),
     ],
 )
 def test_damage_after_the_check_names_the_shard_and_the_next_run_mends_it(
     reader: tuple[ModuleType, str],
     file: str,
+    damage: Callable[[Path], None],
     finished: tuple[PreprocessConfig, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The sample that judges dedup, its keys and the card's examples are read after every shard was found whole."""
+    """Dedup's sample, keys and clusters and the card's examples are read after every shard was found whole."""
     options, run = finished
     expected = tree(run)
     read = getattr(*reader)
 
-    def damaged_before(*given: object) -> object:
-        truncate(run / file)
-        return read(*given)
+    def damaged_before(*given: object, **named: object) -> object:
+        damage(run / file)
+        return read(*given, **named)
 
     (run / "dedup" / "manifest.json").unlink()
+    if file.startswith("dedup/clusters"):  # read for a shard of the dataset that is to be made
+        Path(report_url(str(run / "dataset"), SHARD)).unlink()
     with monkeypatch.context() as patched:
         patched.setattr(*reader, damaged_before)
         with pytest.raises(ShardCorruptError, match=rf"{file}: the manifest says .* `cert-ray preprocess` again"):

@@ -18,6 +18,10 @@ from cert_ray.evaluation.sandbox import Sandbox, find_bubblewrap
 BUBBLEWRAP = find_bubblewrap() or "bwrap"
 GVISOR = "bwrap: loopback: Failed RTM_NEWADDR: No such file or directory"  # runsc 0.0~20240729, bubblewrap 0.8.0
 
+PATIENCE_S = 60.0
+WAYS = dict(zip(("alone", "from outside"), ways(), strict=False))
+
+needs_unshare = pytest.mark.skipif(len(WAYS) == 1, reason="unshare is not installed")
 pytestmark = pytest.mark.skipif(
     find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
 )
@@ -36,14 +40,45 @@ def as_below_gvisor(folder: Path) -> str:
 
 
 def test_bubblewrap_makes_its_own_network_namespace_where_it_can() -> None:
-    assert find_way(BUBBLEWRAP) == ways()[0]
+    assert find_way(BUBBLEWRAP, PATIENCE_S) == ways()[0]
 
 
-def test_where_it_cannot_it_is_started_inside_of_one(tmp_path: Path) -> None:
-    assert find_way(as_below_gvisor(tmp_path)) == ways()[1]
+@needs_unshare
+def test_where_it_cannot_it_is_started_inside_of_one_and_that_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert find_way(as_below_gvisor(tmp_path), PATIENCE_S) == ways()[1]
+    (warning,) = caplog.records
+    assert GVISOR in warning.getMessage()
 
 
-@pytest.mark.parametrize("way", ways(), ids=["alone", "from outside"])
+@needs_unshare
+def test_another_refusal_does_not_lead_to_a_network_from_outside(tmp_path: Path) -> None:
+    refused = 'for one in "$@"; do [ "$one" != --unshare-net ] && [ "$one" != --unshare-all ] || exit 1; done'
+    busy = script(tmp_path / "bwrap", refused, f'exec {shlex.quote(BUBBLEWRAP)} "$@"')
+    assert find_way(busy, PATIENCE_S) == ways()[0]
+
+
+def test_a_slow_start_is_an_error_and_not_remembered(tmp_path: Path) -> None:
+    slow = script(tmp_path / "bwrap", "exec sleep 60")
+    with pytest.raises(TimeoutError):
+        find_way(slow, 0.1)
+    script(tmp_path / "bwrap", f'exec {shlex.quote(BUBBLEWRAP)} "$@"')
+    assert find_way(slow, PATIENCE_S) == ways()[0]
+
+
+def test_a_bubblewrap_that_keeps_this_machines_network_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = '--unshare-net) ;; --unshare-all) set -- "$@" "$one" --share-net;; *) set -- "$@" "$one"'
+    drop = f'for one in "$@"; do shift; case "$one" in {shared};; esac; done'
+    sharing = script(tmp_path / "bwrap", drop, f'exec {shlex.quote(BUBBLEWRAP)} "$@"')
+    monkeypatch.setattr(sandbox_module, "find_bubblewrap", lambda: sharing)
+    with Sandbox(current_environment(), unfiltered=True) as sandbox, pytest.raises(SandboxError, match="own network"):
+        sandbox.run("pass")
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_both_ways_have_loopback_alone_and_no_capability(way: Way) -> None:
     files = ["--ro-bind", "/", "/", "--proc", "/proc", "--", "cat"]
     devices, status = (
@@ -59,7 +94,8 @@ def test_both_ways_have_loopback_alone_and_no_capability(way: Way) -> None:
 def test_a_way_with_this_machines_network_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(tmp_path / "unshare", 'while [ "$1" != "--" ]; do shift; done', "shift", 'exec "$@"')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert find_way(as_below_gvisor(tmp_path)) == ways()[0]
+    with pytest.raises(SandboxError, match="own network"):
+        find_way(as_below_gvisor(tmp_path), PATIENCE_S)
 
 
 def test_where_no_way_starts_evaluation_refuses_in_bubblewraps_own_words(

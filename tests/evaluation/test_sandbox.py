@@ -37,7 +37,9 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
         if request.param == "one program per sandbox":
             opened._nested = False
         if request.param == "network namespace from outside":
-            patched.setattr(sandbox_module, "find_way", lambda _: ways()[1])
+            if len(ways()) == 1:
+                pytest.skip("unshare is not installed")
+            patched.setattr(sandbox_module, "find_way", lambda *_: ways()[1])
         yield opened
 
 

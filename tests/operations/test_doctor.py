@@ -69,9 +69,27 @@ def test_a_sandbox_that_does_not_start_is_warned_about(monkeypatch: pytest.Monke
     assert "--unsafe" in found.advice
 
 
+def test_a_bubblewrap_that_hangs_is_warned_about_after_one_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def hangs(bubblewrap: str, patience_s: float) -> None:
+        asked.append(patience_s)
+        raise TimeoutError("it took more than 20 s")
+
+    monkeypatch.setattr(sandbox, "missing_protection", tuple)
+    monkeypatch.setattr(sandbox, "find_bubblewrap", lambda: "bwrap")
+    monkeypatch.setattr(sandbox, "find_way", hangs)
+    found = {finding.name: finding for finding in examine()}["sandbox"]
+    assert (found.level, found.found) == (Level.WARN, "does not start: bwrap did not start: it took more than 20 s")
+    assert asked == [sandbox._ASKED_S]
+
+
 def test_a_filter_that_the_kernel_refuses_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "missing_protection", tuple)
+    if (problem := sandbox.why_no_sandbox()) is not None:
+        pytest.skip(f"no sandbox starts here, whatever the filter: {problem}")
     monkeypatch.setattr(sandbox, "_encoded_filter", lambda network: base64.b64encode(b"no filter").decode())
     found = {finding.name: finding for finding in examine()}["sandbox"]
     assert found.level == Level.WARN
     assert found.found.startswith("does not start: ")
+    assert found.found.endswith("prctl: Invalid argument")

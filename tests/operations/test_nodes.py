@@ -95,8 +95,7 @@ def test_nodes_without_protection_are_one_line_for_each_kind() -> None:
     failing = [SOUND.answered({"address": f"10.0.0.{n}", "sandbox_failure": "no namespaces"}) for n in range(2, 7)]
     bare = SOUND.answered({"address": "10.0.1.1", "gpus": 1, "missing_protection": ("bubblewrap", "libseccomp2")})
     head = bare.answered({"cpus": 0})
-    silent = SOUND.silent("no answer")
-    several, one = tell_unprotected([SOUND, *failing, bare, head, silent], unsafe=False, unfiltered=False)
+    several, one = tell_unprotected([SOUND, *failing, bare, head], unsafe=False, unfiltered=False)
     assert "5 node(s) of 8 CPUs and 0 GPUs (10.0.0.2, 10.0.0.3, 10.0.0.4, ...): no namespaces. " in several
     assert "1 node(s) of 8 CPUs and 1 GPUs (10.0.1.1): without bubblewrap and libseccomp2. apt-get" in one
     (one,) = tell_unprotected([*failing, bare], unsafe=True, unfiltered=False)
@@ -104,18 +103,34 @@ def test_nodes_without_protection_are_one_line_for_each_kind() -> None:
     assert tell_unprotected([*failing, bare], unsafe=True, unfiltered=True) == []
 
 
+def test_of_nodes_that_did_not_say_it_is_told_that_nothing_is_known() -> None:
+    silent, old = SOUND.silent("no answer within 30 s"), SOUND.failed("TypeError: one argument too many")
+    head = NodeFacts("10.0.0.9", 0, 0).silent("no answer within 30 s")
+    waiting, failed = tell_unprotected([silent, old, head], unsafe=False, unfiltered=False)
+    assert waiting == (
+        "it is not known whether generated code will run on 1 node(s) of 8 CPUs and 0 GPUs (10.0.0.1): "
+        "no answer within 30 s"
+    )
+    assert failed.endswith("(10.0.0.1): TypeError: one argument too many")
+
+
 def test_an_evaluation_warns_of_nodes_on_which_a_sandbox_was_tried_in_vain(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from cert_ray.operations import on_ray
 
+    tried = []
+
     def asked(timeout_s: float, try_sandbox: bool) -> list[NodeFacts]:
+        tried.append(try_sandbox)
         return [SOUND, SOUND.answered({"sandbox_failure": "no namespaces" if try_sandbox else None})]
 
     monkeypatch.setattr(on_ray, "ask_nodes", asked)
     on_ray.warn_of_unprotected_nodes(unsafe=False, unfiltered=False)
     (warning,) = caplog.records
     assert "1 node(s) of 8 CPUs and 0 GPUs (10.0.0.1): no namespaces. " in warning.getMessage()
+    on_ray.warn_of_unprotected_nodes(unsafe=True, unfiltered=False)
+    assert tried == [True, False]
 
 
 def test_a_node_without_facts_fails_alone() -> None:
@@ -141,7 +156,7 @@ def test_every_node_of_a_cluster_is_asked(ray_cluster: None) -> None:
 def test_a_node_on_which_asking_raises_has_answered(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from cert_ray.operations import on_ray
 
-    def without_cert_ray(try_sandbox: bool) -> None:
+    def without_cert_ray() -> None:  # without an argument, as older nodes' own
         raise ModuleNotFoundError("No module named 'cert_ray'")
 
     monkeypatch.setattr(on_ray, "facts_of_this_node", without_cert_ray)

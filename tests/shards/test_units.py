@@ -140,6 +140,21 @@ def test_a_shard_was_the_one_it_was_called_unless_a_later_run_is_or_was_there(tm
         check()
 
 
+def test_a_run_that_ends_while_a_shard_is_checked_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is over when its token is looked for, and its report tells of it."""
+    folder, own_token = str(tmp_path), units._token
+    identity = finished(tmp_path, "one").files[0].identity
+
+    def overtaken(asked: str) -> str | None:
+        monkeypatch.undo()
+        finished(tmp_path, "another")
+        return own_token(asked)
+
+    monkeypatch.setattr(units, "_token", overtaken)
+    with pytest.raises(SupersededError):
+        units.check_source(folder, "shard-00000", identity)
+
+
 def test_versions_and_weights_show_in_no_digest_and_no_report(tmp_path: Path) -> None:
     reports = [
         perform(given, tmp_path / name, "one")

@@ -213,7 +213,7 @@ def test_the_vote_ends_when_no_other_sketch_can_win() -> None:
     assert answer.route is Route.GENERATOR
     assert answer.chosen is not None
     assert sketcher.left_undrawn == answer.chosen.undecided == 2
-    assert (answer.sketch_votes, answer.vote_share, answer.chosen.sketches) == (3, 1.0, 5)
+    assert (answer.sketch_votes, answer.vote_share, answer.chosen.sketches) == (3, 3 / 5, 5)
     assert len(answer.choices) == 5
 
 

@@ -3,7 +3,7 @@
 In: prompts' tokens, and what a model keeps of them (keys and values). Out: the longest common beginning that is kept. A
 prompt between two stages is pinned: however many requests there are and however long they are, it stays until its
 second stage has read it. So the limit is one on prompts that may never come again; those of requests at work are
-bounded by admission, as their branches are.
+bounded by how many are answered at once, as their branches are.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class KeptPrompts:
 
     def find(self, prompt: Sequence[int], work: Work) -> tuple[Any, int]:
         """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
+        self.trim()
         best, shared = None, 0
         if not work.score_prompt:
             asked = np.asarray(prompt)
@@ -84,6 +85,10 @@ class KeptPrompts:
         for other in [other for other in self._kept if added[: len(other)] == other]:
             del self._kept[other]
         self._kept[added] = copied
+        self.trim()
+
+    def trim(self) -> None:
+        """Let go what is beyond the limit and not pinned: say this when a request has ended."""
         excess = sum(map(len, self._kept)) - self._most_tokens
         for other in list(self._kept):
             if excess > 0 and not self._is_pinned(other):

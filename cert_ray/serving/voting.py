@@ -84,6 +84,11 @@ class Ballot:
         """The sketch that wins as things stand."""
         return self._ordered()[0]
 
+    def may_be_decided(self, begun: Sequence[int]) -> bool:
+        """Whether `is_decided_for` can hold, by how many samples began alike: that costs no reading of them."""
+        first, *others = sorted(self._votes.values(), reverse=True)
+        return first > max((*others[:1], *begun), default=0) + self._wanted - self._counted - sum(begun)
+
     def is_decided_for(self, begun: Sequence[tuple[str, int]]) -> bool:
         """Whether the winner wins whatever the samples that were not counted yet will say.
 

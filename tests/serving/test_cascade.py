@@ -124,6 +124,16 @@ def test_empty_completions_of_the_generator_give_way_to_the_sketches() -> None:
     assert len(generator.prompts) == 1
 
 
+def test_sketches_that_give_way_to_nothing_are_then_all_drawn() -> None:
+    answer, sketcher, _ = cascade([" a(<|number|>)"] * 3 + [" b(<|number|>)", " c(<|number|>)"], [""])
+    assert answer.route is Route.SKETCHER_EMPTY_GENERATOR
+    assert sketcher.left_undrawn == 2  # of the vote
+    assert texts(answer) == [" a(number)"] * 3 + [" b(number)", " c(number)"]
+    answer, sketcher, _ = cascade([" a(<|number|>)"] * 3 + [" b(<|number|>)"] * 2, [""], n=3, sketches=5)
+    assert len(sketcher.prompts) == 1  # the winner's own are enough
+    assert texts(answer) == [" a(number)"] * 3
+
+
 def test_one_completion_that_is_not_empty_is_enough() -> None:
     answer, *_ = cascade([" df.head(<|number|>)"] * 2, ["", " df"])
     assert answer.route is Route.GENERATOR

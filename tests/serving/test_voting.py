@@ -53,6 +53,7 @@ def test_what_samples_begin_with_decides_no_vote_too_soon_and_none_too_late(draw
     names = {start + end for start in begun for end in ("", "a", "b", "aa")} | set(ended)
     rivals = [votes[name] + sum(name.startswith(start) for start in begun) for name in names if name != winner]
     assert decided == (votes[winner] > max(rivals, default=0))
+    assert ballot.may_be_decided([1] * len(begun)) or not decided
     if decided:
         everything = Counter(name for name, _ in drawn)
         assert all(everything[winner] > count for name, count in everything.items() if name != winner)

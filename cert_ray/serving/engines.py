@@ -89,8 +89,8 @@ def _ignore_text(index: int, text: str, finish_reason: FinishReason | None) -> N
     """Nobody listens."""
 
 
-# Given the samples that have ended so far, each with how many drew it, and likewise the tokens of those that have not, as
-# far as they are known: True ends the others where they are.
+# Given the samples that have ended so far, each with how many drew it, and likewise the tokens of those that have not,
+# as far as they are known: True ends the others where they are.
 Enough = Callable[[Sequence[tuple[Completion, int]], Sequence[tuple[tuple[int, ...], int]]], bool]
 
 

@@ -133,7 +133,7 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
         ),
         Panel("Answers per second, by route", "ops", {"{{model}} {{route}}": rate(metrics.ANSWERS, "model, route")}),
         Panel(
-            "Share of the votes for the winning sketch",
+            "Share of the sketches asked for that voted for the winner",
             "percentunit",
             {
                 "{{model}} median": quantile(0.5, name(metrics.VOTE_SHARE), "model"),

@@ -35,7 +35,8 @@ def sketch_of_answer(prompt: str, answer: str, kind: str = "constants") -> str |
 def measure_sketches(results: Sequence[ProblemResult], kind: str = "constants") -> dict[str, Any] | None:
     """Figures over all samples that say their sketch; None where none does. Shares are of samples.
 
-    `exact_match` counts the problems whose answer has a sketch only.
+    `exact_match` counts the problems whose answer has a sketch only. `vote_share` is the mean of what the winners have
+    at least: of sketches asked for, those that agreed before the vote ended.
     """
     routes: Counter[str] = Counter()
     blame: Counter[str] = Counter()

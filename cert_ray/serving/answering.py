@@ -12,6 +12,7 @@ what a suffix or the log-probabilities of its own tokens are asked for, and wher
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -110,8 +111,11 @@ class ModelConfig(Config):
 
     @property
     def is_on_this_disk(self) -> bool:
-        """Whether all of the models lie on a disk of this machine."""
-        return all(storage.is_local(folder) and _is_at_hand(folder) for folder in self.folders.values())
+        """Whether all of the models lie on a disk of this machine, and may be read."""
+        return all(
+            storage.is_local(folder) and _is_at_hand(folder) and _may_be_read(folder)
+            for folder in self.folders.values()
+        )
 
     def check(self, name: str | None = None) -> None:
         """Raise what `check_models` raises where the models cannot be loaded; `name` is theirs among several."""
@@ -304,6 +308,12 @@ def load_engine(folder: str, config: EngineConfig, turns: Turns | None = None) -
 
 def _is_at_hand(folder: str) -> bool:
     return storage.exists(storage.join(folder, "config.json"))
+
+
+def _may_be_read(folder: str) -> bool:
+    """Whether this user may read all that stands in a local folder."""
+    path = storage.local_path(folder)
+    return os.access(path, os.R_OK | os.X_OK) and all(os.access(file, os.R_OK) for file in path.iterdir())
 
 
 def _is_context_first(folder: str) -> bool:

@@ -101,10 +101,15 @@ class Request:
             told = self.mailbox.get()
             for index, text, reason in told.news:
                 self.hooks.on_text(index, text, reason)
-            if told.error is not None:
-                raise told.error
-            if told.drawn is not None:
-                return told.drawn
+            drawn, error = told.drawn, told.error
+            del told
+            if error is not None:
+                try:
+                    raise error
+                finally:  # or the error, by its traceback and this frame, held itself and all that waited for it
+                    del error
+            if drawn is not None:
+                return drawn
 
 
 class Turns:
@@ -213,10 +218,12 @@ class Batch:
 
     def _still_wanted(self, request: Request) -> bool:
         if request.given_up:
+            self._let_go(request)
             return False
         try:
             request.hooks.check()
         except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            self._let_go(request)
             request.mailbox.put(_Told(error=error))
             return False
         return True
@@ -324,8 +331,13 @@ class Batch:
 
     def _end(self, request: Request, told: _Told) -> None:
         self._running = [other for other in self._running if other is not request]
-        request.kept = None
+        self._let_go(request)
         request.mailbox.put(told)
+
+    def _let_go(self, request: Request) -> None:
+        """Hold nothing for a request that has ended: its error, and so itself, may be held for long."""
+        request.kept = request.pin = None
+        self._prompts.trim()
 
 
 def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: torch.Tensor) -> None:

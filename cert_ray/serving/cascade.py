@@ -273,8 +273,8 @@ class _Cascade:
     def run(self, mode: Mode, began: float) -> CascadeAnswer:
         """Both stages, as far as they are needed."""
         prompt = self._prompts.before_sketch
-        ballot, drawn = self._sketch(prompt, mode)  # `drawn` is held here until stage two has its answer: see its `pin`
-        winner, chosen = ballot.winner, ballot.result()
+        ballot, drawn = self._sketch(prompt, mode)
+        chosen = ballot.result()
         timings_s = {"sketch": time.perf_counter() - began}
         answer = CascadeAnswer(
             (),
@@ -288,6 +288,13 @@ class _Cascade:
             cached_tokens=drawn.cached_tokens,
             sketch_tokens=drawn.tokens,
         )
+        try:
+            return self._go_on(answer, chosen, ballot, mode)
+        finally:
+            del drawn  # held until stage two has its answer, and no longer if there is an error: see its `pin`
+
+    def _go_on(self, answer: CascadeAnswer, chosen: SketchChosen, ballot: Ballot, mode: Mode) -> CascadeAnswer:
+        winner, timings_s = ballot.winner, answer.timings_s
         if self._listener.tell is not None:
             self._listener.tell(chosen)
         if mode is Mode.SKETCH_ONLY:
@@ -298,6 +305,11 @@ class _Cascade:
         choices, second, route = self._fill_in(winner, mode)
         timings_s["generate"] = time.perf_counter() - began
         if choices is None:
+            if chosen.undecided and chosen.votes < self._sampling.n:  # they are the answers after all: draw all of them
+                began = time.perf_counter()
+                ballot, drawn = self._sketch(self._prompts.before_sketch, mode, all_of_them=True)
+                timings_s["sketch"] += time.perf_counter() - began
+                answer = replace(answer, sketch_tokens=answer.sketch_tokens + drawn.tokens)
             return self._answer_with_sketches(answer, ballot, Route.SKETCHER_EMPTY_GENERATOR)
         held = [choice.keeps_to_template for choice in choices if choice.keeps_to_template is not None]
         off_sketch = held.count(False) if held else None
@@ -310,7 +322,7 @@ class _Cascade:
             return prompt_format.released_has_placeholder(sketch.text)
         return bool(sketch.placeholders)
 
-    def _sketch(self, prompt: list[int], mode: Mode) -> tuple[Ballot, Drawn]:
+    def _sketch(self, prompt: list[int], mode: Mode, *, all_of_them: bool = False) -> tuple[Ballot, Drawn]:
         wanted = self._config.sketches or self._sampling.drawn
         needed = self._sampling.n
         tokenizer, blanks, stops = self._sketcher.tokenizer, self._blanks, self._stops
@@ -331,7 +343,7 @@ class _Cascade:
             fills_in = self._is_open(winner) or not winner.text.strip()
             if votes < needed and (mode is Mode.SKETCH_ONLY or not fills_in):
                 return False
-            if any(more >= votes for _, more in begun):  # they may all become one sketch
+            if not ballot.may_be_decided([more for _, more in begun]):
                 return False
             return ballot.is_decided_for([(read_beginning(tokenizer, ids, blanks, stops), more) for ids, more in begun])
 
@@ -339,7 +351,7 @@ class _Cascade:
         work = replace(work, n=wanted, logprobs=self._sampling.logprobs, code_only=False)
         work = replace(work, stop_token_ids=work.stop_token_ids | self._layout.sketch_ends)
         work = replace(work, comes_again=self._layout.begins_alike)
-        drawn = self._sketcher.draw(work, Hooks(check=self._listener.check, enough=enough))
+        drawn = self._sketcher.draw(work, Hooks(self._listener.check, enough=None if all_of_them else enough))
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 
     def _fill_in(self, winner: Sketch, mode: Mode) -> tuple[list[Completion] | None, Drawn, Route]:

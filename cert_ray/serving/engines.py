@@ -89,6 +89,11 @@ def _ignore_text(index: int, text: str, finish_reason: FinishReason | None) -> N
     """Nobody listens."""
 
 
+# Given the samples that have ended so far, each with how many drew it, and likewise the tokens of those that have not,
+# as far as they are known: True ends the others where they are.
+Enough = Callable[[Sequence[tuple[Completion, int]], Sequence[tuple[tuple[int, ...], int]]], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Hooks:
     """Who waits for some work. They are called while it is done, and must be quick."""
@@ -97,9 +102,7 @@ class Hooks:
     # Called by the thread that waits, with a sample's number and more of its text that nothing takes back.
     on_text: Callable[[int, str, FinishReason | None], None] = _ignore_text
     streams_text: bool = False  # whether `on_text` wants the text as it is drawn
-    # Given the samples that have ended so far, each with how many drew it, and likewise the tokens of those that have
-    # not, as far as they are known: True ends the others where they are.
-    enough: Callable[[Sequence[tuple[Completion, int]], Sequence[tuple[tuple[int, ...], int]]], bool] | None = None
+    enough: Enough | None = None
 
 
 DEFAULT_HOOKS = Hooks()

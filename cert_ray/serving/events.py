@@ -26,8 +26,9 @@ class SketchChosen:
     """The vote's result. `placeholders` are spans of `text`.
 
     `votes` are of `sketches` samples asked for. Where the vote stopped early, since no other sketch could win any
-    more, `undecided` samples had not ended; `vote_share` is `votes / (sketches - undecided)`. `candidates` are ordered
-    as the vote orders them, the winner first, and their votes add up to `sketches - undecided`.
+    more, `undecided` samples had not ended. `vote_share` is `votes / sketches`: the least that the winner has, since
+    the undecided might have agreed. `candidates` are ordered as the vote orders them, the winner first, and their votes
+    add up to `sketches - undecided`.
     """
 
     text: str

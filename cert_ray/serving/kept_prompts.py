@@ -3,11 +3,12 @@
 In: prompts' tokens, and what a model keeps of them (keys and values). Out: the longest common beginning that is kept. A
 prompt between two stages is pinned: however many requests there are and however long they are, it stays until its
 second stage has read it. So the limit is one on prompts that may never come again; those of requests at work are
-bounded by admission, as their branches are.
+bounded by how many are answered at once, as their branches are.
 """
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -51,10 +52,13 @@ class KeptPrompts:
         """Keep `most_tokens` of prompts, and besides what is pinned; with 0 nothing."""
         self._model, self._most_tokens = model, most_tokens
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        self._pins: weakref.WeakSet[Pin] = weakref.WeakSet()
+        # Changed as pins go, in whatever thread lets one go; a `WeakSet` does not bear that while it is looked through.
+        self._pins: dict[int, tuple[int, ...]] = {}
+        self._numbers = itertools.count()
 
     def find(self, prompt: Sequence[int], work: Work) -> tuple[Any, int]:
         """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
+        self.trim()
         best, shared = None, 0
         if not work.score_prompt:
             asked = np.asarray(prompt)
@@ -84,6 +88,10 @@ class KeptPrompts:
         for other in [other for other in self._kept if added[: len(other)] == other]:
             del self._kept[other]
         self._kept[added] = copied
+        self.trim()
+
+    def trim(self) -> None:
+        """Let go what is beyond the limit and not pinned: say this when a request has ended."""
         excess = sum(map(len, self._kept)) - self._most_tokens
         for other in list(self._kept):
             if excess > 0 and not self._is_pinned(other):
@@ -92,12 +100,13 @@ class KeptPrompts:
 
     def pin(self, prompt: Sequence[int]) -> Pin:
         """What holds `prompt`, or a longer one in its place, as long as it is itself held: say this before `add`."""
-        pin = Pin(tuple(prompt))
-        self._pins.add(pin)
+        pin, number = Pin(tuple(prompt)), next(self._numbers)
+        self._pins[number] = pin.prompt
+        weakref.finalize(pin, self._pins.pop, number, None).atexit = False
         return pin
 
     def _is_pinned(self, prompt: tuple[int, ...]) -> bool:
-        return any(prompt[: len(pin.prompt)] == pin.prompt for pin in self._pins)
+        return any(prompt[: len(pinned)] == pinned for pinned in list(self._pins.values()))
 
 
 def _common_beginning(one: npt.NDArray[np.int64], other: npt.NDArray[np.int64]) -> int:

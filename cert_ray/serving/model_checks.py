@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
 from cert_ray.serving.engines import EngineConfig
 from cert_ray.serving.model_folders import Described, describe, find_infill, window
@@ -32,7 +33,7 @@ def check_models(folders: Mapping[str, str], engine: EngineConfig, name: str | N
     views = {}
     for role, folder in folders.items():
         told = role if name is None else f"{role} of {name}"
-        described = _described(folder, told)
+        described = _described(folder, engine, told)
         _check_engine(described, engine, told)
         _check_role(described, role, told)
         views[role] = described.view
@@ -43,9 +44,12 @@ def check_models(folders: Mapping[str, str], engine: EngineConfig, name: str | N
         )
 
 
-def _described(folder: str, told: str) -> Described:
+def _described(folder: str, engine: EngineConfig, told: str) -> Described:
+    is_of_vllm = engine.kind == "vllm"
     try:
-        return describe(folder)
+        if is_of_vllm and not storage.is_local(folder):
+            raise InputError(folder, "vLLM wants a local folder", "Copy the model to this machine.")
+        return describe(folder, with_weights=not is_of_vllm)  # which weights it reads, vLLM says itself
     except InputError as error:
         raise _unfit(error, told) from error
 
@@ -56,7 +60,7 @@ def _unfit(error: InputError, told: str) -> InputError:
 
 def _check_engine(described: Described, engine: EngineConfig, told: str) -> None:
     config, folder = described.config, described.folder
-    # vLLM knows architectures that transformers does not, and says itself which.
+    # vLLM says itself which of the architectures that transformers has a configuration for it runs.
     if engine.kind == "transformers" and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder):
         problem = f"its architecture ({config.model_type}) is none that goes on from a text"
         raise _unfit(InputError(folder, problem, "Give a causal language model."), told)

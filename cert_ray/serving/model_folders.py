@@ -7,6 +7,7 @@ what is wrong with a folder is told in a second, and before anything is deployed
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import textwrap
 from collections.abc import Iterator, Set
@@ -34,10 +35,13 @@ _TOKENIZER: Final = "tokenizer.json"
 _SHARDS: Final = "model.safetensors.index.json"
 _WEIGHTS: Final = "model.safetensors"
 # What transformers raises for a config.json that it cannot make a configuration of (tried: other JSON, other types,
-# unknown architectures, nesting), and for weights that do not fit it.
+# unknown architectures, nesting).
 _UNUSABLE: Final = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError, SafetensorError,
 )  # fmt: skip
+# What it raises for weights that do not fit it. Of a RuntimeError only what says so: others tell of too little memory.
+_UNFIT: Final = (OSError, ValueError, KeyError, SafetensorError, RuntimeError)
+_OF_SHAPES: Final = re.compile(r"\b(size|shape|dimension)s?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,11 @@ class Described:
         return None if found is None else str(found)
 
 
-def describe(folder: str) -> Described:
+def describe(folder: str, *, with_weights: bool = True) -> Described:
     """The configuration and tokenizer of the model in `folder`; its weights are there, and are not read.
+
+    Without `with_weights` it is not asked whether they are there as transformers wants them, nor whether all the
+    tokenizer's tokens have some.
 
     Raises:
         InputError: when it is no such folder, lacks a file, or one of these files is damaged.
@@ -64,15 +71,16 @@ def describe(folder: str) -> Described:
     """
     _check_folder(folder)
     if storage.is_local(folder):
-        return _describe(storage.local_path(folder), folder)
+        return _describe(storage.local_path(folder), folder, with_weights=with_weights)
     files = (file.url.split("/") for file in storage.list_files(folder))
     names = {name for *_, parent, name in files if parent == storage.name_of(folder)}
-    _check_files(names, folder)
+    _check_files(names, folder, with_weights=with_weights)
     with tempfile.TemporaryDirectory(prefix="cert-ray-model-") as copied:
         for name in {_CONFIG, _TOKENIZER, _SHARDS} & names:
             (Path(copied) / name).write_bytes(storage.read_bytes(storage.join(folder, name)))
-        _check_shards(Path(copied), names, folder)
-        return _read(Path(copied), folder)
+        if with_weights:
+            _check_shards(Path(copied), names, folder)
+        return _read(Path(copied), folder, with_weights=with_weights)
 
 
 def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
@@ -90,7 +98,9 @@ def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
                 path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
                 output_loading_info=True, ignore_mismatched_sizes=True,  # told below, by name
             )  # fmt: skip
-        except _UNUSABLE as error:
+        except _UNFIT as error:
+            if isinstance(error, RuntimeError) and _OF_SHAPES.search(str(error)) is None:
+                raise
             raise InputError(folder, f"transformers cannot load it: {_in_short(error)}", _CURE) from error
     _check_whole(found, folder)
     _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, folder)
@@ -126,21 +136,28 @@ def _check_folder(folder: str) -> None:
         read_manifest(folder, "model", "export")
 
 
-def _describe(path: Path, folder: str) -> Described:
-    names = {file.name for file in path.iterdir() if file.is_file()}
-    _check_files(names, folder)
-    _check_shards(path, names, folder)
-    for name in sorted(names):
-        if name.endswith(".safetensors"):
-            _check_header(path / name, folder)
-    return _read(path, folder)
+def _describe(path: Path, folder: str, *, with_weights: bool = True) -> Described:
+    try:
+        names = {file.name for file in path.iterdir() if file.is_file()}
+        _check_files(names, folder, with_weights=with_weights)
+        if with_weights:
+            _check_shards(path, names, folder)
+            for name in sorted(names):
+                if name.endswith(".safetensors"):
+                    _check_header(path / name, folder)
+    except OSError as error:
+        problem = f"it cannot be read: {error.strerror or error}"
+        raise InputError(
+            str(error.filename or folder), problem, "Let this user read all of the model's files."
+        ) from error
+    return _read(path, folder, with_weights=with_weights)
 
 
-def _check_files(names: Set[str], folder: str) -> None:
+def _check_files(names: Set[str], folder: str, *, with_weights: bool) -> None:
     for name in (_CONFIG, _TOKENIZER):
         if name not in names:
             raise InputError(folder, f"no {name} in it", _CURE)
-    if not any(name.endswith(".safetensors") for name in names):
+    if with_weights and not any(name.endswith(".safetensors") for name in names):
         raise InputError(folder, "no safetensors weights in it", _CURE)
 
 
@@ -150,6 +167,8 @@ def _check_shards(path: Path, names: Set[str], folder: str) -> None:
         return
     try:
         named = set(json.loads((path / _SHARDS).read_text())["weight_map"].values())
+        if not all(isinstance(name, str) for name in named):
+            raise TypeError("a file's name is no text")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(folder, f"its {_SHARDS} is damaged: {error!r}", _CURE) from error
     absent = sorted(named - names)
@@ -167,7 +186,7 @@ def _check_header(weights: Path, folder: str) -> None:
         raise InputError(folder, problem, "Copy it again.") from error
 
 
-def _read(path: Path, folder: str) -> Described:
+def _read(path: Path, folder: str, *, with_weights: bool) -> Described:
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except _UNUSABLE as error:
@@ -178,7 +197,7 @@ def _read(path: Path, folder: str) -> Described:
     except Exception as error:  # of whatever is no tokenizer it raises nothing more special
         raise InputError(folder, f"its {_TOKENIZER} cannot be read: {_in_short(error)}", _CURE) from error
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
-    if isinstance(vocab_size, int):
+    if with_weights and isinstance(vocab_size, int):
         _check_vocabulary(tokenizer, vocab_size, folder)
     return Described(folder, config, tokenizer)
 

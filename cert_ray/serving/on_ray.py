@@ -386,8 +386,10 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
         with logs.warnings_alone(_SERVE):
             serve.run(app, name=config.app_name, route_prefix="/", blocking=False, logging_config=_WARNINGS_ALONE)
     except RuntimeError as error:  # a model that cannot be loaded, a front door that cannot be built
-        why = _why_failed(config.app_name) or str(error)  # which says no more than that it failed
-        served.stop()
+        try:
+            why = _why_failed(config.app_name) or str(error)  # which says no more than that it failed
+        finally:
+            served.stop()
         raise CertRayError(f"{config.model_name} cannot be served: {why}") from error
     _log.info("serving %s at %s/v1", config.model_name, served.base_url)
     return served

@@ -84,14 +84,15 @@ class Ballot:
         """The sketch that wins as things stand."""
         return self._ordered()[0]
 
-    @property
-    def is_decided(self) -> bool:
-        """Whether the winner wins whatever the samples that were not counted yet will say."""
-        return self.is_decided_for(())
+    def may_be_decided(self, begun: Sequence[int]) -> bool:
+        """Whether `is_decided_for` can hold, by how many samples began alike: that costs no reading of them."""
+        first, *others = sorted(self._votes.values(), reverse=True)
+        return first > max((*others[:1], *begun), default=0) + self._wanted - self._counted - sum(begun)
 
     def is_decided_for(self, begun: Sequence[tuple[str, int]]) -> bool:
-        """The same, where it is known how sketches of samples that were not counted begin, and of how many samples.
+        """Whether the winner wins whatever the samples that were not counted yet will say.
 
+        Of those in `begun` it is known how their sketches begin, and of how many samples; of the others nothing.
         A sample adds a vote only to a sketch that begins as its own does: one that has votes, or one that is as long as
         the longest of those that begin alike.
         """
@@ -110,15 +111,15 @@ class Ballot:
             SketchCandidate(best.text, best.placeholders, self._votes[best.key], best.completion.mean_logprob)
             for best in self._ordered()
         )
-        first, counted = candidates[0], self._counted
+        first = candidates[0]
         return SketchChosen(
             first.text,
             first.placeholders,
             first.votes,
-            first.votes / counted,
+            first.votes / self._wanted,
             self._wanted,
             candidates,
-            self._wanted - counted,
+            self._wanted - self._counted,
         )
 
     def samples(self, n: int) -> list[Completion]:

@@ -76,7 +76,7 @@ VOTE_SHARE = Metric(
     MetricKind.HISTOGRAM,
     "share",
     ("model",),
-    "Share of sketches that voted for the winner",
+    "Share of the sketches asked for that voted for the winner, before the vote ended",
     _SHARES,
 )
 ANSWERS = Metric("cert_ray_answers", MetricKind.COUNTER, "prompts", ("model", "route"), "Prompts answered, by route")

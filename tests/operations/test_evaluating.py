@@ -33,7 +33,7 @@ def test_a_cascades_samples_say_sketch_route_and_votes_and_the_report_shows_them
     config = EvaluateConfig(problems=write_problems(tmp_path / "p.jsonl", 3), output=str(tmp_path / "out"), n=2)
     run_evaluation(config, complete, in_this_process)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "Left the sketch (50% of the votes)" in page
+    assert "Left the sketch (50% of the sketches asked for)" in page
     assert (
         '"sketch": " number", "route": "generator", "vote_share": 0.5'
         in (tmp_path / "out" / "results.jsonl").read_text()

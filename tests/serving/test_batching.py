@@ -146,8 +146,10 @@ def test_a_pinned_prompt_is_kept_beyond_the_limit_until_nobody_holds_its_pin() -
     prompts.add(longer, longer)  # which serves the pin as well
     assert [prompts.find(prompt, Work(prompt))[1] for prompt in first] == [19] * 16
     del pins[4:]
-    prompts.add((1,) * 9, (1,) * 9)
     assert [prompts.find(prompt, Work(prompt))[1] for prompt in first] == [19] * 4 + [0] * 12
+    pins.clear()
+    prompts.trim()  # as a request that ends does
+    assert not prompts._kept
     off = KeptPrompts(Recited(), 0)
     pin = off.pin(first[0])
     assert not off.wants(pin.prompt)

@@ -124,6 +124,16 @@ def test_empty_completions_of_the_generator_give_way_to_the_sketches() -> None:
     assert len(generator.prompts) == 1
 
 
+def test_sketches_that_give_way_to_nothing_are_then_all_drawn() -> None:
+    answer, sketcher, _ = cascade([" a(<|number|>)"] * 3 + [" b(<|number|>)", " c(<|number|>)"], [""])
+    assert answer.route is Route.SKETCHER_EMPTY_GENERATOR
+    assert sketcher.left_undrawn == 2  # of the vote
+    assert texts(answer) == [" a(number)"] * 3 + [" b(number)", " c(number)"]
+    answer, sketcher, _ = cascade([" a(<|number|>)"] * 3 + [" b(<|number|>)"] * 2, [""], n=3, sketches=5)
+    assert len(sketcher.prompts) == 1  # the winner's own are enough
+    assert texts(answer) == [" a(number)"] * 3
+
+
 def test_one_completion_that_is_not_empty_is_enough() -> None:
     answer, *_ = cascade([" df.head(<|number|>)"] * 2, ["", " df"])
     assert answer.route is Route.GENERATOR
@@ -213,7 +223,7 @@ def test_the_vote_ends_when_no_other_sketch_can_win() -> None:
     assert answer.route is Route.GENERATOR
     assert answer.chosen is not None
     assert sketcher.left_undrawn == answer.chosen.undecided == 2
-    assert (answer.sketch_votes, answer.vote_share, answer.chosen.sketches) == (3, 1.0, 5)
+    assert (answer.sketch_votes, answer.vote_share, answer.chosen.sketches) == (3, 3 / 5, 5)
     assert len(answer.choices) == 5
 
 

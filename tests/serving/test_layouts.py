@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cert_ray.errors import RequestError
+from cert_ray.errors import DeadlineError, RequestError
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Route, run_context_first
+from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_context_first
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.deployment import ServeConfig
 from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, EngineConfig, Hooks, Work
@@ -212,9 +214,7 @@ class Together(TransformersEngine):
         return replace(drawn, samples=(Completion(tuple(ids), " f(number)", "stop", -1.0),))
 
 
-def test_prompts_between_two_stages_are_kept_as_many_as_admission_lets_in(
-    tmp_path: Path,
-) -> None:
+def test_prompts_between_two_stages_are_kept_as_many_as_there_are(tmp_path: Path) -> None:
     """Counted with a cache of 10 tokens: each of sixteen prompts of 82 and more is read once all the same."""
     folder, at_once = context_first(tmp_path, "llama"), ServeConfig.model_fields["max_ongoing_requests"].default
     prompts = [f"{name} = {name} + 1\n" * 9 + f"{name} =" for name in "abcdefghijklmnop"]
@@ -232,6 +232,49 @@ def test_prompts_between_two_stages_are_kept_as_many_as_admission_lets_in(
     kept, read_again = ([[one.ids for one in answer.choices] for answer in answers[most]] for most in (10, 0))
     assert kept == read_again
     assert rows[0] - rows[10] == sum(tokens)
+
+
+class InStages(TransformersEngine):
+    """Says which stage is drawn; there always is a second."""
+
+    stage = 0
+
+    def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
+        self.stage = 2 if work.code_only else 1
+        drawn = super().draw(work, hooks)
+        if work.code_only:
+            return drawn
+        ids = prompt_format.encode_sketch(TOKENIZER, " f(number)", [Placeholder(3, 9, "number")])
+        return replace(drawn, samples=(Completion(tuple(ids), " f(number)", "stop", -1.0),) * work.n)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_deadline_leaves_no_prompt_pinned_and_no_error_that_holds_itself(tmp_path: Path, stage: int) -> None:
+    """Without the cyclic collector, which a server's large heap runs rarely."""
+    engine = InStages(context_first(tmp_path, "llama"), EngineConfig(prefix_cache_tokens=10))
+    prompts, ended = engine._batch._prompts, []
+
+    def check() -> None:
+        if engine.stage == stage and len(prompts._pins):
+            raise DeadlineError(504, "late", None, "timeout")
+
+    def ask() -> None:
+        sampling = Sampling(n=8, max_tokens=8, temperature=1.0)
+        try:
+            run_context_first(PROMPTS[1], sampling, engine, listener=Listener(check))
+        except DeadlineError as error:
+            assert not len(prompts._pins)  # though the error is held
+            ended.append(weakref.ref(error))
+
+    gc.collect()
+    gc.disable()
+    try:
+        ask()
+        engine.draw(Work((5, 6, 7)))  # by now the other thread has left the step that ended the request
+        assert [error() for error in ended] == [None]
+        assert not prompts._kept or sum(map(len, prompts._kept)) <= 10
+    finally:
+        gc.enable()
 
 
 def test_an_answer_depends_on_its_request_alone(folder: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,55 @@ def test_a_shard_that_is_not_there_is_named(folder: Path) -> None:
     assert "model-00002-of-00002.safetensors, named in model.safetensors.index.json, is not in it" in refused(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "its model.safetensors.index.json is damaged" in refused(folder)
+
+
+def test_a_shard_without_a_name_is_damage(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": "x.safetensors"}}')
+    assert "its model.safetensors.index.json is damaged" in refused(folder)
+
+
+def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "model.safetensors").rename(folder / "x.safetensors")
+    shards = folder / "model.safetensors.index.json"
+    shards.write_text("{}")
+
+    def denied(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", denied)  # root may read everything
+        assert f"{shards}: it cannot be the model: it cannot be read: Permission denied. Let" in refused(folder)
+    shards.unlink()
+    config = ServeConfig.from_mapping({"model": str(folder)}, "test")
+    (folder / "tokenizer.json").write_text("{")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "x.safetensors")
+    config.check_models(on_this_disk=True)  # the engines may run as somebody who may read it
+    with pytest.raises(InputError, match=r"its tokenizer\.json cannot be read"):
+        config.check_models()
+
+
+def test_what_vllm_reads_is_not_judged_by_what_transformers_would(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    change(folder, vocab_size=Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() - 1)
+    check_models({"model": str(folder)}, EngineConfig(kind="vllm"))
+    assert "vLLM wants a local folder" in refused("memory://models/any", engine=EngineConfig(kind="vllm"))
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer.json in it" in refused(folder, engine=EngineConfig(kind="vllm"))
+
+
+def test_too_little_memory_is_no_fault_of_the_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(problem: str) -> None:
+        def fails(*_: object, **__: object) -> None:
+            raise RuntimeError(problem)
+
+        monkeypatch.setattr(model_folders.AutoModelForCausalLM, "from_pretrained", fails)
+        load_model(str(folder), torch.float32)
+
+    with pytest.raises(RuntimeError, match="allocate"):
+        load("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    with pytest.raises(InputError, match="transformers cannot load it: size mismatch"):
+        load("size mismatch for lm_head.weight")
 
 
 def test_a_tokenizer_of_another_model_is_named_by_its_size(folder: Path) -> None:

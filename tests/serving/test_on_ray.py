@@ -226,6 +226,24 @@ def test_the_reason_of_a_replica_that_does_not_start_is_its_last_error(last: str
     assert on_ray.reason_in(FAILED + last) == reason
 
 
+def test_an_application_that_fails_is_stopped_though_serve_cannot_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = []
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no status")
+
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(on_ray, "_running_address", lambda: ("127.0.0.1", 8000))
+    monkeypatch.setattr(on_ray, "application", lambda *_: None)
+    for name in ("run", "status"):
+        monkeypatch.setattr(on_ray.serve, name, fails)
+    monkeypatch.setattr(ServedApp, "stop", lambda self: stopped.append(self))
+    monkeypatch.setattr(on_ray.Engines, "check", lambda _: None)
+    with pytest.raises(RuntimeError, match="no status"):
+        start_server(ServerConfig(model="any"))
+    assert stopped
+
+
 def test_without_an_error_the_message_is_the_reason() -> None:
     assert on_ray.reason_in("No node has\n2 GPUs.") == "No node has 2 GPUs."
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from cert_ray.errors import ConfigError
-from cert_ray.serving.sampling import Sampling, Streams, _highest, _sums, draw_tokens, log_totals
+from cert_ray.serving.sampling import Sampling, Streams, _highest, _sums, _totals, draw_tokens, log_totals
 
 
 def draw(logits: torch.Tensor, uniform: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
@@ -78,6 +78,23 @@ def test_what_is_next_to_nothing_changes_no_draw(gap: float) -> None:
     size = int(np.searchsorted(cumulative, 0.9)) + 1
     expected = order[np.searchsorted(cumulative[:size], uniform * cumulative[size - 1], side="right")]
     assert np.mean(draw(logits, uniform, 0.2, 0.9) == expected) > 0.99  # but where two tokens meet
+
+
+@pytest.mark.parametrize("behind", [2e-6, 1e-3, 1e-1])
+@pytest.mark.parametrize("temperature", [0.2, 1.0])
+def test_many_tokens_behind_the_candidates_hold_what_is_theirs(behind: float, temperature: float) -> None:
+    """63 equal tokens hold nearly all; of the others, all equal, one is a candidate, and shows what they may hold."""
+    others = 20_000 - 63
+    logits = torch.full((20_000,), temperature * float(np.log(63 * behind / (1 - behind) / others)))
+    high = torch.arange(63) * 300
+    logits[high] = 0.0
+    values_K = logits.topk(64).values
+    weights_V = np.exp(logits.double().numpy() / temperature)
+    cumulative_K = np.exp(values_K.double().numpy() / temperature).cumsum()
+    totals = _totals(logits[None], values_K[None, :1], cumulative_K[None], np.array([[temperature]]), None)
+    assert totals == pytest.approx(np.array([[weights_V.sum()]]), rel=1e-6)
+    drawn = draw(logits, 1 - behind * np.array([2.0, 1.3, 0.7, 0.5]), temperature, 1.0)
+    assert np.isin(drawn, high.numpy()).tolist() == [True, True, False, False]
 
 
 def test_a_flat_distribution_is_sampled_beyond_the_candidates() -> None:

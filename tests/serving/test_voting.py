@@ -22,7 +22,7 @@ def test_once_decided_nothing_changes_the_winner(names: list[str]) -> None:
     ballot, decided = Ballot(len(names)), None
     for place, name in enumerate(names):
         ballot.add(sketch(name))
-        if decided is None and ballot.is_decided:
+        if decided is None and ballot.is_decided_for(()):
             decided = ballot.winner.text
             # It was not decided before: the best other sketch could still have drawn level.
             before = Counter(names[:place])
@@ -53,6 +53,7 @@ def test_what_samples_begin_with_decides_no_vote_too_soon_and_none_too_late(draw
     names = {start + end for start in begun for end in ("", "a", "b", "aa")} | set(ended)
     rivals = [votes[name] + sum(name.startswith(start) for start in begun) for name in names if name != winner]
     assert decided == (votes[winner] > max(rivals, default=0))
+    assert ballot.may_be_decided([1] * len(begun)) or not decided
     if decided:
         everything = Counter(name for name, _ in drawn)
         assert all(everything[winner] > count for name, count in everything.items() if name != winner)
@@ -85,7 +86,7 @@ def test_equals_go_to_the_likeliest_by_its_best_sample() -> None:
     ballot = Ballot(4)
     for name, mean_logprob in (("a", -0.5), ("b", -0.9), ("a", -0.4), ("b", -0.3)):
         ballot.add(sketch(name, mean_logprob))
-    assert not ballot.is_decided
+    assert not ballot.is_decided_for(())
     assert ballot.winner.text == "b"
 
 
@@ -93,9 +94,9 @@ def test_samples_that_agree_count_at_once() -> None:
     ballot = Ballot(10)
     ballot.add(sketch("a"), 4)
     ballot.add(sketch("b"), 1)
-    assert not ballot.is_decided
+    assert not ballot.is_decided_for(())
     ballot.add(sketch("a"), 2)
-    assert ballot.is_decided
+    assert ballot.is_decided_for(())
     told = ballot.result()
-    assert (told.votes, told.sketches, told.undecided, told.vote_share) == (6, 10, 3, 6 / 7)
+    assert (told.votes, told.sketches, told.undecided, told.vote_share) == (6, 10, 3, 6 / 10)
     assert [sample.text for sample in ballot.samples(8)] == ["a"] * 6 + ["b", "a"]

@@ -139,15 +139,14 @@ function showAnswerText(target, prompt, answer, sketch) {
 }
 
 function showSketches(vote) {
-  const decided = vote.sketches - vote.undecided;
   element("sketches").replaceChildren(...vote.candidates.map((candidate) => {
     const code = make("p", { className: "sketch" });
     for (const piece of pieces(candidate)) {
       code.append(piece.hole ? make("span", { className: "hole", textContent: piece.text }) : piece.text);
     }
     if (!candidate.text.trim()) code.append(make("em", { textContent: "(empty)" }));
-    const votes = `${candidate.votes} of ${decided}`;
-    const bar = make("progress", { max: decided, value: candidate.votes });
+    const votes = `${candidate.votes} of ${vote.sketches}`;
+    const bar = make("progress", { max: vote.sketches, value: candidate.votes });
     bar.setAttribute("aria-label", `${votes} votes`);
     return make("li", {}, make("div", { className: "votes" }, votes, bar), code);
   }));

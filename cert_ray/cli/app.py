@@ -45,7 +45,7 @@ Address = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="do only so many (files, steps, problems)")]
 ModelFolder = Annotated[
-    str | None, typer.Option("--model", help="folder or hub id of one language model: plain, or of both stages")
+    str | None, typer.Option("--model", help="folder or URL of one language model: plain, or of both stages")
 ]
 Sketcher = Annotated[str | None, typer.Option(help="folder of the sketcher (with --generator)")]
 Generator = Annotated[str | None, typer.Option(help="folder of the generator (with --sketcher)")]

@@ -30,6 +30,7 @@ from cert_ray.sketching import prompt_format
 from cert_ray.tokens.encoding import MODEL_VIEW
 
 _CURE: Final = "Give the folder that `cert-ray export` wrote, or one that transformers saved with safetensors."
+_FROM_HUB: Final = "Of a model of the Hugging Face hub, make one by `hf download OWNER/NAME --local-dir FOLDER`."
 _CONFIG: Final = "config.json"
 _TOKENIZER: Final = "tokenizer.json"
 _SHARDS: Final = "model.safetensors.index.json"
@@ -131,7 +132,7 @@ def _on_this_machine(folder: str) -> Iterator[Path]:
 
 def _check_folder(folder: str) -> None:
     if not storage.is_folder(folder):
-        raise InputError(folder, "no such model folder", _CURE)
+        raise InputError(folder, "no such model folder", f"{_CURE} {_FROM_HUB}")
     if is_finished(folder):  # ours: another schema version is refused by name; other folders have no manifest
         read_manifest(folder, "model", "export")
 

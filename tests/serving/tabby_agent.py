@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-URI = "file:///work/example.py"
+URI = "file:///project/example.py"
 
 
 class Agent:

@@ -170,10 +170,10 @@ class Sandbox:
         *,
         unsafe: bool = False,
         unfiltered: bool = False,
-        patience_s: float | None = None,
+        patience_s: float = math.inf,
     ) -> None:
         self._environment, self._limits, self._unsafe = environment, limits or Limits(), unsafe
-        self._patience_s, self._attempts = patience_s, _ATTEMPTS if patience_s is None else 1
+        self._patience_s, self._attempts = patience_s, 1 if patience_s < math.inf else _ATTEMPTS
         refuse_unprotected(unsafe, unfiltered)
         self._bubblewrap = None if unsafe else find_bubblewrap()
         self._nested: bool | None = False if unsafe else None  # None: not tried yet
@@ -251,15 +251,10 @@ class _SandboxProcess:
     """One running `sandbox_inside`, spoken to through its standard input and output."""
 
     def __init__(
-        self,
-        environment: Environment,
-        limits: Limits,
-        bubblewrap: str | None,
-        nested: bool,
-        patience_s: float | None = None,
+        self, environment: Environment, limits: Limits, bubblewrap: str | None, nested: bool, patience_s: float
     ) -> None:
-        self._limits, self._patience_s = limits, math.inf if patience_s is None else patience_s
-        around = [] if bubblewrap is None else _bubblewrap_options(bubblewrap, environment, limits, self._patience_s)
+        self._limits, self._patience_s = limits, patience_s
+        around = [] if bubblewrap is None else _bubblewrap_options(bubblewrap, environment, limits, patience_s)
         self._folder = tempfile.TemporaryDirectory(prefix="cert-ray-box-")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         settings = {

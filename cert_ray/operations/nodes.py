@@ -20,7 +20,6 @@ import psutil
 
 from cert_ray import __version__
 from cert_ray.errors import CertRayError, ConfigError
-from cert_ray.evaluation import sandbox
 from cert_ray.operations.doctor import START_SANDBOX, Finding, Level, advise_protection
 
 logger = logging.getLogger(__name__)
@@ -72,6 +71,8 @@ def facts_of_this_node(try_sandbox: bool = False) -> dict[str, Any]:
     Args:
         try_sandbox: start one, which takes about a second.
     """
+    from cert_ray.evaluation import sandbox  # a third of a second, which no other verb need wait for
+
     missing = _missing_protection()
     tried = try_sandbox and "bubblewrap" not in missing
     return {
@@ -85,8 +86,10 @@ def facts_of_this_node(try_sandbox: bool = False) -> dict[str, Any]:
 
 def _missing_protection() -> tuple[str, ...]:
     """As the sandbox says; a filter that cannot be made is none, and no reason to refuse the node other work."""
+    from cert_ray.evaluation.sandbox import missing_protection
+
     try:
-        return sandbox.missing_protection()
+        return missing_protection()
     except (CertRayError, OSError) as error:
         logger.warning("no filter of system calls here: %s", error)
         return ("libseccomp2",)

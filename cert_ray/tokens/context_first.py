@@ -86,8 +86,10 @@ def _between(cuts: Sequence[re.Match[str]], length: int) -> list[tuple[int, int]
 def _before_methods(text: str) -> list[re.Match[str]]:
     """The blank lines ahead of definitions one level in; those inside a string are none."""
     found = list(_BEFORE_METHOD.finditer(text))
-    uncut = _Uncut(text) if found else None
-    return [one for one in found if uncut is None or one.start() not in uncut]
+    if not found:  # as in most texts: they need not be scanned
+        return []
+    uncut = _Uncut(text)
+    return [one for one in found if one.start() not in uncut]
 
 
 class _Uncut:

@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs
-from cert_ray.serving.joint import JointSamples, Top, likeliest, tell_logprobs
+from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, step_sizes
+from cert_ray.serving.joint import JointSamples, Top, distinct_in_order, likeliest, tell_logprobs
 from cert_ray.serving.kept_prompts import KeptPrompts, Pin
 from cert_ray.serving.packed_attention import Feed
 from cert_ray.serving.sampling import draw_tokens, log_totals
@@ -166,8 +166,9 @@ class Counted:
 class Batch:
     """The requests of one model."""
 
-    def __init__(self, model: ForwardPass, config: EngineConfig, turns: Turns) -> None:
-        self._model, self._config, self._turns = model, config, turns
+    def __init__(self, model: ForwardPass, config: EngineConfig, turns: Turns, device_type: str) -> None:
+        self._model, self._turns = model, turns
+        self._max_rows, self._prefill_tokens = step_sizes(config, device_type)
         self._arrived: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._waiting: list[Request] = []
         self._running: list[Request] = []
@@ -206,7 +207,7 @@ class Batch:
 
     def _admit(self) -> None:
         rows = self._rows()
-        while rows < self._config.max_rows and self._waiting:
+        while rows < self._max_rows and self._waiting:
             request = self._waiting.pop(0)
             self._running.append(request)
             request.kept, request.read = self._prompts.find(request.prompt, request.samples.work)
@@ -230,9 +231,9 @@ class Batch:
 
     def _feeds(self) -> tuple[list[Request], list[Feed]]:
         """The next forward pass: all branches, and while there is room, prompts in the order in which they came."""
-        fed, feeds, room = [], [], self._config.prefill_tokens
+        fed, feeds, room = [], [], self._prefill_tokens
         rows = self._rows()
-        spare = self._config.max_rows - rows if self._model.takes_drafts else 0  # for drafts
+        spare = self._max_rows - rows if self._model.takes_drafts else 0  # for drafts
         idle = max(0, _IDLE_ROWS - rows)
         for request in self._running:
             samples, left = request.samples, len(request.prompt) - request.read
@@ -355,8 +356,13 @@ def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: 
         temperatures += [one.work.temperature] * len(one.drawing)
         top_ps += [one.work.top_p] * len(one.drawing)
     tokens = draw_tokens(logits_DV, uniforms, temperatures, top_ps, scratch_DV)
+    drawn = [distinct_in_order(some) for some in tokens]
+    rows = np.repeat(np.arange(len(drawn)), list(map(len, drawn)))
+    chosen = logits_DV[torch.from_numpy(rows), torch.from_numpy(np.concatenate(drawn))].tolist()  # at once: a GPU waits
+    ends, totals = np.cumsum(list(map(len, drawn))).tolist(), totals_D1[:, 0].tolist()
+    logits = [chosen[end - len(some) : end] for end, some in zip(ends, drawn, strict=True)]
     for one, own in zip(samples, owns, strict=True):
-        one.take(tokens[own], logits_DV[own], totals_D1[own])
+        one.take(tokens[own], drawn[own], logits[own], logits_DV[own], totals[own])
 
 
 def _pick(logits_RV: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

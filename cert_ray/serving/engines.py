@@ -158,8 +158,9 @@ class EngineConfig(Config):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int | None = pydantic.Field(default=None, ge=1)  # torch's intra-op threads; None leaves torch's choice
     # Rows of one forward pass (distinct beginnings of samples, over all requests) above which no request joins.
-    max_rows: int = pydantic.Field(default=256, ge=1)
-    prefill_tokens: int = pydantic.Field(default=256, ge=1)  # of prompts, read beside one step of the others
+    max_rows: int | None = pydantic.Field(default=None, ge=1)  # None: 256 on a CPU, 2,048 on a GPU
+    # Tokens of prompts that are read beside one step of the others. None: 256 on a CPU, 8,192 on a GPU
+    prefill_tokens: int | None = pydantic.Field(default=None, ge=1)
     # Prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in fp32.
     # Those that wait for the second stage of one model of both are kept besides, unless this is 0.
     prefix_cache_tokens: int = pydantic.Field(default=8192, ge=0)
@@ -169,6 +170,12 @@ class EngineConfig(Config):
     packed_weights: bool = True  # lay linear layers' weights out once, on the CPU (`packed_linear.py`)
     # The special tokens before prefix, suffix and middle, of a model that was trained to fill in the middle.
     infill: tuple[str, str, str] | None = None
+
+
+def step_sizes(config: EngineConfig, device_type: str) -> tuple[int, int]:
+    """`max_rows` and `prefill_tokens`, where `config` leaves them to the device. Assumed for GPUs."""
+    rows, tokens = (256, 256) if device_type == "cpu" else (2_048, 8_192)
+    return config.max_rows or rows, config.prefill_tokens or tokens
 
 
 def check_length(prompt_tokens: int, context_tokens: int, param: str = "prompt") -> None:

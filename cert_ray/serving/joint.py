@@ -167,20 +167,29 @@ class JointSamples:
             else:
                 one.branch = replace(branch, course=None)
 
-    def take(self, tokens: Sequence[npt.NDArray[np.int64]], logits_BV: torch.Tensor, totals_B1: torch.Tensor) -> None:
+    def take(
+        self,
+        tokens: Sequence[npt.NDArray[np.int64]],
+        distinct: Sequence[npt.NDArray[np.int64]],
+        logits: Sequence[Sequence[float]],
+        logits_BV: torch.Tensor,
+        totals: Sequence[float],
+    ) -> None:
         """Add the drawn tokens, one array for each branch in `drawing`.
 
         Those that drew what was fed behind their row are in `drawing` again; the others wait in `branches`.
-        Both tensors are row by row for `drawing`; `totals_B1` are the logits' `sampling.log_totals`.
+
+        Args:
+            distinct: of each branch's tokens, as `distinct_in_order` gives them; `logits` are theirs.
+            totals: each row's `sampling.log_totals`.
         """
         drawing, self.drawing = self.drawing, []
         for place, (one, drawn) in enumerate(zip(drawing, tokens, strict=True)):
-            branch, logits_V, total = one.branch, logits_BV[place], float(totals_B1[place])
-            top = self._top(logits_V, total)
-            distinct, first = np.unique(drawn, return_index=True)
-            for token in distinct[np.argsort(first)].tolist():
-                samples = branch.samples[drawn == token] if len(distinct) > 1 else branch.samples
-                child = self._grow(branch, token, samples, float(logits_V[token]) - total, top)
+            branch, total = one.branch, totals[place]
+            top = self._top(logits_BV[place], total)
+            for token, logit in zip(distinct[place].tolist(), logits[place], strict=True):
+                samples = branch.samples[drawn == token] if len(distinct[place]) > 1 else branch.samples
+                child = self._grow(branch, token, samples, logit - total, top)
                 if child is None:
                     continue
                 child.row = one.row
@@ -274,6 +283,13 @@ class JointSamples:
             for number in numbers.tolist():
                 samples[number] = completion
         return Drawn(tuple(samples), self._tokens, cached_tokens, prompt_logprobs)
+
+
+def distinct_in_order(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Each of `tokens` once, in the order in which they first stand there."""
+    distinct, first = np.unique(tokens, return_index=True)
+    ordered: npt.NDArray[np.int64] = distinct[np.argsort(first)]
+    return ordered
 
 
 def likeliest(logits_V: torch.Tensor, total: float, count: int) -> Top:

@@ -16,26 +16,29 @@ Shapes: S tokens of the step, Q of them of one request, K keys kept, H heads, G 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self, cast
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cert_ray.gpt_neo import FusedSelfAttention
 
 _NAME = "cert_ray_packed"
+# cuDNN's attention, which PyTorch prefers on Hopper GPUs, plans anew for every shape, and here each step has others. On
+# an H100 the answers of 20 prompts of a model as SmolLM2-135M were not there after 80 s.
+_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _SPARE_KEYS = 64  # room for what is drawn, before the keys must be copied to a larger place; assumed
 
 
-class Kept:
-    """Keys and values of one request, layer by layer, and what the newest tokens see of them."""
+class Tree:
+    """The tokens of one request: where they stand, and what the newest see. Keys and values are a subclass's."""
 
     def __init__(self) -> None:
-        self._layers: dict[int, torch.Tensor] = {}  # [2, G, capacity, D]
         self.positions_K = torch.zeros(0, dtype=torch.long)
         # What each of the newest tokens whose logits were told sees, [Q, K]; None: there is one, which sees everything.
         self.visible_QK: torch.Tensor | None = None
@@ -43,19 +46,13 @@ class Kept:
     def __len__(self) -> int:
         return len(self.positions_K)
 
-    def add(self, layer: int, key_GQD: torch.Tensor, value_GQD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the newest tokens' keys and values, already counted in `positions_K`; all of them: [G, K, D] each."""
-        keys, queries = len(self), key_GQD.shape[1]
-        kept = self._layers.get(layer)
-        if kept is None or kept.shape[2] < keys:
-            room = keys + max(_SPARE_KEYS, keys // 2)
-            larger = key_GQD.new_empty(2, key_GQD.shape[0], room, key_GQD.shape[2])
-            if kept is not None:
-                larger[:, :, : keys - queries] = kept[:, :, : keys - queries]
-            kept = self._layers[layer] = larger
-        kept[0, :, keys - queries : keys] = key_GQD
-        kept[1, :, keys - queries : keys] = value_GQD
-        return kept[0, :, :keys], kept[1, :, :keys]
+    def select(self, places: torch.Tensor) -> None:
+        """Keep the tokens at these rising places only; what stands behind the last of them may be overwritten."""
+        raise NotImplementedError
+
+    def beginning(self, tokens: int) -> Self:
+        """A copy of the first `tokens`, which must be of the prompt."""
+        raise NotImplementedError
 
     def read(self, tokens: int, drafted: int) -> list[int]:
         """Count so many tokens of a prompt, of which the last ones are a draft; their positions."""
@@ -93,17 +90,43 @@ class Kept:
         """
         alive_K = seen_BK.any(dim=0)
         keys = int(alive_K.nonzero()[-1]) + 1
-        self.positions_K, seen_BK, alive_K = self.positions_K[:keys], seen_BK[:, :keys], alive_K[:keys]
         if 2 * int(alive_K.sum()) > keys:
-            return seen_BK
+            self.positions_K = self.positions_K[:keys]
+            return seen_BK[:, :keys]
         places = alive_K.nonzero()[:, 0]
-        self._layers = {layer: kept.index_select(2, places.to(kept.device)) for layer, kept in self._layers.items()}
+        self.select(places)
         self.positions_K = self.positions_K[places]
         return seen_BK[:, places]
 
-    def beginning(self, tokens: int) -> Kept:
-        """A copy of the first `tokens`, which must be of the prompt."""
-        copied = Kept()
+
+class Kept(Tree):
+    """Keys and values of one request in a place of their own, layer by layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: dict[int, torch.Tensor] = {}  # [2, G, capacity, D]
+
+    def add(self, layer: int, key_GQD: torch.Tensor, value_GQD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep the newest tokens' keys and values, already counted in `positions_K`; all of them: [G, K, D] each."""
+        keys, queries = len(self), key_GQD.shape[1]
+        kept = self._layers.get(layer)
+        if kept is None or kept.shape[2] < keys:
+            room = keys + max(_SPARE_KEYS, keys // 2)
+            larger = key_GQD.new_empty(2, key_GQD.shape[0], room, key_GQD.shape[2])
+            if kept is not None:
+                larger[:, :, : keys - queries] = kept[:, :, : keys - queries]
+            kept = self._layers[layer] = larger
+        kept[0, :, keys - queries : keys] = key_GQD
+        kept[1, :, keys - queries : keys] = value_GQD
+        return kept[0, :, :keys], kept[1, :, :keys]
+
+    def select(self, places: torch.Tensor) -> None:
+        """See `Tree.select`."""
+        self._layers = {layer: kept.index_select(2, places.to(kept.device)) for layer, kept in self._layers.items()}
+
+    def beginning(self, tokens: int) -> Self:
+        """See `Tree.beginning`."""
+        copied = type(self)()
         copied._layers = {layer: kept[:, :, :tokens].clone() for layer, kept in self._layers.items()}
         copied.positions_K = self.positions_K[:tokens].clone()
         return copied
@@ -126,10 +149,10 @@ class Feed:
 
 
 @dataclass(slots=True)
-class _Part:
+class Part:
     """One request in a step: where its tokens stand, and its masks by the size of a layer's window."""
 
-    kept: Kept
+    kept: Any  # a `Tree` of the step's own kind
     first: int
     queries: int
     prompt: bool
@@ -141,16 +164,17 @@ class _Part:
         None: a query sees everything, or in a prompt's first part, everything before it.
         """
         if window not in self.masks:
-            mask_QK = self._find_mask(window)
+            mask_QK = self.find_mask(window)
             if mask_QK is not None:
                 hidden_QK = torch.zeros(mask_QK.shape, dtype=query_HSD.dtype).masked_fill_(~mask_QK, float("-inf"))
                 mask_QK = hidden_QK.repeat(shared, 1)[None, None].to(query_HSD.device)
             self.masks[window] = mask_QK
         return self.masks[window]
 
-    def _find_mask(self, window: int | None) -> torch.Tensor | None:
+    def find_mask(self, window: int | None) -> torch.Tensor | None:
+        """What each query sees, [Q, K]; None as in `mask`."""
         keys = len(self.kept)
-        position_K = self.kept.positions_K
+        position_K: torch.Tensor = self.kept.positions_K
         position_Q1 = position_K[-self.queries :, None]
         near = window is None or int(position_Q1.max() - position_K.min()) < window
         if self.prompt:
@@ -162,13 +186,29 @@ class _Part:
                 return None
             visible_QK = torch.ones(self.queries, keys, dtype=torch.bool)
         else:
-            visible_QK = self.kept.visible_QK
+            visible_QK = cast(torch.Tensor, self.kept.visible_QK)
         if window is None or near:
             return visible_QK
         return visible_QK & (position_Q1 - position_K < window)
 
 
-_STEP: ContextVar[list[_Part] | None] = ContextVar("cert_ray_packed_step", default=None)
+class Step(Protocol):
+    """Attention of one step, of all its requests."""
+
+    def attend(
+        self,
+        layer: int,
+        query_HSD: torch.Tensor,
+        key_GSD: torch.Tensor,
+        value_GSD: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """[H, S, D]."""
+        ...
+
+
+_STEP: ContextVar[Step | None] = ContextVar("cert_ray_packed_step", default=None)
 
 
 def enable(model: Any) -> bool:
@@ -185,9 +225,12 @@ def enable(model: Any) -> bool:
 
 
 @torch.inference_mode()
-def forward(model: Any, feeds: Sequence[Feed]) -> list[torch.Tensor]:
-    """One forward pass over all feeds: for each the logits of its tokens, or of its prompt's end and draft, [Q, V]."""
-    parts: list[_Part] = []
+def forward(model: Any, feeds: Sequence[Feed], begin: Callable[[list[Part]], Step] | None = None) -> list[torch.Tensor]:
+    """One forward pass over all feeds: for each the logits of its tokens, or of its prompt's end and draft, [Q, V].
+
+    `begin` makes the step where what is kept is not `Kept`.
+    """
+    parts: list[Part] = []
     tokens: list[int] = []
     positions: list[int] = []
     wanted: list[int] = []
@@ -198,16 +241,17 @@ def forward(model: Any, feeds: Sequence[Feed]) -> list[torch.Tensor]:
             places = feed.kept.read(queries, feed.drafted)
         else:
             places = feed.kept.grow(feed.parents, feed.runs or [1] * queries)
-        parts.append(_Part(feed.kept, first, queries, feed.parents is None))
+        parts.append(Part(feed.kept, first, queries, feed.parents is None))
         tokens += feed.tokens
         positions += places
         shown = queries if feed.parents is not None or feed.all_logits else 1 + feed.drafted
         wanted += range(first + queries - shown, first + queries)
         counts.append(shown)
     device = model.device
-    reset = _STEP.set(parts)
+    reset = _STEP.set((begin or _OneByOne)(parts))
     try:
-        logits_SV = model(
+        logits_SV = call(
+            model,
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             attention_mask=torch.empty(1, 1, 1, 1, device=device),  # a mask of four axes is left alone; none is read
@@ -219,39 +263,59 @@ def forward(model: Any, feeds: Sequence[Feed]) -> list[torch.Tensor]:
     return list(logits_SV.split(counts))
 
 
-def _attend(
-    parts: Sequence[_Part],
-    layer: int,
-    query_HSD: torch.Tensor,
-    key_GSD: torch.Tensor,
-    value_GSD: torch.Tensor,
+def call(model: Any, **inputs: Any) -> Any:
+    """`model`'s own forward pass, with kernels that take any shape as it comes."""
+    if model.device.type == "cpu":  # which has one kernel, and where the choice costs more than it
+        return model(**inputs)
+    with sdpa_kernel(_KERNELS):
+        return model(**inputs)
+
+
+class _OneByOne:
+    """A step in which the requests attend one after the other."""
+
+    def __init__(self, parts: list[Part]) -> None:
+        self._parts = parts
+
+    def attend(
+        self,
+        layer: int,
+        query_HSD: torch.Tensor,
+        key_GSD: torch.Tensor,
+        value_GSD: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `Step`."""
+        attended_HSD = torch.empty_like(query_HSD)
+        for part in self._parts:
+            own = slice(part.first, part.first + part.queries)
+            key_GKD, value_GKD = part.kept.add(layer, key_GSD[:, own], value_GSD[:, own])
+            attended_HSD[:, own] = attend_one(part, query_HSD[:, own], key_GKD, value_GKD, scale, window)
+        return attended_HSD
+
+
+def attend_one(
+    part: Part,
+    query_HQD: torch.Tensor,
+    key_GKD: torch.Tensor,
+    value_GKD: torch.Tensor,
     scale: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """[H, S, D]."""
-    heads, _, size = query_HSD.shape
-    shared = heads // key_GSD.shape[0]
-    attended_HSD = torch.empty_like(query_HSD)
-    for part in parts:
-        own = slice(part.first, part.first + part.queries)
-        key_GKD, value_GKD = part.kept.add(layer, key_GSD[:, own], value_GSD[:, own])
-        mask = part.mask(window, shared, query_HSD)
-        if mask is None and part.prompt:
-            attended = scaled_dot_product_attention(
-                query_HSD[None, :, own],
-                key_GKD[None],
-                value_GKD[None],
-                is_causal=True,
-                scale=scale,
-                enable_gqa=shared > 1,
-            )[0]
-        else:
-            # Heads that share a key head are so many queries of it: no key is copied.
-            folded = query_HSD[:, own].reshape(1, key_GSD.shape[0], shared * part.queries, size)
-            attended = scaled_dot_product_attention(folded, key_GKD[None], value_GKD[None], attn_mask=mask, scale=scale)
-            attended = attended.reshape(heads, part.queries, size)
-        attended_HSD[:, own] = attended
-    return attended_HSD
+    """One request's attention, [H, Q, D]."""
+    heads, queries, size = query_HQD.shape
+    shared = heads // key_GKD.shape[0]
+    mask = part.mask(window, shared, query_HQD)
+    if mask is None and part.prompt:
+        attended: torch.Tensor = scaled_dot_product_attention(
+            query_HQD[None], key_GKD[None], value_GKD[None], is_causal=True, scale=scale, enable_gqa=shared > 1
+        )[0]
+        return attended
+    # Heads that share a key head are so many queries of it: no key is copied.
+    folded = query_HQD.reshape(1, key_GKD.shape[0], shared * queries, size)
+    attended = scaled_dot_product_attention(folded, key_GKD[None], value_GKD[None], attn_mask=mask, scale=scale)
+    return attended.reshape(heads, queries, size)
 
 
 def _packed_attention(
@@ -267,10 +331,10 @@ def _packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [B, S, H, D]."""
-    parts = _STEP.get()
-    if parts is None or softcap is not None or s_aux is not None:
+    step = _STEP.get()
+    if step is None or softcap is not None or s_aux is not None:
         raise NotImplementedError("packed attention outside of `forward`, or with a soft cap or sinks")
-    attended_HSD = _attend(parts, module.layer_idx, query_BHSD[0], key_BGSD[0], value_BGSD[0], scaling, sliding_window)
+    attended_HSD = step.attend(module.layer_idx, query_BHSD[0], key_BGSD[0], value_BGSD[0], scaling, sliding_window)
     return attended_HSD.transpose(0, 1)[None], None
 
 
@@ -287,9 +351,9 @@ class PackedSelfAttention(FusedSelfAttention):
         value_BHSD: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, None]:
-        parts = _STEP.get()
-        if parts is None:
+        step = _STEP.get()
+        if step is None:
             return super()._attn(query_BHSD, key_BHSD, value_BHSD, attention_mask)
         window = self.config.window_size if self.attention_type == "local" else None
-        attended_HSD = _attend(parts, self.layer_id, query_BHSD[0], key_BHSD[0], value_BHSD[0], 1.0, window)
+        attended_HSD = step.attend(self.layer_id, query_BHSD[0], key_BHSD[0], value_BHSD[0], 1.0, window)
         return attended_HSD[None], None

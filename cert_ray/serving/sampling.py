@@ -116,17 +116,19 @@ def draw_tokens(
         return tokens
     logits_DV = logits_RV if len(drawn) == len(uniforms) else logits_RV[drawn]
     temperature_D1 = np.maximum([temperature_R[row] for row in drawn], _LEAST_TEMPERATURE)[:, None]
-    values_DK, ids_DK = _highest(logits_DV, min(_CANDIDATES, logits_DV.shape[-1]))
+    values_DK, places_DK = _highest(logits_DV, min(_CANDIDATES, logits_DV.shape[-1]))
+    ids_DK = places_DK.cpu().numpy()
     cumulative_DK = _cumulative(values_DK, temperature_D1)
     cumulative_DK /= _totals(logits_DV, values_DK[:, :1], cumulative_DK, temperature_D1, scratch_RV)
     for place, row in enumerate(drawn):
         picked_N = _invert(cumulative_DK[place], uniforms[row], top_p_R[row], whole=False)
         ids_K = ids_DK[place]
         if picked_N is None:  # the candidates do not hold the nucleus, or not the number drawn
-            values_V, ids_K = logits_DV[place].sort(descending=True)
+            values_V, places_V = logits_DV[place].sort(descending=True)
+            ids_K = places_V.cpu().numpy()
             cumulative_V = _cumulative(values_V[None], temperature_D1[place])[0]
             picked_N = _invert(cumulative_V / cumulative_V[-1], uniforms[row], top_p_R[row], whole=True)
-        tokens[row] = ids_K.cpu().numpy()[picked_N]
+        tokens[row] = ids_K[picked_N]
     return tokens
 
 

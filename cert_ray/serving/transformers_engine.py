@@ -21,9 +21,10 @@ from cert_ray.serving.batching import Batch, Counted, Request, Turns
 from cert_ray.serving.boundaries import FirstTokens
 from cert_ray.serving.constraints import Courses
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
+from cert_ray.serving.gathered_attention import Arena, GatheredStep, Slots
 from cert_ray.serving.joint import JointSamples
 from cert_ray.serving.model_folders import end_ids, find_infill, load_model, window
-from cert_ray.serving.packed_attention import Feed, Kept
+from cert_ray.serving.packed_attention import Feed, Kept, Part, Tree
 from cert_ray.serving.packed_linear import pack_linear_layers
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class TransformersEngine:
         self.is_packed = _pack(model, self._context_tokens, self.config)
         self._model = model
         forward_pass = _Packed(model, self._tokenizer) if self.is_packed else _OneByOne(model, self._tokenizer)
-        self._batch = Batch(forward_pass, self.config, turns or Turns())
+        self._batch = Batch(forward_pass, self.config, turns or Turns(), model.device.type)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -105,21 +106,32 @@ class TransformersEngine:
         return request.wait()
 
 
+def gathers(device: torch.device) -> bool:
+    """Whether the requests of a step attend together: not on a CPU, where copying keys costs more than calls."""
+    return device.type != "cpu"
+
+
 class _Packed:
     """All requests in one forward pass."""
 
     takes_drafts = True
 
-    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer | None = None) -> None:
+        """`tokenizer`: what a batch asks for."""
         self._model, self.tokenizer = model, tokenizer
+        self._arena = Arena() if gathers(model.device) else None
 
-    def begin(self) -> Kept:
-        return Kept()
+    def begin(self) -> Tree:
+        return Kept() if self._arena is None else Slots(self._arena)
 
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
-        return packed_attention.forward(self._model, feeds)
+        return packed_attention.forward(self._model, feeds, None if self._arena is None else self._step)
 
-    def beginning(self, kept: Kept, tokens: int) -> Kept:
+    def _step(self, parts: Sequence[Part]) -> GatheredStep:
+        assert self._arena is not None
+        return GatheredStep(parts, self._arena, self._model.device)
+
+    def beginning(self, kept: Tree, tokens: int) -> Tree:
         return kept.beginning(tokens)
 
 
@@ -149,7 +161,7 @@ class _OneByOne:
         else:
             feed.kept["cache"].batch_select_indices(torch.tensor(feed.parents, device=device))
             ids, shown = torch.tensor(feed.tokens, device=device)[:, None], 1
-        result = self._model(input_ids=ids, past_key_values=feed.kept["cache"], use_cache=True)
+        result = packed_attention.call(self._model, input_ids=ids, past_key_values=feed.kept["cache"], use_cache=True)
         feed.kept["cache"] = result.past_key_values
         logits_BQV: torch.Tensor = result.logits[:, -shown:]
         return logits_BQV[0] if feed.parents is None else logits_BQV[:, -1]
@@ -167,7 +179,7 @@ def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
     if not packed_attention.enable(model):
         return False
     try:
-        logits = _walk(model, ids)
+        logits = _walk(_Packed(model), ids)
     except Exception as failure:  # noqa: BLE001 - whatever a model does not expect: it is run the other way
         _log.warning("%s cannot attend packed (%r): each request is run by itself", type(model).__name__, failure)
         model.set_attn_implementation(before)
@@ -182,16 +194,16 @@ def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
     return True
 
 
-def _walk(model: Any, ids: list[int]) -> list[torch.Tensor]:
+def _walk(model: _Packed, ids: list[int]) -> list[torch.Tensor]:
     """Logits after the last of `ids`, one beside another branch, others in a run behind a draft that is not kept."""
-    kept, other = Kept(), Kept()
-    packed_attention.forward(model, [Feed(kept, ids[:2])])
-    first = packed_attention.forward(model, [Feed(other, ids[3:6]), Feed(kept, ids[2:5])])[1]
+    kept, other = model.begin(), model.begin()
+    model.forward([Feed(kept, ids[:2])])
+    first = model.forward([Feed(other, ids[3:6]), Feed(kept, ids[2:5])])[1]
     logits = [first[0]]
     parents = [0, 0]
     for place in range(5, len(ids) - 2):
-        fed = packed_attention.forward(model, [Feed(kept, [ids[0], ids[0], ids[place]], parents, runs=[2, 1])])[0]
+        fed = model.forward([Feed(kept, [ids[0], ids[0], ids[place]], parents, runs=[2, 1])])[0]
         logits.append(fed[2])
         parents = [0, 2]
-    fed = packed_attention.forward(model, [Feed(kept, [ids[0], *ids[len(logits) + 4 :]], parents, runs=[1, 2])])[0]
+    fed = model.forward([Feed(kept, [ids[0], *ids[len(logits) + 4 :]], parents, runs=[1, 2])])[0]
     return [*logits, *fed[1:]]

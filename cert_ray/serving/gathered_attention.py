@@ -1,0 +1,234 @@
+"""Attention of all requests of a step in a few kernels, for GPUs: there the launches decide, not what they compute.
+
+Keys and values of all requests lie in one place, an `Arena` of numbered slots, as in vLLM's paged attention (Kwon et
+al. 2023, arXiv:2309.06180) with pages of one token. At each step the slots of every decoding request are gathered
+beside each other, padded to the longest, for one call of PyTorch's fused attention: a layer costs about ten launches
+however many requests there are, where `packed_attention` alone takes about ten for each. Gathering copies all kept keys
+at every layer, which a GPU does at 3 TB/s. Prompts attend one by one: they come once. A request that begins as
+another shares that one's slots.
+
+In: a loaded model that `packed_attention` runs, its `Feed`s with `Slots`. Out: the same logits, up to rounding.
+
+Shapes: as in `packed_attention`; P decoding requests, Q and K padded to the most among them; C slots of the arena.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cert_ray.serving.packed_attention import Part, Tree, attend_one
+
+_LEAST_SLOTS = 4_096  # of a new arena; assumed
+_ALIGNED_KEYS = 8  # the fused kernels want masks whose rows are so many bf16 numbers long
+
+SlotNumbers = npt.NDArray[np.int64]
+
+
+class Arena:
+    """Slots for the keys and values of one token each, in every layer; grows as needed, and counts who uses a slot."""
+
+    def __init__(self) -> None:
+        self._layers: dict[int, torch.Tensor] = {}  # [C, 2, G, D]
+        self._uses = np.zeros(0, np.int32)
+        self._free: list[int] = []
+        # A request is let go in whatever thread drops it last; slots come back when next some are taken.
+        self._released: deque[SlotNumbers] = deque()
+
+    @property
+    def used(self) -> int:
+        """Slots that hold something."""
+        self._collect()
+        return int(np.count_nonzero(self._uses))
+
+    def take(self, count: int) -> SlotNumbers:
+        """So many free slots, used once."""
+        self._collect()
+        if len(self._free) < count:
+            capacity = len(self._uses)
+            larger = max(_LEAST_SLOTS, 2 * capacity, capacity + count)
+            self._uses = np.concatenate([self._uses, np.zeros(larger - capacity, np.int32)])
+            self._free += range(capacity, larger)
+        left = len(self._free) - count
+        taken = np.array(self._free[left:], np.int64)
+        del self._free[left:]
+        self._uses[taken] = 1
+        return taken
+
+    def share(self, slots: SlotNumbers) -> None:
+        """One more uses `slots`."""
+        self._uses[slots] += 1
+
+    def release(self, slots: SlotNumbers) -> None:
+        """One uses `slots` no longer; from any thread."""
+        if len(slots):
+            self._released.append(slots)
+
+    def _collect(self) -> None:
+        while self._released:
+            slots = self._released.popleft()
+            self._uses[slots] -= 1
+            self._free += slots[self._uses[slots] == 0].tolist()
+
+    def layer(self, number: int, like_GSD: torch.Tensor) -> torch.Tensor:
+        """Keys and values of a layer, [C, 2, G, D], of the size of now."""
+        kept = self._layers.get(number)
+        if kept is None or len(kept) < len(self._uses):
+            groups, _, size = like_GSD.shape
+            larger = like_GSD.new_zeros(len(self._uses), 2, groups, size)  # what is masked must not be NaN
+            if kept is not None:
+                larger[: len(kept)] = kept
+            kept = self._layers[number] = larger
+        return kept
+
+
+class Slots(Tree):
+    """What an arena keeps of one request."""
+
+    def __init__(self, arena: Arena) -> None:
+        super().__init__()
+        self._arena = arena
+        self._held: list[SlotNumbers] = [np.empty(0, np.int64)]  # one array, for the finalizer to find
+        weakref.finalize(self, _release_all, arena, self._held).atexit = False
+
+    @property
+    def numbers(self) -> SlotNumbers:
+        """The slot of each token."""
+        return self._held[0]
+
+    def extend(self, newest: int) -> SlotNumbers:
+        """Slots for the newest tokens, which are counted already; those behind the kept ones are let go."""
+        known = len(self) - newest
+        self._arena.release(self.numbers[known:])
+        taken = self._arena.take(newest)
+        self._held[0] = np.concatenate([self.numbers[:known], taken])
+        return taken
+
+    def select(self, places: torch.Tensor) -> None:
+        """See `Tree.select`."""
+        chosen = np.zeros(len(self.numbers), np.bool_)
+        chosen[places.numpy()] = True
+        self._arena.release(self.numbers[~chosen])
+        self._held[0] = self.numbers[chosen]
+
+    def beginning(self, tokens: int) -> Self:
+        """See `Tree.beginning`; the slots are shared."""
+        copied = type(self)(self._arena)
+        copied._held[0] = self.numbers[:tokens]
+        self._arena.share(copied.numbers)
+        copied.positions_K = self.positions_K[:tokens].clone()
+        return copied
+
+
+def _release_all(arena: Arena, held: list[SlotNumbers]) -> None:
+    arena.release(held[0])
+
+
+@dataclass(slots=True)
+class _Group:
+    """Decoding requests that attend together, Q and K padded."""
+
+    parts: list[Part]
+    rows_N: torch.Tensor  # where in the step each of the P * Q queries stands; padding repeats a request's first
+    slots_PK: torch.Tensor
+    own_N: torch.Tensor  # which of the P * Q are queries
+    step_N: torch.Tensor  # where those stand in the step
+    queries: int
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, parts: list[Part], device: torch.device) -> _Group:
+        queries = max(part.queries for part in parts)
+        keys = -(-max(len(part.kept) for part in parts) // _ALIGNED_KEYS) * _ALIGNED_KEYS
+        rows_PQ = np.empty((len(parts), queries), np.int64)
+        slots_PK = np.zeros((len(parts), keys), np.int64)
+        own_PQ = np.zeros((len(parts), queries), np.bool_)
+        for place, part in enumerate(parts):
+            rows_PQ[place] = part.first
+            rows_PQ[place, : part.queries] += np.arange(part.queries)
+            slots_PK[place, : len(part.kept)] = part.kept.numbers
+            own_PQ[place, : part.queries] = True
+        own_N = np.flatnonzero(own_PQ)
+
+        def placed(numbers: npt.NDArray[np.int64]) -> torch.Tensor:
+            return torch.from_numpy(numbers).to(device)
+
+        rows_N = rows_PQ.ravel()
+        return cls(parts, placed(rows_N), placed(slots_PK), placed(own_N), placed(rows_N[own_N]), queries)
+
+    def mask(self, window: int | None, shared: int, like: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, [P, 1, shared * Q, K]: 0 or -inf."""
+        if window not in self.masks:
+            seen_PQK = torch.zeros(len(self.parts), self.queries, self.slots_PK.shape[1], dtype=torch.bool)
+            seen_PQK[:, :, 0] = True  # a padded query must see something
+            for place, part in enumerate(self.parts):
+                mask_QK = part.find_mask(window)
+                seen_PQK[place, : part.queries, : len(part.kept)] = True if mask_QK is None else mask_QK
+            hidden_PQK = like.new_zeros(seen_PQK.shape).masked_fill_(~seen_PQK.to(like.device), float("-inf"))
+            self.masks[window] = hidden_PQK.repeat(1, shared, 1)[:, None]
+        return self.masks[window]
+
+    def attend(
+        self, query_HSD: torch.Tensor, kept_C2GD: torch.Tensor, scale: float | None, window: int | None
+    ) -> torch.Tensor:
+        """Attention of the group's queries, [H, N, D]."""
+        (heads, _, size), groups = query_HSD.shape, kept_C2GD.shape[2]
+        shared, requests = heads // groups, len(self.parts)
+        query_HND = query_HSD.index_select(1, self.rows_N)
+        folded = query_HND.reshape(groups, shared, requests, self.queries, size).permute(2, 0, 1, 3, 4)
+        folded = folded.reshape(requests, groups, shared * self.queries, size)
+        kept_PK2GD = kept_C2GD[self.slots_PK]
+        key_PGKD, value_PGKD = kept_PK2GD[:, :, 0].transpose(1, 2), kept_PK2GD[:, :, 1].transpose(1, 2)
+        mask = self.mask(window, shared, query_HSD)
+        attended = scaled_dot_product_attention(folded, key_PGKD, value_PGKD, attn_mask=mask, scale=scale)
+        attended = attended.reshape(requests, groups, shared, self.queries, size).permute(1, 2, 0, 3, 4)
+        return attended.reshape(heads, requests * self.queries, size).index_select(1, self.own_N)
+
+
+class GatheredStep:
+    """A `packed_attention.Step` over `Slots`."""
+
+    def __init__(self, parts: Sequence[Part], arena: Arena, device: torch.device) -> None:
+        self._arena = arena
+        taken = [part.kept.extend(part.queries) for part in parts]
+        self._newest_S = torch.from_numpy(np.concatenate(taken)).to(device)
+        self._prompts = [part for part in parts if part.prompt]
+        self._prompt_slots = [torch.from_numpy(part.kept.numbers).to(device) for part in self._prompts]
+        self._groups = [_Group.of(group, device) for group in _alike([part for part in parts if not part.prompt])]
+
+    def attend(
+        self,
+        layer: int,
+        query_HSD: torch.Tensor,
+        key_GSD: torch.Tensor,
+        value_GSD: torch.Tensor,
+        scale: float | None,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `Step`."""
+        kept_C2GD = self._arena.layer(layer, key_GSD)
+        kept_C2GD[self._newest_S] = torch.stack([key_GSD, value_GSD]).permute(2, 0, 1, 3)
+        attended_HSD = torch.empty_like(query_HSD)
+        for part, slots_K in zip(self._prompts, self._prompt_slots, strict=True):
+            own = slice(part.first, part.first + part.queries)
+            key_GKD, value_GKD = kept_C2GD[slots_K].permute(1, 2, 0, 3)
+            attended_HSD[:, own] = attend_one(part, query_HSD[:, own], key_GKD, value_GKD, scale, window)
+        for group in self._groups:
+            attended_HSD[:, group.step_N] = group.attend(query_HSD, kept_C2GD, scale, window)
+        return attended_HSD
+
+
+def _alike(parts: Sequence[Part]) -> list[list[Part]]:
+    """Requests whose numbers of queries are within the same powers of four, so that padding is bounded."""
+    groups: dict[int, list[Part]] = {}
+    for part in parts:
+        groups.setdefault((part.queries - 1).bit_length() // 2, []).append(part)
+    return list(groups.values())

@@ -1,0 +1,137 @@
+"""Requests that attend together are answered as those that attend one by one, and slots come back."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cert_ray.gpt_neo import fuse_attention
+from cert_ray.serving import packed_attention, transformers_engine
+from cert_ray.serving.engines import EngineConfig, Work
+from cert_ray.serving.gathered_attention import Arena, GatheredStep, Slots
+from cert_ray.serving.packed_attention import Feed, Kept
+from cert_ray.serving.transformers_engine import TransformersEngine
+from cert_ray.sketching import prompt_format
+from tests.serving.builders import save_model
+
+TEXTS = [
+    "import pandas as pd\n\n\ndef head(df, n):\n",
+    "df",
+    "import pandas as pd\n\n\nclass Thing:\n",
+    "x = df['a']\n",
+]
+
+
+@pytest.fixture(scope="module", params=["gpt_neo", "llama", "gpt2", "mistral"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """GPT-Neo and Mistral have windows, Llama and Mistral share key heads."""
+    return save_model(tmp_path_factory.mktemp(request.param), request.param, window=128)
+
+
+@pytest.fixture
+def gathering(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers_engine, "gathers", lambda _: True)
+
+
+def test_logits_of_random_trees_are_the_same(folder: str) -> None:
+    """Many requests at once, of other lengths, that branch, die, and are fed drafts which are not drawn."""
+    model = fuse_attention(AutoModelForCausalLM.from_pretrained(folder)).eval()
+    assert packed_attention.enable(model)
+    arena, rng = Arena(), np.random.default_rng(0)
+    sizes = [3, 40, 9, 17, 1]
+    apart, together = [Kept() for _ in sizes], [Slots(arena) for _ in sizes]
+    rows = [1] * len(sizes)
+    for step in range(14):
+        plans: list[dict[str, Any]] = []
+        for place, size in enumerate(sizes):
+            if step == place % 2:  # some prompts come beside others' tokens
+                plans.append({"tokens": rng.integers(2, 300, size).tolist()})
+            elif step > place % 2:
+                branches = int(rng.integers(1, 7)) if step % 5 else 1
+                runs = rng.integers(1, 4, branches).tolist()
+                tokens = rng.integers(2, 300, sum(runs)).tolist()
+                plans.append(
+                    {"tokens": tokens, "parents": rng.integers(0, rows[place], branches).tolist(), "runs": runs}
+                )
+                rows[place] = sum(runs)
+            else:
+                plans.append({})
+        used = [place for place, plan in enumerate(plans) if plan]
+        expected = packed_attention.forward(model, [Feed(apart[place], **plans[place]) for place in used])
+        found = packed_attention.forward(
+            model,
+            [Feed(together[place], **plans[place]) for place in used],
+            lambda parts: GatheredStep(parts, arena, torch.device("cpu")),
+        )
+        for one, other in zip(expected, found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert arena.used == sum(len(kept) for kept in together)
+
+
+def test_samples_are_those_of_requests_that_attend_one_by_one(
+    folder: str, gathering: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(engine: TransformersEngine) -> list[Any]:
+        works = [
+            Work(tuple(prompt_format.encode_code(engine.tokenizer, text)), n=6, max_tokens=30, temperature=0.9, seed=7)
+            for text in TEXTS
+        ]
+        works.append(replace(works[0], n=40, temperature=1.5, stop=("a", "e", "(", "7")))  # most end early
+        works.append(replace(works[2], draft=(5, 6, 7, 8)))
+        with ThreadPoolExecutor(6) as pool:
+            return [[sample and sample.ids for sample in drawn.samples] for drawn in pool.map(engine.draw, works)]
+
+    together = TransformersEngine(folder, EngineConfig(prefill_tokens=5))
+    assert together.is_packed
+    found = answers(together)
+    monkeypatch.setattr(transformers_engine, "gathers", lambda _: False)
+    assert found == answers(TransformersEngine(folder, EngineConfig(prefill_tokens=5)))
+
+
+def test_a_prompt_shares_its_slots_and_the_last_user_frees_them() -> None:
+    arena = Arena()
+    first = Slots(arena)
+    first.read(10, 0)
+    first.extend(10)
+    second = first.beginning(6)
+    second.read(3, 0)
+    second.extend(3)
+    assert arena.used == 13
+    assert second.numbers[:6].tolist() == first.numbers[:6].tolist()
+    assert not set(second.numbers[6:]) & set(first.numbers)
+    del first
+    assert arena.used == 9
+    kept = second.numbers.copy()
+    second.select(torch.tensor([0, 1, 8]))
+    assert second.numbers.tolist() == kept[[0, 1, 8]].tolist()
+    assert arena.used == 3
+    del second
+    assert arena.used == 0
+
+
+def test_an_arena_grows_and_keeps_what_it_holds() -> None:
+    arena = Arena()
+    slots = arena.take(4_000)
+    like = torch.zeros(2, 1, 3)
+    arena.layer(0, like)[torch.from_numpy(slots)] = torch.arange(4_000.0)[:, None, None, None]
+    more = arena.take(5_000)
+    assert not set(slots.tolist()) & set(more.tolist())
+    grown = arena.layer(0, like)
+    assert len(grown) >= 9_000
+    assert torch.equal(grown[torch.from_numpy(slots), 1, 1, 2], torch.arange(4_000.0))
+
+
+def test_requests_that_have_ended_hold_no_slot(tmp_path: Path, gathering: None) -> None:
+    engine = TransformersEngine(save_model(tmp_path, "llama", window=128), EngineConfig(prefix_cache_tokens=0))
+    arena = engine._batch._model._arena  # type: ignore[attr-defined]
+    for text in TEXTS:
+        ids = tuple(prompt_format.encode_code(engine.tokenizer, text))
+        engine.draw(Work(ids, n=5, max_tokens=20, temperature=1.0))
+    assert arena.used == 0

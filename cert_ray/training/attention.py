@@ -1,19 +1,29 @@
-"""Attention of rows without padding, which needs no mask. In: a loaded model. Out: the same model.
+"""What attention of a pack's rows need not do. In: a loaded model. Out: the same model, with the same results.
 
-transformers gives a model under `torch.compile` a causal mask of its own making, [B, 1, T, T], with every PyTorch below
-2.14 (`masking_utils._ignore_causal_mask_sdpa`); with a mask, PyTorch's attention computes what lies above the diagonal
-too, and on a GPU its flash kernel is out of question. Rows of a pack are never padded on the left, so being causal is
-all that is asked: an attention registered under a name for which transformers makes no mask.
+Rows are never padded on the left, and begin at position 0.
+
+**Masks.** transformers gives a model under `torch.compile` a causal mask of its own making, [B, 1, T, T], with every
+PyTorch below 2.14 (`masking_utils._ignore_causal_mask_sdpa`); with a mask, PyTorch's attention computes what lies above
+the diagonal too, and on a GPU its flash kernel is out of question. Here being causal is all that is asked: an attention
+registered under a name for which transformers makes no mask.
+
+**Rotations.** The compiler finds the cosine and sine of a rotary position wherever they are used, for each head of each
+layer again, forward and backward: 8% of an H100's time with `modern-110m`, where moving the heads alone would take 3%
+(docs/benchmarks.md). Here they are found once and looked up.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 CAUSAL = "cert_ray_causal"
+_STATIC = {"default", "linear", "llama3", "yarn"}  # kinds of rotation that do not change with the length of a row
+_MOST_POSITIONS = 1 << 16  # of a table: 32 MB for heads of 64
 
 
 def leave_out_masks(model: Any) -> Any:
@@ -27,4 +37,40 @@ def leave_out_masks(model: Any) -> Any:
     if config._attn_implementation == "sdpa" and not any(windows) and kinds == {"full_attention"}:
         AttentionInterface.register(CAUSAL, sdpa_attention_forward)
         config._attn_implementation = CAUSAL  # never saved
+    return model
+
+
+class TabulatedRotations(torch.nn.Module):
+    """Rotary positions from 0 on, found once by transformers' own module."""
+
+    def __init__(self, rotary: torch.nn.Module, positions: int) -> None:
+        """`rotary`: called with hidden states, of which it reads the type and the device, and positions [B, T]."""
+        super().__init__()
+        self._rotary = rotary
+        device = next(rotary.buffers()).device
+        with torch.no_grad():
+            cos_1TD, sin_1TD = rotary(torch.zeros(1, device=device), torch.arange(positions, device=device)[None])
+        self.cos_1TD = torch.nn.Buffer(cos_1TD, persistent=False)
+        self.sin_1TD = torch.nn.Buffer(sin_1TD, persistent=False)
+
+    def forward(self, hidden_BTH: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, [1, T, D] each. Longer rows than the table's are left to transformers."""
+        tokens = position_ids.shape[-1]
+        if tokens > self.cos_1TD.shape[1]:
+            found: tuple[torch.Tensor, torch.Tensor] = self._rotary(hidden_BTH, position_ids)
+            return found
+        return self.cos_1TD[:, :tokens].to(hidden_BTH.dtype), self.sin_1TD[:, :tokens].to(hidden_BTH.dtype)
+
+
+def tabulate_rotations(model: Any) -> Any:
+    """Let `model` look its rotary positions up, where they depend on the position alone; any other comes back as it is.
+
+    For training on rows that begin at position 0 only: whatever positions are given, the row's places count.
+    """
+    for module in list(model.modules()):
+        rotary = getattr(module, "rotary_emb", None)
+        if isinstance(rotary, torch.nn.Module) and getattr(rotary, "rope_type", None) in _STATIC:
+            positions = min(int(getattr(model.config, "max_position_embeddings", 0)), _MOST_POSITIONS)
+            if list(inspect.signature(rotary.forward).parameters) == ["x", "position_ids"] and positions:
+                module.rotary_emb = TabulatedRotations(rotary, positions)
     return model

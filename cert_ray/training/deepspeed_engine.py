@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ with warnings.catch_warnings():  # deepspeed and what it imports warn of their o
     from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-from cert_ray.training.attention import leave_out_masks
+from cert_ray.training.attention import leave_out_masks, tabulate_rotations
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.sampling import micro_batches
 from cert_ray.training.step import Learner, plain_names, predicted_tokens
@@ -52,7 +53,8 @@ def engine_options(config: TrainConfig, parameters: int, world_size: int) -> dic
         # The bucket is allocated whole: DeepSpeed's own default would take 1 or 2 GB for a model of any size.
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS)},
         "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's own AdamW
-        "bf16": {"enabled": config.precision == "bf16"},
+        # To look for what is not finite in every gradient costs a launch each; where the norm is taken, it says so.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": config.max_gradient_norm is None},
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": _QUIET_STEPS,
     }
@@ -70,6 +72,7 @@ class Engine:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         if config.compile:
             leave_out_masks(model)
+            tabulate_rotations(model)
         optimizer = torch.optim.AdamW(
             _parameter_groups(model, config.weight_decay), lr=config.learning_rate, betas=config.betas, fused=True
         )
@@ -95,17 +98,24 @@ class Engine:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        tokens = int(self._sum(torch.tensor(float(sum(predicted_tokens(mask) for _, mask in batches)))))
+        # All that the device is to wait for stands before and behind the passes: between them it would stand still.
+        placed = [(ids.to(self.device), mask.to(self.device)) for ids, mask in batches]
+        sums = torch.tensor([sum(predicted_tokens(mask) for _, mask in batches), 0.0], dtype=torch.float64)
+        sums = sums.to(self.device)
+        torch.distributed.all_reduce(sums[0])
         # DeepSpeed means over accumulations and workers: so divided, every token of the step weighs the same.
-        mean_tokens = max(tokens, 1) / (len(batches) * self.world_size)
-        nats = torch.zeros((), device=self.device)
-        for ids, mask in batches:
-            loss = self._engine(ids.to(self.device), mask.to(self.device))
+        mean_tokens = (sums[0].clamp(min=1) / (len(batches) * self.world_size)).float()
+        for ids, mask in placed:
+            loss = self._engine(ids, mask)
             self._engine.backward(loss / mean_tokens)
             self._engine.step()
-            nats += loss.detach()
+            sums[1] += loss.detach()
         norm = self._engine.get_global_grad_norm()
-        return self._sum(nats) / max(tokens, 1), tokens, None if norm is None else float(norm)
+        torch.distributed.all_reduce(sums[1])
+        tokens, nats = sums.tolist()
+        if norm is not None:
+            norm = float(norm) if norm >= 0 else math.inf  # negative is DeepSpeed's word for it
+        return nats / max(tokens, 1), int(tokens), norm
 
     @torch.no_grad()
     def summed_eval_loss(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from cert_ray.gpt_neo import fuse_attention
-from cert_ray.training.attention import leave_out_masks
+from cert_ray.training.attention import TabulatedRotations, leave_out_masks, tabulate_rotations
 from cert_ray.training.presets import preset_config
 
 
@@ -37,3 +37,47 @@ def test_a_window_keeps_its_mask():
     )
     model = AutoModelForCausalLM.from_config(shape)
     assert leave_out_masks(model).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rotation"),
+    [
+        (torch.float32, {"rope_type": "default", "rope_theta": 10_000.0}),
+        (torch.bfloat16, {"rope_type": "default", "rope_theta": 10_000.0}),
+        (torch.float32, {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}),
+    ],
+)
+def test_positions_that_are_looked_up_rotate_as_those_that_are_computed(dtype, rotation, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_llama(rotation)).to(dtype).eval()
+    model.save_pretrained(tmp_path / "before")
+    ids_BT = torch.randint(0, 50, (2, 60))
+    with torch.no_grad():
+        computed, short = model(ids_BT).logits, model(ids_BT[:, :7]).logits
+        tabulate_rotations(model)
+        assert isinstance(model.model.rotary_emb, TabulatedRotations)
+        assert torch.equal(model(ids_BT).logits, computed)
+        assert torch.equal(model(ids_BT[:, :7]).logits, short)
+    model.save_pretrained(tmp_path / "after")
+    names = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("before", "after")]
+    assert names[0] == names[1]
+
+
+def test_rotations_that_change_with_the_length_are_left_alone():
+    model = AutoModelForCausalLM.from_config(
+        _llama({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8})
+    )
+    assert not isinstance(tabulate_rotations(model).model.rotary_emb, TabulatedRotations)
+
+
+def _llama(rotation):
+    return LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        rope_parameters=rotation,
+    )

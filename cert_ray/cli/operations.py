@@ -125,6 +125,12 @@ def reproduce(
     only: Annotated[
         list[str] | None, typer.Option(help="train, base, xl or cert: do only this; default: all, and the report")
     ] = None,
+    answers_only: Annotated[
+        bool,
+        typer.Option(
+            "--answers-only", help="let the models answer, and run nothing: the same command elsewhere goes on with it"
+        ),
+    ] = False,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     address: Address = None,
@@ -147,7 +153,8 @@ def reproduce(
     if dry_run or only is None or "train" in only:
         what = f"train {', '.join(models_to_train(seeded(resolved)))} into {resolved.run}/models, and evaluate"
         perform("reproduce", resolved, address, dry_run, what, lambda: reproducing.train_models(resolved))
-    reproducing.evaluate_parts(resolved, [name for name in SYSTEMS if only is None or name in only])
+    systems = [name for name in SYSTEMS if only is None or name in only]
+    reproducing.evaluate_parts(resolved, systems, answers_only=answers_only)
     from cert_ray.operations.claim_report import missing_parts, write_report
 
     if missing := missing_parts(resolved):

@@ -122,6 +122,15 @@ def run_evaluation(
     return result
 
 
+def draw_samples(config: EvaluateConfig, complete: Complete) -> list[Sample]:
+    """The samples that `run_evaluation` would have `complete` draw, in the same calls; nothing is run or written.
+
+    Raises:
+        ConfigError, BenchmarkFormatError: as `run_evaluation`.
+    """
+    return _samples(config, read_problems(config.problems)[: config.limit], complete, keep_parts=False)
+
+
 def is_finished(config: EvaluateConfig) -> bool:
     """Whether `config.output` holds this evaluation: the same options, problems and samples."""
     summary_url = storage.join(config.output, SUMMARY)

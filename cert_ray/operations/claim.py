@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Mode = Literal["greedy", "sampled"]
 SYSTEMS = ("base", "xl", "cert")
 _MODELS = {"xl": View.XL, "sketcher": View.SKETCHER, "generator": View.GENERATOR}
+TRAINED = tuple(_MODELS)
 
 
 class ClaimConfig(Config):

@@ -11,13 +11,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import platform
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -25,7 +21,7 @@ import jinja2
 from cert_ray import manifests, storage
 from cert_ray.evaluation.report import percent, points, template_engine
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
-from cert_ray.operations.claim import SYSTEMS, Mode, check_claim, model_name, parts, seeded
+from cert_ray.operations.claim import SYSTEMS, TRAINED, Mode, check_claim, model_name, parts, seeded
 from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.reproduce import PART_FILE, claim_folder, is_finished
@@ -92,7 +88,7 @@ def build_report(recipe: Recipe) -> dict[str, Any]:
         "scores": [row for mode in modes for row in _scores(table, mode, benchmarks)],
         "comparisons": [row for mode in modes for row in _comparisons(table, mode, benchmarks)],
         "cost": _cost(recipe),
-        "machine": machine(),
+        "machines": _machines(recipe),
     }
 
 
@@ -167,7 +163,7 @@ def _models(recipe: Recipe) -> list[dict[str, Any]]:
     folders, rows = RunFolders(recipe.run), []
     wanted = seeded(recipe)
     for seed in check_claim(recipe).seeds:
-        for name in ("xl", "sketcher", "generator"):
+        for name in TRAINED:
             folder = folders.model(model_name(wanted, name, seed))
             manifest = manifests.read_manifest(folder, "model", "train")
             steps = records.from_json_lines(storage.read_text(storage.join(folder, "loss.jsonl")), folder)
@@ -201,15 +197,19 @@ def _cost(recipe: Recipe) -> dict[str, Any]:
     return {"training_s": training, "evaluating_s": evaluating, "parts": seconds}
 
 
-def machine() -> str:
-    """This machine in a few words: processor, cores, GPU."""
-    import torch
-
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None
-    processor = found.group(1).strip() if found else platform.machine()
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{processor}, {os.cpu_count()} cores{gpu}"
+def _machines(recipe: Recipe) -> dict[str, list[str]]:
+    """Where the models were trained, where they answered, and where their programs ran, as far as it was noted."""
+    folders, wanted = RunFolders(recipe.run), seeded(recipe)
+    names = [model_name(wanted, name, seed) for seed in check_claim(recipe).seeds for name in TRAINED]
+    trained = [manifests.read_manifest(folders.model(name), "model", "train").notes.get("machine") for name in names]
+    told = [
+        json.loads(storage.read_text(storage.join(claim_folder(recipe), part.name, PART_FILE)))
+        for part in parts(check_claim(recipe))
+    ]
+    answered = [one for part in told for one in part.get("answered_on", ())]
+    ran = [part.get("ran_on") for part in told]
+    noted = {"training": trained, "answering": answered, "running": ran}
+    return {what: sorted({one for one in found if one}) for what, found in noted.items()}
 
 
 def draw_scores(report: dict[str, Any]) -> bytes:

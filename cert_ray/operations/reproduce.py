@@ -3,7 +3,9 @@
 
 The stages are the recipe's own (`pipeline`), and reuse what is finished; so does every evaluation, as a whole, and
 within one every batch of prompts that was answered. What a part was made from is digested, so another model is never
-scored by an earlier one's answers. Training wants Ray; evaluating does not.
+scored by an earlier one's answers. Training wants Ray; evaluating does not. Models are loaded where an
+answer is missing: what a machine with a GPU answered can be run by one that has a sandbox, and of the models no more
+than their manifests.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any
 import xxhash
 
 from cert_ray import storage
-from cert_ray.evaluation.run import Complete, EvaluateConfig, run_evaluation
+from cert_ray.evaluation.benchmarks import Answer
+from cert_ray.evaluation.run import Complete, EvaluateConfig, draw_samples, run_evaluation
 from cert_ray.operations import pipeline
 from cert_ray.operations.claim import (
     SYSTEMS,
@@ -31,6 +34,7 @@ from cert_ray.operations.claim import (
 )
 from cert_ray.operations.evaluating import describe_model
 from cert_ray.operations.recipe import Recipe, RunFolders
+from cert_ray.telemetry.machine import machine
 from cert_ray.training.on_ray import TrainResult
 
 _log = logging.getLogger(__name__)
@@ -55,23 +59,30 @@ def train_models(recipe: Recipe) -> dict[str, TrainResult]:
     return {name: pipeline.run_train(wanted, name) for name in names}
 
 
-def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS) -> None:
+def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS, *, answers_only: bool = False) -> None:
     """Evaluate `systems`, part by part; what is finished and made from the same models is left as it is.
+
+    `answers_only`: let the models answer and keep what they say; nothing is run, so no sandbox is wanted.
 
     Raises:
         ConfigError, InputError, SandboxError: as `run_evaluation`, or when a model cannot be loaded.
     """
     claim = check_claim(recipe)
     loaded: dict[tuple[str, int], Any] = {}  # one system at a time in memory
-    for part in parts(claim, tuple(systems)):
-        if is_finished(recipe, part):
-            _log.info("%s is finished", part.name)
-            continue
+
+    def load(part: Part) -> Callable[[dict[str, Any]], Complete]:
         key = (part.system, part.seed)
         if key not in loaded:
             loaded.clear()
             loaded[key] = _load(recipe, part, claim)
-        _evaluate(recipe, claim, part, loaded[key])
+        made: Callable[[dict[str, Any]], Complete] = loaded[key]
+        return made
+
+    for part in parts(claim, tuple(systems)):
+        if is_finished(recipe, part):
+            _log.info("%s is finished", part.name)
+            continue
+        _evaluate(recipe, claim, part, load, answers_only)
 
 
 def is_finished(recipe: Recipe, part: Part) -> bool:
@@ -119,12 +130,26 @@ def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str,
     return lambda sampling: LocalCompleter(answerer, CompleterConfig.from_mapping(sampling, "claim"))
 
 
-def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, make: Callable[[dict[str, Any]], Complete]) -> None:
+def _evaluate(
+    recipe: Recipe,
+    claim: ClaimConfig,
+    part: Part,
+    load: Callable[[Part], Callable[[dict[str, Any]], Complete]],
+    answers_only: bool,
+) -> None:
     config = _evaluate_config(recipe, claim, part)
     digest = part_digest(recipe, part)
     sampling = {"max_tokens": claim.max_tokens, "top_p": claim.top_p, "seed": part.seed}
     sampling["temperature"] = config.temperature or 0.0
-    remembered = Remembered(make(sampling), storage.join(config.output, _COMPLETIONS), digest)
+
+    def complete(prompts: list[str], n: int) -> Sequence[Sequence[str | Answer]]:
+        return load(part)(sampling)(prompts, n)
+
+    remembered = Remembered(complete, storage.join(config.output, _COMPLETIONS), digest)
+    if answers_only:
+        _log.info("answering %s", part.name)
+        draw_samples(config, remembered)
+        return
     _log.info("evaluating %s", part.name)
     began = time.perf_counter()
     run_evaluation(config, remembered, keep_parts=False)
@@ -132,6 +157,8 @@ def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, make: Callable[[di
         "digest": digest,
         "answering_s": round(remembered.seconds, 1),
         "total_s": round(time.perf_counter() - began + remembered.earlier_s, 1),
+        "answered_on": sorted(remembered.machines),
+        "ran_on": machine(),
     }
     storage.write_text(storage.join(config.output, PART_FILE), json.dumps(figures) + "\n")
 
@@ -166,6 +193,7 @@ class Remembered:
         self._known = {entry["key"]: entry for entry in map(_parsed, self._lines) if entry is not None}
         self.seconds = 0.0  # of answering, also what earlier runs spent
         self.earlier_s = 0.0  # of it, by earlier runs
+        self.machines: set[str] = set()  # that answered
 
     def __call__(self, prompts: list[str], n: int) -> list[list[str]]:
         """`n` completions for each prompt."""
@@ -176,10 +204,11 @@ class Remembered:
         else:
             began = time.perf_counter()
             answers = self._complete(prompts, n)
-            entry = {"key": key, "seconds": time.perf_counter() - began, "answers": answers}
+            entry = {"key": key, "seconds": time.perf_counter() - began, "machine": machine(), "answers": answers}
             self._lines.append(json.dumps(entry))
             storage.write_text(self._url, "".join(line + "\n" for line in self._lines))
         self.seconds += entry["seconds"]
+        self.machines.update([entry["machine"]] if "machine" in entry else [])
         found: list[list[str]] = entry["answers"]
         return found
 

@@ -26,6 +26,7 @@ from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.telemetry import logs
+from cert_ray.telemetry.machine import machine
 from cert_ray.telemetry.on_ray import count_step
 from cert_ray.tokens.encoding import SKETCH_VIEWS
 from cert_ray.training import checkpoints, inputs, records
@@ -197,7 +198,12 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
             )
     except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
         return {"error": error}
-    return {"records": outcome.records, "parameters": outcome.parameters, "files": outcome.files}
+    return {
+        "records": outcome.records,
+        "parameters": outcome.parameters,
+        "files": outcome.files,
+        "machine": machine(),
+    }
 
 
 def _compile_into_own_folder() -> None:
@@ -249,15 +255,20 @@ def _finish(checked: inputs.Checked, returned: dict[str, Any]) -> Manifest:
         counts={"tokens": steps[-1].tokens, "parameters": returned["parameters"]},
     )
     manifest = manifests.summarize(
-        inputs.STAGE, config, checked.inputs_digest, [shard], notes=_notes(checked, steps, str(view))
+        inputs.STAGE,
+        config,
+        checked.inputs_digest,
+        [shard],
+        notes=_notes(checked, steps, str(view), returned["machine"]),
     )
     manifests.write_manifest(config.output, manifest)
     return manifest
 
 
-def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str) -> dict[str, Any]:
+def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str, machine: str) -> dict[str, Any]:
     return {
         "run_digest": checked.run_digest,
+        "machine": machine,  # worker 0's
         "base": checked.config.base,
         "view": view,
         "placeholders": view in SKETCH_VIEWS,  # whether it has met sketches

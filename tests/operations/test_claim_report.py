@@ -33,7 +33,7 @@ def report(request: pytest.FixtureRequest) -> dict[str, Any]:
         "scores": _scores(table, "greedy", ["First", "Second"]),
         "comparisons": _comparisons(table, "greedy", ["First", "Second"]),
         "cost": {"training_s": 1.5, "evaluating_s": 2.0, "parts": {"xl greedy": {"answering_s": 1.0, "total_s": 2.0}}},
-        "machine": "two cores",
+        "machines": {"training": ["one GPU"], "answering": [], "running": ["two cores"]},
     }
 
 

@@ -120,8 +120,15 @@ def test_from_files_to_a_report_and_nothing_is_done_twice(tmp_path: Path, monkey
     trained = reproduce.train_models(recipe)
     assert {name: result.steps for name, result in trained.items()} == {"xl": 3, "sketcher": 3, "generator": 3}
     reproduce.evaluate_parts(recipe, ["base", "xl"])
-    assert missing_parts(recipe) == ["cert/seed-0/greedy/demo_problems", "cert/seed-0/sampled/demo_problems"]
-    reproduce.evaluate_parts(recipe)
+    left = ["cert/seed-0/greedy/demo_problems", "cert/seed-0/sampled/demo_problems"]
+    assert missing_parts(recipe) == left
+    with monkeypatch.context() as without_sandbox:
+        without_sandbox.setattr(reproduce, "run_evaluation", _never)
+        reproduce.evaluate_parts(recipe, answers_only=True)
+    assert missing_parts(recipe) == left
+    with monkeypatch.context() as without_weights:
+        without_weights.setattr(reproduce, "_load", _never)
+        reproduce.evaluate_parts(recipe)
     report = write_report(recipe)
     _check_report(report, Path(reproduce.claim_folder(recipe)))
 
@@ -134,7 +141,7 @@ def test_from_files_to_a_report_and_nothing_is_done_twice(tmp_path: Path, monkey
 
 
 def _never(*arguments: Any) -> Any:
-    raise AssertionError("a finished part was evaluated again")
+    raise AssertionError("this should not have been done")
 
 
 def _check_report(report: dict[str, Any], folder: Path) -> None:
@@ -146,6 +153,7 @@ def _check_report(report: dict[str, Any], folder: Path) -> None:
     assert [row["pair"] for row in report["comparisons"][:2]] == [["base", "xl"], ["base", "xl"]]
     tokens = {row["tokens"] for row in report["models"]}
     assert max(tokens) <= 3 * 2 * 32
+    assert list(map(len, report["machines"].values())) == [1, 1, 1]
     assert report["dataset"]["read"] == report["dataset"]["kept"] + sum(report["dataset"]["dropped"].values())
     text = (folder / "claim.md").read_text()
     assert "| greedy | pooled | CERT - XL |" in text

@@ -8,6 +8,8 @@ samples are a tree: a token sees its own ancestors, which is a boolean mask, and
 branch costs no copy, a request's keys are read once for all its branches, and tokens that were fed on the chance that
 they would be drawn are taken back by not being seen.
 
+On a GPU, keys are kept and attended to by `gathered_attention`.
+
 In: a loaded model, `Feed`s. Out: logits. Works for models of transformers' attention interface and for GPT-Neo, whose
 layers may be local; what a model adds beyond a scale and a window (sinks, soft caps) is refused by `enable`.
 

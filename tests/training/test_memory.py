@@ -127,3 +127,14 @@ def test_a_shortage_is_told_with_its_numbers(size):
 def test_an_unknown_gpu_is_refused():
     with pytest.raises(ConfigError, match="--gpu k80: unknown; known are a100"):
         memory.gpu_named("k80")
+
+
+@pytest.mark.parametrize(
+    ("name", "vocabulary", "rows", "measured_gb"),
+    [("modern-110m", 32_000, 32, 14.13), ("modern-110m", 32_000, 64, 26.2), ("pycodegpt-110m", 32_000, 32, 14.25)],
+)
+def test_compiled_peaks_are_those_of_an_h100(name, vocabulary, rows, measured_gb):
+    """Most that was allocated, bf16, ZeRO 1, rows of 1,024, one worker: docs/training.md, "What it says"."""
+    size = memory.measure(preset_config(name, vocabulary, 1_024, 0, 1), "bf16", 1_024)
+    found = memory.estimate(size, _config(micro_batch=rows, compile=True, use_gpu=True))
+    assert measured_gb < (found.total - memory._RESERVED_BYTES) / 1e9 < 1.2 * measured_gb

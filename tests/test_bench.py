@@ -208,16 +208,19 @@ def test_fetching_goes_on_from_what_is_whole(
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_runs_without_one_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = "--base modern-tiny --micro-batch 2 --context 16 --vocabulary 300 --steps 2 --warmup-steps 1 --eager"
+    sizes = "--base modern-tiny --micro-batch 2 --context 16 --vocabulary 300 --steps 2 --warmup-steps 1"
+    options = sizes + " --eager --plain --profile --at-once 2"
     monkeypatch.setattr("sys.argv", ["bench_gpu", *options.split(), "--output", str(tmp_path)])
     bench_gpu.main()
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert written["figures"]["device"].startswith("no GPU")
-    found = written["figures"]["runs"]["modern-tiny, 2 rows"]
-    assert found["mfu"] is None
-    assert found["tokens_per_s"]["low"] > 0
-    assert found["parameters"] == 300 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 192
-    assert "| modern-tiny | 2 |" in (tmp_path / "gpu.md").read_text()
+    for loop in ("engine", "plain"):
+        found = written["figures"]["runs"][f"modern-tiny, 2 rows, {loop}"]
+        assert found["mfu"] is None
+        assert found["tokens_per_s"]["low"] > 0
+        assert found["parameters"] == 300 * 192 + 4 * (4 * 192**2 + 3 * 192 * 512 + 2 * 192) + 192
+        assert f"| modern-tiny | 2 | {loop} |" in (tmp_path / "gpu.md").read_text()
+        assert "aten::mm" in (tmp_path / f"modern-tiny-2-{loop}.profile.txt").read_text()
 
 
 def test_peers_without_a_python_are_refused_before_anything_is_measured(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ _PASSING_NAMES = re.compile(
     r"(?:Connection|Timeout)\w*Error$"  # botocore, urllib3, requests, aiohttp
     r"|^(?:Timeout|ChunkedEncodingError)$"  # requests
     r"|^(?:TimeoutException|NetworkError|RemoteProtocolError)$"  # httpx
-    r"|^(?:ClientPayloadError|ResponseStreamingError)$"  # aiohttp, botocore: an answer that broke off
+    r"|^(?:ServiceRequestError|ServiceResponseError)$"  # azure: not sent, or no answer that it understood
+    r"|^(?:ClientPayloadError|ResponseStreamingError|IncompleteRead(?:Error)?)$"  # an answer that broke off: aiohttp,
+    # botocore, urllib and azure
 )
 # Where drivers keep the HTTP status of an answer that refuses: azure, aiohttp and urllib, gcsfs; requests, httpx and
 # huggingface_hub have it on the error's response. The first that there is counts: aiohttp warns of its `code`.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import http.client
+import importlib
 import io
 import tarfile
 import urllib.error
@@ -83,6 +85,8 @@ def unreadable(cause: Exception) -> InputError:
         (aiohttp.ClientConnectionError(), True),
         (aiohttp.InvalidURL("x"), False),
         (ResponseStreamingError(error="broke off"), True),
+        (http.client.IncompleteRead(b"half"), True),
+        (http.client.BadStatusLine("no HTTP"), False),
         (tarfile.ReadError("damaged"), False),
     ],
 )
@@ -90,7 +94,7 @@ def test_what_passes(error: Exception, passes: bool) -> None:
     assert is_passing(error) is passes
 
 
-class GcsfsHttpError(Exception):
+class StandInGcsfsHttpError(Exception):
     """As gcsfs': the store's own description of what went wrong, its code a number or text."""
 
     def __init__(self, error_response: dict[str, object]) -> None:
@@ -98,13 +102,48 @@ class GcsfsHttpError(Exception):
         super().__init__(error_response.get("message"))
 
 
-class AzureHttpResponseError(Exception):
+class StandInHttpResponseError(Exception):
     """As azure.core's: its status is that of the response, None without one."""
 
     def __init__(self, message: str, response: object = None) -> None:
         self.status_code = getattr(response, "status_code", None)
         self.response = response
         super().__init__(message)
+
+
+def installed_or(stand_in: type[Exception], module: str, name: str) -> type[Exception]:
+    """The client's own exception where it is installed, else what stands in for it here."""
+    try:
+        found: type[Exception] = getattr(importlib.import_module(module), name)
+    except ImportError:
+        return stand_in
+    return found
+
+
+def azure_error(name: str, derived_from: type[Exception]) -> type[Exception]:
+    return installed_or(type(name, (derived_from,), {}), "azure.core.exceptions", name)
+
+
+GcsfsHttpError = installed_or(StandInGcsfsHttpError, "gcsfs.retry", "HttpError")
+AzureHttpResponseError = installed_or(StandInHttpResponseError, "azure.core.exceptions", "HttpResponseError")
+AzureRequestError = azure_error("ServiceRequestError", Exception)
+AzureResponseError = azure_error("ServiceResponseError", Exception)
+
+
+@pytest.mark.parametrize(
+    ("kind", "passes"),
+    [
+        (AzureRequestError, True),
+        (AzureResponseError, True),
+        (azure_error("ServiceRequestTimeoutError", AzureRequestError), True),
+        (azure_error("ServiceResponseTimeoutError", AzureResponseError), True),
+        (azure_error("IncompleteReadError", AzureHttpResponseError), True),
+        (azure_error("DecodeError", AzureHttpResponseError), False),
+        (azure_error("AzureError", Exception), False),
+    ],
+)
+def test_azure_tells_what_passes_by_its_errors_names_where_no_answer_came(kind: type[Exception], passes: bool) -> None:
+    assert is_passing(kind("no answer")) is passes
 
 
 def refused_by_requests(status: int) -> Exception:
@@ -146,7 +185,7 @@ def refused_by_gcsfs_in_text(status: int) -> Exception:
 
 
 def refused_by_azure(status: int) -> Exception:
-    return AzureHttpResponseError("refused", SimpleNamespace(status_code=status))
+    return AzureHttpResponseError("refused", SimpleNamespace(status_code=status, reason="refused"))
 
 
 @pytest.mark.parametrize(

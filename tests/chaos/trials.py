@@ -22,7 +22,8 @@ import psutil
 from tests.chaos import events
 from tests.chaos.run import ROOT, ChaosError
 
-PATIENCE_S = 600  # of one driver, assumed
+PATIENCE_S = 600.0  # assumed: a driver that neither does a task nor says anything for so long is taken to hang
+_LOOKED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +74,22 @@ class Trial:
             ChaosError: when it hangs.
         """
         assert self.process is not None
-        try:
-            return self.process.wait(PATIENCE_S) == 0
-        except subprocess.TimeoutExpired as error:
-            self.kill()
-            raise ChaosError(f"the driver hung: {self.log[-3_000:]}") from error
+        written, since_s = -1, time.monotonic()
+        while True:
+            try:
+                return self.process.wait(_LOOKED_S) == 0
+            except subprocess.TimeoutExpired as error:
+                if (now := self._written_bytes()) != written:
+                    written, since_s = now, time.monotonic()
+                elif time.monotonic() - since_s > PATIENCE_S:
+                    self.kill()
+                    raise ChaosError(f"the driver hung: {self.log[-3_000:]}") from error
+
+    def _written_bytes(self) -> int:
+        """How much its drivers have said and done: it grows while they go on, however slow the machine."""
+        return sum(
+            path.stat().st_size for path in (self.folder / "events", *self.folder.glob("driver-*.log")) if path.exists()
+        )
 
     def wait_for_task(self, stage: str, count: int = 1) -> None:
         """Until `count` tasks of `stage` have ended.

@@ -29,6 +29,9 @@ NOBODY = 65534
 SEARCHED = "/usr/bin:/bin"  # PATH in the sandbox, and of what starts it
 _LOOPBACK = "loopback:"  # so begins what bubblewrap says where it cannot have a network of its own
 _NETWORK = "/proc/self/ns/net"
+# Until the program in the sandbox has become nobody, without any capability, for good:
+_TO_BECOME_NOBODY = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
+_TO_RENAME_ROOT = ("CAP_SETFCAP",)  # to map the outer root into a user namespace: user_namespaces(7), since Linux 5.12
 _OTHERS = ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL")
 
 
@@ -38,6 +41,7 @@ class Way:
 
     before: tuple[str, ...]
     options: tuple[str, ...]
+    renames_root: bool = False  # what it starts is root of a user namespace that knows no other user
 
     def command(self, bubblewrap: str) -> list[str]:
         """Up to the options about files."""
@@ -51,11 +55,18 @@ def ways() -> tuple[Way, ...]:
     """
     unshare = shutil.which("unshare")
     if os.geteuid() == 0:
-        options = (*_OTHERS, "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID")
+        options = (*_OTHERS, *_kept(_TO_BECOME_NOBODY))
         alone = Way((), ("--unshare-net", *options))
         return (alone,) if unshare is None else (alone, Way((unshare, "--net", "--"), options))
     alone = Way((), ("--unshare-all", "--uid", str(NOBODY), "--gid", str(NOBODY)))
-    return (alone,) if unshare is None else (alone, Way((unshare, "--user", "--map-root-user", "--net", "--"), _OTHERS))
+    if unshare is None:
+        return (alone,)
+    before = (unshare, "--user", "--map-root-user", "--net", "--")  # bubblewrap takes capabilities from root alone
+    return alone, Way(before, (*_OTHERS, *_kept(_TO_RENAME_ROOT)), renames_root=True)
+
+
+def _kept(capabilities: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for name in capabilities for word in ("--cap-add", name))
 
 
 @cache

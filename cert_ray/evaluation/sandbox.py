@@ -35,7 +35,7 @@ import pydantic
 from cert_ray.config import Config
 from cert_ray.errors import SandboxError
 from cert_ray.evaluation.environments import Environment, current_environment
-from cert_ray.evaluation.namespaces import NOBODY, SEARCHED, find_way
+from cert_ray.evaluation.namespaces import NOBODY, SEARCHED, Way, find_way
 from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.system_calls import find_filter
 
@@ -254,13 +254,16 @@ class _SandboxProcess:
         self, environment: Environment, limits: Limits, bubblewrap: str | None, nested: bool, patience_s: float
     ) -> None:
         self._limits, self._patience_s = limits, patience_s
-        around = [] if bubblewrap is None else _bubblewrap_options(bubblewrap, environment, limits, patience_s)
+        way = None if bubblewrap is None else _way(bubblewrap, patience_s)
+        around = [] if way is None else [*way.command(str(bubblewrap)), *_file_options(environment, limits)]
+        renamed = way is not None and way.renames_root
         self._folder = tempfile.TemporaryDirectory(prefix="cert-ray-box-")
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         settings = {
             "preload": environment.preload,
             "nested": nested,
-            "user": NOBODY if bubblewrap is not None and os.geteuid() == 0 else None,
+            "user": NOBODY if renamed or (way is not None and os.geteuid() == 0) else None,
+            "renamed": renamed,
             "box": self._folder.name if bubblewrap is None else _BOX,
             "cover_tmp": not _in_tmp(environment),
             "filter": _encoded_filter(network=bubblewrap is not None),
@@ -399,14 +402,17 @@ def _variables(box: str) -> dict[str, str]:
     return {**threads, **places, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg"}
 
 
-def _bubblewrap_options(bubblewrap: str, environment: Environment, limits: Limits, patience_s: float) -> list[str]:
-    """The command line up to the program. Order matters: a later mount hides an earlier one below it."""
-    size = ("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs")
+def _way(bubblewrap: str, patience_s: float) -> Way:
     try:
-        options = find_way(bubblewrap, min(_START_S, patience_s)).command(bubblewrap)
+        return find_way(bubblewrap, min(_START_S, patience_s))
     except OSError as error:
         raise _BrokenError(f"{bubblewrap} did not start: {error}") from error
-    options += ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", *size, "/tmp", *size, _BOX]
+
+
+def _file_options(environment: Environment, limits: Limits) -> list[str]:
+    """Bubblewrap's, up to the program. Order matters: a later mount hides an earlier one below it."""
+    size = ("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs")
+    options = ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", *size, "/tmp", *size, _BOX]
     options += ["--ro-bind", "/usr", "/usr"]
     for name in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):
         if Path(name).is_symlink():

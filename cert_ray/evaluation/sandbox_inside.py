@@ -43,11 +43,12 @@ else:  # in the sandbox there is no cert_ray: both lie beside this file
     from sandbox_guard import Guard, loaded_names, refuse_tricks
     from sandbox_watch import ASK, NOT_SET_UP, SET_UP, TOKEN_BYTES, Watch, judge
 
-_CLONE_FLAGS = 0x10000000 | 0x00020000 | 0x20000000 | 0x08000000  # NEWUSER, NEWNS, NEWPID, NEWIPC
+_CLONE_NEWUSER = 0x10000000
+_CLONE_FLAGS = _CLONE_NEWUSER | 0x00020000 | 0x20000000 | 0x08000000  # NEWNS, NEWPID, NEWIPC
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 2, 4, 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
-_CAPABILITY_VERSION_3 = 0x20080522
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_CAPBSET_DROP = 22, 2, 24
+_CAPABILITY_VERSION_3, _CAPABILITIES = 0x20080522, 64  # bits of a set; Linux 6 knows 41
 _KEPT_DETAIL_CHARS = 2000
 _KEPT_TESTS = 512  # compiled: a benchmark's; programs come by problem, so fewer would do
 _FILES = 1 << 14  # in each of its file systems: what a name costs the kernel is in no other limit
@@ -98,10 +99,8 @@ def main() -> None:
     os.dup2(null, 0)
     os.dup2(2, 1)
     os.close(null)
-    if settings["user"] is not None:  # root outside: the limit on processes does not hold for root
-        os.setgroups([])
-        os.setresgid(settings["user"], settings["user"], settings["user"])
-        os.setresuid(settings["user"], settings["user"], settings["user"])
+    if settings["user"] is not None:  # the limit on processes does not hold for root
+        _become(settings["user"], settings["renamed"])
     settings["numbers"] = os.getuid(), os.getgid()  # in a new user namespace both read as nobody
     # Nested, /proc/self/uid_map has to be ours; else nobody of the same user may look into this process.
     _call("prctl", _PR_SET_DUMPABLE, 1 if settings["nested"] else 0, 0, 0, 0)
@@ -128,6 +127,23 @@ def main() -> None:
             _supervise(job, settings, guard, answers)
         if os.waitpid(pid, 0)[1] != 0:
             send(answers, {"ended": "the supervisor was killed"})
+
+
+def _become(user: int, renamed: bool) -> None:
+    """From root to `user` without capabilities; `renamed`: root of a user namespace that knows no other user.
+
+    Then a further user namespace, in which the same user has that number.
+    """
+    if renamed:
+        own = os.getuid(), os.getgid()
+        _call("unshare", _CLONE_NEWUSER)
+        _name_user(user, user, *own)
+    _empty_bounding_set()
+    if not renamed:
+        os.setgroups([])
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    _drop_capabilities()
 
 
 class _Tests:
@@ -212,11 +228,23 @@ def _clone_into_namespaces() -> int:
     return int(pid)
 
 
-def _name_user(user: int, group: int) -> None:
-    """Keep the user's number inside the new user namespace, where it has none yet."""
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-        with open(f"/proc/self/{name}", "w") as stream:  # noqa: PTH123 - one write, no newline handling wanted
-            stream.write(text)
+def _name_user(user: int, group: int, outer_user: int, outer_group: int) -> None:
+    """Give this user a number inside its new user namespace, where it has none yet."""
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{user} {outer_user} 1"),
+        ("gid_map", f"{group} {outer_group} 1"),
+    ):
+        try:
+            opened = os.open(f"/proc/self/{name}", os.O_WRONLY)
+        except FileNotFoundError:
+            if name == "setgroups":  # gVisor has none, and wants none
+                continue
+            raise
+        try:
+            os.write(opened, text.encode())  # in one piece, or the kernel refuses it
+        finally:
+            os.close(opened)
 
 
 def _become_candidate(
@@ -228,9 +256,10 @@ def _become_candidate(
         os.setsid()  # a signal to its process group reaches nobody else, in whatever namespace
         _move_descriptors(bell, output)
         if settings["nested"]:
-            _name_user(*settings["numbers"])
+            _name_user(*settings["numbers"], *settings["numbers"])
             _mount_private(settings)
         os.chdir(settings["box"] if folder is None else folder)
+        _empty_bounding_set()
         _drop_capabilities()
         _set_limits(settings["limits"], settings["nested"])
         if settings["filter"] is not None:
@@ -265,6 +294,16 @@ def _mount_private(settings: dict[str, Any]) -> None:
     _call("mount", b"tmpfs", b"/proc", b"tmpfs", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, b"size=4096,mode=0555")
     if settings["cover_tmp"]:
         _call("mount", box, b"/tmp", None, _MS_BIND, None)
+
+
+def _empty_bounding_set() -> None:
+    """No program that this process starts can have a capability, whatever its file says.
+
+    As far as this process may: it wants CAP_SETPCAP, which `unsafe` lacks; where else it is missing, bubblewrap did it.
+    """
+    for capability in range(_CAPABILITIES):
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:  # EINVAL: the kernel knows no further one
+            return
 
 
 def _drop_capabilities() -> None:

@@ -37,6 +37,9 @@ MUST_PASS = {
     "memfd_create is refused": REFUSED.format("memfd_create(b'x', 0)"),
     "unshare is refused": REFUSED.format("unshare(0x10000000)"),
     "netlink is refused": REFUSED.format("socket(16, 3, 0)"),
+    "nobody, not root": f"import os\nassert os.getresuid() == os.getresgid() == ({NOBODY},) * 3",
+    "no capability to be had": "import ctypes\nread = ctypes.CDLL(None).prctl\n"
+    "assert all(read(23, n, 0, 0, 0) != 1 for n in range(64))",  # 23: PR_CAPBSET_READ
     "few processes are seen": "import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) <= 4",
 }
 # Where a sandbox is one program's, /proc is there to look at.

@@ -18,7 +18,7 @@ import pytest
 from cert_ray.errors import SandboxError
 from cert_ray.evaluation import sandbox as sandbox_module
 from cert_ray.evaluation.environments import current_environment
-from cert_ray.evaluation.namespaces import ways
+from cert_ray.evaluation.namespaces import NOBODY, ways
 from cert_ray.evaluation.sandbox import Limits, Outcome, Sandbox, describe_isolation, find_bubblewrap
 
 LIMITS = Limits(
@@ -180,6 +180,15 @@ class TestAttacks:
         for call in ("sethostname(b'x', 1)", "mount(b'x', b'/box', b'tmpfs', 0, None)", "umount2(b'/box', 2)"):
             program = f"import ctypes; assert ctypes.CDLL(None).{call} == 0"
             assert sandbox.run(program).outcome is Outcome.FAILED, call
+
+    def test_programs_are_nobody_and_no_capability_can_be_gained(self, sandbox: Sandbox) -> None:
+        program = (
+            "import ctypes, os\nlibc, bounding_set_holds = ctypes.CDLL(None), 23\n"
+            f"assert os.getresuid() == os.getresgid() == ({NOBODY},) * 3, (os.getresuid(), os.getresgid())\n"
+            "held = [n for n in range(64) if libc.prctl(bounding_set_holds, n, 0, 0, 0) == 1]\nassert held == [], held"
+        )
+        execution = sandbox.run(program)
+        assert execution.outcome is Outcome.PASSED, execution
 
 
 @needs_bubblewrap

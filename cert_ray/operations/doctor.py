@@ -150,5 +150,14 @@ def advise_protection(missing: Sequence[str]) -> str:
     """What to do where generated code cannot be contained, for lack of these packages."""
     options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered", "pyseccomp": "--unfiltered"}
     told = " ".join(options[package] for package in missing)
-    ways = [f"{'pip' if package == 'pyseccomp' else 'apt-get'} install {package}" for package in missing]
-    return f"{' and '.join(ways)}: `evaluate` runs no generated code without, unless told {told}."
+    return f"{_installed(missing)}: `evaluate` runs no generated code without, unless told {told}."
+
+
+def advise_filter(missing: Sequence[str]) -> str:
+    """What to do where an evaluation was told to run generated code without a filter of system calls."""
+    return f"{_installed(missing)}, and leave --unfiltered out."
+
+
+def _installed(packages: Sequence[str]) -> str:
+    ways = [f"{'pip' if package == 'pyseccomp' else 'apt-get'} install {package}" for package in packages]
+    return " and ".join(ways)

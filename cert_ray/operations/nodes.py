@@ -1,8 +1,8 @@
 """The nodes of a cluster, judged: do they run the same code as this process, and have they room?
 
 In: `NodeFacts`, which `on_ray.ask_nodes` gathers. Out: `Finding`s of `doctor`, one per node and complaint, and lines by
-which an evaluation tells at its start on which nodes generated code will not run. No Ray in here. Ray itself refuses
-nodes of another Ray or Python; cert-ray's version it does not know.
+which an evaluation tells at its start on which nodes generated code will not run, or will run without a filter of
+system calls. No Ray in here. Ray itself refuses nodes of another Ray or Python; cert-ray's version it does not know.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 
 from cert_ray import __version__
 from cert_ray.errors import CertRayError, ConfigError
-from cert_ray.operations.doctor import START_SANDBOX, Finding, Level, advise_protection
+from cert_ray.operations.doctor import START_SANDBOX, Finding, Level, advise_filter, advise_protection
 
 logger = logging.getLogger(__name__)
 
@@ -162,10 +162,19 @@ def _lack_of_protection(node: NodeFacts, unsafe: bool = False, unfiltered: bool 
     return None
 
 
+def _lack_of_filter(node: NodeFacts) -> tuple[str, str] | None:
+    """Why no system call of generated code is refused on `node`, and what to do; None where some are."""
+    missing = [package for package in node.missing_protection if package != "bubblewrap"]
+    if not (node.cpus and missing):
+        return None
+    return f"--unfiltered, without {' and '.join(missing)}", advise_filter(missing)
+
+
 def tell_unprotected(nodes: Iterable[NodeFacts], unsafe: bool, unfiltered: bool) -> list[str]:
     """A line for each kind of node (its resources, and what it lacks) on which generated code will not run.
 
-    Also for each on which that is not known, since it did not answer.
+    Also for each on which it will run though no system call is refused there (under `unfiltered`), and for each on
+    which that is not known, since it did not answer.
 
     Args:
         unsafe, unfiltered: as an evaluation was told.
@@ -176,6 +185,8 @@ def tell_unprotected(nodes: Iterable[NodeFacts], unsafe: bool, unfiltered: bool)
             told = "it is not known whether generated code will run", problem
         elif (lack := _lack_of_protection(node, unsafe, unfiltered)) is not None:
             told = "generated code will not run", ". ".join(lack)
+        elif unfiltered and (lack := _lack_of_filter(node)) is not None:
+            told = "generated code will run, and no system call is refused,", ". ".join(lack)
         else:
             continue
         kinds.setdefault((node.cpus, node.gpus, *told), []).append(node.address)

@@ -122,7 +122,7 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
 
 
 def warn_of_unprotected_nodes(unsafe: bool, unfiltered: bool) -> None:
-    """A warning for each kind of node on which generated code will not run; an autoscaler may add others later."""
+    """A warning for each kind of node on which generated code will not run, or unfiltered; others may join later."""
     for line in tell_unprotected(ask_nodes(_JOINING_S, try_sandbox=not unsafe), unsafe, unfiltered):
         logger.warning("%s", line)
 

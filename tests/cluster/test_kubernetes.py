@@ -18,6 +18,7 @@ import ray
 import yaml
 
 from cert_ray.operations.recipe import load_recipe
+from tests.cluster.pod import oci_config
 
 KUBERNETES = Path(__file__).resolve().parents[2] / "cluster" / "kubernetes"
 KUBECTL = str(Path(sys.executable).parent / "kubectl")
@@ -207,6 +208,36 @@ def test_generated_code_runs_below_gvisor_alone_and_reaches_ray_alone() -> None:
     assert ray_pods == {"to": [{"podSelector": {"matchLabels": {"app.kubernetes.io/created-by": "kuberay-operator"}}}]}
     assert names["ports"] == [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]
     assert [peer["ipBlock"] for peer in names["to"] if "ipBlock" in peer] == [{"cidr": "169.254.20.10/32"}]
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_no_shipped_command_waives_the_sandbox(name: str) -> None:
+    for document in shipped(name):
+        said = yaml.safe_dump(document)
+        assert "--unsafe" not in said
+        assert "--unfiltered" not in said
+        assert "unsafe: true" not in said
+
+
+def test_the_pod_that_scores_samples_has_no_right_and_writes_only_results() -> None:
+    """With exactly this the sandbox was seen to start below gVisor: tests/cluster/pod.py reads it from the manifest."""
+    pod = of_kind("evaluation", "Job")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    config = oci_config(
+        pod, container["command"], Path("/root"), dict.fromkeys(("shared", "results", "tmp"), Path("/v")), None
+    )
+    process = config["process"]
+    assert process["user"]["uid"] == 1000
+    assert set(map(tuple, process["capabilities"].values())) == {()}
+    assert process["noNewPrivileges"]
+    assert config["root"]["readonly"]
+    assert config["linux"]["seccomp"]
+    mounts = {mount["destination"]: "ro" in mount["options"] for mount in config["mounts"]}
+    assert {place: mounts[place] for place in ("/shared", "/results", "/tmp")} == {
+        "/shared": True,
+        "/results": False,
+        "/tmp": False,
+    }
 
 
 def test_the_submission_id_follows_the_recipe(tmp_path: Path) -> None:

@@ -100,7 +100,27 @@ def test_nodes_without_protection_are_one_line_for_each_kind() -> None:
     assert "1 node(s) of 8 CPUs and 1 GPUs (10.0.1.1): without bubblewrap and libseccomp2. apt-get" in one
     (one,) = tell_unprotected([*failing, bare], unsafe=True, unfiltered=False)
     assert "without libseccomp2. " in one
-    assert tell_unprotected([*failing, bare], unsafe=True, unfiltered=True) == []
+    assert tell_unprotected(failing, unsafe=True, unfiltered=True) == []
+
+
+@pytest.mark.parametrize("unsafe", [False, True])
+@pytest.mark.parametrize(
+    ("missing", "cure"), [("libseccomp2", "apt-get install libseccomp2"), ("pyseccomp", "pip install pyseccomp")]
+)
+def test_nodes_that_run_generated_code_without_a_filter_are_named(missing: str, cure: str, unsafe: bool) -> None:
+    bare = SOUND.answered({"address": "10.0.1.1", "missing_protection": (missing,)})
+    head = bare.answered({"cpus": 0})
+    (line,) = tell_unprotected([SOUND, bare, head], unsafe=unsafe, unfiltered=True)
+    assert line == (
+        "generated code will run, and no system call is refused, on 1 node(s) of 8 CPUs and 0 GPUs (10.0.1.1): "
+        f"--unfiltered, without {missing}. {cure}, and leave --unfiltered out."
+    )
+
+
+def test_a_node_without_a_filter_on_which_no_sandbox_starts_runs_nothing_and_is_one_line() -> None:
+    bare = SOUND.answered({"missing_protection": ("libseccomp2",), "sandbox_failure": "no namespaces"})
+    (line,) = tell_unprotected([bare], unsafe=False, unfiltered=True)
+    assert line.startswith("generated code will not run on 1 node(s)")
 
 
 def test_of_nodes_that_did_not_say_it_is_told_that_nothing_is_known() -> None:

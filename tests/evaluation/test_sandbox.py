@@ -25,6 +25,12 @@ LIMITS = Limits(
     cpu_time_s=1, wall_time_s=40, memory_bytes=512 << 20, processes=12, file_bytes=4 << 20, output_bytes=1 << 20
 )
 
+NOBODY_FOR_GOOD = (
+    "import ctypes, os\nlibc, bounding_set_holds = ctypes.CDLL(None), 23\n"
+    f"assert os.getresuid() == os.getresgid() == ({NOBODY},) * 3, (os.getresuid(), os.getresgid())\n"
+    "held = [n for n in range(64) if libc.prctl(bounding_set_holds, n, 0, 0, 0) == 1]\nassert held == [], held"
+)
+
 needs_bubblewrap = pytest.mark.skipif(
     find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
 )
@@ -182,13 +188,24 @@ class TestAttacks:
             assert sandbox.run(program).outcome is Outcome.FAILED, call
 
     def test_programs_are_nobody_and_no_capability_can_be_gained(self, sandbox: Sandbox) -> None:
-        program = (
-            "import ctypes, os\nlibc, bounding_set_holds = ctypes.CDLL(None), 23\n"
-            f"assert os.getresuid() == os.getresgid() == ({NOBODY},) * 3, (os.getresuid(), os.getresgid())\n"
-            "held = [n for n in range(64) if libc.prctl(bounding_set_holds, n, 0, 0, 0) == 1]\nassert held == [], held"
-        )
-        execution = sandbox.run(program)
+        execution = sandbox.run(NOBODY_FOR_GOOD)
         assert execution.outcome is Outcome.PASSED, execution
+
+
+@needs_bubblewrap
+def test_so_they_are_where_unshare_made_the_user_namespace_as_for_users_below_gvisor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "geteuid", lambda: 1000)
+        *_, way = ways()
+    if not way.renames_root:
+        pytest.skip("unshare is not installed")
+    monkeypatch.setattr(sandbox_module, "find_way", lambda *_: way)
+    with Sandbox(current_environment(), LIMITS) as sandbox:
+        execution = sandbox.run(NOBODY_FOR_GOOD)
+        assert execution.outcome is Outcome.PASSED, execution
+        assert sandbox._nested
 
 
 @needs_bubblewrap

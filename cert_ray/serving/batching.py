@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import traceback
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -194,7 +195,7 @@ class Batch:
             self._waiting.append(self._arrived.get())
         self._waiting = [request for request in self._waiting if self._still_wanted(request)]
         self._running = [request for request in self._running if self._still_wanted(request)]
-        fed = self._running
+        fed, feeds = self._running, list[Feed]()
         try:
             self._admit()
             fed, feeds = self._feeds()
@@ -202,6 +203,8 @@ class Batch:
                 self._take(fed, feeds, self._model.forward(feeds))
         except Exception as error:  # noqa: BLE001 - the thread must live on: this step's requests carry the error
             _log.exception("a step over %d requests failed", len(fed))
+            feeds.clear()  # this frame's own, which cannot be cleared while it runs
+            _clear_frames(error)
             for request in list(fed):
                 self._end(request, _Told(error=error))
 
@@ -339,6 +342,20 @@ class Batch:
         """Hold nothing for a request that has ended: its error, and so itself, may be held for long."""
         request.kept = request.pin = None
         self._prompts.trim()
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Let go what the frames of a failed step hold, keys and values of all its requests: errors may be held for long.
+
+    Where each was raised stays told, and so does what it came from.
+    """
+    causes, seen = [error], set[int]()
+    while causes:
+        one = causes.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            causes += [cause for cause in (one.__cause__, one.__context__) if cause is not None]
 
 
 def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: torch.Tensor) -> None:

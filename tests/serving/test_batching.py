@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cert_ray.errors import RequestCancelledError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.answering import check_wanted
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
 from cert_ray.serving.kept_prompts import KeptPrompts
+from cert_ray.serving.packed_attention import Feed, Kept
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import save_model
@@ -185,6 +187,42 @@ def test_a_step_that_fails_fails_its_requests_alone(
         with pytest.raises(MemoryError, match="no room"):
             engine.draw(work(engine, "a text that nothing before began like"))
     assert ids(engine.draw(work(engine, TEXTS[0]))) == alone[0]
+
+
+def test_the_error_of_a_failed_step_holds_no_keys_and_values(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the cyclic collector; nor does what the error came from."""
+    forward, kept = engine._batch._model.forward, []
+
+    def fails(feeds: Sequence[Feed]) -> list[torch.Tensor]:
+        logits = forward(feeds)
+        kept.extend(weakref.ref(tensor) for feed in feeds for tensor in tensors_of(feed.kept))
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError as error:
+            raise MemoryError(f"no room for {len(logits)}") from error
+
+    monkeypatch.setattr(engine._batch._model, "forward", fails)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(MemoryError) as raised:
+            engine.draw(work(engine, "another text that nothing before began like"))
+        monkeypatch.undo()
+        engine.draw(work(engine, TEXTS[1], max_tokens=1))  # by now the other thread has left the step that failed
+        assert raised.traceback[-1].name == "fails"  # where it was raised stays told
+        assert kept
+        assert [tensor() for tensor in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+
+
+def tensors_of(kept: Any) -> list[torch.Tensor]:
+    """The keys and values of a request, packed or in transformers' cache."""
+    if isinstance(kept, Kept):
+        return list(kept._layers.values())
+    return [layer.keys for layer in kept["cache"].layers]
 
 
 def test_text_is_told_as_it_settles_and_never_taken_back(engine: TransformersEngine, alone: list[Any]) -> None:

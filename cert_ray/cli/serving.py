@@ -63,7 +63,7 @@ def serve(
         show(config.model_dump(mode="json"))
         raise typer.Exit
     config.check_models()  # before Ray is started for nothing
-    with ray_session(address), start_server(config) as served:
+    with ray_session(address), start_server(config, checked=True) as served:
         typer.echo(f"serving {name} at {served.base_url}/v1/completions; Ctrl-C stops", err=True)
         signal.pause()
 

@@ -26,7 +26,7 @@ import pydantic
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError
+from cert_ray.errors import CertRayError, ConfigError, DeadlineError, RequestCancelledError
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
 from cert_ray.serving.batching import Turns
 from cert_ray.serving.cascade import (
@@ -40,7 +40,7 @@ from cert_ray.serving.cascade import (
 from cert_ray.serving.engines import Engine, EngineConfig
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.model_checks import check_models
-from cert_ray.serving.model_folders import trained_view
+from cert_ray.serving.model_folders import Described, trained_view
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
@@ -80,23 +80,24 @@ class ModelConfig(Config):
         return self
 
     def _check_model(self, model: str) -> None:
+        """Refuse what one model does not do. A cascade's options may be written out, as they are by default."""
         cascade = self.cascade
         asked = {
-            name: f"cascade.{name}={str(getattr(cascade, name))!r}"
-            for name in ("mode", "routing", "sketch_scope")
-            if getattr(cascade, name) != CascadeConfig.model_fields[name].default
+            name: f"cascade.{name}={_shown(getattr(cascade, name))}"
+            for name, field in CascadeConfig.model_fields.items()
+            if getattr(cascade, name) != field.default
         }
         # A front door may stand where the model does not lie: then the engine, which loads it, refuses.
         if not asked or not _is_at_hand(model):
             return
         if not _is_context_first(model):
             raise ConfigError(
-                f"{', '.join(asked.values())} with model={model!r}: one plain model has no sketcher, and "
+                f"{', '.join(asked.values())} with model={model!r}: one plain model takes part in no cascade, and "
                 f'{storage.join(model, "config.json")} does not say "{MODEL_VIEW}": "{View.CONTEXT_FIRST.value}", '
                 "as that of a model of both stages does. Give such a model, or sketcher and generator, or leave "
-                f"{'the ' + ' and the '.join(asked)} out."
+                f"{'the ' + ' and the '.join(asked)} out: a request's own `stop` and `best_of` work with any model."
             )
-        layout = [text for name, text in asked.items() if name != "mode"]
+        layout = [asked[name] for name in ("routing", "sketch_scope") if name in asked]
         if layout:
             raise ConfigError(
                 f"{', '.join(layout)} with model={model!r}, which reads the context first: special tokens tell where "
@@ -109,17 +110,37 @@ class ModelConfig(Config):
         given = {"model": self.model, "sketcher": self.sketcher, "generator": self.generator}
         return {option: storage.absolute(folder) for option, folder in given.items() if folder is not None}
 
-    @property
-    def is_on_this_disk(self) -> bool:
-        """Whether all of the models lie on a disk of this machine, and may be read."""
-        return all(
-            storage.is_local(folder) and _is_at_hand(folder) and _may_be_read(folder)
-            for folder in self.folders.values()
-        )
+    def check(self, name: str | None = None) -> dict[str, Described]:
+        """What the models' folders say of them, for `Answerer.load`; `name` is theirs among several.
 
-    def check(self, name: str | None = None) -> None:
-        """Raise what `check_models` raises where the models cannot be loaded; `name` is theirs among several."""
-        check_models(self.folders, self.engine, name)
+        Raises:
+            CertRayError: as `Answerer.load`, where they cannot be loaded.
+        """
+        found = check_models(self.folders, self.engine, name)
+        if self.model is not None:
+            self._check_model(self.model)  # now that it is at hand
+        return found
+
+    def check_in_reach(self, name: str | None = None) -> str | None:
+        """`check` where the models can be looked at from here, and None; else why they cannot.
+
+        Other machines may have the folder, the rights, or the credentials that this process lacks.
+        """
+        remote = False
+        for folder in self.folders.values():
+            if not storage.is_local(folder):
+                remote = True
+            elif not _is_at_hand(folder) or not _may_be_read(folder):
+                return f"{folder} does not lie here, or may not be read"
+        try:
+            self.check(name)
+        except CertRayError:
+            raise
+        except Exception as error:
+            if remote:  # its driver raises whatever it likes, where it lacks credentials or a way to the store
+                return f"{type(error).__name__}: {error}"
+            raise
+        return None
 
     def absolute(self) -> Self:
         """The same for a process in another folder."""
@@ -162,7 +183,7 @@ class Answerer:
 
     @classmethod
     def load(cls, config: ModelConfig) -> Answerer:
-        """Load the models.
+        """Load the models, which are looked at first: all that `config.check` finds is told before weights are read.
 
         Raises:
             InputError: when a folder holds no model that can be served.
@@ -171,16 +192,14 @@ class Answerer:
             ConfigError: when an engine option does not suit a model, or a model is both stages and is given as one.
         """
         retriever = None if config.retrieve is None else Retriever.load(config.retrieve)
-        config.check()
+        described = config.check()
         turns = Turns()
+        engines = {role: load_engine(one.folder, config.engine, turns, one) for role, one in described.items()}
         kept = (config.cascade, config.answer_cache, config.prompts_at_once, retriever)
         if config.model is not None:
-            model = load_engine(config.model, config.engine, turns)
-            return cls(None, model, *kept, context_first=_is_context_first(config.model))
-        assert config.sketcher is not None
-        assert config.generator is not None
-        sketcher = load_engine(config.sketcher, config.engine, turns)
-        return cls(sketcher, load_engine(config.generator, config.engine, turns), *kept)
+            is_both = described["model"].view == View.CONTEXT_FIRST
+            return cls(None, engines["model"], *kept, context_first=is_both)
+        return cls(engines["sketcher"], engines["generator"], *kept)
 
     @property
     def cache_hits(self) -> int:
@@ -299,11 +318,18 @@ def check_wanted(cancelled: threading.Event | None, deadline_s: float | None) ->
         raise DeadlineError(504, "No answer by the deadline. Ask for fewer tokens or samples.", None, "timeout")
 
 
-def load_engine(folder: str, config: EngineConfig, turns: Turns | None = None) -> Engine:
-    """The engine that the configuration names, over the model in `folder`."""
+def load_engine(
+    folder: str, config: EngineConfig, turns: Turns | None = None, described: Described | None = None
+) -> Engine:
+    """The engine that the configuration names, over the model in `folder`; see `load_model` for `described`."""
     if config.kind == "vllm":
         return VllmEngine(folder, config)
-    return TransformersEngine(folder, config, turns)
+    return TransformersEngine(folder, config, turns, described)
+
+
+def _shown(value: object) -> str:
+    """An option's value as it is written: an enumeration's member is a text."""
+    return repr(str(value)) if isinstance(value, str) else repr(value)
 
 
 def _is_at_hand(folder: str) -> bool:

@@ -118,11 +118,18 @@ class ServeConfig(FrontDoorConfig):
         """Requests that are worked on or wait."""
         return self.at_once + self.max_queued_requests
 
-    def check_models(self, *, on_this_disk: bool = False) -> None:
-        """Raise what `answering.ModelConfig.check` raises; of `on_this_disk` where models lie elsewhere, nothing."""
+    def check_models(self) -> None:
+        """Raise what `answering.ModelConfig.check` raises."""
         for name, model in self.models.items():
-            if model.is_on_this_disk or not on_this_disk:
-                model.check(name if len(self.models) > 1 else None)
+            model.check(self._told(name))
+
+    def check_models_in_reach(self) -> dict[str, str]:
+        """The same for models that can be looked at from here; why the others cannot, by name."""
+        looked = {name: model.check_in_reach(self._told(name)) for name, model in self.models.items()}
+        return {name: why for name, why in looked.items() if why is not None}
+
+    def _told(self, name: str) -> str | None:
+        return name if len(self.models) > 1 else None
 
     def check_exposure(self, host: str) -> None:
         """Raise `ConfigError` if others can reach a server at `host`, and no key keeps them out."""

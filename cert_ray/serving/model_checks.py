@@ -1,8 +1,8 @@
 """Whether models suit the roles that they are given, before anything is deployed and before any weights are read.
 
-In: folders by role (`model`, or `sketcher` and `generator`). Out: nothing, or an error that names the folder, its role
-and what to change. It costs a second where loading a model costs minutes. What only loading shows, weights that do not
-fit the configuration, is not seen.
+In: folders by role (`model`, or `sketcher` and `generator`). Out: what they say of their models, or an error that names
+the folder, its role and what to change. It costs the reading of a tokenizer where loading a model costs minutes. What
+only loading shows, weights that do not fit the configuration, is not seen.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cert_ray.tokens.encoding import MODEL_VIEW, View
 _NEEDED = (prompt_format.SEPARATOR, *(prompt_format.special_token(kind) for kind in PLACEHOLDER_KINDS))
 
 
-def check_models(folders: Mapping[str, str], engine: EngineConfig, name: str | None = None) -> None:
-    """Raise unless each of `folders`, by its role, can be loaded for it; `name` is that of one among several models.
+def check_models(folders: Mapping[str, str], engine: EngineConfig, name: str | None = None) -> dict[str, Described]:
+    """What each of `folders`, by its role, says of its model; `name` is that of one among several models.
 
     Raises:
         InputError: when a folder holds no model that can be served.
@@ -30,18 +30,19 @@ def check_models(folders: Mapping[str, str], engine: EngineConfig, name: str | N
         TokenizerMismatchError: when a stage of a cascade does not know the special tokens.
         ConfigError: when an option of the engine does not suit a model, or its view does not suit the role.
     """
-    views = {}
+    found = {}
     for role, folder in folders.items():
         told = role if name is None else f"{role} of {name}"
-        described = _described(folder, engine, told)
+        found[role] = described = _described(folder, engine, told)
         _check_engine(described, engine, told)
         _check_role(described, role, told)
-        views[role] = described.view
+    views = {role: described.view for role, described in found.items()}
     if views.get("sketcher") == View.GENERATOR and views.get("generator") == View.SKETCHER:
         raise ConfigError(
             f"sketcher={folders['sketcher']!r}, generator={folders['generator']!r}: each was trained to be the other. "
             "Swap them."
         )
+    return found
 
 
 def _described(folder: str, engine: EngineConfig, told: str) -> Described:

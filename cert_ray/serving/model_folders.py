@@ -1,7 +1,8 @@
 """A model folder, local or remote, as a loaded model and its tokenizer. Only safetensors, never a model's own code.
 
 `describe` reads what is small in it (config, tokenizer, where it is local the headers of the weights), so that most of
-what is wrong with a folder is told in a second, and before anything is deployed; `load_model` begins with it.
+what is wrong with a folder is told in a second, and before anything is deployed; `load_model` begins with it, unless
+it is given what was found.
 """
 
 from __future__ import annotations
@@ -84,16 +85,19 @@ def describe(folder: str, *, with_weights: bool = True) -> Described:
         return _read(Path(copied), folder, with_weights=with_weights)
 
 
-def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
-    """The model in `folder`, on the CPU, and its tokenizer.
+def load_model(folder: str, dtype: torch.dtype, described: Described | None = None) -> tuple[Any, Tokenizer]:
+    """The model in `folder`, on the CPU, and its tokenizer; `described` is what `describe` has just said of it.
 
     Raises:
         InputError: when it is no such folder, lacks a file, or holds no model that transformers can load whole.
         SchemaVersionError: when its manifest is of another version, or not that of a model.
     """
-    _check_folder(folder)
+    if described is None:
+        _check_folder(folder)
     with _on_this_machine(folder) as path:
-        tokenizer = _describe(path, folder).tokenizer
+        # Of remote weights the headers were not read, and what was read may have been replaced before it was copied.
+        if described is None or not storage.is_local(folder):
+            described = _describe(path, folder)
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
@@ -104,8 +108,8 @@ def load_model(folder: str, dtype: torch.dtype) -> tuple[Any, Tokenizer]:
                 raise
             raise InputError(folder, f"transformers cannot load it: {_in_short(error)}", _CURE) from error
     _check_whole(found, folder)
-    _check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, folder)
-    return fuse_attention(model), tokenizer
+    _check_vocabulary(described.tokenizer, model.get_input_embeddings().num_embeddings, folder)
+    return fuse_attention(model), described.tokenizer
 
 
 def _check_whole(found: dict[str, Any], folder: str) -> None:

@@ -4,7 +4,8 @@ In: a `ServeConfig`, from `serve run cert_ray.serving.on_ray:build_app model=DIR
 `start_server`. Out: a running server. Resources, queues, hops and the errors that cross them stand here, no answers.
 
 Sketcher and generator share a process, since a hop between them costs more than fifteen tokens of decoding. Of several
-models an engine loads those that are asked for, and drops the least recently used.
+models an engine loads those that are asked for, and drops the least recently used. It looks at all of them when it
+starts, and answers for those that cannot be loaded with the reason, so that one damaged folder stops no other model.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
 from cert_ray.serving.sampling import Sampling
+from cert_ray.serving.unfit_models import UnfitModels
 from cert_ray.telemetry import logs
 from cert_ray.telemetry import on_ray as telemetry
 
@@ -67,15 +69,33 @@ class Engines:
 
     def __init__(self, options: dict[str, Any]) -> None:
         _log_as_serve_does()
-        config = ServeConfig.from_mapping(options, "engine deployment")
-        self._models = dict(config.models)
+        self._config = config = ServeConfig.from_mapping(options, "engine deployment")
+        self._models = config.models
         # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
         self._bridge = Bridge(2 * config.max_ongoing_requests)
         self._failures = 0
         self._only: Answerer | None = None
+        self._unfit = UnfitModels()
         if len(self._models) == 1:  # now, so that the replica is ready when it says so
             (model,) = self._models.values()
             self._only = self.load_now(model)
+        else:
+            self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        """Find the models that cannot be loaded. Where none can, there is nothing to start for."""
+        for name in self._models:
+            try:
+                self._look_at(name)
+            except Exception as error:  # noqa: BLE001 - a store's driver raises whatever it likes
+                self._unfit.add(name, error)
+                last = error
+        if len(self._unfit) == len(self._models):
+            raise last
+
+    def _look_at(self, name: str) -> None:
+        """Raise what `check` raises for the model `name`."""
+        self.check(self._config.model_copy(update={"models": {name: self._models[name]}}))
 
     def load_now(self, model: ServedModel) -> Answerer:
         """The answerer of `model`."""
@@ -83,13 +103,34 @@ class Engines:
 
     async def load(self, name: str) -> Answerer:
         """The answerer of one of several models; `multiplexed` keeps the last ones that were asked for."""
-        return await asyncio.to_thread(self.load_now, self._models[name])
+        self._unfit.refuse(name)  # one that waited here while another request's attempt failed
+        try:
+            return await asyncio.to_thread(self.load_now, self._models[name])
+        except Exception as error:
+            raise self._unfit.add(name, error) from error
+
+    async def _answerer(self, name: str) -> Answerer:
+        """The answerer of the model `name`.
+
+        Raises:
+            RequestError: 500 with the reason, when it is one of several and cannot be loaded.
+        """
+        if self._only is not None:
+            return self._only
+        self._unfit.refuse(name)
+        if self._unfit.is_tried_again(name):  # looked at before Serve makes room for it, at another model's cost
+            try:
+                await asyncio.to_thread(self._look_at, name)
+            except Exception as error:
+                raise self._unfit.add(name, error) from error
+            self._unfit.remove(name)
+        return await self.load(name)
 
     async def answer(
         self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
     ) -> list[CascadeAnswer]:
         """One answer per prompt, in order."""
-        answerer = self._only or await self.load(model)
+        answerer = await self._answerer(model)
         with self._failures_counted():
             return await self._bridge.answer(answerer, prompts, Sampling(**options), timeout_s)
 
@@ -97,7 +138,7 @@ class Engines:
         self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
     ) -> AsyncGenerator[Told, None]:
         """The same, told while it is drawn."""
-        answerer = self._only or await self.load(model)
+        answerer = await self._answerer(model)
         with self._failures_counted():
             async for told in self._bridge.stream(answerer, prompts, Sampling(**options), timeout_s):
                 yield told
@@ -213,14 +254,16 @@ def _retry_or_raise(error: Exception, attempt: int) -> None:
 def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
     """The Serve application for `args`: a `ServeConfig`, or the mapping of one, as Serve's builders are called.
 
-    This may run on a node where the models do not lie, or may not be read: those that lie on its disk are checked.
+    This may run on a node where the models do not lie, or may not be read: those that can be are checked, those in a
+    store without their weights, and of the others a line says that their engines will.
 
     Raises:
         CertRayError: when an option cannot be used; when a model cannot be loaded; when its documentation is not there,
             or not what is meant.
     """
     config = args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app")
-    config.check_models(on_this_disk=True)
+    for name, why in config.check_models_in_reach().items():
+        _log.warning("%s is not looked at before it is deployed, but by the engines, which load it: %s", name, why)
     return application(config)
 
 
@@ -357,8 +400,10 @@ class ServedApp:
         self.stop()
 
 
-def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> ServedApp:
+def start_server(config: ServerConfig, engines: type[Engines] = Engines, *, checked: bool = False) -> ServedApp:
     """Serve `config` on the connected Ray, and return when it answers.
+
+    Its models are looked at first, unless they were `checked` just before.
 
     Raises:
         ConfigError: when Ray is not connected, or Serve already listens elsewhere.
@@ -367,7 +412,8 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines) -> Serv
     """
     if not ray.is_initialized():
         raise ConfigError("start_server: no Ray is connected. Call ray.init() first.")
-    engines.check(config)  # at once, instead of after three replicas that fail to start
+    if not checked:
+        engines.check(config)  # at once, instead of after three replicas that fail to start
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))

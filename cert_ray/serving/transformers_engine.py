@@ -23,7 +23,7 @@ from cert_ray.serving.constraints import Courses
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
 from cert_ray.serving.gathered_attention import Arena, GatheredStep, Slots
 from cert_ray.serving.joint import JointSamples
-from cert_ray.serving.model_folders import end_ids, find_infill, load_model, window
+from cert_ray.serving.model_folders import Described, end_ids, find_infill, load_model, window
 from cert_ray.serving.packed_attention import Feed, Kept, Part, Tree
 from cert_ray.serving.packed_linear import pack_linear_layers
 
@@ -37,8 +37,16 @@ _SAME_SHARE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 class TransformersEngine:
     """An `Engine` over a Hugging Face folder (safetensors, tokenizer.json)."""
 
-    def __init__(self, folder: str, config: EngineConfig | None = None, turns: Turns | None = None) -> None:
-        """Load the model in `folder`, local or remote. Engines that share cores should share `turns`.
+    def __init__(
+        self,
+        folder: str,
+        config: EngineConfig | None = None,
+        turns: Turns | None = None,
+        described: Described | None = None,
+    ) -> None:
+        """Load the model in `folder`, local or remote, of which `described` is known if it was just looked at.
+
+        Engines that share cores should share `turns`.
 
         Raises:
             InputError: when it is no such folder, or holds no safetensors or no tokenizer.json.
@@ -49,7 +57,7 @@ class TransformersEngine:
         if self.config.threads is not None:
             torch.set_num_threads(self.config.threads)
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype))
+        model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype), described)
         model.to(device).eval()
         self._context_tokens = window(folder, model.config)
         self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from cert_ray.errors import (
 )
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
-from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Route
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, Hooks, Work
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling
@@ -204,19 +205,44 @@ class TestRetrieve:
         ("mode", "generator_only"),
         ("routing", "released"),
         ("sketch_scope", "file"),
+        ("kind", "names"),
+        ("rank", "likelihood"),
+        ("sketches", 5),
+        ("reseed_every", 50),
+        ("least_share", 0.5),
+        ("stop", ("\n#",)),
+        ("generator_stop", ()),
     ],
 )
-def test_one_plain_model_has_no_options_of_a_cascade(option: str, value: str, tmp_path: Path) -> None:
+def test_one_plain_model_has_no_options_of_a_cascade(option: str, value: Any, tmp_path: Path) -> None:
     folder, cascade = save_model(tmp_path), {option: value}
-    told = f"cascade.{option}='{value}' with model='{folder}'.*leave the {option} out"
-    with pytest.raises(ConfigError, match=told) as refused:
+    told = f"cascade.{option}={value!r} with model='{folder}': one plain model takes part in no cascade"
+    with pytest.raises(ConfigError, match=re.escape(told)) as refused:
         ModelConfig.from_mapping({"model": folder, "cascade": cascade}, "test")
     assert f'{folder}/config.json does not say "cert_ray_view": "context_first"' in str(refused.value)
+    assert f"or leave the {option} out" in str(refused.value)
     elsewhere = ModelConfig.from_mapping({"model": str(tmp_path / "elsewhere"), "cascade": cascade}, "test")
     with pytest.raises(InputError, match="no such model folder"):
         Answerer.load(elsewhere)
-    defaults = {"mode": "cascade", "routing": "special_tokens", "sketch_scope": "answer"}
-    ModelConfig.from_mapping({"model": folder, "cascade": defaults}, "test")
+    save_model(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=f"leave the {option} out"):
+        Answerer.load(elsewhere)
+
+
+def test_a_cascades_options_may_be_written_out_for_one_plain_model(tmp_path: Path) -> None:
+    written = CascadeConfig().model_dump(mode="json")
+    assert set(written) >= {"kind", "mode", "rank", "sketches", "stop"}
+    assert ModelConfig.from_mapping({"model": save_model(tmp_path), "cascade": written}, "test").model == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "cascade", [{"sketches": 5, "rank": "likelihood"}, {"stop": ["\n#"], "least_share": 0.5, "kind": "names"}]
+)
+def test_a_model_of_both_stages_has_a_cascades_options(cascade: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"cert_ray_view": "context_first"}))
+    ModelConfig.from_mapping({"model": folder, "cascade": cascade}, "test")
 
 
 @pytest.mark.parametrize("mode", [Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY])

@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
 from cert_ray.serving import model_folders
+from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.deployment import ServeConfig
 from cert_ray.serving.engines import EngineConfig
 from cert_ray.serving.model_checks import check_models
@@ -117,7 +118,8 @@ def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.
     config = ServeConfig.from_mapping({"model": str(folder)}, "test")
     (folder / "tokenizer.json").write_text("{")
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "x.safetensors")
-    config.check_models(on_this_disk=True)  # the engines may run as somebody who may read it
+    (why,) = config.check_models_in_reach().values()  # the engines may run as somebody who may read it
+    assert why == f"{folder} does not lie here, or may not be read"
     with pytest.raises(InputError, match=r"its tokenizer\.json cannot be read"):
         config.check_models()
 
@@ -209,10 +211,61 @@ def test_of_several_models_the_one_that_cannot_be_served_is_named(folder: Path, 
     config = ServeConfig.from_mapping({"models": models}, "test")
     with pytest.raises(InputError, match=r"gone: it cannot be the generator of pandas: no such model folder\."):
         config.check_models()
-    config.check_models(on_this_disk=True)  # a node may build the application where no model lies
+    # A node may build the application where no model lies.
+    assert config.check_models_in_reach() == {"pandas": f"{tmp_path / 'gone'} does not lie here, or may not be read"}
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"the model of fine: no tokenizer\.json"):
-        config.check_models(on_this_disk=True)
+        config.check_models_in_reach()
+
+
+def test_models_in_a_store_are_looked_at_where_it_can_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = [storage.join("memory://deployed", name) for name in ("a", "b")]
+    for url in urls:
+        for name in ("config.json", "tokenizer.json", "model.safetensors"):
+            storage.write_bytes(storage.join(url, name), (folder / name).read_bytes())
+    models = {"plain": {"model": urls[1]}, "pandas": {"sketcher": str(folder), "generator": urls[0]}}
+    config = ServeConfig.from_mapping({"models": models}, "test")
+    assert config.check_models_in_reach() == {}
+    storage.remove(storage.join(urls[0], "tokenizer.json"))
+    with pytest.raises(InputError, match=r"deployed/a: it cannot be the generator of pandas: no tokenizer\.json"):
+        config.check_models_in_reach()
+
+    def denied(url: str) -> bool:
+        if url in urls:
+            raise RuntimeError("no credentials")  # as botocore's, which is no OSError
+        return True
+
+    monkeypatch.setattr(storage, "is_folder", denied)
+    assert config.check_models_in_reach() == dict.fromkeys(models, "RuntimeError: no credentials")
+    with pytest.raises(RuntimeError, match="no credentials"):
+        config.check_models()
+
+
+def test_a_model_is_looked_at_once_before_it_is_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, tokenizer = [], Tokenizer.from_file
+
+    class Reading:
+        @staticmethod
+        def from_file(path: str) -> Tokenizer:
+            read.append(path)
+            return tokenizer(path)
+
+    monkeypatch.setattr(model_folders, "Tokenizer", Reading)
+    Answerer.load(ModelConfig(sketcher=str(folder), generator=str(folder)))
+    assert read == [str(folder / "tokenizer.json")] * 2  # of sketcher and generator
+    read.clear()
+    load_model(str(folder), torch.float32)
+    assert len(read) == 1
+
+
+def test_the_weights_of_a_store_are_looked_at_when_they_are_here(folder: Path) -> None:
+    url = "memory://models/cut"
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        storage.write_bytes(storage.join(url, name), (folder / name).read_bytes())
+    storage.write_bytes(storage.join(url, "model.safetensors"), (folder / "model.safetensors").read_bytes()[:-1])
+    check_models({"model": url}, EngineConfig())  # without its weights
+    with pytest.raises(InputError, match=r"cut: its model\.safetensors is damaged, or not yet copied whole"):
+        Answerer.load(ModelConfig(model=url))
 
 
 def test_weights_of_another_shape_or_none_are_not_replaced_by_random_ones(folder: Path) -> None:

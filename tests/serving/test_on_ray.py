@@ -192,7 +192,95 @@ def test_the_builder_refuses_a_model_of_this_disk_that_cannot_be_served(tmp_path
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"it cannot be the sketcher: no tokenizer\.json in it"):
         build_app({"sketcher": folder, "generator": folder})
-    assert build_app({"model": str(tmp_path / "of-other-nodes")})
+
+
+def test_the_builder_says_in_a_line_which_models_their_engines_will_look_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fine, gone = save_model(tmp_path / "fine"), str(tmp_path / "of-other-nodes")
+    assert build_app({"models": {"fine": {"model": fine}, "far": {"model": gone}}})
+    (line,) = [record.getMessage() for record in caplog.records if record.name == on_ray.__name__]
+    assert line.startswith("far is not looked at before it is deployed, but by the engines, which load it:")
+    assert gone in line
+
+
+@pytest.fixture
+def own_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine of this process adds no handler to this process's logger."""
+    monkeypatch.setattr(on_ray, "_log_as_serve_does", lambda: None)
+
+
+@pytest.mark.usefixtures("own_logs")
+def test_a_damaged_model_of_several_is_told_at_the_start_and_the_others_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {name: {"model": save_model(tmp_path / name)} for name in ("fine", "cut")}
+    weights = tmp_path / "cut" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    engines = on_ray.Engines({"models": folders})
+    assert "cut cannot be loaded" in caplog.text
+    loaded = []
+    engines.load_now = lambda model: loaded.append(model) or Answerer.load(model)  # type: ignore[method-assign]
+    options = {"max_tokens": 2}
+
+    def asked(name: str) -> list[CascadeAnswer]:
+        return asyncio.run(engines.answer(name, ["x ="], options, 60))
+
+    assert asked("fine")[0].choices
+    with pytest.raises(
+        RequestError, match=r"^cut cannot be loaded: .*cut: it cannot be the model: its model\.safe.*Copy"
+    ):
+        asked("cut")
+    assert [model.model for model in loaded] == [folders["fine"]["model"]]  # so none had to make room for it
+    engines.check_health()
+    weights.write_bytes(whole)
+    engines._unfit._again_s = -1  # as after a minute
+    engines._unfit.is_tried_again("cut")
+    assert asked("cut")[0].choices
+
+
+@pytest.mark.usefixtures("own_logs")
+def test_weights_that_do_not_fit_are_read_once_for_all_who_wait(tmp_path: Path) -> None:
+    engines = on_ray.Engines({"models": {name: {"model": save_model(tmp_path / name)} for name in ("a", "b")}})
+    tried = []
+
+    def load(model: on_ray.ServedModel) -> Answerer:
+        tried.append(model)
+        raise InputError(str(model.model), "its weights are not those of its config.json", "Copy it again.")
+
+    engines.load_now = load  # type: ignore[method-assign]
+
+    async def ask_often() -> list[str]:
+        refusals = []
+        for _ in range(3):
+            with pytest.raises(RequestError) as refused:
+                async for _ in engines.stream("a", ["x ="], {}, 60):
+                    pass
+            refusals.append(refused.value.message)
+        return refusals
+
+    assert set(asyncio.run(ask_often())) == {
+        f"a cannot be loaded: {tmp_path / 'a'}: its weights are not those of its config.json. Copy it again."
+    }
+    assert len(tried) == 1
+
+
+@pytest.mark.usefixtures("own_logs")
+def test_engines_do_not_start_for_models_of_which_none_can_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such model folder"):
+        on_ray.Engines({"models": {name: {"model": str(tmp_path / name)} for name in ("a", "b")}})
+
+
+def test_models_that_were_checked_are_not_checked_again(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(on_ray, "application", lambda *_: pytest.fail("deployed"))
+    config = ServerConfig(model=str(tmp_path / "absent"))
+    with pytest.raises(InputError, match="no such model folder"):
+        start_server(config)
+    with pytest.raises(pytest.fail.Exception, match="deployed"):
+        start_server(config, checked=True)
 
 
 # As Serve 2.60 gave it for weights of another shape, its middle left out.

@@ -33,7 +33,7 @@ from cert_ray.serving.deployment import LOOPBACK
 
 if TYPE_CHECKING:
     from cert_ray.serving.answering import Answerer
-    from cert_ray.serving.cascade import CascadeAnswer
+    from cert_ray.serving.answers import CascadeAnswer
 
 _log = logging.getLogger(__name__)
 

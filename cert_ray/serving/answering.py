@@ -28,20 +28,16 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.errors import CertRayError, ConfigError, DeadlineError, RequestCancelledError
 from cert_ray.retrieval.retriever import RetrieveConfig, Retriever
+from cert_ray.serving.answers import CascadeAnswer, Listener
 from cert_ray.serving.batching import Turns
-from cert_ray.serving.cascade import (
-    CascadeAnswer,
-    CascadeConfig,
-    Listener,
-    run_cascade,
-    run_context_first,
-    run_single,
-)
+from cert_ray.serving.cascade import run_cascade, run_context_first
+from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.engines import Engine, EngineConfig
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.model_checks import check_models
 from cert_ray.serving.model_folders import Described, trained_view
 from cert_ray.serving.sampling import Mode, Sampling
+from cert_ray.serving.single import run_single
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.tokens.encoding import MODEL_VIEW, View

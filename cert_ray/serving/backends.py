@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cert_ray.serving.answering import Answerer
-from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling
 

@@ -29,9 +29,10 @@ from starlette.types import Receive, Scope, Send
 from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
 from cert_ray.serving import editors
 from cert_ray.serving.admission import Admission
+from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.api_keys import KeyRing, RateLimiter
 from cert_ray.serving.backends import Backend, Served, Told
-from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.deployment import FrontDoorConfig
 from cert_ray.serving.middleware import BodyLimit, Keys, SecurityHeaders, error_response
 from cert_ray.serving.openai_responses import CompletionResponse, ResponseWriter
@@ -407,6 +408,8 @@ def _invalid_request(error: RequestValidationError) -> RequestError:
         return RequestError(400, f"{param}: required, but not given.", param, "missing_field")
     if problem["type"] == "extra_forbidden" or param in NOT_DONE:
         what = "is not supported by this server" if param in NOT_DONE else "is not a field of this endpoint"
+        if param in CascadeConfig.model_fields:
+            what = f"is an option of the server (cascade.{param}), not of a request"
         return RequestError(400, f"{param} {what}: leave it out.", param, "unsupported_field")
     received = repr(problem["input"])[:_SHOWN_VALUE_CHARACTERS]
     return RequestError(400, f"{param}: {problem['msg']} (got {received}).", param, "invalid_value")

@@ -16,15 +16,13 @@ that, once it is chosen, a separator again. The second prompt begins with the wh
 from __future__ import annotations
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import Engine
 from cert_ray.serving.voting import Sketch
 from cert_ray.sketching import Sketched, moved, prompt_format
-
-if TYPE_CHECKING:
-    from cert_ray.serving.cascade import CascadeConfig
 
 
 class Prompts(Protocol):

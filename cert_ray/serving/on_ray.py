@@ -33,9 +33,9 @@ from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, RequestError
 from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
+from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.api_keys import read_key_file
 from cert_ray.serving.backends import Bridge, ContradictedError, Retelling, Served, Told
-from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
 from cert_ray.serving.sampling import Sampling

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from cert_ray.serving.cascade import CascadeAnswer
+from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.engines import Completion, TokenLogprobs
 from cert_ray.serving.events import Event, SketchChosen
 from cert_ray.serving.sampling import Sampling

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 from cert_ray.serving.answering import Answerer, load_engine
+from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.batching import Turns
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at, split_trailing_blanks
-from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, Engine, EngineConfig, Hooks, Work
 from cert_ray.serving.sampling import Sampling

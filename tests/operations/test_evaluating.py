@@ -11,7 +11,7 @@ from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
 from cert_ray.operations import evaluating
 from cert_ray.operations.sources import complete_with_answers
-from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
+from cert_ray.serving.answers import CascadeAnswer, Listener, Route
 from cert_ray.serving.completers import CompleterConfig
 from cert_ray.serving.engines import Completion
 from cert_ray.serving.sampling import Sampling

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from cert_ray.serving.answering import Answerer, check_wanted
-from cert_ray.serving.cascade import CascadeAnswer, Listener
+from cert_ray.serving.answers import CascadeAnswer, Listener
 from cert_ray.serving.events import Event
 from cert_ray.serving.sampling import Sampling
 

@@ -12,8 +12,8 @@ from typing import Any
 import uvicorn
 
 from cert_ray.errors import RequestError
+from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.backends import Told
-from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.engines import Completion, TokenLogprobs
 from cert_ray.serving.events import Event, SketchCandidate, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling

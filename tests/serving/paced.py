@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from cert_ray.serving.answering import Answerer
-from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
+from cert_ray.serving.answers import CascadeAnswer, Listener, Route
 from cert_ray.serving.deployment import ServeConfig, ServedModel
 from cert_ray.serving.engines import Completion, FinishReason
 from cert_ray.serving.events import SketchCandidate, SketchChosen, TextDrawn

@@ -25,7 +25,8 @@ from cert_ray.errors import (
 )
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving.answering import Answerer, ModelConfig
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Route
+from cert_ray.serving.answers import CascadeAnswer, Route
+from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, Hooks, Work
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling

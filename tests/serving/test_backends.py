@@ -9,8 +9,8 @@ import time
 import pytest
 
 from cert_ray.errors import DeadlineError, RequestCancelledError, RequestError
+from cert_ray.serving.answers import CascadeAnswer, Listener, Route
 from cert_ray.serving.backends import ContradictedError, LocalBackend, Retelling, Told
-from cert_ray.serving.cascade import CascadeAnswer, Listener, Route
 from cert_ray.serving.events import SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Sampling
 from tests.serving.fakes import FakeAnswerer

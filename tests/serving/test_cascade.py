@@ -16,12 +16,15 @@ import pytest
 from cert_ray.errors import RequestError
 from cert_ray.schemas import Dropped
 from cert_ray.serving import drafts
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_cascade, run_single
+from cert_ray.serving.answers import CascadeAnswer, Listener, Route
+from cert_ray.serving.cascade import run_cascade
+from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, Hooks, Work
 from cert_ray.serving.events import Event, SketchChosen, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling
+from cert_ray.serving.single import run_single
 from cert_ray.sketching import Sketched, SketchKind, prompt_format, sketch_source
 from tests.serving.builders import ScriptedEngine, small_tokenizer
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cert_ray.errors import RequestError
+from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.boundaries import PAPER_STOPS
-from cert_ray.serving.cascade import CascadeAnswer
 from cert_ray.serving.editors import nearer_half
 from cert_ray.serving.engines import check_length
 from cert_ray.serving.sampling import Sampling

@@ -12,14 +12,16 @@ import pytest
 
 from cert_ray.errors import RequestError
 from cert_ray.serving.admission import Admission
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.api_keys import KeyRing, read_key_file
-from cert_ray.serving.backends import Served
-from cert_ray.serving.cascade import CascadeAnswer, Route
+from cert_ray.serving.backends import LocalBackend, Served
 from cert_ray.serving.deployment import FrontDoorConfig
 from cert_ray.serving.http import create_app
 from cert_ray.serving.openai_responses import ResponseWriter
 from cert_ray.serving.openai_schema import RequestLimits
 from cert_ray.serving.sampling import Mode, Sampling
+from tests.serving.builders import ScriptedEngine, small_tokenizer
 from tests.serving.front_doors import ScriptedBackend
 
 
@@ -135,6 +137,32 @@ def test_a_required_field_is_asked_for() -> None:
     response = send("POST", "/v1/completions", json={"model": "org/cert"})
     assert response.status_code == 400
     assert error_of(response)["message"] == "prompt: required, but not given."
+
+
+@pytest.mark.parametrize(
+    "field", [{"sketches": 5}, {"rank": "likelihood"}, {"kind": "names"}, {"least_share": 0.1}, {"generator_stop": []}]
+)
+def test_options_of_the_operator_are_not_ignored_in_a_request(field: dict[str, Any]) -> None:
+    ((name, _),) = field.items()
+    response = complete(**field)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == (name, "unsupported_field")
+    assert error["message"] == f"{name} is an option of the server (cascade.{name}), not of a request: leave it out."
+
+
+def test_a_plain_model_refuses_a_cascades_mode_in_openais_shape() -> None:
+    plain = Answerer(None, ScriptedEngine(small_tokenizer(), lambda _: [("x", 0.0)]))
+    app = create_app(LocalBackend({"org/cert": (None, plain)}))
+
+    async def ask(mode: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://cert") as client:
+            return await client.post("/v1/completions", json={"model": "org/cert", "prompt": "x =", "mode": mode})
+
+    refused = asyncio.run(ask("cascade"))
+    assert refused.status_code == 400
+    assert (error_of(refused)["param"], error_of(refused)["type"]) == ("mode", "invalid_request_error")
+    assert asyncio.run(ask("single")).status_code == 200
 
 
 def test_unknown_paths_and_methods_are_errors_of_the_same_shape() -> None:

@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from cert_ray.errors import DeadlineError, RequestError
 from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.serving.answers import CascadeAnswer, Listener, Route
 from cert_ray.serving.boundaries import PAPER_STOPS, cut_at
-from cert_ray.serving.cascade import CascadeAnswer, CascadeConfig, Listener, Route, run_context_first
+from cert_ray.serving.cascade import run_context_first
+from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.deployment import ServeConfig
 from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, EngineConfig, Hooks, Work

@@ -25,8 +25,8 @@ from cert_ray.errors import ConfigError, InputError, RequestError
 from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.serving.answering import Answerer
+from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.backends import Told
-from cert_ray.serving.cascade import CascadeAnswer, Route
 from cert_ray.serving.events import TextDrawn
 from cert_ray.serving.sampling import Sampling
 from tests.retrieval.builders import DOCS

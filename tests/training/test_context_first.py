@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cert_ray.serving.answering import Answerer, ModelConfig
-from cert_ray.serving.cascade import Route
+from cert_ray.serving.answers import Route
 from cert_ray.serving.sampling import Sampling
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.pack import pack_in_process

@@ -30,8 +30,13 @@ _JOINING_S = 30.0  # assumed: a node starts a process within it; one that is slo
 _TOKEN_IS_USED = "Token authentication is enabled for this Ray cluster"  # another warning says that no token was found
 _RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
 
-# One thread per process: Ray runs as many processes as there are cores.
-_WORKER_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # Ray runs as many processes as there are cores
+    "TOKENIZERS_PARALLELISM": "false",
+    # Serve gives up a proxy that was not up at three looks of 5 s, which a busy machine's start takes; the whole start
+    # has a minute.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
+}
 
 
 @contextmanager

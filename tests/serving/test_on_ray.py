@@ -21,7 +21,7 @@ import ray
 import yaml
 from ray.exceptions import RayActorError, RayTaskError
 
-from cert_ray.errors import ConfigError, InputError, RequestError
+from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
 from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.serving.answering import Answerer
@@ -329,6 +329,35 @@ def test_an_application_that_fails_is_stopped_though_serve_cannot_say_why(monkey
     monkeypatch.setattr(on_ray.Engines, "check", lambda _: None)
     with pytest.raises(RuntimeError, match="no status"):
         start_server(ServerConfig(model="any"))
+    assert stopped
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RayTaskError("ready", "trace\nRuntimeError: Failed to bind to address '127.0.0.1:1'.", OSError()),
+            "Failed to bind",
+        ),
+        (RayActorError(), "The actor died"),
+        (TimeoutError("HTTP proxies not available after 60s."), "not available after 60s"),
+    ],
+)
+def test_an_address_that_nothing_can_listen_at_is_named_and_serve_is_stopped(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = []
+
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(on_ray, "_running_address", lambda: None)
+    monkeypatch.setattr(on_ray, "application", lambda *_: None)
+    monkeypatch.setattr(on_ray.serve, "start", fails)
+    monkeypatch.setattr(on_ray.serve, "shutdown", lambda: stopped.append(True))
+    with pytest.raises(CertRayError, match=rf"port=1: Serve's proxy does not listen there: .*{reason}.*another port"):
+        start_server(ServerConfig(model="any", port=1), checked=True)
     assert stopped
 
 

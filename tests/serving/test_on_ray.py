@@ -339,7 +339,7 @@ def test_an_application_that_fails_is_stopped_though_serve_cannot_say_why(monkey
             RayTaskError("ready", "trace\nRuntimeError: Failed to bind to address '127.0.0.1:1'.", OSError()),
             "Failed to bind",
         ),
-        (RayActorError(), "The actor died"),
+        (RayActorError(), "The actor experienced an error"),
         (TimeoutError("HTTP proxies not available after 60s."), "not available after 60s"),
     ],
 )

@@ -277,6 +277,7 @@ def main() -> None:
         return
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 by default, which a busy machine's start takes
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="cs") as short, connected(Path(short)) as nodes:
         if arguments.overload_s is not None:

@@ -165,7 +165,11 @@ def run_faults(nodes: Nodes, kinds: list[str], chance: random.Random, folder: Pa
         load = [sys.executable, "-m", "tests.chaos.serving_load", f"http://{HOST}:{PORT}"]
         pipe = subprocess.PIPE
         with subprocess.Popen(load, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as clients:
-            time.sleep(2 * QUIET_S)  # its start, and some load
+            assert clients.stdout is not None
+            # A busy machine takes longer than a fault to start them.
+            if clients.stdout.readline() != "begun\n":
+                raise SystemExit("the clients did not start")
+            time.sleep(QUIET_S)
             old = {found.pid for title in ("engine", "front door") for found in processes(nodes, title)}
             began = time.time()
             strike(nodes, kind, chance, folder, number)

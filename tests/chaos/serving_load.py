@@ -1,8 +1,8 @@
 """Clients of a completion server, in a process of their own: the `openai` client, as its users have it.
 
-In: a base URL and a number of clients. Out, when its standard input is closed: one JSON line per request on standard
-output (when it began, how long it took, streamed or not, what went wrong). Every answer is compared with what
-`paced_tokens` says, so a wrong or a half one is an error, too.
+In: a base URL and a number of clients. Out, on standard output: "begun" when as many answers came as there are clients;
+when standard input is closed, one JSON line per request (when it began, how long it took, streamed or not, what went
+wrong). Every answer is compared with what `paced_tokens` says, so a wrong or a half one is an error, too.
 """
 
 from __future__ import annotations
@@ -84,6 +84,9 @@ def main() -> None:
     arguments = parser.parse_args()
     clients = Clients(arguments.base_url, arguments.clients)
     clients.start()
+    while len(clients.outcomes) < arguments.clients:
+        time.sleep(0.05)
+    print("begun", flush=True)
     sys.stdin.read()
     for outcome in clients.stop():
         print(json.dumps(asdict(outcome)))

@@ -31,8 +31,11 @@ help:
 	@echo "make docs        docs/ as a site, in build/docs"
 	@echo "make bench       every benchmark beside its peers, hours: see tests/bench/README.md; make bench-env: the peers"
 
+# A new venv has the pip that Python came with; Debian 12's, 23.0.1, takes forever to add packages to those of `make demo`.
+new_venv = $(PYTHON) -m venv $(1) && $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip
+
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(call new_venv,$(VENV))
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[client]'
 	@touch $@
 
@@ -69,7 +72,7 @@ docs: $(VENV)/installed-dev
 	$(BIN)/mkdocs build --strict --quiet
 
 $(BENCH_VENV)/installed: tests/bench/requirements.txt
-	$(PYTHON) -m venv $(BENCH_VENV)
+	$(call new_venv,$(BENCH_VENV))
 	$(BENCH_VENV)/bin/pip install --quiet --disable-pip-version-check -r tests/bench/requirements.txt
 	@touch $@
 

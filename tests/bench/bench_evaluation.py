@@ -34,7 +34,7 @@ from cert_ray.evaluation.benchmarks import Problem, read_problems, read_samples
 from cert_ray.evaluation.environments import Environment, build_environment
 from cert_ray.evaluation.programs import Program, assemble
 from cert_ray.evaluation.sandbox import Outcome, Sandbox
-from tests.bench.measuring import Spread, markdown, publish
+from tests.bench.measuring import Spread, markdown, process_tree, publish
 
 PEER = Path(__file__).parent / "peers" / "human_eval_samples.py"
 _PEERS = {
@@ -76,7 +76,7 @@ def run_ours(programs: Sequence[Program], environment: Environment, workers: int
 
 def _cpu_s(root: int) -> float:
     """CPU seconds of a process, its descendants, and all that these have waited for."""
-    tree = [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+    tree = process_tree(psutil.Process(root))
     return float(sum(sum(process.cpu_times()[:4]) for process in tree))
 
 

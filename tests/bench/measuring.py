@@ -65,10 +65,19 @@ class Usage:
     output: str = field(default="", repr=False)
 
 
+def process_tree(root: psutil.Process) -> list[psutil.Process]:
+    """A process, then its running descendants; any of them may have ended by the time it is looked at.
+
+    Raises:
+        psutil.NoSuchProcess: `root` itself has ended.
+    """
+    return [root, *root.children(recursive=True)]
+
+
 def cpu_by_kind(root: int) -> Counter[str]:
     """CPU seconds so far of a process and its running descendants, by what they are: driver, workers, Ray's own."""
     used: Counter[str] = Counter()
-    for process in [psutil.Process(root), *psutil.Process(root).children(recursive=True)]:
+    for process in process_tree(psutil.Process(root)):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
             times = process.cpu_times()
             kind = "driver" if process.pid == root else _kind(process.cmdline())
@@ -133,7 +142,7 @@ class TreeWatch:
     def _look(self) -> None:
         sizes: dict[int, int] = {}
         with contextlib.suppress(psutil.NoSuchProcess):
-            for process in [self._root, *self._root.children(recursive=True)]:
+            for process in process_tree(self._root):
                 with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied), process.oneshot():
                     times = process.cpu_times()
                     self._cpu_s[process.pid] = times.user + times.system

@@ -15,14 +15,12 @@ import pytest
 
 from cert_ray.evaluation.environments import Environment, current_environment
 from cert_ray.evaluation.programs import Program
-from cert_ray.evaluation.sandbox import Limits, Outcome, Sandbox, find_bubblewrap
+from cert_ray.evaluation.sandbox import Limits, Outcome, Sandbox
 from cert_ray.evaluation.system_calls import find_filter
 from tests.evaluation import attacks
 from tests.evaluation.attacks import Attack
 
-pytestmark = pytest.mark.skipif(
-    find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
-)
+pytestmark = pytest.mark.usefixtures("contained")
 LIMITS = Limits(
     cpu_time_s=1, wall_time_s=30, memory_bytes=1 << 30, processes=12, file_bytes=4 << 20, output_bytes=1 << 18
 )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from cert_ray.errors import ConfigError
 from cert_ray.evaluation.execution import ExecutionConfig, execute_in_threads
-from cert_ray.evaluation.sandbox import Outcome, find_bubblewrap
+from cert_ray.evaluation.sandbox import Outcome
 
-pytestmark = pytest.mark.skipif(
-    find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
-)
+pytestmark = pytest.mark.usefixtures("contained")
 
 PROGRAMS = [f"print({n})\nassert {n} % 3, {n}" for n in range(40)] + ["x =", "import os; os._exit(0)", "print(0)"] * 2
 

@@ -22,9 +22,7 @@ PATIENCE_S = 60.0
 WAYS = dict(zip(("alone", "from outside"), ways(), strict=False))
 
 needs_unshare = pytest.mark.skipif(len(WAYS) == 1, reason="unshare is not installed")
-pytestmark = pytest.mark.skipif(
-    find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
-)
+pytestmark = pytest.mark.usefixtures("contained")
 
 
 def script(path: Path, *lines: str) -> str:

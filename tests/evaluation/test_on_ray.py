@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,11 @@ from cert_ray.errors import SandboxError
 from cert_ray.evaluation import on_ray
 from cert_ray.evaluation.execution import ExecutionConfig, execute_in_threads
 from cert_ray.evaluation.on_ray import execute_on_ray
-from cert_ray.evaluation.sandbox import Execution, Outcome, find_bubblewrap
+from cert_ray.evaluation.sandbox import Execution, Outcome
 from tests.evaluation.builders import die_before
 from tests.evaluation.test_execution import PROGRAMS
 
-pytestmark = [
-    pytest.mark.ray,
-    pytest.mark.skipif(
-        find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
-    ),
-]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("contained")]
 
 
 @pytest.mark.usefixtures("ray_cluster")

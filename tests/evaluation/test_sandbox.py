@@ -304,6 +304,9 @@ def test_the_description_names_limits_and_warns_when_unsafe() -> None:
 
 def _ended(*command: str) -> bool:
     """Whether no process is such a command any longer; one that was killed may take a moment to be gone."""
-    found = [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == [*command]]
-    _, left = psutil.wait_procs(found, timeout=10)
-    return not left
+
+    def found() -> list[psutil.Process]:  # one that is dead and not yet buried has no command line
+        return [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == [*command]]
+
+    psutil.wait_procs(found(), timeout=10)
+    return not found()

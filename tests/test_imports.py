@@ -19,6 +19,7 @@ FOUNDATION = {
     "manifests",
     "retries",
     "python_source",
+    "possessive",
     "libraries",
     "gpt_neo",
     "on_ray",

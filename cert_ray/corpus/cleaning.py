@@ -29,6 +29,7 @@ import pydantic
 
 from cert_ray.config import Config
 from cert_ray.corpus.inputs import RawDocument
+from cert_ray.possessive import compile_pattern
 from cert_ray.python_source import parse
 from cert_ray.schemas import Dropped, DropReason
 
@@ -132,7 +133,7 @@ _WORD_MASK = bytes(ord("x") if _WORD_CHARACTERS.match(chr(code)) else ord(" ") f
 _WORD_RUN = re.compile(rb"x{64,}+")
 _GAP = re.compile(rb"[\s\"'\\,()b]*+\Z")
 _MAX_GAP_BYTES = 200  # assumed: an indented line end with quotes
-_HEX_RUN = re.compile(r"(?:\\x[0-9A-Fa-f]{2}|\b0x[0-9A-Fa-f]{1,16}\b[\s,]*){16,}+")
+_HEX_RUN = compile_pattern(r"(?:\\x[0-9A-Fa-f]{2}|\b0x[0-9A-Fa-f]{1,16}\b[\s,]*){16,}+")
 _KEYWORDS = re.compile(r"\b(?:def|if|return|for)\b")
 _LETTERS = bytes(range(65, 91)) + bytes(range(97, 123))
 _BLANKS = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"  # those of str.split
@@ -213,7 +214,7 @@ LITERALS = r"""
     | ' (?: [^'\\\n]++ | \\. )*+ '
     | \# [^\n]*+
     """
-_TOKENS = re.compile(
+_TOKENS = compile_pattern(
     LITERALS
     + r"""
     | \n [ ]*+ (?: [\t\f] [ \t\f]*+ (?: \# [^\n]*+ )?+ | \# [^\n]*+ | (?<=[ ]) (?=\n|\Z) )
@@ -226,7 +227,7 @@ _TOKENS = re.compile(
 )
 _COMMENT_LINE = re.compile(r"\n[ \t\f]*+(#[^\n]*+)")
 _LICENCE = re.compile(r"copyright|licen[cs]e|all rights reserved|spdx-|\(c\) ?\d{4}|redistribution", re.IGNORECASE)
-_COMMENT_BLOCK = re.compile(r"\n*+(?:[ \t]*+\#[^\n]*\n)++")
+_COMMENT_BLOCK = compile_pattern(r"\n*+(?:[ \t]*+\#[^\n]*\n)++")
 _SPACES_PER_TAB = 4  # PEP 8's indentation
 
 

@@ -46,6 +46,7 @@ from detect_secrets.plugins.twilio import TwilioKeyDetector
 
 from cert_ray.config import Config
 from cert_ray.corpus.cleaning import LITERALS
+from cert_ray.possessive import compile_pattern
 
 
 class SecretKind(StrEnum):
@@ -167,7 +168,7 @@ def _replaced(text: str, findings: list[_Finding]) -> Redacted:
 
 
 _DUMMY = re.compile(r"REDACTED_[A-Z]|redacted@")  # nothing is redacted twice
-_LITERAL = re.compile(LITERALS, re.DOTALL | re.VERBOSE)
+_LITERAL = compile_pattern(LITERALS, re.DOTALL | re.VERBOSE)
 _ESCAPE = re.compile(r"x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{1,3}|.", re.DOTALL)
 
 

@@ -25,6 +25,7 @@ from itertools import accumulate
 from typing import NamedTuple, cast
 
 from cert_ray.errors import SketchError
+from cert_ray.possessive import compile_pattern
 from cert_ray.python_source import LineIndex, parse, refusal
 from cert_ray.schemas import Dropped
 from cert_ray.sketching.literals import COMMENT, STAYS, STRING_KINDS, Lexeme, is_word, scan
@@ -136,7 +137,7 @@ def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
     return _splice(source, found)
 
 
-_BETWEEN_PARTS = re.compile(r"(?:[ \t\f\r\n]++|\\(?:\r\n?|\n)|#[^\r\n]*+)*+")
+_BETWEEN_PARTS = compile_pattern(r"(?:[ \t\f\r\n]++|\\(?:\r\n?|\n)|#[^\r\n]*+)*+")
 _CONTINUED_LINE = re.compile(r"\\(?:\r\n?|\n)")
 _MAY_JOIN = frozenset(" \t\f\\\r\n#\"'rRbBuUfFtT")  # after a string: blanks, a comment, or the next string
 _DOCSTRING_KINDS = frozenset({"rawstring", "unicodestring"})

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import re
 
+from cert_ray.possessive import compile_pattern
+
 # What matters in literal text and in a format specification. `\N{DASH}` is no field; `\{` opens one.
 _TEXT = re.compile(r"\\N\{[^{}]*\}|\\[^{}]|\{\{|\}\}|[{}]|'''|\"\"\"|['\"]", re.DOTALL)
 _RAW_TEXT = re.compile(r"\\[^{}]|\{\{|\}\}|[{}]|'''|\"\"\"|['\"]", re.DOTALL)
 # What matters in a replacement field.
 _CODE = re.compile(r"([A-Za-z]*)('''|\"\"\"|['\"])|#[^\r\n]*|!=|[(\[{)\]}:!]|[0-9A-Za-z_\x80-\U0010ffff]+")
 _PLAIN = {
-    '"': re.compile(r'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL),
-    "'": re.compile(r"[^'\\]*+(?:\\.[^'\\]*+)*+'", re.DOTALL),
-    '"""': re.compile(r'[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+"""', re.DOTALL),
-    "'''": re.compile(r"[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''", re.DOTALL),
+    '"': compile_pattern(r'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL),
+    "'": compile_pattern(r"[^'\\]*+(?:\\.[^'\\]*+)*+'", re.DOTALL),
+    '"""': compile_pattern(r'[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+"""', re.DOTALL),
+    "'''": compile_pattern(r"[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''", re.DOTALL),
 }
 
 Stretches = list[tuple[int, int]]

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 
+from cert_ray.possessive import compile_pattern
 from cert_ray.sketching.fstrings import read_fstring
 
 # (start, end, kind): kind is a word of PLACEHOLDER_KINDS, or one of the two below. A plain tuple: there is one per
@@ -35,7 +36,7 @@ NESTED_FSTRINGS = sys.version_info >= (3, 12)
 # once as follow each other (measured on installed packages: 106 MB per CPU-second, 61 with a match per word).
 WORD = r"[A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff]*+"
 _SIGNS = r"[^0-9A-Za-z_\x80-\U0010ffff\"'\#.]"
-_LEXEME = re.compile(
+_LEXEME = compile_pattern(
     rf"""\#[^\r\n]*+
     |"(?:""[^"\\]*+(?:(?:\\.|"(?!""))[^"\\]*+)*+\"""|[^"\\\r\n]*+(?:\\(?:\r\n|.)[^"\\\r\n]*+)*+")
     |'(?:''[^'\\]*+(?:(?:\\.|'(?!''))[^'\\]*+)*+'''|[^'\\\r\n]*+(?:\\(?:\r\n|.)[^'\\\r\n]*+)*+')

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from cert_ray.possessive import compile_pattern
 from cert_ray.python_source import LineIndex, parse
 from cert_ray.schemas import Dropped
 from cert_ray.sketching.fstrings import read_fstring
@@ -343,7 +344,7 @@ class _Uses:
 _IDENTIFIER = re.compile(WORD)
 _WORD_OR_NUMBER = re.compile(r"[0-9A-Za-z_\x80-\U0010ffff]++")
 _EQUALS = re.compile(r"\s*+=(?!=|\s*+[}!:])")  # of a keyword: with a value, unlike `f"{one, two=}"`
-_AS_NAME = re.compile(rf"(?:[\s\\)]|\#[^\r\n]*+)*+as[\s\\]+({WORD})")
+_AS_NAME = compile_pattern(rf"(?:[\s\\)]|\#[^\r\n]*+)*+as[\s\\]+({WORD})")
 _REST_NAME = re.compile(rf"\*\*[\s\\]*({WORD})")
 
 # By name, since some classes exist only in later versions. All other nodes: their children, in the same scope.

@@ -25,6 +25,7 @@ from typing import Final
 
 import xxhash
 
+from cert_ray.possessive import compile_pattern
 from cert_ray.sketching.anonymize import moved
 from cert_ray.sketching.literals import COMMENT, STRING_KINDS, scan
 from cert_ray.tokens.blocks import Block, PlacedSketch, parts_of
@@ -33,7 +34,7 @@ _PART_LINES: Final = 8  # assumed: an answer is a line or a few
 _BLANKS: Final = " \t\r\n"
 _WORD_END: Final = re.compile(r"(?<=\S)[ \t]")
 # A run of blank lines is entered behind text only, and never given back: linear, however long it is.
-_BEFORE_METHOD: Final = re.compile(r"(?<=[^ \t\n])[ \t]*+\n(?:[ \t]*+\n)++(?=(?: {4}|\t)(?:@|def |async def ))")
+_BEFORE_METHOD: Final = compile_pattern(r"(?<=[^ \t\n])[ \t]*+\n(?:[ \t]*+\n)++(?=(?: {4}|\t)(?:@|def |async def ))")
 
 
 @dataclass(frozen=True, slots=True)

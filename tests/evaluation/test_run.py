@@ -103,6 +103,7 @@ def test_a_callable_is_sampled_scored_and_written_and_the_samples_score_the_same
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.usefixtures("contained")
 @pytest.mark.parametrize("returned", [[["a"], ["b"]], [["a", "b"], ["a", "b"], ["a"]], [["a", "b", "c"]] * 3])
 def test_another_number_of_completions_than_asked_for_is_an_error(
     problems: str, tmp_path: Path, returned: list[list[str]]
@@ -146,6 +147,7 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         )
 
 
+@pytest.mark.usefixtures("contained")
 def test_a_sample_of_no_known_problem_is_refused(problems: str, tmp_path: Path) -> None:
     samples = tmp_path / "s.jsonl"
     samples.write_text('{"task_id": "T/7", "completion": ""}\n')

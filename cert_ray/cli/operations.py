@@ -128,7 +128,8 @@ def reproduce(
     answers_only: Annotated[
         bool,
         typer.Option(
-            "--answers-only", help="let the models answer, and run nothing: the same command elsewhere goes on with it"
+            "--answers-only",
+            help="once trained, models answer and no program is run; without it, elsewhere, that is done",
         ),
     ] = False,
     overrides: Overrides = None,

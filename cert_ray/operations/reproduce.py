@@ -3,7 +3,7 @@
 
 The stages are the recipe's own (`pipeline`), and reuse what is finished; so does every evaluation, as a whole, and
 within one every batch of prompts that was answered. What a part was made from is digested, so another model is never
-scored by an earlier one's answers. Training wants Ray; evaluating does not. Models are loaded where an
+scored by an earlier one's answers; what answers depend on apart, since the sandbox that runs them has no say in them. Training wants Ray; evaluating does not. Models are loaded where an
 answer is missing: what a machine with a GPU answered can be run by one that has a sandbox, and of the models no more
 than their manifests.
 """
@@ -19,7 +19,6 @@ from typing import Any
 import xxhash
 
 from cert_ray import storage
-from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.run import Complete, EvaluateConfig, draw_samples, run_evaluation
 from cert_ray.operations import pipeline
 from cert_ray.operations.claim import (
@@ -94,10 +93,22 @@ def is_finished(recipe: Recipe, part: Part) -> bool:
 def part_digest(recipe: Recipe, part: Part) -> str:
     """Digest of everything that a part's outcome depends on: models, problems, sampling, sandbox."""
     claim = check_claim(recipe)
+    wanted = _evaluate_config(recipe, claim, part).model_dump(mode="json", exclude={"output", "problems"})
+    return _digest(recipe, part, {"evaluate": wanted})
+
+
+def answers_digest(recipe: Recipe, part: Part) -> str:
+    """Digest of what a part's answers depend on: models, problems, sampling."""
+    config = _evaluate_config(recipe, check_claim(recipe), part)
+    return _digest(recipe, part, {"drawn": [config.n, config.temperature, config.seed, config.limit]})
+
+
+def _digest(recipe: Recipe, part: Part, options: dict[str, Any]) -> str:
+    claim = check_claim(recipe)
     described = {
         "models": {option: describe_model(folder) for option, folder in model_folders(recipe, part).items()},
         "problems": storage.checksum(part.benchmark).checksum,
-        "evaluate": _evaluate_config(recipe, claim, part).model_dump(mode="json", exclude={"output", "problems"}),
+        **options,
         "sampling": [claim.max_tokens, claim.top_p, claim.dtype, claim.prompts_together],
     }
     if recipe.retrieve is not None:
@@ -138,14 +149,11 @@ def _evaluate(
     answers_only: bool,
 ) -> None:
     config = _evaluate_config(recipe, claim, part)
-    digest = part_digest(recipe, part)
     sampling = {"max_tokens": claim.max_tokens, "top_p": claim.top_p, "seed": part.seed}
     sampling["temperature"] = config.temperature or 0.0
 
-    def complete(prompts: list[str], n: int) -> Sequence[Sequence[str | Answer]]:
-        return load(part)(sampling)(prompts, n)
-
-    remembered = Remembered(complete, storage.join(config.output, _COMPLETIONS), digest)
+    url = storage.join(config.output, _COMPLETIONS)
+    remembered = Remembered(lambda: load(part)(sampling), url, answers_digest(recipe, part))
     if answers_only:
         _log.info("answering %s", part.name)
         draw_samples(config, remembered)
@@ -154,9 +162,9 @@ def _evaluate(
     began = time.perf_counter()
     run_evaluation(config, remembered, keep_parts=False)
     figures = {
-        "digest": digest,
+        "digest": part_digest(recipe, part),
         "answering_s": round(remembered.seconds, 1),
-        "total_s": round(time.perf_counter() - began + remembered.earlier_s, 1),
+        "total_s": round(time.perf_counter() - began - remembered.loading_s + remembered.earlier_s, 1),
         "answered_on": sorted(remembered.machines),
         "ran_on": machine(),
     }
@@ -186,11 +194,15 @@ class Remembered:
     is asked for again.
     """
 
-    def __init__(self, complete: Complete, url: str, digest: str) -> None:
-        """`digest` names what the answers depend on besides the prompts; answers under another one do not count."""
-        self._complete, self._url, self._digest = complete, url, digest
+    def __init__(self, load: Callable[[], Complete], url: str, digest: str) -> None:
+        """`load` makes what answers, where an answer is missing.
+
+        `digest` names what the answers depend on besides the prompts; answers under another one do not count.
+        """
+        self._load, self._url, self._digest = load, url, digest
         self._lines = storage.read_text(url).splitlines() if storage.exists(url) else []
         self._known = {entry["key"]: entry for entry in map(_parsed, self._lines) if entry is not None}
+        self.loading_s = 0.0  # in no other sum
         self.seconds = 0.0  # of answering, also what earlier runs spent
         self.earlier_s = 0.0  # of it, by earlier runs
         self.machines: set[str] = set()  # that answered
@@ -202,8 +214,11 @@ class Remembered:
         if entry is not None:
             self.earlier_s += entry["seconds"]
         else:
+            asked = time.perf_counter()
+            complete = self._load()
             began = time.perf_counter()
-            answers = self._complete(prompts, n)
+            self.loading_s += began - asked
+            answers = complete(prompts, n)
             entry = {"key": key, "seconds": time.perf_counter() - began, "machine": machine(), "answers": answers}
             self._lines.append(json.dumps(entry))
             storage.write_text(self._url, "".join(line + "\n" for line in self._lines))

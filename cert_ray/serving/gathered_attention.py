@@ -28,13 +28,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from cert_ray.serving.packed_attention import Part, Tree, attend_one
 
 _LEAST_SLOTS = 4_096  # of a new arena; assumed
+_MOST_GATHERED = 1 << 18  # slots of one call: 200 MB of keys and values for SmolLM2-135M in bf16; assumed
 _ALIGNED_KEYS = 8  # the fused kernels want masks whose rows are so many bf16 numbers long
 
 SlotNumbers = npt.NDArray[np.int64]
 
 
 class Arena:
-    """Slots for the keys and values of one token each, in every layer; grows as needed, and counts who uses a slot."""
+    """Slots for the keys and values of one token each, in every layer; counts who uses a slot.
+
+    It grows as needed, by half, and shrinks when nothing is held; kept prompts hold theirs.
+    """
 
     def __init__(self) -> None:
         self._layers: dict[int, torch.Tensor] = {}  # [C, 2, G, D]
@@ -45,23 +49,41 @@ class Arena:
 
     @property
     def used(self) -> int:
-        """Slots that hold something."""
-        self._collect()
-        return int(np.count_nonzero(self._uses))
+        """Slots that hold something; from any thread."""
+        uses = self._uses.copy()
+        for slots in self._released.copy():
+            uses[slots] -= 1
+        return int(np.count_nonzero(uses))
+
+    @property
+    def capacity(self) -> int:
+        """Slots that there is memory for."""
+        return len(self._uses)
 
     def take(self, count: int) -> SlotNumbers:
-        """So many free slots, used once."""
+        """So many free slots, used once.
+
+        Raises:
+            torch.OutOfMemoryError: where the arena would have to grow, and cannot; it is as before.
+        """
         self._collect()
+        if len(self._free) == self.capacity > _LEAST_SLOTS:  # nothing is held: begin anew, as small as it will do
+            self._layers.clear()
+            self._uses, self._free = self._uses[:0], []
         if len(self._free) < count:
-            capacity = len(self._uses)
-            larger = max(_LEAST_SLOTS, 2 * capacity, capacity + count)
-            self._uses = np.concatenate([self._uses, np.zeros(larger - capacity, np.int32)])
-            self._free += range(capacity, larger)
+            self._grow(max(_LEAST_SLOTS, self.capacity + max(count, self.capacity // 2)))
         left = len(self._free) - count
         taken = np.array(self._free[left:], np.int64)
         del self._free[left:]
         self._uses[taken] = 1
         return taken
+
+    def _grow(self, capacity: int) -> None:
+        """Layer by layer: the memory of one is there twice for a moment. Slots count once all have their memory."""
+        for number, kept in self._layers.items():
+            self._layers[number] = _larger(kept, capacity)
+        self._free += range(self.capacity, capacity)
+        self._uses = np.concatenate([self._uses, np.zeros(capacity - self.capacity, np.int32)])
 
     def share(self, slots: SlotNumbers) -> None:
         """One more uses `slots`."""
@@ -79,15 +101,19 @@ class Arena:
             self._free += slots[self._uses[slots] == 0].tolist()
 
     def layer(self, number: int, like_GSD: torch.Tensor) -> torch.Tensor:
-        """Keys and values of a layer, [C, 2, G, D], of the size of now."""
-        kept = self._layers.get(number)
-        if kept is None or len(kept) < len(self._uses):
+        """Keys and values of a layer, [C, 2, G, D] or longer; a layer of which nothing is kept yet is begun."""
+        if number not in self._layers:
             groups, _, size = like_GSD.shape
-            larger = like_GSD.new_zeros(len(self._uses), 2, groups, size)  # what is masked must not be NaN
-            if kept is not None:
-                larger[: len(kept)] = kept
-            kept = self._layers[number] = larger
-        return kept
+            self._layers[number] = like_GSD.new_empty(self.capacity, 2, groups, size)
+        return self._layers[number]
+
+
+def _larger(kept_C2GD: torch.Tensor, capacity: int) -> torch.Tensor:
+    if len(kept_C2GD) >= capacity:  # a growth that failed elsewhere
+        return kept_C2GD
+    larger = kept_C2GD.new_empty(capacity, *kept_C2GD.shape[1:])
+    larger[: len(kept_C2GD)] = kept_C2GD
+    return larger
 
 
 class Slots(Tree):
@@ -107,9 +133,9 @@ class Slots(Tree):
     def extend(self, newest: int) -> SlotNumbers:
         """Slots for the newest tokens, which are counted already; those behind the kept ones are let go."""
         known = len(self) - newest
-        self._arena.release(self.numbers[known:])
-        taken = self._arena.take(newest)
+        taken, left = self._arena.take(newest), self.numbers[known:]
         self._held[0] = np.concatenate([self.numbers[:known], taken])
+        self._arena.release(left)
         return taken
 
     def select(self, places: torch.Tensor) -> None:
@@ -149,11 +175,12 @@ class _Group:
         queries = max(part.queries for part in parts)
         keys = -(-max(len(part.kept) for part in parts) // _ALIGNED_KEYS) * _ALIGNED_KEYS
         rows_PQ = np.empty((len(parts), queries), np.int64)
-        slots_PK = np.zeros((len(parts), keys), np.int64)
+        slots_PK = np.empty((len(parts), keys), np.int64)
         own_PQ = np.zeros((len(parts), queries), np.bool_)
         for place, part in enumerate(parts):
             rows_PQ[place] = part.first
             rows_PQ[place, : part.queries] += np.arange(part.queries)
+            slots_PK[place] = part.kept.numbers[0]  # padding is a request's own: masked or not, a NaN would spread
             slots_PK[place, : len(part.kept)] = part.kept.numbers
             own_PQ[place, : part.queries] = True
         own_N = np.flatnonzero(own_PQ)
@@ -227,8 +254,12 @@ class GatheredStep:
 
 
 def _alike(parts: Sequence[Part]) -> list[list[Part]]:
-    """Requests whose numbers of queries are within the same powers of four, so that padding is bounded."""
-    groups: dict[int, list[Part]] = {}
+    """Requests that are padded to at most four times their queries and twice their keys, few enough to be gathered."""
+    groups: dict[tuple[int, int], list[Part]] = {}
     for part in parts:
-        groups.setdefault((part.queries - 1).bit_length() // 2, []).append(part)
-    return list(groups.values())
+        groups.setdefault(((part.queries - 1).bit_length() // 2, len(part.kept).bit_length()), []).append(part)
+    found: list[list[Part]] = []
+    for (_, key_bits), group in groups.items():
+        most = max(1, _MOST_GATHERED >> key_bits)
+        found += [group[first : first + most] for first in range(0, len(group), most)]
+    return found

@@ -24,16 +24,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, cast
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from cert_ray.gpt_neo import FusedSelfAttention
 
 _NAME = "cert_ray_packed"
-# cuDNN's attention, which PyTorch prefers on Hopper GPUs, plans anew for every shape, and here each step has others. On
-# an H100 the answers of 20 prompts of a model as SmolLM2-135M were not there after 80 s.
-_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _SPARE_KEYS = 64  # room for what is drawn, before the keys must be copied to a larger place; assumed
 
 
@@ -252,8 +248,7 @@ def forward(model: Any, feeds: Sequence[Feed], begin: Callable[[list[Part]], Ste
     device = model.device
     reset = _STEP.set((begin or _OneByOne)(parts))
     try:
-        logits_SV = call(
-            model,
+        logits_SV = model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             attention_mask=torch.empty(1, 1, 1, 1, device=device),  # a mask of four axes is left alone; none is read
@@ -263,14 +258,6 @@ def forward(model: Any, feeds: Sequence[Feed], begin: Callable[[list[Part]], Ste
     finally:
         _STEP.reset(reset)
     return list(logits_SV.split(counts))
-
-
-def call(model: Any, **inputs: Any) -> Any:
-    """`model`'s own forward pass, with kernels that take any shape as it comes."""
-    if model.device.type == "cpu":  # which has one kernel, and where the choice costs more than it
-        return model(**inputs)
-    with sdpa_kernel(_KERNELS):
-        return model(**inputs)
 
 
 class _OneByOne:

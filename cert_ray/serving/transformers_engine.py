@@ -59,6 +59,10 @@ class TransformersEngine:
         device = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype), described)
         model.to(device).eval()
+        if gathers(model.device):
+            # cuDNN's attention, which PyTorch prefers on Hopper GPUs, plans anew for every shape, and each step has
+            # others: on an H100, request by request, the answers of 20 prompts were not there after 80 s.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._context_tokens = window(folder, model.config)
         self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)
         self._end_ids = end_ids(model, self._tokenizer)
@@ -169,7 +173,7 @@ class _OneByOne:
         else:
             feed.kept["cache"].batch_select_indices(torch.tensor(feed.parents, device=device))
             ids, shown = torch.tensor(feed.tokens, device=device)[:, None], 1
-        result = packed_attention.call(self._model, input_ids=ids, past_key_values=feed.kept["cache"], use_cache=True)
+        result = self._model(input_ids=ids, past_key_values=feed.kept["cache"], use_cache=True)
         feed.kept["cache"] = result.past_key_values
         logits_BQV: torch.Tensor = result.logits[:, -shown:]
         return logits_BQV[0] if feed.parents is None else logits_BQV[:, -1]

@@ -43,13 +43,10 @@ def leave_out_masks(model: Any) -> Any:
 class TabulatedRotations(torch.nn.Module):
     """Rotary positions from 0 on, found once by transformers' own module."""
 
-    def __init__(self, rotary: torch.nn.Module, positions: int) -> None:
-        """`rotary`: called with hidden states, of which it reads the type and the device, and positions [B, T]."""
+    def __init__(self, rotary: torch.nn.Module, cos_1TD: torch.Tensor, sin_1TD: torch.Tensor) -> None:
+        """In fp32; buffers must keep that type (DeepSpeed 0.19 leaves them alone in bf16)."""
         super().__init__()
         self._rotary = rotary
-        device = next(rotary.buffers()).device
-        with torch.no_grad():
-            cos_1TD, sin_1TD = rotary(torch.zeros(1, device=device), torch.arange(positions, device=device)[None])
         self.cos_1TD = torch.nn.Buffer(cos_1TD, persistent=False)
         self.sin_1TD = torch.nn.Buffer(sin_1TD, persistent=False)
 
@@ -69,8 +66,24 @@ def tabulate_rotations(model: Any) -> Any:
     """
     for module in list(model.modules()):
         rotary = getattr(module, "rotary_emb", None)
-        if isinstance(rotary, torch.nn.Module) and getattr(rotary, "rope_type", None) in _STATIC:
+        kind = getattr(rotary, "rope_type", None)  # by kind of layer, a dict: left alone
+        if isinstance(rotary, torch.nn.Module) and isinstance(kind, str) and kind in _STATIC:
             positions = min(int(getattr(model.config, "max_position_embeddings", 0)), _MOST_POSITIONS)
-            if list(inspect.signature(rotary.forward).parameters) == ["x", "position_ids"] and positions:
-                module.rotary_emb = TabulatedRotations(rotary, positions)
+            table = _tabulate(rotary, positions)
+            if table is not None:
+                module.rotary_emb = TabulatedRotations(rotary, *table)
     return model
+
+
+def _tabulate(rotary: torch.nn.Module, positions: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """cos and sin [1, T, D] where that is what `rotary` gives for positions; some give one complex tensor, or ask for
+    more than positions."""
+    if list(inspect.signature(rotary.forward).parameters) != ["x", "position_ids"] or not positions:
+        return None
+    device = next((buffer.device for buffer in rotary.buffers()), torch.device("cpu"))
+    with torch.no_grad():
+        found = rotary(torch.zeros(1, device=device), torch.arange(positions, device=device)[None])
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    if not is_pair or any(one.dtype != torch.float32 or one.shape[:2] != (1, positions) for one in found):
+        return None
+    return found[0], found[1]

@@ -23,6 +23,7 @@ with warnings.catch_warnings():  # deepspeed and what it imports warn of their o
     warnings.simplefilter("ignore")
     import deepspeed
     from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.runtime.zero import stage_1_and_2
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from cert_ray.training.attention import leave_out_masks, tabulate_rotations
@@ -31,6 +32,8 @@ from cert_ray.training.sampling import micro_batches
 from cert_ray.training.step import Learner, plain_names, predicted_tokens
 
 _TAG = "engine"
+# Older versions add the -1 of a group that is not finite up with the others: a finite norm of a step that is not.
+_NORM_TELLS = hasattr(stage_1_and_2, "combine_grad_norm_groups")
 _BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
 _QUIET_STEPS = 1 << 62  # DeepSpeed's own progress lines: never
 
@@ -54,7 +57,10 @@ def engine_options(config: TrainConfig, parameters: int, world_size: int) -> dic
         "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS)},
         "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's own AdamW
         # To look for what is not finite in every gradient costs a launch each; where the norm is taken, it says so.
-        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": config.max_gradient_norm is None},
+        "bf16": {
+            "enabled": config.precision == "bf16",
+            "check_grad_overflow": config.max_gradient_norm is None or not _NORM_TELLS,
+        },
         "fp16": {"enabled": config.precision == "fp16"},
         "steps_per_print": _QUIET_STEPS,
     }

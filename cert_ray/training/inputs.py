@@ -85,7 +85,9 @@ def _describe(base: str) -> str:
     if not storage.is_folder(base):
         return base
     if manifests.is_finished(base):
-        return manifests.read_manifest(base, STAGE, VERB).model_dump_json()
+        manifest = manifests.read_manifest(base, STAGE, VERB)
+        notes = {name: note for name, note in manifest.notes.items() if name != "machine"}
+        return manifest.model_copy(update={"notes": notes}).model_dump_json()
     return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(base))
 
 

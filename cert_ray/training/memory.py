@@ -119,7 +119,7 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
     rows = config.micro_batch
     per_row: float = size.checkpointed_bytes if config.activation_checkpointing else size.activation_bytes
     logits_per_row = size.logit_bytes
-    if config.compile:
+    if config.compile and config.use_gpu and config.precision != "fp32":  # elsewhere not measured
         per_row *= 1 if config.activation_checkpointing else _COMPILED_SHARE
         logits_per_row = size.logits * _COMPILED_LOGIT_ELEMENTS * element
     tokens = config.rows_per_step * size.context_tokens

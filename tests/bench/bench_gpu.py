@@ -33,6 +33,7 @@ BASES = ("pycodegpt-110m", "modern-110m")
 GOAL = "goal 50% MFU; beside it: about 22% of the paper, about 40% of llm.c (463,000 tokens/s on an H100)"
 _NO_MEMORY = "out of memory"
 _RATE = 5e-4
+_READY = "ready"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,8 @@ def _children(group: Sequence[tuple[str, int, str]], given: argparse.Namespace) 
         started.append((command, log, subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)))
     for _, _, process in started:
         assert process.stdout is not None
-        process.stdout.readline()  # it is ready, or has ended
+        while (line := process.stdout.readline()) and line.strip() != _READY:  # or it has ended
+            pass
     return [_found(*one) for one in started]
 
 
@@ -179,7 +181,7 @@ def measure(given: argparse.Namespace) -> Measured:
     first_step_s = _seconds(step)
     for _ in range(given.warmup_steps - 1):
         step()
-    print("ready", flush=True)
+    print(_READY, flush=True)
     sys.stdin.readline()
     tokens = config.rows_per_step * given.context
     speed = Spread.of([tokens / _seconds(step) for _ in range(given.steps)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 
 from cert_ray import storage
+from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.operations import reproduce
 from cert_ray.operations.claim import Part
 from cert_ray.operations.claim_report import missing_parts, write_report
@@ -37,16 +39,16 @@ class Counting:
 
 def test_answers_are_remembered_batch_by_batch(tmp_path: Path) -> None:
     url, complete = str(tmp_path / "completions.jsonl"), Counting()
-    first = reproduce.Remembered(complete, url, "models")
+    first = reproduce.Remembered(lambda: complete, url, "models")
     answers = [first(["a", "b"], 2), first(["c"], 2)]
     with (tmp_path / "completions.jsonl").open("a") as stream:
         stream.write('{"key": "cut sh')  # as a kill leaves it
-    again = reproduce.Remembered(complete, url, "models")
+    again = reproduce.Remembered(lambda: complete, url, "models")
     assert [again(["a", "b"], 2), again(["c"], 2)] == answers
     assert complete.asked == [["a", "b"], ["c"]]
     assert again.seconds == again.earlier_s == first.seconds
     again(["a", "b"], 3)
-    reproduce.Remembered(complete, url, "other models")(["c"], 2)
+    reproduce.Remembered(lambda: complete, url, "other models")(["c"], 2)
     assert complete.asked[2:] == [["a", "b"], ["c"]]
 
 
@@ -126,9 +128,13 @@ def test_from_files_to_a_report_and_nothing_is_done_twice(tmp_path: Path, monkey
         without_sandbox.setattr(reproduce, "run_evaluation", _never)
         reproduce.evaluate_parts(recipe, answers_only=True)
     assert missing_parts(recipe) == left
-    with monkeypatch.context() as without_weights:
-        without_weights.setattr(reproduce, "_load", _never)
-        reproduce.evaluate_parts(recipe)
+    elsewhere = _without_weights(recipe, tmp_path / "elsewhere")
+    with monkeypatch.context() as without_models:
+        without_models.setattr(reproduce, "_load", _never)
+        reproduce.evaluate_parts(elsewhere)
+    assert missing_parts(elsewhere) == []
+    assert write_report(elsewhere)["scores"]
+    reproduce.evaluate_parts(recipe)
     report = write_report(recipe)
     _check_report(report, Path(reproduce.claim_folder(recipe)))
 
@@ -138,6 +144,20 @@ def test_from_files_to_a_report_and_nothing_is_done_twice(tmp_path: Path, monkey
     assert write_report(recipe) == report
     _write_other_weights(tmp_path / "run" / "models" / "xl")
     assert missing_parts(recipe) == [Part("xl", 0, mode, str(PROBLEMS)).name for mode in ("greedy", "sampled")]
+
+
+def _without_weights(recipe: Recipe, run: Path) -> Recipe:
+    """The run where only what running answers and the report need was copied to; with other limits of the sandbox."""
+    source = Path(recipe.run)
+    shutil.copytree(source / "claim", run / "claim")
+    for manifest in [*source.glob("models/*/manifest.json"), source / "dataset" / "manifest.json"]:
+        target = run / manifest.parent.relative_to(source)
+        target.mkdir(parents=True)
+        for file in manifest.parent.glob("*.json*"):
+            shutil.copy(file, target)
+    assert recipe.claim is not None
+    claim = recipe.claim.model_copy(update={"execution": ExecutionConfig(workers=1)})
+    return recipe.model_copy(update={"run": str(run), "claim": claim})
 
 
 def _never(*arguments: Any) -> Any:

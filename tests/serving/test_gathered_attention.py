@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cert_ray.gpt_neo import fuse_attention
-from cert_ray.serving import packed_attention, transformers_engine
+from cert_ray.serving import gathered_attention, packed_attention, transformers_engine
 from cert_ray.serving.engines import EngineConfig, Work
 from cert_ray.serving.gathered_attention import Arena, GatheredStep, Slots
 from cert_ray.serving.packed_attention import Feed, Kept
@@ -124,8 +125,73 @@ def test_an_arena_grows_and_keeps_what_it_holds() -> None:
     more = arena.take(5_000)
     assert not set(slots.tolist()) & set(more.tolist())
     grown = arena.layer(0, like)
-    assert len(grown) >= 9_000
+    assert len(grown) >= arena.capacity >= 9_000
     assert torch.equal(grown[torch.from_numpy(slots), 1, 1, 2], torch.arange(4_000.0))
+
+
+def test_where_memory_is_short_an_arena_stays_as_it_is_and_goes_on_when_slots_are_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def short(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no room for it")
+
+    arena, like = Arena(), torch.zeros(2, 1, 3)
+    held = arena.take(4_000)
+    arena.layer(0, like)
+    capacity = arena.capacity
+    with monkeypatch.context() as full:
+        full.setattr(gathered_attention, "_larger", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            arena.take(5_000)
+        assert (arena.used, arena.capacity, len(arena.take(50))) == (4_000, capacity, 50)
+    arena.take(5_000)
+    assert arena.used == 9_050
+    arena.release(held)
+    assert len(arena.layer(0, like)) >= arena.capacity
+
+
+def test_an_arena_that_holds_nothing_begins_anew_as_small_as_it_will_do() -> None:
+    arena = Arena()
+    many = arena.take(50_000)
+    assert len(arena.layer(0, torch.zeros(2, 1, 3))) >= 50_000
+    arena.release(many)
+    arena.take(10)
+    assert len(arena.layer(0, torch.zeros(2, 1, 3))) == arena.capacity < 5_000
+
+
+def test_what_is_not_finite_stays_with_its_own_request(tmp_path: Path) -> None:
+    """As overflows in fp16 are; it has slot 0."""
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path, "llama", window=128)).eval()
+    assert packed_attention.enable(model)
+    arena = Arena()
+    arena.take(gathered_attention._LEAST_SLOTS - 9)
+    requests = [Slots(arena) for _ in range(3)]
+
+    def forward(feeds: list[Feed]) -> list[torch.Tensor]:
+        return packed_attention.forward(model, feeds, lambda parts: GatheredStep(parts, arena, torch.device("cpu")))
+
+    forward([Feed(kept, [3] * length) for kept, length in zip(requests, (9, 4, 7), strict=True)])
+    assert 0 in requests[0].numbers
+    with torch.inference_mode():
+        for layer in range(model.config.num_hidden_layers):
+            arena.layer(layer, torch.empty(0))[torch.from_numpy(requests[0].numbers)] = torch.nan
+    found = forward([Feed(kept, [5, 6], [0, 0], runs=[1, 1]) for kept in requests])
+    assert [bool(logits.isnan().any()) for logits in found] == [True, False, False]
+
+
+def test_long_and_short_requests_are_not_padded_to_each_other() -> None:
+    arena = Arena()
+    parts = []
+    for tokens in (8_000, *[100] * 200):
+        kept = Slots(arena)
+        kept.read(tokens, 0)
+        kept.extend(tokens)
+        parts.append(packed_attention.Part(kept, 0, 1, prompt=False))
+    groups = gathered_attention._alike(parts)
+    assert sorted(map(len, groups)) == [1, 200]
+    assert sum(len(group) * max(len(part.kept) for part in group) for group in groups) == 8_000 + 200 * 100
+    most = gathered_attention._MOST_GATHERED
+    assert all(len(group) * 128 <= most for group in gathered_attention._alike(parts[1:] * 20))
 
 
 def test_requests_that_have_ended_hold_no_slot(tmp_path: Path, gathering: None) -> None:
@@ -134,4 +200,7 @@ def test_requests_that_have_ended_hold_no_slot(tmp_path: Path, gathering: None) 
     for text in TEXTS:
         ids = tuple(prompt_format.encode_code(engine.tokenizer, text))
         engine.draw(Work(ids, n=5, max_tokens=20, temperature=1.0))
+    deadline = time.monotonic() + 60  # the thread that steps may still hold its last step
+    while arena.used and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert arena.used == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Llama4TextConfig, LlamaConfig, MistralConfig
 
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.training.attention import TabulatedRotations, leave_out_masks, tabulate_rotations
@@ -68,6 +68,27 @@ def test_rotations_that_change_with_the_length_are_left_alone():
         _llama({"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8})
     )
     assert not isinstance(tabulate_rotations(model).model.rotary_emb, TabulatedRotations)
+
+
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [
+        (Gemma3TextConfig, {"head_dim": 16}),  # rotations by kind of layer
+        (Llama4TextConfig, {"head_dim": 16, "num_local_experts": 2, "intermediate_size_mlp": 32}),  # complex numbers
+    ],
+)
+def test_rotations_of_another_make_are_left_alone(shape, more):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    model = AutoModelForCausalLM.from_config(shape(**sizes, **heads, **more, max_position_embeddings=64))
+    assert model.model.rotary_emb is tabulate_rotations(model).model.rotary_emb
+    assert not isinstance(model.model.rotary_emb, TabulatedRotations)
 
 
 def _llama(rotation):

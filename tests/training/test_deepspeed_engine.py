@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -46,3 +47,20 @@ def test_saved_weights_are_the_engines_own(make_config, tmp_path, zero_stage, pr
     peer = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
     assert tokens == 64
     assert nats == float(peer)
+
+
+@pytest.mark.parametrize("group", ["matrices", "vectors"])
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_the_norm_tells_of_one_gradient_that_is_not_finite(make_config, zero_stage, precision, group):
+    """The loss of such a step is finite: by the norm alone the run ends before its weights are saved."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 50, 16, 0, 1))
+    engine = Engine(model, make_config(zero_stage=zero_stage, precision=precision))
+    ids = torch.randint(0, 50, (4, 17))
+    batch = (ids, torch.ones_like(ids, dtype=torch.bool))
+    assert math.isfinite(engine.train_step([batch], 1e-2)[2])
+    name = "transformer.h.0.mlp.c_fc." + ("weight" if group == "matrices" else "bias")
+    dict(model.named_parameters())[name].register_hook(lambda gradient: gradient * torch.inf)
+    loss, _, norm = engine.train_step([batch], 1e-2)
+    assert math.isfinite(loss)
+    assert not math.isfinite(norm)

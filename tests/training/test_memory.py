@@ -134,7 +134,7 @@ def test_an_unknown_gpu_is_refused():
     [("modern-110m", 32_000, 32, 14.13), ("modern-110m", 32_000, 64, 26.2), ("pycodegpt-110m", 32_000, 32, 14.25)],
 )
 def test_compiled_peaks_are_those_of_an_h100(name, vocabulary, rows, measured_gb):
-    """Most that was allocated, bf16, ZeRO 1, rows of 1,024, one worker: docs/training.md, "What it says"."""
+    """Most that was allocated, bf16, ZeRO 1, rows of 1,024 (docs/training.md); the shares were fitted to these."""
     size = memory.measure(preset_config(name, vocabulary, 1_024, 0, 1), "bf16", 1_024)
     found = memory.estimate(size, _config(micro_batch=rows, compile=True, use_gpu=True))
     assert measured_gb < (found.total - memory._RESERVED_BYTES) / 1e9 < 1.2 * measured_gb

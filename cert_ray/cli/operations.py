@@ -129,7 +129,7 @@ def reproduce(
         bool,
         typer.Option(
             "--answers-only",
-            help="once trained, models answer and no program is run; without it, elsewhere, that is done",
+            help="once trained, models answer and no program is run; that is done without it, elsewhere",
         ),
     ] = False,
     overrides: Overrides = None,

@@ -3,9 +3,9 @@
 
 The stages are the recipe's own (`pipeline`), and reuse what is finished; so does every evaluation, as a whole, and
 within one every batch of prompts that was answered. What a part was made from is digested, so another model is never
-scored by an earlier one's answers; what answers depend on apart, since the sandbox that runs them has no say in them. Training wants Ray; evaluating does not. Models are loaded where an
-answer is missing: what a machine with a GPU answered can be run by one that has a sandbox, and of the models no more
-than their manifests.
+scored by an earlier one's answers; what answers depend on apart, since the sandbox that runs them has no say in them.
+Training wants Ray; evaluating does not. Models are loaded where an answer is missing: what a machine with a GPU
+answered can be run by one that has a sandbox, and of the models no more than their manifests.
 """
 
 from __future__ import annotations

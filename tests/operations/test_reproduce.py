@@ -150,7 +150,8 @@ def _without_weights(recipe: Recipe, run: Path) -> Recipe:
     """The run where only what running answers and the report need was copied to; with other limits of the sandbox."""
     source = Path(recipe.run)
     shutil.copytree(source / "claim", run / "claim")
-    for manifest in [*source.glob("models/*/manifest.json"), source / "dataset" / "manifest.json"]:
+    kinds = ("models/*", "tokens/*", "dataset")
+    for manifest in (found for kind in kinds for found in source.glob(f"{kind}/manifest.json")):
         target = run / manifest.parent.relative_to(source)
         target.mkdir(parents=True)
         for file in manifest.parent.glob("*.json*"):

@@ -3,9 +3,9 @@
 In: a finished annotated dataset (`cert-ray preprocess`). `train`: a vocabulary by `train_vocabulary` and by
 the library's own trainer with the same settings. `encode`: a shard's documents, by `encode_shard` (arrays, pieces and
 counts included) and by one `encode_batch_fast` call whose ids are read. Both on one thread. `scale`: a pack on Ray with
-one worker and with two, start-up apart. `packing`: per view and window, the share of row positions that hold tokens,
-pairs that lie in two rows, pairs too long for a row; beside it concatenating the same pieces and cutting. Contenders
-take turns.
+one worker and with two, start-up apart; a shard is a task, so give documents of many. `packing`: per view and window,
+the share of row positions that hold tokens, pairs that lie in two rows, pairs too long for a row; beside it
+concatenating the same pieces and cutting. Contenders take turns.
 
 Example: python -m tests.bench.bench_tokens --dataset run/dataset --output results --work /tmp/tokens
 """

@@ -37,6 +37,19 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
+def contained() -> None:
+    """A program ran in the sandbox; CI has all that this takes, a user may not, nor may a container of his."""
+    from cert_ray.evaluation.sandbox import missing_protection, why_no_sandbox
+
+    missing = missing_protection()
+    problem = f"{' and '.join(missing)} not installed" if missing else why_no_sandbox()
+    if problem is not None:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no sandbox: {problem}, and CI=true")
+        pytest.skip(f"needs the sandbox: {problem}")
+
+
+@pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """One local Ray for the whole suite: four logical CPUs, whatever the machine has."""
     import ray

@@ -85,6 +85,7 @@ def test_models_are_scored_with_the_documentation_that_they_were_trained_to_read
 class TestOnRay:
     pytestmark = RAY_DATA
 
+    @pytest.mark.usefixtures("contained")
     def test_models_are_scored_once(self, tmp_path: Path) -> None:
         recipe = recipe_of(tmp_path, {"problems": [str(PROBLEMS)], "n": 2, "max_tokens": 4, "requirements": []})
         for seed, name in enumerate(recipe.models):

@@ -38,6 +38,9 @@ from cert_ray.training.on_ray import TrainResult
 
 _log = logging.getLogger(__name__)
 
+# Makes a `complete` with given sampling options.
+_Maker = Callable[[dict[str, Any]], Complete]
+
 PART_FILE = "part.json"
 _COMPLETIONS = "completions.jsonl"
 
@@ -67,15 +70,14 @@ def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS, *, answers_
         ConfigError, InputError, SandboxError: as `run_evaluation`, or when a model cannot be loaded.
     """
     claim = check_claim(recipe)
-    loaded: dict[tuple[str, int], Any] = {}  # one system at a time in memory
+    loaded: dict[tuple[str, int], _Maker] = {}  # one system at a time in memory
 
-    def load(part: Part) -> Callable[[dict[str, Any]], Complete]:
+    def load(part: Part) -> _Maker:
         key = (part.system, part.seed)
         if key not in loaded:
             loaded.clear()
             loaded[key] = _load(recipe, part, claim)
-        made: Callable[[dict[str, Any]], Complete] = loaded[key]
-        return made
+        return loaded[key]
 
     for part in parts(claim, tuple(systems)):
         if is_finished(recipe, part):
@@ -127,8 +129,8 @@ def model_folders(recipe: Recipe, part: Part) -> dict[str, str]:
     return {name: folders.model(model_name(recipe, name, part.seed)) for name in ("sketcher", "generator")}
 
 
-def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str, Any]], Complete]:
-    """A maker of `complete`s with given sampling options, over models that are loaded once."""
+def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> _Maker:
+    """A maker over models that are loaded once."""
     from cert_ray.serving.answering import Answerer, ModelConfig
     from cert_ray.serving.completers import CompleterConfig, LocalCompleter
     from cert_ray.training.models import local_folder
@@ -142,16 +144,11 @@ def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> Callable[[dict[str,
 
 
 def _evaluate(
-    recipe: Recipe,
-    claim: ClaimConfig,
-    part: Part,
-    load: Callable[[Part], Callable[[dict[str, Any]], Complete]],
-    answers_only: bool,
+    recipe: Recipe, claim: ClaimConfig, part: Part, load: Callable[[Part], _Maker], answers_only: bool
 ) -> None:
     config = _evaluate_config(recipe, claim, part)
     sampling = {"max_tokens": claim.max_tokens, "top_p": claim.top_p, "seed": part.seed}
     sampling["temperature"] = config.temperature or 0.0
-
     url = storage.join(config.output, _COMPLETIONS)
     remembered = Remembered(lambda: load(part)(sampling), url, answers_digest(recipe, part))
     if answers_only:
@@ -159,10 +156,11 @@ def _evaluate(
         draw_samples(config, remembered)
         return
     _log.info("evaluating %s", part.name)
+    digest = part_digest(recipe, part)  # before: other models may come to stand there meanwhile
     began = time.perf_counter()
     run_evaluation(config, remembered, keep_parts=False)
     figures = {
-        "digest": part_digest(recipe, part),
+        "digest": digest,
         "answering_s": round(remembered.seconds, 1),
         "total_s": round(time.perf_counter() - began - remembered.loading_s + remembered.earlier_s, 1),
         "answered_on": sorted(remembered.machines),
@@ -223,7 +221,7 @@ class Remembered:
             self._lines.append(json.dumps(entry))
             storage.write_text(self._url, "".join(line + "\n" for line in self._lines))
         self.seconds += entry["seconds"]
-        self.machines.update([entry["machine"]] if "machine" in entry else [])
+        self.machines.add(entry["machine"])
         found: list[list[str]] = entry["answers"]
         return found
 

@@ -111,6 +111,25 @@ def test_models_that_the_claim_does_not_compare_are_neither_packed_nor_trained(
     assert (list(trained), packed) == (["xl", "sketcher", "generator"], [View.XL, View.SKETCHER, View.GENERATOR])
 
 
+def test_what_was_evaluated_is_not_taken_for_models_that_came_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = _recipe(tmp_path)
+    part = Part("base", 0, "greedy", str(PROBLEMS))
+    (tmp_path / "start").mkdir()
+
+    def evaluates(*_: Any, **__: Any) -> None:
+        if not (weights := tmp_path / "start" / "model.safetensors").exists():
+            weights.write_text("other ones")
+
+    monkeypatch.setattr(reproduce, "run_evaluation", evaluates)
+    monkeypatch.setattr(reproduce, "parts", lambda *_: [part])
+    reproduce.evaluate_parts(recipe)
+    assert not reproduce.is_finished(recipe, part)
+    reproduce.evaluate_parts(recipe)  # and nothing comes
+    assert reproduce.is_finished(recipe, part)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("contained", "ray_cluster")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning", "ignore::FutureWarning")

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 Mode = Literal["greedy", "sampled"]
 SYSTEMS = ("base", "xl", "cert")
 _MODELS = {"xl": View.XL, "sketcher": View.SKETCHER, "generator": View.GENERATOR}
-TRAINED = tuple(_MODELS)
 
 
 class ClaimConfig(Config):
@@ -114,15 +113,30 @@ def model_name(recipe: Recipe, name: str, seed: int) -> str:
     return name if recipe.train_config(name).seed == seed else f"{name}-seed-{seed}"
 
 
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One of the models that are compared: what it is, and its name in the recipe of all seeds."""
+
+    kind: str
+    seed: int
+    name: str
+
+
+def trained_models(recipe: Recipe) -> list[Trained]:
+    """The models that are compared, seed by seed."""
+    seeds = check_claim(recipe).seeds
+    return [Trained(kind, seed, model_name(recipe, kind, seed)) for seed in seeds for kind in _MODELS]
+
+
 def models_to_train(recipe: Recipe) -> list[str]:
     """Every model that the claim needs, in an order in which each finds the one it starts from."""
-    claim = check_claim(recipe)
+    compared = trained_models(recipe)
     start = recipe.models["xl"].start
     before: list[str] = []
     while start in recipe.models:
         before.insert(0, start)
         start = recipe.models[start].start
-    return before + [model_name(recipe, name, seed) for seed in claim.seeds for name in _MODELS]
+    return before + [trained.name for trained in compared]
 
 
 def parts(claim: ClaimConfig, systems: tuple[str, ...] = SYSTEMS) -> Iterator[Part]:

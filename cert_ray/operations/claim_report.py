@@ -12,7 +12,7 @@ import base64
 import io
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ import jinja2
 from cert_ray import manifests, storage
 from cert_ray.evaluation.report import percent, points, template_engine
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
-from cert_ray.operations.claim import SYSTEMS, TRAINED, Mode, check_claim, model_name, parts, seeded
+from cert_ray.operations.claim import SYSTEMS, Mode, Part, check_claim, model_name, parts, seeded, trained_models
 from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.reproduce import PART_FILE, claim_folder, is_finished
@@ -76,6 +76,7 @@ def build_report(recipe: Recipe) -> dict[str, Any]:
     table = read_counts(recipe)
     benchmarks = list(dict.fromkeys(part.benchmark_name for part in parts(claim)))
     modes: list[Mode] = ["greedy"] if claim.n is None else ["greedy", "sampled"]
+    models, told = _models(recipe), _told(recipe)
     return {
         "libraries": list(recipe.libraries or ()),
         "base": _base(recipe),
@@ -84,11 +85,11 @@ def build_report(recipe: Recipe) -> dict[str, Any]:
         "dtype": claim.dtype,
         "benchmarks": benchmarks,
         "dataset": _dataset(recipe),
-        "models": _models(recipe),
+        "models": models,
         "scores": [row for mode in modes for row in _scores(table, mode, benchmarks)],
         "comparisons": [row for mode in modes for row in _comparisons(table, mode, benchmarks)],
-        "cost": _cost(recipe),
-        "machines": _machines(recipe),
+        "cost": _cost(models, told),
+        "machines": _machines(recipe, told),
     }
 
 
@@ -161,55 +162,53 @@ def _dataset(recipe: Recipe) -> dict[str, Any]:
 def _models(recipe: Recipe) -> list[dict[str, Any]]:
     """What each trained model learned from, and its losses in nats per token."""
     folders, rows = RunFolders(recipe.run), []
-    wanted = seeded(recipe)
-    for seed in check_claim(recipe).seeds:
-        for name in TRAINED:
-            folder = folders.model(model_name(wanted, name, seed))
-            manifest = manifests.read_manifest(folder, "model", "train")
-            steps = records.from_json_lines(storage.read_text(storage.join(folder, "loss.jsonl")), folder)
-            before = [0, *(step.tokens for step in steps[:-1])]
-            seconds = sum((step.tokens - past) / step.tokens_per_s for step, past in zip(steps, before, strict=True))
-            keys = ("first_loss", "last_loss", "held_out_loss")
-            rows.append(
-                {
-                    "model": name,
-                    "seed": seed,
-                    "parameters": manifest.counts["parameters"],
-                    "steps": len(steps),
-                    "tokens": manifest.counts["tokens"],
-                    "training_s": round(seconds, 1),
-                    **{key: manifest.notes[key] for key in keys},
-                }
-            )
+    for trained in trained_models(seeded(recipe)):
+        folder = folders.model(trained.name)
+        manifest = manifests.read_manifest(folder, "model", "train")
+        steps = records.from_json_lines(storage.read_text(storage.join(folder, "loss.jsonl")), folder)
+        before = [0, *(step.tokens for step in steps[:-1])]
+        seconds = sum((step.tokens - past) / step.tokens_per_s for step, past in zip(steps, before, strict=True))
+        keys = ("first_loss", "last_loss", "held_out_loss")
+        rows.append(
+            {
+                "model": trained.kind,
+                "seed": trained.seed,
+                "parameters": manifest.counts["parameters"],
+                "steps": len(steps),
+                "tokens": manifest.counts["tokens"],
+                "training_s": round(seconds, 1),
+                **{key: manifest.notes[key] for key in keys},
+            }
+        )
     return rows
 
 
-def _cost(recipe: Recipe) -> dict[str, Any]:
+def _told(recipe: Recipe) -> dict[Part, dict[str, Any]]:
+    """What each part's evaluation noted of itself."""
+    urls = {part: storage.join(claim_folder(recipe), part.name, PART_FILE) for part in parts(check_claim(recipe))}
+    return {part: json.loads(storage.read_text(url)) for part, url in urls.items()}
+
+
+def _cost(models: Sequence[dict[str, Any]], told: Mapping[Part, dict[str, Any]]) -> dict[str, Any]:
     """Seconds by the wall: training of each model is in `models`; answering and running per system and mode."""
     seconds: dict[str, dict[str, float]] = {}
-    for part in parts(check_claim(recipe)):
-        told = json.loads(storage.read_text(storage.join(claim_folder(recipe), part.name, PART_FILE)))
+    for part, noted in told.items():
         entry = seconds.setdefault(f"{part.system} {part.mode}", {"answering_s": 0.0, "total_s": 0.0})
         for key in entry:
-            entry[key] = round(entry[key] + told[key], 1)
-    training = round(sum(row["training_s"] for row in _models(recipe)), 1)
+            entry[key] = round(entry[key] + noted[key], 1)
+    training = round(sum(row["training_s"] for row in models), 1)
     evaluating = round(sum(entry["total_s"] for entry in seconds.values()), 1)
     return {"training_s": training, "evaluating_s": evaluating, "parts": seconds}
 
 
-def _machines(recipe: Recipe) -> dict[str, list[str]]:
+def _machines(recipe: Recipe, told: Mapping[Part, dict[str, Any]]) -> dict[str, list[str]]:
     """Where the models were trained, where they answered, and where their programs ran, as far as it was noted."""
-    folders, wanted = RunFolders(recipe.run), seeded(recipe)
-    names = [model_name(wanted, name, seed) for seed in check_claim(recipe).seeds for name in TRAINED]
-    trained = [manifests.read_manifest(folders.model(name), "model", "train").notes.get("machine") for name in names]
-    told = [
-        json.loads(storage.read_text(storage.join(claim_folder(recipe), part.name, PART_FILE)))
-        for part in parts(check_claim(recipe))
-    ]
-    answered = [one for part in told for one in part.get("answered_on", ())]
-    ran = [part.get("ran_on") for part in told]
-    noted = {"training": trained, "answering": answered, "running": ran}
-    return {what: sorted({one for one in found if one}) for what, found in noted.items()}
+    folders = [RunFolders(recipe.run).model(trained.name) for trained in trained_models(seeded(recipe))]
+    trained_on = [manifests.read_manifest(folder, "model", "train").notes.get("machine") for folder in folders]
+    answered_on = [machine for noted in told.values() for machine in noted.get("answered_on", ())]
+    ran_on = [noted.get("ran_on") for noted in told.values()]
+    found = {"training": trained_on, "answering": answered_on, "running": ran_on}
+    return {what: sorted({machine for machine in machines if machine}) for what, machines in found.items()}
 
 
 def draw_scores(report: dict[str, Any]) -> bytes:

@@ -2,14 +2,14 @@
 
 Keys and values of all requests lie in one place, an `Arena` of numbered slots, as in vLLM's paged attention (Kwon et
 al. 2023, arXiv:2309.06180) with pages of one token. At each step the slots of every decoding request are gathered
-beside each other, padded to the longest, for one call of PyTorch's fused attention: a layer costs about ten launches
-however many requests there are, where `packed_attention` alone takes about ten for each. Gathering copies all kept keys
-at every layer, which a GPU does at 3 TB/s. Prompts attend one by one: they come once. A request that begins as
-another shares that one's slots.
+beside each other, padded to the longest of about their size, for one call of PyTorch's fused attention: a layer costs
+about ten launches for each size, however many requests there are, where `packed_attention` alone takes about ten for
+each request. Gathering copies all kept keys at every layer, which a GPU does at 3 TB/s. Prompts attend one by one: they
+come once. A request that begins as another shares that one's slots.
 
 In: a loaded model that `packed_attention` runs, its `Feed`s with `Slots`. Out: the same logits, up to rounding.
 
-Shapes: as in `packed_attention`; P decoding requests, Q and K padded to the most among them; C slots of the arena.
+Shapes: as in `packed_attention`; P requests of a group, Q and K padded to the most among them; C slots of the arena.
 """
 
 from __future__ import annotations

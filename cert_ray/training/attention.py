@@ -8,8 +8,8 @@ the diagonal too, and on a GPU its flash kernel is out of question. Here being c
 registered under a name for which transformers makes no mask.
 
 **Rotations.** The compiler finds the cosine and sine of a rotary position wherever they are used, for each head of each
-layer again, forward and backward: 8% of an H100's time with `modern-110m`, where moving the heads alone would take 3%
-(docs/benchmarks.md). Here they are found once and looked up.
+layer again, forward and backward: 8% of an H100's time with `modern-110m` (docs/training.md). Here they are found once
+and looked up.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _RESERVED_BYTES = 2 * _GB
 # What `torch.compile` keeps of the activations, the rest being computed again where it is needed, and bytes of a logit:
 # itself and its gradient, no fp32 copy. Measured on an H100 in bf16: 0.45 to 0.54 with three models.
 _COMPILED_SHARE = 0.55
-_COMPILED_LOGIT_ELEMENTS = 2
+_COMPILED_LOGIT_BYTES = 4
 # Share of the peak that training reaches. Measured: 38% to 44% with `modern-110m` on an H100 (docs/training.md).
 DEFAULT_MFU = 0.4
 
@@ -44,7 +44,6 @@ class ModelSize:
     flops_per_token: float  # forward and backward
     activation_bytes: int  # per row, kept between forward and backward; logits apart
     checkpointed_bytes: int  # the same when each layer keeps its input only, and one at a time is done again
-    logit_bytes: int  # per row: logits and softmax at their fullest
     logits: int  # per row: how many
 
 
@@ -99,15 +98,12 @@ def measure(shape: Any, precision: str, context_tokens: int) -> ModelSize:
     inside = sum(saved.by_layer)
     layer_input = context_tokens * shape.hidden_size * dtype.itemsize
     checkpointed = saved.total - inside + len(layers) * layer_input + max(saved.by_layer, default=0)
-    # In half precision: the logits, their fp32 copy and its softmax; else the logits and the softmax.
-    per_logit = 8 if precision == "fp32" else 10
     return ModelSize(
         context_tokens=context_tokens,
         parameters=parameters,
         flops_per_token=flops_per_token(model, context_tokens),
         activation_bytes=saved.total,
         checkpointed_bytes=checkpointed if layers else saved.total,
-        logit_bytes=logits.numel() * per_logit,
         logits=logits.numel(),
     )
 
@@ -117,11 +113,13 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
     element = 4 if config.precision == "fp32" else 2
     parameters, workers, stage = size.parameters, config.workers, config.zero_stage
     rows = config.micro_batch
-    per_row: float = size.checkpointed_bytes if config.activation_checkpointing else size.activation_bytes
-    logits_per_row = size.logit_bytes
-    if config.compile and config.use_gpu and config.precision != "fp32":  # elsewhere not measured
-        per_row *= 1 if config.activation_checkpointing else _COMPILED_SHARE
-        logits_per_row = size.logits * _COMPILED_LOGIT_ELEMENTS * element
+    compiled = config.compile and config.use_gpu and config.precision != "fp32"  # elsewhere not measured
+    if config.activation_checkpointing:
+        per_row: float = size.checkpointed_bytes
+    else:
+        per_row = size.activation_bytes * (_COMPILED_SHARE if compiled else 1)
+    # In half precision: the logits, their fp32 copy and its softmax; else the logits and the softmax.
+    per_logit = _COMPILED_LOGIT_BYTES if compiled else 8 if config.precision == "fp32" else 10
     tokens = config.rows_per_step * size.context_tokens
     return Estimate(
         weights=element * parameters / (workers if stage == 3 else 1),
@@ -129,7 +127,7 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
         optimizer=8 * parameters if stage == 0 else 12 * parameters / workers,
         buffers=0.0 if stage == 0 else element * parameters,  # DeepSpeed's bucket, at most as long as the gradients
         activations=per_row * rows,
-        logits=logits_per_row * rows,
+        logits=per_logit * size.logits * rows,
         tokens_per_step=tokens,
         flops_per_step=size.flops_per_token * tokens,
     )

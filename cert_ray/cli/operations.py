@@ -156,6 +156,11 @@ def reproduce(
         perform("reproduce", resolved, address, dry_run, what, lambda: reproducing.train_models(resolved))
     systems = [name for name in SYSTEMS if only is None or name in only]
     reproducing.evaluate_parts(resolved, systems, answers_only=answers_only)
+    if answers_only and systems:
+        kept = f"{', '.join(systems)} answered, kept in {reproducing.claim_folder(resolved)}"
+        others = " ".join(f"--only {system}" for system in systems)
+        typer.echo(f"{kept}; run the answers with the same command, {others} instead of --answers-only", err=True)
+        raise typer.Exit
     from cert_ray.operations.claim_report import missing_parts, write_report
 
     if missing := missing_parts(resolved):

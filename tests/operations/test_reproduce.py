@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from PIL import Image
+from typer.testing import CliRunner
 
-from cert_ray import storage
+from cert_ray import cli, storage
 from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.operations import reproduce
 from cert_ray.operations.claim import Part
@@ -109,6 +111,17 @@ def test_models_that_the_claim_does_not_compare_are_neither_packed_nor_trained(
     monkeypatch.setattr(reproduce.pipeline, "run_views", lambda given: packed.extend(given.views))
     trained = reproduce.train_models(recipe.model_copy(update={"models": {**recipe.models, "both": other}}))
     assert (list(trained), packed) == (["xl", "sketcher", "generator"], [View.XL, View.SKETCHER, View.GENERATOR])
+
+
+def test_the_command_says_how_what_was_answered_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(_recipe(tmp_path).model_dump(mode="json")))
+    monkeypatch.setattr(reproduce, "_load", lambda *_: lambda _: Counting())
+    monkeypatch.setattr(reproduce, "run_evaluation", _never)
+    result = CliRunner().invoke(cli.app, ["reproduce", str(recipe), "--only", "base", "--answers-only"])
+    assert result.exit_code == 0, result.output
+    assert f"base answered, kept in {tmp_path / 'run' / 'claim'}" in result.output
+    assert "--only base instead of --answers-only" in result.output
 
 
 def test_what_was_evaluated_is_not_taken_for_models_that_came_meanwhile(

@@ -48,3 +48,10 @@ def test_uses_are_those_behind_the_import(lines: list[str]) -> None:
                 uses = len(re.findall(rf"\b{alias or library}\.", behind))
                 expected[library] += 1 + uses
     assert imported_libraries("\n".join(lines)) == expected
+
+
+def test_a_megabyte_of_one_word_is_read_once() -> None:
+    """Read again for each of its letters, it would take hours: a front door reads prompts in its event loop."""
+    for word in ("a" * 1_000_000, "a." * 500_000):
+        assert imported_libraries(f"from {word}") == {}
+        assert imported_libraries(f"import {word}")["a" if "." in word else word] >= 1

@@ -124,7 +124,8 @@ class Engines:
         if self._only is not None:
             return self._only
         self._unfit.refuse(name)
-        if self._unfit.is_tried_again(name):  # looked at before Serve makes room for it, at another model's cost
+        if name in self._unfit:  # looked at before Serve makes room for it, at another model's cost
+            self._unfit.postpone(name)
             try:
                 await asyncio.to_thread(self._look_at, name)
             except Exception as error:

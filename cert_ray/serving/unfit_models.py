@@ -41,13 +41,13 @@ class UnfitModels:
         if failure is not None and self._clock() < failure.until_s:
             raise _refusal(name, failure.reason)
 
-    def is_tried_again(self, name: str) -> bool:
-        """Whether the model `name` failed before and was not refused; whoever else asks meanwhile is."""
-        failure = self._failures.get(name)
-        if failure is None:
-            return False
-        self._failures[name] = replace(failure, until_s=self._clock() + self._again_s)
-        return True
+    def __contains__(self, name: str) -> bool:
+        """Whether the model `name` failed, and has not been mended since."""
+        return name in self._failures
+
+    def postpone(self, name: str) -> None:
+        """Refuse the model `name`, which failed, for another while: somebody tries it now, and others need not."""
+        self._failures[name] = replace(self._failures[name], until_s=self._clock() + self._again_s)
 
     def add(self, name: str, error: Exception) -> RequestError:
         """Log that the model `name` could not be loaded, and why; the refusal that tells whoever asked."""

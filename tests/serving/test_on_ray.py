@@ -236,7 +236,7 @@ def test_a_damaged_model_of_several_is_told_at_the_start_and_the_others_answer(
     engines.check_health()
     weights.write_bytes(whole)
     engines._unfit._again_s = -1  # as after a minute
-    engines._unfit.is_tried_again("cut")
+    engines._unfit.postpone("cut")
     assert asked("cut")[0].choices
 
 

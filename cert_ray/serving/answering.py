@@ -93,11 +93,12 @@ class ModelConfig(Config):
                 "as that of a model of both stages does. Give such a model, or sketcher and generator, or leave "
                 f"{'the ' + ' and the '.join(asked)} out: a request's own `stop` and `best_of` work with any model."
             )
-        layout = [asked[name] for name in ("routing", "sketch_scope") if name in asked]
+        layout = [asked[name] for name in ("kind", "routing", "sketch_scope") if name in asked]
         if layout:
             raise ConfigError(
-                f"{', '.join(layout)} with model={model!r}, which reads the context first: special tokens tell where "
-                "a sketch begins and ends, and the context has none of its own. Leave them out."
+                f"{', '.join(layout)} with model={model!r}, which reads the context first, as code: the context has no "
+                "sketch of its own, the sketches that follow are of the kind that the model was trained on, and special "
+                "tokens tell where they begin and end. Leave them out."
             )
 
     @property

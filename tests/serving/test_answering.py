@@ -237,7 +237,7 @@ def test_a_cascades_options_may_be_written_out_for_one_plain_model(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "cascade", [{"sketches": 5, "rank": "likelihood"}, {"stop": ["\n#"], "least_share": 0.5, "kind": "names"}]
+    "cascade", [{"sketches": 5, "rank": "likelihood"}, {"stop": ["\n#"], "least_share": 0.5, "kind": "constants"}]
 )
 def test_a_model_of_both_stages_has_a_cascades_options(cascade: dict[str, Any], tmp_path: Path) -> None:
     folder = save_model(tmp_path)
@@ -278,7 +278,7 @@ class TestContextFirst:
         (answer,) = answerer.answer(["x = df['a']"], Sampling(max_tokens=6, mode=Mode.GENERATOR_ONLY))
         assert answer.route is Route.GENERATOR_ONLY
 
-    @pytest.mark.parametrize("cascade", [{"routing": "released"}, {"sketch_scope": "file"}])
+    @pytest.mark.parametrize("cascade", [{"routing": "released"}, {"sketch_scope": "file"}, {"kind": "names"}])
     def test_options_of_the_other_layout_are_refused(self, folder: str, cascade: dict[str, str]) -> None:
         ((option, value),) = cascade.items()
         with pytest.raises(ConfigError, match=f"cascade.{option}='{value}'.*Leave"):

@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
@@ -113,31 +113,30 @@ class ModelConfig(Config):
         Raises:
             CertRayError: as `Answerer.load`, where they cannot be loaded.
         """
-        found = check_models(self.folders, self.engine, name)
-        if self.model is not None:
+        return self._check(self.folders, name)
+
+    def _check(self, folders: Mapping[str, str], name: str | None) -> dict[str, Described]:
+        found = check_models(folders, self.engine, name)
+        if self.model is not None and found:
             self._check_model(self.model)  # now that it is at hand
         return found
 
     def check_in_reach(self, name: str | None = None) -> str | None:
-        """`check` where the models can be looked at from here, and None; else why they cannot.
+        """`check` of the folders that can be looked at from here; why the others cannot, None if there are none.
 
-        Other machines may have the folder, the rights, or the credentials that this process lacks.
+        Other machines may have a folder, the rights, or the credentials that this process lacks. What is here and may
+        be read must be a model.
         """
-        remote = False
-        for folder in self.folders.values():
-            if not storage.is_local(folder):
-                remote = True
-            elif not _is_at_hand(folder) or not _may_be_read(folder):
-                return f"{folder} does not lie here, or may not be read"
+        away = {role: _why_out_of_reach(folder) for role, folder in self.folders.items()}
         try:
-            self.check(name)
+            self._check({role: folder for role, folder in self.folders.items() if away[role] is None}, name)
         except CertRayError:
             raise
         except Exception as error:
-            if remote:  # its driver raises whatever it likes, where it lacks credentials or a way to the store
-                return f"{type(error).__name__}: {error}"
-            raise
-        return None
+            if all(map(storage.is_local, self.folders.values())):
+                raise
+            return f"{type(error).__name__}: {error}"  # a store's driver raises whatever it likes, credentials lacking
+        return next((why for why in away.values() if why is not None), None)
 
     def absolute(self) -> Self:
         """The same for a process in another folder."""
@@ -333,10 +332,18 @@ def _is_at_hand(folder: str) -> bool:
     return storage.exists(storage.join(folder, "config.json"))
 
 
-def _may_be_read(folder: str) -> bool:
-    """Whether this user may read all that stands in a local folder."""
+def _why_out_of_reach(folder: str) -> str | None:
+    """Why a folder cannot be looked at from here; None where it can, or that is not known: of a store its driver says."""
+    if not storage.is_local(folder):
+        return None
     path = storage.local_path(folder)
-    return os.access(path, os.R_OK | os.X_OK) and all(os.access(file, os.R_OK) for file in path.iterdir())
+    if not os.path.exists(path):  # `Path.exists` raises below a folder that may not be entered
+        return f"{folder} is not there on this machine"
+    if path.is_dir() and not (
+        os.access(path, os.R_OK | os.X_OK) and all(os.access(file, os.R_OK) for file in path.iterdir())
+    ):
+        return f"{folder} may not be read by this user"
+    return None
 
 
 def _is_context_first(folder: str) -> bool:

@@ -119,7 +119,7 @@ def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.
     (folder / "tokenizer.json").write_text("{")
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "x.safetensors")
     (why,) = config.check_models_in_reach().values()  # the engines may run as somebody who may read it
-    assert why == f"{folder} does not lie here, or may not be read"
+    assert why == f"{folder} may not be read by this user"
     with pytest.raises(InputError, match=r"its tokenizer\.json cannot be read"):
         config.check_models()
 
@@ -212,9 +212,31 @@ def test_of_several_models_the_one_that_cannot_be_served_is_named(folder: Path, 
     with pytest.raises(InputError, match=r"gone: it cannot be the generator of pandas: no such model folder\."):
         config.check_models()
     # A node may build the application where no model lies.
-    assert config.check_models_in_reach() == {"pandas": f"{tmp_path / 'gone'} does not lie here, or may not be read"}
+    assert config.check_models_in_reach() == {"pandas": f"{tmp_path / 'gone'} is not there on this machine"}
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"the model of fine: no tokenizer\.json"):
+        config.check_models_in_reach()
+
+
+def test_a_folder_that_is_there_and_no_model_is_no_folder_of_another_machine(folder: Path) -> None:
+    """The wrong folder, an unfinished copy, a file: who deploys it is told at once."""
+    config = ServeConfig.from_mapping({"model": str(folder)}, "test")
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        InputError, match=r"model: it cannot be the model: no config\.json in it\. Give the folder that"
+    ):
+        config.check_models_in_reach()
+    shutil.rmtree(folder)
+    assert config.check_models_in_reach() == {"cert": f"{folder} is not there on this machine"}
+    folder.mkdir()
+    with pytest.raises(InputError, match=r"no config\.json in it"):
+        config.check_models_in_reach()
+    far = ServeConfig.from_mapping({"sketcher": str(folder), "generator": str(folder / "elsewhere")}, "test")
+    with pytest.raises(InputError, match=r"it cannot be the sketcher: no config\.json in it"):
+        far.check_models_in_reach()
+    folder.rmdir()
+    folder.write_text("")
+    with pytest.raises(InputError, match="no such model folder"):
         config.check_models_in_reach()
 
 

@@ -46,7 +46,7 @@ from cert_ray.tokens.encoding import MODEL_VIEW, View
 class ModelConfig(Config):
     """Which models answer: either `model`, or `sketcher` and `generator`. All are folders or URLs.
 
-    Where an option depends on what `model` was trained on, its config.json is read.
+    Where an option depends on what `model` was trained on, its config.json is read, if it lies on this machine.
     """
 
     model: str | None = None
@@ -66,7 +66,8 @@ class ModelConfig(Config):
                 f"model={self.model!r}, sketcher={self.sketcher!r}, generator={self.generator!r}: give either model, "
                 "or sketcher and generator."
             )
-        if self.model is not None:
+        # A front door may stand where the model does not lie, or may not ask the store: then the engine refuses.
+        if self.model is not None and storage.is_local(self.model) and _is_at_hand(self.model):
             self._check_model(self.model)
         if self.cascade.mode is Mode.CONSTRAINED and self.engine.kind == "vllm":
             raise ConfigError(
@@ -83,8 +84,7 @@ class ModelConfig(Config):
             for name, field in CascadeConfig.model_fields.items()
             if getattr(cascade, name) != field.default
         }
-        # A front door may stand where the model does not lie: then the engine, which loads it, refuses.
-        if not asked or not _is_at_hand(model):
+        if not asked:
             return
         if not _is_context_first(model):
             raise ConfigError(
@@ -97,8 +97,8 @@ class ModelConfig(Config):
         if layout:
             raise ConfigError(
                 f"{', '.join(layout)} with model={model!r}, which reads the context first, as code: the context has no "
-                "sketch of its own, the sketches that follow are of the kind that the model was trained on, and special "
-                "tokens tell where they begin and end. Leave them out."
+                "sketch of its own, sketches are of the kind that the model was trained on, and special tokens tell "
+                "where they begin and end. Leave them out."
             )
 
     @property
@@ -333,11 +333,11 @@ def _is_at_hand(folder: str) -> bool:
 
 
 def _why_out_of_reach(folder: str) -> str | None:
-    """Why a folder cannot be looked at from here; None where it can, or that is not known: of a store its driver says."""
+    """Why a local folder cannot be looked at from here, None where it can; of a store its driver says that."""
     if not storage.is_local(folder):
         return None
     path = storage.local_path(folder)
-    if not os.path.exists(path):  # `Path.exists` raises below a folder that may not be entered
+    if not os.access(path, os.F_OK):  # `Path.exists` raises below a folder that may not be entered
         return f"{folder} is not there on this machine"
     if path.is_dir() and not (
         os.access(path, os.R_OK | os.X_OK) and all(os.access(file, os.R_OK) for file in path.iterdir())

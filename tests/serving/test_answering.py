@@ -15,6 +15,7 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from cert_ray import storage
 from cert_ray.errors import (
     ConfigError,
     DeadlineError,
@@ -24,6 +25,7 @@ from cert_ray.errors import (
     TokenizerMismatchError,
 )
 from cert_ray.retrieval.retriever import Retriever
+from cert_ray.serving import answering
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.cascade_config import CascadeConfig
@@ -228,6 +230,17 @@ def test_one_plain_model_has_no_options_of_a_cascade(option: str, value: Any, tm
     save_model(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=f"leave the {option} out"):
         Answerer.load(elsewhere)
+
+
+def test_options_are_read_where_the_models_store_may_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a front door's, which needs no credentials; whoever loads the model holds them against it."""
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "exists", lambda _: pytest.fail("asked"))
+        config = ModelConfig.from_mapping({"model": "memory://plain", "cascade": {"sketches": 5}}, "test")
+    storage.write_text("memory://plain/config.json", "{}")
+    monkeypatch.setattr(answering, "check_models", lambda *_: {"model": None})
+    with pytest.raises(ConfigError, match=r"cascade\.sketches=5 with model='memory://plain': one plain model"):
+        config.check()
 
 
 def test_a_cascades_options_may_be_written_out_for_one_plain_model(tmp_path: Path) -> None:

@@ -270,14 +270,14 @@ class _Completions:
                         answers = batch.answers or ()
             status = 200
             yield "data: [DONE]\n\n"
-        except RequestError as error:
-            status = error.status
+        except Exception as error:
+            refusal = error if isinstance(error, RequestError) else _failed()
+            status = refusal.status
             if first_s is None:
                 raise
-            yield f"data: {json.dumps(error_body(error))}\n\n"
-        except Exception:
-            status = 500
-            raise
+            if refusal is not error:
+                _log.exception("a stream failed after its first event")
+            yield f"data: {json.dumps(error_body(refusal))}\n\n"
         finally:
             self._tell(asked, status, first_s, answers if status == 200 else ())
 
@@ -392,7 +392,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fail(_: Request, __: Exception) -> JSONResponse:
-        return error_response(RequestError(500, "The server failed; its log says why.", None, "failed"))
+        return error_response(_failed())
+
+
+def _failed() -> RequestError:
+    """What a client is told of a fault of ours."""
+    return RequestError(500, "The server failed; its log says why.", None, "failed")
 
 
 def _invalid_request(error: RequestValidationError) -> RequestError:

@@ -35,14 +35,19 @@ SKETCH = SketchChosen(
 class ScriptedBackend:
     """A `Backend` whose every choice is `" = <number of the choice>"`, drawn in two pieces; or which refuses.
 
-    With `held`, nothing is told after the first event until it is set. `ended` is set when a call ends in any way.
+    With `hold`, nothing is told after the first event until `release` is set; a `fault` is raised then. `ended` is set
+    when a call ends in any way.
     """
 
     def __init__(
-        self, refusal: Exception | None = None, served: Mapping[str, str | None] | None = None, hold: bool = False
+        self,
+        refusal: Exception | None = None,
+        served: Mapping[str, str | None] | None = None,
+        hold: bool = False,
+        fault: Exception | None = None,
     ) -> None:
         self.served: Mapping[str, str | None] = served or {"org/cert": None}
-        self._refusal, self._hold = refusal, hold
+        self._refusal, self._hold, self._fault = refusal, hold, fault
         self.asked: list[tuple[str, list[str], Sampling]] = []
         self.begun, self.ended, self.release = threading.Event(), threading.Event(), threading.Event()
         self.running = 0
@@ -66,6 +71,8 @@ class ScriptedBackend:
             yield Told(tuple((place, SKETCH) for place in range(len(prompts))))
             while self._hold and not self.release.is_set():
                 await asyncio.sleep(0.005)
+            if self._fault is not None:
+                raise self._fault
             events: list[tuple[int, Event]] = []
             for place in range(len(prompts)):
                 for index in range(sampling.n):

@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from cert_ray.errors import RequestError
 from cert_ray.serving.http import create_app
 from tests.serving.front_doors import BUSY, ScriptedBackend, listening
 
@@ -120,6 +121,27 @@ def test_refusals_are_the_clients_exceptions_before_the_first_event(stream: bool
         assert refused.value.response.headers["Retry-After"] == "7"
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="gpt-4", prompt="x", stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message", "code"),
+    [
+        (RequestError(503, "The engine is restarting: try again.", None, "unavailable"), "try again", "unavailable"),
+        (ZeroDivisionError("a secret"), "The server failed; its log says why.", "failed"),
+    ],
+)
+def test_what_fails_behind_the_first_event_is_the_clients_exception(fault: Exception, message: str, code: str) -> None:
+    """Not a connection that breaks, which says nothing, nor a stream that ends as if it were whole."""
+    with (
+        listening(create_app(ScriptedBackend(fault=fault))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0) as client,
+    ):
+        chunks = client.completions.create(model="org/cert", prompt="x", stream=True)
+        assert next(chunks).choices[0].text == ""
+        with pytest.raises(openai.APIError, match=message) as failed:
+            next(chunks)
+        assert (type(failed.value), failed.value.code, failed.value.type) == (openai.APIError, code, "server_error")
+        assert "secret" not in str(failed.value)
 
 
 @pytest.mark.parametrize("stream", [False, True])

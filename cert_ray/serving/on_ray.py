@@ -23,7 +23,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
@@ -53,6 +53,8 @@ _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
 _REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
+# With an engine's node goes what it answered, too, if that is more than Ray sends with the call (100 KB).
+_GONE = (RayActorError, ObjectLostError, NodeDiedError)
 _FAILED = frozenset({DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY})
 _RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception)(?:: |$)", re.MULTILINE)  # as a traceback's last line begins
 _OURS = re.compile(r"^cert_ray\.errors\.\w+: ")  # its messages say enough
@@ -250,7 +252,7 @@ def _retry_or_raise(error: Exception, attempt: int) -> None:
         raise RequestError(503, "The server is busy: try again.", None, "overloaded") from error
     if isinstance(error, RayTaskError) and isinstance(error.cause, RequestError):
         raise error.cause from None
-    if not isinstance(error, RayActorError | DeploymentUnavailableError):
+    if not isinstance(error, (*_GONE, DeploymentUnavailableError)):
         _log.error("the engine failed", exc_info=error)
         raise RequestError(500, "The engine failed; its log says why.", None, "engine_failed") from error
     _log.warning("attempt %d: an engine died or is not there: %s", attempt, error)

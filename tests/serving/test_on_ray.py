@@ -19,7 +19,7 @@ import pydantic
 import pytest
 import ray
 import yaml
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
 
 from cert_ray.errors import CertRayError, ConfigError, InputError, RequestError
 from cert_ray.retrieval.library_docs import write_docs
@@ -447,9 +447,10 @@ def test_failures_behind_the_front_door_become_refusals(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_whose_engine_dies_is_given_to_another(stream: bool) -> None:
+@pytest.mark.parametrize("gone", [RayActorError(), NodeDiedError("gone"), ObjectLostError("1", None, "")])
+def test_a_request_whose_engine_or_answer_is_lost_is_given_to_another(gone: Exception, stream: bool) -> None:
     answers = [CascadeAnswer((), Route.MODEL)]
-    handle = Handle(RayActorError(), RayActorError(), answers)
+    handle = Handle(gone, gone, answers)
     assert asyncio.run(ask(handle, stream)) == answers
     assert handle.calls == 3
 

@@ -31,34 +31,60 @@ _LEAST_SLOTS = 4_096  # of a new arena; assumed
 _MOST_GATHERED = 1 << 18  # slots of one call: 200 MB of keys and values for SmolLM2-135M in bf16; assumed
 _ALIGNED_KEYS = 8  # the fused kernels want masks whose rows are so many bf16 numbers long
 
+_GIVEN_BACK = 4  # times what is held, and at least so many times the least; assumed
+
 SlotNumbers = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class Holder:
+    """Somebody who uses slots, by their numbers."""
+
+    slots: SlotNumbers
+
+
+_NONE: SlotNumbers = np.empty(0, np.int64)
 
 
 class Arena:
     """Slots for the keys and values of one token each, in every layer; counts who uses a slot.
 
-    It grows as needed, by half, and shrinks when nothing is held; kept prompts hold theirs.
+    It grows as needed, by half, and gives back when most of it holds nothing. `used`, `capacity` and `forget` are for
+    any thread, all else for the one that steps.
     """
 
     def __init__(self) -> None:
         self._layers: dict[int, torch.Tensor] = {}  # [C, 2, G, D]
         self._uses = np.zeros(0, np.int32)
         self._free: list[int] = []
-        # A request is let go in whatever thread drops it last; slots come back when next some are taken.
-        self._released: deque[SlotNumbers] = deque()
+        # Who holds which slots, to be told when they move. One is let go in whatever thread drops it last: its slots
+        # are free when they are next counted.
+        self._holders: dict[int, Holder] = {}
+        self._forgotten: deque[Holder] = deque()
 
     @property
     def used(self) -> int:
-        """Slots that hold something; from any thread."""
+        """Slots that hold something."""
         uses = self._uses.copy()
-        for slots in self._released.copy():
-            uses[slots] -= 1
+        for holder in self._forgotten.copy():
+            uses[holder.slots] -= 1
         return int(np.count_nonzero(uses))
 
     @property
     def capacity(self) -> int:
         """Slots that there is memory for."""
         return len(self._uses)
+
+    def hold(self, slots: SlotNumbers) -> Holder:
+        """One more uses `slots`, until it is forgotten."""
+        self._uses[slots] += 1
+        holder = Holder(slots)
+        self._holders[id(holder)] = holder
+        return holder
+
+    def forget(self, holder: Holder) -> None:
+        """Its slots are used by one less."""
+        self._forgotten.append(holder)
 
     def take(self, count: int) -> SlotNumbers:
         """So many free slots, used once.
@@ -67,9 +93,6 @@ class Arena:
             torch.OutOfMemoryError: where the arena would have to grow, and cannot; it is as before.
         """
         self._collect()
-        if len(self._free) == self.capacity > _LEAST_SLOTS:  # nothing is held: begin anew, as small as it will do
-            self._layers.clear()
-            self._uses, self._free = self._uses[:0], []
         if len(self._free) < count:
             self._grow(max(_LEAST_SLOTS, self.capacity + max(count, self.capacity // 2)))
         left = len(self._free) - count
@@ -85,20 +108,42 @@ class Arena:
         self._free += range(self.capacity, capacity)
         self._uses = np.concatenate([self._uses, np.zeros(capacity - self.capacity, np.int32)])
 
-    def share(self, slots: SlotNumbers) -> None:
-        """One more uses `slots`."""
-        self._uses[slots] += 1
-
     def release(self, slots: SlotNumbers) -> None:
-        """One uses `slots` no longer; from any thread."""
-        if len(slots):
-            self._released.append(slots)
+        """One uses `slots` no longer."""
+        self._uses[slots] -= 1
+        self._free += slots[self._uses[slots] == 0].tolist()
 
     def _collect(self) -> None:
-        while self._released:
-            slots = self._released.popleft()
-            self._uses[slots] -= 1
-            self._free += slots[self._uses[slots] == 0].tolist()
+        while self._forgotten:
+            holder = self._forgotten.popleft()
+            del self._holders[id(holder)]
+            self.release(holder.slots)
+
+    def give_back(self) -> None:
+        """Where more than three quarters hold nothing, move the rest together, and give the memory back to the device.
+
+        Not in the middle of a step, which knows its slots by their numbers. What is held then needs as much again to
+        grow into; so what is given back is wanted again after as many tokens at the least.
+        """
+        self._collect()
+        used = self.capacity - len(self._free)
+        if self.capacity <= _GIVEN_BACK * max(used, _LEAST_SLOTS):
+            return
+        capacity = max(_LEAST_SLOTS, 2 * used)
+        slots = np.flatnonzero(self._uses)
+        try:
+            smaller = {number: kept.new_empty(capacity, *kept.shape[1:]) for number, kept in self._layers.items()}
+        except torch.OutOfMemoryError:  # others have what is left: once less is held, there is room for it
+            return
+        for number, kept in smaller.items():
+            kept[:used] = self._layers[number][torch.from_numpy(slots).to(kept.device)]
+        self._layers = smaller
+        moved = np.cumsum(self._uses > 0) - 1
+        for holder in self._holders.values():
+            holder.slots = moved[holder.slots]
+        self._uses = np.concatenate([self._uses[slots], np.zeros(capacity - used, np.int32)])
+        self._free = list(range(used, capacity))
+        torch.cuda.empty_cache()  # else PyTorch keeps it for itself; it does nothing where no GPU is used
 
     def layer(self, number: int, like_GSD: torch.Tensor) -> torch.Tensor:
         """Keys and values of a layer, [C, 2, G, D] or longer; a layer of which nothing is kept yet is begun."""
@@ -119,22 +164,23 @@ def _larger(kept_C2GD: torch.Tensor, capacity: int) -> torch.Tensor:
 class Slots(Tree):
     """What an arena keeps of one request."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: Arena, shared: SlotNumbers = _NONE) -> None:
+        """`shared` are another one's slots, used by this one, too."""
         super().__init__()
         self._arena = arena
-        self._held: list[SlotNumbers] = [np.empty(0, np.int64)]  # one array, for the finalizer to find
-        weakref.finalize(self, _release_all, arena, self._held).atexit = False
+        self._holder = arena.hold(shared)
+        weakref.finalize(self, arena.forget, self._holder).atexit = False
 
     @property
     def numbers(self) -> SlotNumbers:
         """The slot of each token."""
-        return self._held[0]
+        return self._holder.slots
 
     def extend(self, newest: int) -> SlotNumbers:
         """Slots for the newest tokens, which are counted already; those behind the kept ones are let go."""
         known = len(self) - newest
         taken, left = self._arena.take(newest), self.numbers[known:]
-        self._held[0] = np.concatenate([self.numbers[:known], taken])
+        self._holder.slots = np.concatenate([self.numbers[:known], taken])
         self._arena.release(left)
         return taken
 
@@ -143,19 +189,13 @@ class Slots(Tree):
         chosen = np.zeros(len(self.numbers), np.bool_)
         chosen[places.numpy()] = True
         self._arena.release(self.numbers[~chosen])
-        self._held[0] = self.numbers[chosen]
+        self._holder.slots = self.numbers[chosen]
 
     def beginning(self, tokens: int) -> Self:
         """See `Tree.beginning`; the slots are shared."""
-        copied = type(self)(self._arena)
-        copied._held[0] = self.numbers[:tokens]
-        self._arena.share(copied.numbers)
+        copied = type(self)(self._arena, self.numbers[:tokens])
         copied.positions_K = self.positions_K[:tokens].clone()
         return copied
-
-
-def _release_all(arena: Arena, held: list[SlotNumbers]) -> None:
-    arena.release(held[0])
 
 
 @dataclass(slots=True)

@@ -146,6 +146,10 @@ class _Packed:
     def beginning(self, kept: Tree, tokens: int) -> Tree:
         return kept.beginning(tokens)
 
+    def give_back(self) -> None:
+        if self._arena is not None:
+            self._arena.give_back()
+
 
 class _OneByOne:
     """One forward pass for each request: a row for each branch, in transformers' own cache."""
@@ -160,6 +164,9 @@ class _OneByOne:
 
     def beginning(self, kept: dict[str, Any], tokens: int) -> None:  # noqa: ARG002 - a cache cannot be cut in general
         return None
+
+    def give_back(self) -> None:
+        """Each request's cache goes with it."""
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:

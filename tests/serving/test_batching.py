@@ -16,6 +16,7 @@ import torch
 from cert_ray.errors import RequestCancelledError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.answering import check_wanted
+from cert_ray.serving.batching import Turns
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
 from cert_ray.serving.kept_prompts import KeptPrompts
 from cert_ray.serving.packed_attention import Feed, Kept
@@ -104,6 +105,28 @@ def test_a_prompt_that_begins_like_one_before_is_not_read_again(folder: str, alo
     assert [ids(first), ids(second), ids(again)] == [alone[0], alone[2], alone[0]]
 
 
+class ByHand(Turns):
+    """No thread: whoever tests steps."""
+
+    def wake(self) -> None:
+        """Nobody sleeps."""
+
+
+def test_logits_of_a_burst_take_no_memory_once_nothing_runs(folder: str) -> None:
+    engine = TransformersEngine(folder, turns=ByHand())
+    batch, rows = engine._batch, []
+    with ThreadPoolExecutor(1) as pool:
+        for samples in (3, 300):
+            drawn = pool.submit(engine.draw, Work((5, 6, 7), n=samples, max_tokens=4, temperature=2.0))
+            while not drawn.done():
+                batch.step()
+                places = batch._scratch._places
+                rows.append(0 if places is None else places.shape[1])
+            batch.step()
+            assert batch._scratch._places is None or batch._scratch._places.shape[1] <= 64
+    assert max(rows) > 100
+
+
 class Recited:
     """Keeps the prompts' tokens themselves, as a model keeps their keys."""
 
@@ -116,6 +139,9 @@ class Recited:
         return kept[:tokens]
 
     def forward(self, feeds: object) -> list[Any]:
+        raise NotImplementedError
+
+    def give_back(self) -> None:
         raise NotImplementedError
 
 

@@ -150,13 +150,102 @@ def test_where_memory_is_short_an_arena_stays_as_it_is_and_goes_on_when_slots_ar
     assert len(arena.layer(0, like)) >= arena.capacity
 
 
-def test_an_arena_that_holds_nothing_begins_anew_as_small_as_it_will_do() -> None:
+def test_an_arena_that_holds_nothing_is_as_small_as_a_new_one() -> None:
     arena = Arena()
     many = arena.take(50_000)
     assert len(arena.layer(0, torch.zeros(2, 1, 3))) >= 50_000
     arena.release(many)
+    arena.give_back()
     arena.take(10)
     assert len(arena.layer(0, torch.zeros(2, 1, 3))) == arena.capacity < 5_000
+
+
+def held(arena: Arena, tokens: int) -> Slots:
+    """A request, with the numbers of its slots in every place of its keys and values."""
+    request = Slots(arena)
+    request.read(tokens, 0)
+    slots = torch.from_numpy(request.extend(tokens))
+    arena.layer(0, torch.zeros(2, 1, 3))[slots] = slots[:, None, None, None].float()
+    return request
+
+
+def kept(arena: Arena, request: Slots) -> list[float]:
+    return arena.layer(0, torch.empty(0))[torch.from_numpy(request.numbers), 1, 1, 2].tolist()
+
+
+def test_a_prompt_that_is_kept_does_not_hold_a_bursts_memory() -> None:
+    """It stood behind the burst, and those that share its slots move with it."""
+    arena = Arena()
+    before, burst, prompt = held(arena, 100), [held(arena, 5_000) for _ in range(10)], held(arena, 300)
+    sharing = prompt.beginning(200)
+    expected = [kept(arena, request) for request in (before, prompt, sharing)]
+    arena.give_back()
+    assert arena.capacity > 50_000  # nothing to give
+    gone = burst.pop()
+    burst.clear()
+    arena.give_back()
+    assert arena.used == 5_400
+    assert [kept(arena, request) for request in (before, prompt, sharing)] == expected
+    assert len(arena.layer(0, torch.empty(0))) == arena.capacity == 2 * 5_400
+    del gone, before
+    arena.give_back()
+    assert arena.capacity == 2 * 5_400  # too little for the copying
+    more = held(arena, 6_000)
+    assert not set(more.numbers) & set(prompt.numbers)
+    assert prompt.numbers[:200].tolist() == sharing.numbers.tolist()
+    assert [kept(arena, request) for request in (prompt, sharing)] == expected[1:]
+    assert arena.used == 6_300
+
+
+def test_where_memory_is_short_nothing_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = Arena()
+    burst, prompt = held(arena, 50_000), held(arena, 300)
+    expected = prompt.numbers.tolist()
+    del burst
+    with monkeypatch.context() as full:
+
+        def short(*_: object) -> torch.Tensor:
+            raise torch.OutOfMemoryError("no room for it")
+
+        full.setattr(torch.Tensor, "new_empty", short)
+        arena.give_back()
+    assert (prompt.numbers.tolist(), kept(arena, prompt)) == (expected, expected)
+    assert arena.capacity > 50_000
+    arena.give_back()
+    assert (arena.used, kept(arena, prompt)) == (300, expected)
+    assert arena.capacity < 5_000
+
+
+def test_samples_are_the_same_while_memory_is_given_back(
+    folder: str, gathering: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots move at once where most are free: between the steps of requests whose samples end one by one."""
+    monkeypatch.setattr(gathered_attention, "_LEAST_SLOTS", 4)
+    given: list[int] = []
+    give_back = Arena.give_back
+
+    def noted(arena: Arena) -> None:
+        before = arena.capacity
+        give_back(arena)
+        given.extend([arena.used] * (arena.capacity < before))
+
+    monkeypatch.setattr(Arena, "give_back", noted)
+
+    def answers(engine: TransformersEngine) -> list[Any]:
+        works = [
+            Work(tuple(prompt_format.encode_code(engine.tokenizer, text)), n=40, temperature=1.5, seed=seed)
+            for seed in range(2)
+            for text in TEXTS
+        ]
+        works = [replace(one, max_tokens=40, stop=("a", "e", "(", "7", "=", "\n")) for one in works]
+        with ThreadPoolExecutor(4) as pool:
+            return [[sample and sample.ids for sample in drawn.samples] for drawn in pool.map(engine.draw, works)]
+
+    together = TransformersEngine(folder, EngineConfig(prefix_cache_tokens=30))
+    found = answers(together)
+    assert any(given)  # with requests or prompts that went on
+    monkeypatch.setattr(transformers_engine, "gathers", lambda _: False)
+    assert found == answers(TransformersEngine(folder, EngineConfig(prefix_cache_tokens=30)))
 
 
 def test_what_is_not_finite_stays_with_its_own_request(tmp_path: Path) -> None:

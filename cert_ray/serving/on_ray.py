@@ -4,8 +4,7 @@ In: a `ServeConfig`, from `serve run cert_ray.serving.on_ray:build_app model=DIR
 `start_server`. Out: a running server. Resources, queues, hops and the errors that cross them stand here, no answers.
 
 Sketcher and generator share a process, since a hop between them costs more than fifteen tokens of decoding. Of several
-models an engine loads those that are asked for, and drops the least recently used. It looks at all of them when it
-starts, and answers for those that cannot be loaded with the reason, so that one damaged folder stops no other model.
+models an engine loads those that are asked for, and drops the least recently used; what it does stands in `replicas`.
 """
 
 from __future__ import annotations
@@ -13,12 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import socket
-import textwrap
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -28,7 +24,6 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.schema import DeploymentStatus
-from transformers.utils.logging import disable_progress_bar
 
 from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, RequestError
@@ -36,11 +31,12 @@ from cert_ray.serving.admission import Admission
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.api_keys import read_key_file
-from cert_ray.serving.backends import Bridge, ContradictedError, Retelling, Served, Told
-from cert_ray.serving.deployment import ServeConfig, ServedModel, ServerConfig
+from cert_ray.serving.backends import ContradictedError, Retelling, Served, Told
+from cert_ray.serving.deployment import ServeConfig, ServerConfig
 from cert_ray.serving.openai_responses import write_usage
+from cert_ray.serving.replicas import Engines
 from cert_ray.serving.sampling import Sampling
-from cert_ray.serving.unfit_models import UnfitModels
+from cert_ray.serving.tracebacks import reason_in
 from cert_ray.telemetry import logs
 from cert_ray.telemetry import on_ray as telemetry
 
@@ -56,130 +52,24 @@ _REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
 # With an engine's node goes what it answered, too, if that is more than Ray sends with the call (100 KB).
 _GONE = (RayActorError, ObjectLostError, NodeDiedError)
 _FAILED = frozenset({DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY})
-_RAISED = re.compile(r"^(?:\w+\.)*\w+(?:Error|Exception)(?:: |$)", re.MULTILINE)  # as a traceback's last line begins
-_OURS = re.compile(r"^cert_ray\.errors\.\w+: ")  # its messages say enough
-_REASON_CHARACTERS = 1_000
-_FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
 
 
-class Engines:
-    """The deployment that holds the models. Decoding runs in threads, so that queues and health checks are served."""
+def _replica(engines: type[Engines], config: ServeConfig) -> type[Engines]:
+    """`engines` as Serve runs them: of several models it keeps `models_per_engine`, told when the class is made."""
 
-    @staticmethod
-    def check(config: ServeConfig) -> None:
-        """Raise, before anything is deployed, what `ServeConfig.check_models` raises."""
-        config.check_models()
+    class Replica(engines):  # type: ignore[valid-type,misc]
+        def __init__(self, options: dict[str, Any]) -> None:
+            _log_as_serve_does()
+            super().__init__(options)
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        _log_as_serve_does()
-        disable_progress_bar()  # of loading weights: here is no terminal, so each step of it would be a line
-        self._config = config = ServeConfig.from_mapping(options, "engine deployment")
-        self._models = config.models
-        # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
-        self._bridge = Bridge(2 * config.max_ongoing_requests)
-        self._failures = 0
-        self._only: Answerer | None = None
-        self._unfit = UnfitModels()
-        if len(self._models) == 1:  # now, so that the replica is ready when it says so
-            (model,) = self._models.values()
-            self._only = self.load_now(model)
-        else:
-            self._look_at_all()
+        if len(config.models) > 1:
 
-    def _look_at_all(self) -> None:
-        """Find the models that cannot be loaded. Where none can, there is nothing to start for.
+            @serve.multiplexed(max_num_models_per_replica=config.models_per_engine)  # type: ignore[untyped-decorator]
+            async def load(self, name: str) -> Answerer:
+                answerer: Answerer = await super().load(name)
+                return answerer
 
-        That costs the reading of a tokenizer each: 0.13 CPU-seconds for one of 49,152 tokens (SmolLM2's, without its
-        weights; Intel Xeon, 2026-11-26), beside the several seconds of any engine's start.
-        """
-        for name in self._models:
-            try:
-                self._look_at(name)
-            except Exception as error:  # noqa: BLE001 - a store's driver raises whatever it likes
-                self._unfit.add(name, error)
-                last = error
-        if len(self._unfit) == len(self._models):
-            raise last
-
-    def _look_at(self, name: str) -> None:
-        """Raise what `check` raises for the model `name`."""
-        self.check(self._config.model_copy(update={"models": {name: self._models[name]}}))
-
-    def load_now(self, model: ServedModel) -> Answerer:
-        """The answerer of `model`."""
-        return Answerer.load(model)
-
-    async def load(self, name: str) -> Answerer:
-        """The answerer of one of several models; `multiplexed` keeps the last ones that were asked for."""
-        self._unfit.refuse(name)  # one that waited here while another request's attempt failed
-        try:
-            return await asyncio.to_thread(self.load_now, self._models[name])
-        except Exception as error:
-            raise self._unfit.add(name, error) from error
-
-    async def _answerer(self, name: str) -> Answerer:
-        """The answerer of the model `name`.
-
-        Raises:
-            RequestError: 500 with the reason, when it is one of several and cannot be loaded.
-        """
-        if self._only is not None:
-            return self._only
-        self._unfit.refuse(name)
-        if name in self._unfit:  # looked at before Serve makes room for it, at another model's cost
-            self._unfit.postpone(name)
-            try:
-                await asyncio.to_thread(self._look_at, name)
-            except Exception as error:
-                raise self._unfit.add(name, error) from error
-            self._unfit.remove(name)
-        return await self.load(name)
-
-    async def answer(
-        self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
-    ) -> list[CascadeAnswer]:
-        """One answer per prompt, in order."""
-        answerer = await self._answerer(model)
-        with self._failures_counted():
-            return await self._bridge.answer(answerer, prompts, Sampling(**options), timeout_s)
-
-    async def stream(
-        self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
-    ) -> AsyncGenerator[Told, None]:
-        """The same, told while it is drawn."""
-        answerer = await self._answerer(model)
-        with self._failures_counted():
-            async for told in self._bridge.stream(answerer, prompts, Sampling(**options), timeout_s):
-                yield told
-
-    @contextmanager
-    def _failures_counted(self) -> Iterator[None]:
-        """Count requests in a row that fail inside the engine; what it refuses is no failure, and no success."""
-        try:
-            yield
-        except RequestError:
-            raise
-        except Exception:
-            self._failures += 1
-            raise
-        self._failures = 0
-
-    def check_health(self) -> None:
-        """Raise when this engine fails at whatever it is asked; Serve then starts another in its place."""
-        if self._failures >= _FAILURES:
-            raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
-
-
-def _multiplexed(engines: type[Engines], max_models: int) -> type[Engines]:
-    """`engines` for several models, `max_models` of them in memory. Serve wants that number when a class is made."""
-
-    class MultiplexedEngines(engines):  # type: ignore[valid-type,misc]
-        @serve.multiplexed(max_num_models_per_replica=max_models)  # type: ignore[untyped-decorator]
-        async def load(self, name: str) -> Answerer:
-            answerer: Answerer = await super().load(name)
-            return answerer
-
-    return MultiplexedEngines
+    return Replica
 
 
 class HandleBackend:
@@ -287,7 +177,7 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
     drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
     stopping = {"graceful_shutdown_timeout_s": drain_s + 1, "graceful_shutdown_wait_loop_s": 0.2}
     engine = serve.deployment(
-        engines if len(config.models) == 1 else _multiplexed(engines, config.models_per_engine),
+        _replica(engines, config),
         name=_ENGINE,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         max_ongoing_requests=config.max_ongoing_requests,
@@ -468,13 +358,6 @@ def _why_failed(app_name: str) -> str:
         return ""
     failed = [one.message for one in application.deployments.values() if one.status in _FAILED]
     return "; ".join(reason_in(message) for message in failed if message)
-
-
-def reason_in(message: str) -> str:
-    """The error at the end of a replica's tracebacks, on one line; the whole message, in short, without any."""
-    raised = list(_RAISED.finditer(message))
-    reason = message[raised[-1].start() :] if raised else message
-    return textwrap.shorten(_OURS.sub("", reason), _REASON_CHARACTERS, placeholder=" ...")
 
 
 def _running_address() -> tuple[str, int] | None:

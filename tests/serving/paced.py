@@ -14,7 +14,7 @@ from cert_ray.serving.answers import CascadeAnswer, Listener, Route
 from cert_ray.serving.deployment import ServeConfig, ServedModel
 from cert_ray.serving.engines import Completion, FinishReason
 from cert_ray.serving.events import SketchCandidate, SketchChosen, TextDrawn
-from cert_ray.serving.on_ray import Engines
+from cert_ray.serving.replicas import Engines
 from cert_ray.serving.sampling import Sampling
 from tests.serving.fakes import FakeAnswerer
 

@@ -204,74 +204,6 @@ def test_the_builder_says_in_a_line_which_models_their_engines_will_look_at(
     assert gone in line
 
 
-@pytest.fixture
-def own_logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine of this process adds no handler to this process's logger."""
-    monkeypatch.setattr(on_ray, "_log_as_serve_does", lambda: None)
-
-
-@pytest.mark.usefixtures("own_logs")
-def test_a_damaged_model_of_several_is_told_at_the_start_and_the_others_answer(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folders = {name: {"model": save_model(tmp_path / name)} for name in ("fine", "cut")}
-    weights = tmp_path / "cut" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1])
-    engines = on_ray.Engines({"models": folders})
-    assert "cut cannot be loaded" in caplog.text
-    loaded = []
-    engines.load_now = lambda model: loaded.append(model) or Answerer.load(model)  # type: ignore[method-assign]
-    options = {"max_tokens": 2}
-
-    def asked(name: str) -> list[CascadeAnswer]:
-        return asyncio.run(engines.answer(name, ["x ="], options, 60))
-
-    assert asked("fine")[0].choices
-    with pytest.raises(
-        RequestError, match=r"^cut cannot be loaded: .*cut: it cannot be the model: its model\.safe.*Copy"
-    ):
-        asked("cut")
-    assert [model.model for model in loaded] == [folders["fine"]["model"]]  # so none had to make room for it
-    engines.check_health()
-    weights.write_bytes(whole)
-    engines._unfit._again_s = -1  # as after a minute
-    engines._unfit.postpone("cut")
-    assert asked("cut")[0].choices
-
-
-@pytest.mark.usefixtures("own_logs")
-def test_weights_that_do_not_fit_are_read_once_for_all_who_wait(tmp_path: Path) -> None:
-    engines = on_ray.Engines({"models": {name: {"model": save_model(tmp_path / name)} for name in ("a", "b")}})
-    tried = []
-
-    def load(model: on_ray.ServedModel) -> Answerer:
-        tried.append(model)
-        raise InputError(str(model.model), "its weights are not those of its config.json", "Copy it again.")
-
-    engines.load_now = load  # type: ignore[method-assign]
-
-    async def ask_often() -> list[str]:
-        refusals = []
-        for _ in range(3):
-            with pytest.raises(RequestError) as refused:
-                async for _ in engines.stream("a", ["x ="], {}, 60):
-                    pass
-            refusals.append(refused.value.message)
-        return refusals
-
-    assert set(asyncio.run(ask_often())) == {
-        f"a cannot be loaded: {tmp_path / 'a'}: its weights are not those of its config.json. Copy it again."
-    }
-    assert len(tried) == 1
-
-
-@pytest.mark.usefixtures("own_logs")
-def test_engines_do_not_start_for_models_of_which_none_can_be_loaded(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such model folder"):
-        on_ray.Engines({"models": {name: {"model": str(tmp_path / name)} for name in ("a", "b")}})
-
-
 def test_models_that_were_checked_are_not_checked_again(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -281,37 +213,6 @@ def test_models_that_were_checked_are_not_checked_again(
         start_server(config)
     with pytest.raises(pytest.fail.Exception, match="deployed"):
         start_server(config, checked=True)
-
-
-# As Serve 2.60 gave it for weights of another shape, its middle left out.
-FAILED = """The deployment failed to start 3 times in a row. See controller logs for details. Error:
-\x1b[36mray::ServeReplica:cert-ray:engine.initialize_and_get_metadata()\x1b[39m (pid=1, ip=192.0.2.2)
-    raise RuntimeError(traceback.format_exc()) from None
-RuntimeError: Traceback (most recent call last):
-  File "auto_factory.py", line 406, in from_pretrained
-RuntimeError: You set `ignore_mismatched_sizes` to `False`, thus raising an error.
-
-The above exception was the direct cause of the following exception:
-
-\x1b[36mray::ServeReplica:cert-ray:engine.initialize_and_get_metadata()\x1b[39m (pid=1, ip=192.0.2.2)
-  File "model_folders.py", line 94, in load_model
-    raise InputError(folder, f"transformers cannot load it: {error}", cure) from error
-"""
-
-
-@pytest.mark.parametrize(
-    ("last", "reason"),
-    [
-        (
-            "cert_ray.errors.InputError: /m: transformers\n  cannot load it. Give",
-            "/m: transformers cannot load it. Give",
-        ),
-        ("torch.OutOfMemoryError: no room", "torch.OutOfMemoryError: no room"),
-        ("MemoryError", "MemoryError"),
-    ],
-)
-def test_the_reason_of_a_replica_that_does_not_start_is_its_last_error(last: str, reason: str) -> None:
-    assert on_ray.reason_in(FAILED + last) == reason
 
 
 def test_an_application_that_fails_is_stopped_though_serve_cannot_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,10 +260,6 @@ def test_an_address_that_nothing_can_listen_at_is_named_and_serve_is_stopped(
     with pytest.raises(CertRayError, match=rf"port=1: Serve's proxy does not listen there: .*{reason}.*another port"):
         start_server(ServerConfig(model="any", port=1), checked=True)
     assert stopped
-
-
-def test_without_an_error_the_message_is_the_reason() -> None:
-    assert on_ray.reason_in("No node has\n2 GPUs.") == "No node has 2 GPUs."
 
 
 def test_replicas_get_the_documentation_that_was_there_when_the_application_was_built(tmp_path: Path) -> None:

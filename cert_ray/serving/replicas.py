@@ -1,0 +1,132 @@
+"""What a replica of the deployment `engine` does: it holds models, and answers what front doors ask of them.
+
+In: a `ServeConfig`. Out: answers, or events and then the answers. One model is loaded at once. Of several, those that
+are asked for: all are looked at first, and for those that cannot be loaded the reason is the answer, so that one
+damaged folder stops no other model. No Ray in here: resources, and which models stay in memory, stand in `on_ray.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers.utils.logging import disable_progress_bar
+
+from cert_ray.errors import RequestError
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.answers import CascadeAnswer
+from cert_ray.serving.backends import Bridge, Told
+from cert_ray.serving.deployment import ServeConfig, ServedModel
+from cert_ray.serving.sampling import Sampling
+from cert_ray.serving.unfit_models import UnfitModels
+
+_FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
+
+
+class Engines:
+    """The models of one replica. They are loaded and asked in threads, so that queues and health checks are served."""
+
+    @staticmethod
+    def check(config: ServeConfig) -> None:
+        """Raise, before anything is deployed, what `ServeConfig.check_models` raises."""
+        config.check_models()
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        disable_progress_bar()  # of loading weights: here is no terminal, so each step of it would be a line
+        self._config = config = ServeConfig.from_mapping(options, "engine deployment")
+        self._models = config.models
+        # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
+        self._bridge = Bridge(2 * config.max_ongoing_requests)
+        self._failures = 0
+        self._only: Answerer | None = None
+        self._unfit = UnfitModels()
+        if len(self._models) == 1:  # now, so that the replica is ready when it says so
+            (model,) = self._models.values()
+            self._only = self.load_now(model)
+        else:
+            self._look_at_all()
+
+    def _look_at_all(self) -> None:
+        """Find the models that cannot be loaded. Where none can, there is nothing to start for.
+
+        That costs the reading of a tokenizer each: 0.13 CPU-seconds for one of 49,152 tokens (SmolLM2's, without its
+        weights; Intel Xeon, 2026-11-26), beside the several seconds of any engine's start.
+        """
+        for name in self._models:
+            try:
+                self._look_at(name)
+            except Exception as error:  # noqa: BLE001 - a store's driver raises whatever it likes
+                self._unfit.add(name, error)
+                last = error
+        if len(self._unfit) == len(self._models):
+            raise last
+
+    def _look_at(self, name: str) -> None:
+        """Raise what `check` raises for the model `name`."""
+        self.check(self._config.model_copy(update={"models": {name: self._models[name]}}))
+
+    def load_now(self, model: ServedModel) -> Answerer:
+        """The answerer of `model`."""
+        return Answerer.load(model)
+
+    async def load(self, name: str) -> Answerer:
+        """The answerer of one of several models; whoever deploys this keeps the last ones that were asked for."""
+        self._unfit.refuse(name)  # one that waited here while another request's attempt failed
+        try:
+            return await asyncio.to_thread(self.load_now, self._models[name])
+        except Exception as error:
+            raise self._unfit.add(name, error) from error
+
+    async def _answerer(self, name: str) -> Answerer:
+        """The answerer of the model `name`.
+
+        Raises:
+            RequestError: 500 with the reason, when it is one of several and cannot be loaded.
+        """
+        if self._only is not None:
+            return self._only
+        self._unfit.refuse(name)
+        if name in self._unfit:  # looked at before Serve makes room for it, at another model's cost
+            self._unfit.postpone(name)
+            try:
+                await asyncio.to_thread(self._look_at, name)
+            except Exception as error:
+                raise self._unfit.add(name, error) from error
+            self._unfit.remove(name)
+        return await self.load(name)
+
+    async def answer(
+        self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
+    ) -> list[CascadeAnswer]:
+        """One answer per prompt, in order."""
+        answerer = await self._answerer(model)
+        with self._failures_counted():
+            return await self._bridge.answer(answerer, prompts, Sampling(**options), timeout_s)
+
+    async def stream(
+        self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
+    ) -> AsyncGenerator[Told, None]:
+        """The same, told while it is drawn."""
+        answerer = await self._answerer(model)
+        with self._failures_counted():
+            async for told in self._bridge.stream(answerer, prompts, Sampling(**options), timeout_s):
+                yield told
+
+    @contextmanager
+    def _failures_counted(self) -> Iterator[None]:
+        """Count requests in a row that fail inside the engine; what it refuses is no failure, and no success."""
+        try:
+            yield
+        except RequestError:
+            raise
+        except Exception:
+            self._failures += 1
+            raise
+        self._failures = 0
+
+    def check_health(self) -> None:
+        """Raise when this engine fails at whatever it is asked; Serve then starts another in its place."""
+        if self._failures >= _FAILURES:
+            raise RuntimeError(f"the last {self._failures} requests failed inside the engine")

@@ -1,0 +1,74 @@
+"""What an engine's replica does with models that cannot be loaded: the others answer, and it says why."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from cert_ray.errors import InputError, RequestError
+from cert_ray.serving.answering import Answerer
+from cert_ray.serving.answers import CascadeAnswer
+from cert_ray.serving.deployment import ServedModel
+from cert_ray.serving.replicas import Engines
+from tests.serving.builders import save_model
+
+
+def test_a_damaged_model_of_several_is_told_at_the_start_and_the_others_answer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {name: {"model": save_model(tmp_path / name)} for name in ("fine", "cut")}
+    weights = tmp_path / "cut" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    engines = Engines({"models": folders})
+    assert "cut cannot be loaded" in caplog.text
+    loaded = []
+    engines.load_now = lambda model: loaded.append(model) or Answerer.load(model)  # type: ignore[method-assign]
+    options = {"max_tokens": 2}
+
+    def asked(name: str) -> list[CascadeAnswer]:
+        return asyncio.run(engines.answer(name, ["x ="], options, 60))
+
+    assert asked("fine")[0].choices
+    with pytest.raises(
+        RequestError, match=r"^cut cannot be loaded: .*cut: it cannot be the model: its model\.safe.*Copy"
+    ):
+        asked("cut")
+    assert [model.model for model in loaded] == [folders["fine"]["model"]]  # so none had to make room for it
+    engines.check_health()
+    weights.write_bytes(whole)
+    engines._unfit._again_s = -1  # as after a minute
+    engines._unfit.postpone("cut")
+    assert asked("cut")[0].choices
+
+
+def test_weights_that_do_not_fit_are_read_once_for_all_who_wait(tmp_path: Path) -> None:
+    engines = Engines({"models": {name: {"model": save_model(tmp_path / name)} for name in ("a", "b")}})
+    tried = []
+
+    def load(model: ServedModel) -> Answerer:
+        tried.append(model)
+        raise InputError(str(model.model), "its weights are not those of its config.json", "Copy it again.")
+
+    engines.load_now = load  # type: ignore[method-assign]
+
+    async def ask_often() -> list[str]:
+        refusals = []
+        for _ in range(3):
+            with pytest.raises(RequestError) as refused:
+                async for _ in engines.stream("a", ["x ="], {}, 60):
+                    pass
+            refusals.append(refused.value.message)
+        return refusals
+
+    assert set(asyncio.run(ask_often())) == {
+        f"a cannot be loaded: {tmp_path / 'a'}: its weights are not those of its config.json. Copy it again."
+    }
+    assert len(tried) == 1
+
+
+def test_engines_do_not_start_for_models_of_which_none_can_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such model folder"):
+        Engines({"models": {name: {"model": str(tmp_path / name)} for name in ("a", "b")}})

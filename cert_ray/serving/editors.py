@@ -112,7 +112,7 @@ def read_infill(asked: InfillRequest, model: str, limits: RequestLimits) -> Comp
         suffix=asked.input_suffix,
         max_tokens=min(wanted, limits.max_tokens),
         temperature=asked.temperature,
-        top_p=asked.top_p or None,
+        top_p=asked.top_p,
         seed=None if asked.seed == -1 else asked.seed,
         stop=(asked.stop or [])[: limits.max_stops],
     )

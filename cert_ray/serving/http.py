@@ -195,10 +195,10 @@ class _Completions:
             try:
                 return await self._backend.answer(asked.model, [prompt], sampling, self._config.request_timeout_s)
             except RequestError as error:
-                nearer = editors.nearer_half(prompt) if error.code == "context_length_exceeded" else None
-                if nearer is not None:
+                is_too_long, nearer = error.code == "context_length_exceeded", editors.nearer_half(prompt)
+                if is_too_long and (nearer is not None or sampling.suffix is not None):
                     half = (sampling.suffix or "")[: len(sampling.suffix or "") // 2]
-                    prompt, sampling = nearer, sampling.model_copy(update={"suffix": half or None})
+                    prompt, sampling = nearer or prompt, sampling.model_copy(update={"suffix": half or None})
                 elif error.param == "suffix" and sampling.suffix is not None:  # not trained to fill in the middle
                     sampling = sampling.model_copy(update={"suffix": None})
                 else:

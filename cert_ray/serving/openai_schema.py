@@ -22,6 +22,8 @@ from cert_ray.serving.sampling import Mode, Sampling
 # Known to OpenAI, not done here: only the values that mean "not asked for" are accepted.
 NOT_DONE = frozenset({"frequency_penalty", "logit_bias", "presence_penalty"})
 
+_LEAST_TOP_P = 1e-9  # OpenAI and llama.cpp take 0, which leaves the likeliest token alone; so does this
+
 
 class RequestLimits(Config):
     """What one request may ask for."""
@@ -60,7 +62,7 @@ class CompletionRequest(BaseModel):
     n: _Count | None = Field(default=None, ge=1)
     best_of: _Count | None = Field(default=None, ge=1, description="drawn; the n likeliest of them are given")
     temperature: _Number | None = Field(default=None, ge=0, le=2)
-    top_p: _Number | None = Field(default=None, gt=0, le=1)
+    top_p: _Number | None = Field(default=None, ge=0, le=1)
     max_tokens: _Count | None = Field(default=None, ge=0, description="0 only with echo: the prompt is scored")
     stop: str | list[str] | None = None
     stop_token_ids: list[_Count] | None = Field(default=None, description="not OpenAI's: each ends an answer")
@@ -158,7 +160,7 @@ def read_request(request: CompletionRequest, limits: RequestLimits) -> tuple[lis
             best_of=request.best_of,
             max_tokens=max_tokens,
             temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=request.top_p or 1.0,
+            top_p=1.0 if request.top_p is None else max(request.top_p, _LEAST_TOP_P),
             # 53 bits survive JSON in every language
             seed=secrets.randbits(53) if request.seed is None else request.seed,
             stop=tuple(stop for stop in stops if stop),

@@ -77,6 +77,21 @@ def test_what_is_far_from_the_cursor_is_left_out_until_it_fits() -> None:
     assert sampling.suffix == " a" * (len(sampling.suffix or "") // 2)
 
 
+def test_a_first_line_before_a_long_file_is_completed() -> None:
+    """There is no line before the cursor to leave out."""
+    backend = NarrowBackend(window=60)
+    assert infill(backend, prompt="import", input_suffix=" a" * 500).status_code == 200
+    [(_, prompts, sampling)] = backend.asked
+    assert prompts == ["import"]
+    assert 20 <= len((sampling.suffix or "").split()) < 60
+
+
+def test_a_plugins_nucleus_of_nothing_is_not_all() -> None:
+    backend = NarrowBackend()
+    infill(backend, input_prefix="x", top_p=0)
+    assert 0 < backend.asked[0][2].top_p < 0.01
+
+
 def test_one_line_that_does_not_fit_is_refused_with_both_lengths() -> None:
     error = error_of(infill(NarrowBackend(window=5), input_prefix="a b c d e f g"))
     assert error["code"] == "context_length_exceeded"

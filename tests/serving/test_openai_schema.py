@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pydantic
 import pytest
+import torch
 
 from cert_ray.errors import RequestError
 from cert_ray.serving.openai_schema import CompletionRequest, RequestLimits, read_request
-from cert_ray.serving.sampling import Mode, Sampling
+from cert_ray.serving.sampling import Mode, Sampling, draw_tokens
 
 
 def read(limits: RequestLimits | None = None, **fields: Any) -> tuple[list[str], Sampling]:
@@ -29,6 +31,16 @@ def test_a_request_without_a_seed_gets_a_fresh_one() -> None:
     assert read()[1].seed != read()[1].seed
     assert read(seed=0)[1].seed == 0
     assert read(temperature=0)[1].temperature == 0
+
+
+def test_a_nucleus_of_nothing_is_the_likeliest_token() -> None:
+    """OpenAI's least top_p is 0; it must not be read as none at all, which is every token."""
+    logits, numbers = torch.tensor([[0.0, 0.1, -5.0]]), np.array([0.0, 0.5, 0.9])
+    for top_p, expected in ((0, {1}), (0.0, {1}), (1e-300, {1}), (1.0, {0, 1})):
+        sampling = read(top_p=top_p)[1]
+        (tokens,) = draw_tokens(logits, [numbers], [sampling.temperature], [sampling.top_p])
+        assert set(tokens.tolist()) >= expected
+        assert (len(set(tokens.tolist())) == 1) == (expected == {1})
 
 
 def test_prompts_and_stops_may_be_lists() -> None:
@@ -80,7 +92,7 @@ def test_what_is_not_done_is_refused_unless_it_is_the_default(field: str, value:
         ({"echo": "yes"}, "echo"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"seed": 2**63}, "seed"),
     ],
 )

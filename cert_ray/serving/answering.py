@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from functools import partial
-from typing import Self
+from typing import Final, Self
 
 import pydantic
 
@@ -41,6 +41,11 @@ from cert_ray.serving.single import run_single
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.tokens.encoding import MODEL_VIEW, View
+
+# Of the answers kept: so many tokens for each there may be, and what a token counts that is told with its
+# log-probabilities. Measured with SmolLM2's tokenizer: 35 bytes a token, and 340 to 860.
+_ANSWER_TOKENS: Final = 1_024
+_TOLD_WEIGHT: Final = 20
 
 
 class ModelConfig(Config):
@@ -269,11 +274,15 @@ class Answerer:
 
 
 class AnswerCache:
-    """The answers given last, by prompt and options, seed included: the same request is the same answer."""
+    """The answers given last, by prompt and options, seed included: the same request is the same answer.
+
+    Long ones count for several: 200 samples of 1,000 tokens with their log-probabilities take 170 MB.
+    """
 
     def __init__(self, most: int) -> None:
+        """At most so many, and together at most so many times `_ANSWER_TOKENS` tokens."""
         self.hits = 0
-        self._most = most
+        self._most, self._tokens = most, 0
         self._kept: OrderedDict[tuple[str, Sampling], CascadeAnswer] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -292,9 +301,18 @@ class AnswerCache:
         if self._most == 0:
             return
         with self._lock:
+            replaced = self._kept.pop((prompt, sampling), None)
             self._kept[prompt, sampling] = answer
-            while len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+            self._tokens += _weight(answer) - (0 if replaced is None else _weight(replaced))
+            while len(self._kept) > self._most or self._tokens > self._most * _ANSWER_TOKENS:
+                self._tokens -= _weight(self._kept.popitem(last=False)[1])
+
+
+def _weight(answer: CascadeAnswer) -> int:
+    """What is kept of `answer`, in tokens. Samples that are alike are one object."""
+    distinct = {id(choice): choice for choice in answer.choices}.values()
+    tokens = sum(len(one.ids) * (1 if one.logprobs is None else _TOLD_WEIGHT) for one in distinct)
+    return tokens + (0 if answer.prompt_logprobs is None else _TOLD_WEIGHT * len(answer.prompt_logprobs.tokens))
 
 
 def _tell_again(answer: CascadeAnswer, listener: Listener) -> None:

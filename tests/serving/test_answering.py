@@ -26,10 +26,10 @@ from cert_ray.errors import (
 )
 from cert_ray.retrieval.retriever import Retriever
 from cert_ray.serving import answering
-from cert_ray.serving.answering import Answerer, ModelConfig
+from cert_ray.serving.answering import AnswerCache, Answerer, ModelConfig
 from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.cascade_config import CascadeConfig
-from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, Hooks, Work
+from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, Hooks, TokenLogprobs, Work
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.sketching import prompt_format
@@ -92,6 +92,32 @@ def test_the_same_request_again_is_the_same_answer_and_is_told_again(answerer: A
     texts = ["".join(e.text for e in told if isinstance(e, TextDrawn) and e.index == place) for place in range(3)]
     assert texts == [choice.text for choice in first.choices]
     assert not answerer.answer(PROMPTS[:1], sampling.model_copy(update={"seed": 98}))[0].from_cache
+
+
+def test_long_answers_are_kept_as_many_as_take_the_room_of_short_ones() -> None:
+    def answer(choices: int, tokens: int, told: TokenLogprobs | None = None) -> CascadeAnswer:
+        return CascadeAnswer(
+            tuple(Completion(tuple(range(tokens)), "", "stop", 0.0, told) for _ in range(choices)), Route.MODEL
+        )
+
+    def kept(cache: AnswerCache) -> list[str]:
+        return [prompt for prompt in "abcd" if cache.find(prompt, SAMPLING) is not None]
+
+    cache = AnswerCache(3)
+    for prompt in "abcd":
+        cache.keep(prompt, SAMPLING, answer(2, 400))
+    assert kept(cache) == ["b", "c", "d"]
+    cache.keep("b", SAMPLING, answer(2, 700))  # again, and longer
+    assert kept(cache) == ["b", "c", "d"]
+    cache.keep("a", SAMPLING, answer(2, 600))
+    assert kept(cache) == ["a", "c", "d"]  # the longest was the least recently used, too
+    cache.keep("c", SAMPLING, answer(1, 100, TokenLogprobs((), (), (), ())))
+    assert kept(cache) == ["c", "d"]
+    cache.keep("d", SAMPLING, answer(200, 1_000))
+    assert kept(cache) == []
+    same = answer(1, 1_000).choices * 200
+    cache.keep("d", SAMPLING, CascadeAnswer(same, Route.MODEL))
+    assert kept(cache) == ["d"]
 
 
 def test_events_of_several_prompts_come_in_order_for_each(answerer: Answerer) -> None:

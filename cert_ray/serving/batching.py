@@ -10,6 +10,7 @@ What a request is answered depends on its `Work` alone (`joint.py`); when, on wh
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import traceback
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cert_ray.errors import RequestError
 from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, step_sizes
 from cert_ray.serving.joint import JointSamples, Top, distinct_in_order, likeliest, tell_logprobs
 from cert_ray.serving.kept_prompts import KeptPrompts, Pin
@@ -33,6 +35,11 @@ _log = logging.getLogger(__name__)
 # Up to so many rows a step takes hardly longer than with one: reading the weights decides. Measured (SmolLM2-135M, one
 # core of a Xeon with AMX, bf16, a step): 48 ms for 1 row, 54 for 8, 68 for 32, 109 for 90.
 _IDLE_ROWS = 16
+# Every token drawn then would be the same one, whatever the prompt. Told to whoever asks: another prompt may do.
+_NOT_FINITE = (
+    "The model's numbers for this prompt are not finite, so nothing can be drawn. Whoever runs the server: its weights "
+    "may be damaged, or too large for engine.dtype=float16; take bfloat16 or float32."
+)
 _KEPT_ROWS = 64  # of logits, where no request runs; assumed
 
 
@@ -309,7 +316,8 @@ class Batch:
             return False
         if request.samples.work.comes_again:
             request.pin = self._prompts.pin(request.prompt)
-        if self._prompts.wants(request.prompt):
+        # What is not finite reaches the tokens before it, since a masked NaN is one: nobody else may begin with them.
+        if self._prompts.wants(request.prompt) and math.isfinite(logits_QV[-1].float().logsumexp(0).item()):
             self._prompts.add(request.prompt, request.kept)
         if not request.samples.branches:  # no token was asked for: the prompt was to be scored
             self._finish(request)
@@ -339,6 +347,10 @@ class Batch:
             self._finish(request)
 
     def _finish(self, request: Request) -> None:
+        if request.samples.is_lost:
+            _log.error("the model gives numbers that are not finite behind a prompt of %d tokens", len(request.prompt))
+            self._end(request, _Told(error=RequestError(500, _NOT_FINITE, None, "not_finite")))
+            return
         self.counted.drafted_tokens += request.samples.drafted
         self.counted.accepted_tokens += request.samples.accepted
         told = None

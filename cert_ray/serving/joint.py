@@ -22,6 +22,7 @@ have.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -88,6 +89,7 @@ class JointSamples:
         self.drawing: list[Drawing] = []  # until all are drawn: they come before `branches`
         self.ended: list[tuple[Completion, npt.NDArray[np.int64]]] = []
         self.drafted = self.accepted = 0
+        self.is_lost = False  # the model gave no numbers: there are no samples
         self._room = context_tokens - len(work.prompt)
         self._markers = prompt_format.marker_ids(tokenizer) if work.code_only else ()
         self._tokenizer = tokenizer
@@ -182,9 +184,13 @@ class JointSamples:
 
         Args:
             distinct: of each branch's tokens, as `distinct_in_order` gives them; `logits` are theirs.
-            totals: each row's `sampling.log_totals`.
+            totals: each row's `sampling.log_totals`; where one is not finite, the samples are lost.
         """
         drawing, self.drawing = self.drawing, []
+        self.is_lost = self.is_lost or not all(map(math.isfinite, totals))
+        if self.is_lost:
+            self.branches = []
+            return
         for place, (one, drawn) in enumerate(zip(drawing, tokens, strict=True)):
             branch, total = one.branch, totals[place]
             top = self._top(logits_BV[place], total)

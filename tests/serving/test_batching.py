@@ -7,13 +7,14 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cert_ray.errors import RequestCancelledError
+from cert_ray.errors import RequestCancelledError, RequestError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.answering import check_wanted
 from cert_ray.serving.batching import Turns
@@ -103,6 +104,35 @@ def test_a_prompt_that_begins_like_one_before_is_not_read_again(folder: str, alo
     assert second.cached_tokens >= len(prompt_format.encode_code(engine.tokenizer, "import pandas as pd\nimport numpy"))
     assert again.cached_tokens == len(work(engine, TEXTS[0]).prompt) - 1
     assert [ids(first), ids(second), ids(again)] == [alone[0], alone[2], alone[0]]
+
+
+def test_numbers_that_are_not_finite_are_an_error_of_their_own_request(
+    folder: str, engine: TransformersEngine, alone: list[Any]
+) -> None:
+    """As of weights that overflow in fp16; whatever the prompt, the same token would be drawn over and over."""
+    lost = TransformersEngine(folder)
+    prompts = [work(lost, text).prompt for text in TEXTS]
+    used = set().union(*prompts, *(tokens for drawn in alone for tokens in drawn))
+    poison = next(token for token in range(10, 400) if token not in used)
+
+    def spoil(_: object, args: tuple[torch.Tensor], embedded_1SD: torch.Tensor) -> torch.Tensor:
+        return embedded_1SD.masked_fill((args[0] == poison)[..., None], torch.nan)
+
+    lost._model.get_input_embeddings().register_forward_hook(spoil)
+    works = [replace(work(lost, TEXTS[0]), prompt=(*prompts[0], poison)), *(work(lost, text) for text in TEXTS)]
+
+    def draw(one: Work) -> Any:
+        try:
+            return ids(lost.draw(one))
+        except RequestError as error:
+            return error
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        refused, *others = pool.map(draw, works)
+    assert others == alone
+    assert (refused.status, refused.code) == (500, "not_finite")
+    with pytest.raises(RequestError, match="not finite"):
+        lost.draw(replace(works[0], max_tokens=1, temperature=0.0))
 
 
 class ByHand(Turns):

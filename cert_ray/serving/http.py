@@ -219,7 +219,7 @@ class _Completions:
         events = self._events(asked, writer, body.include_usage)
         # Whatever is refused is refused before the first event, with a status of its own.
         first = await _while_connected(request, anext(events))
-        return _EventStream(_chain(first, events))
+        return _EventStream(first, events)
 
     def _understand(self, request: Request, body: CompletionRequest) -> tuple[_Asked, ResponseWriter]:
         began = time.perf_counter()
@@ -304,22 +304,21 @@ class _Completions:
 class _EventStream(StreamingResponse):
     """A stream of server-sent events, which no cache keeps and no proxy collects."""
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events = events
+        super().__init__(_chain(first, rest), media_type="text/event-stream", headers=headers)
+        self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Starlette stops iterating when the client goes away; closing is what ends the work.
-        async with aclosing(self._events):
+        # Starlette stops iterating when the client goes away, or never begins; closing is what ends the work.
+        async with aclosing(self._rest):
             await super().__call__(scope, receive, send)
 
 
 async def _chain(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    async with aclosing(rest):
-        yield first
-        async for event in rest:
-            yield event
+    yield first
+    async for event in rest:
+        yield event
 
 
 def _chunks(writer: ResponseWriter, batch: Told, include_usage: bool) -> Iterator[CompletionResponse]:

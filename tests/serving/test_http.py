@@ -267,6 +267,30 @@ def test_the_deadline_ends_the_work(stream: bool) -> None:
     assert backend.running == 0
 
 
+def test_a_client_that_goes_away_before_the_first_event_is_sent_ends_the_work() -> None:
+    backend, gone = ScriptedBackend(hold=True), asyncio.Event()
+    body = json.dumps({"model": "org/cert", "prompt": "x", "stream": True}).encode()
+    incoming = [{"type": "http.request", "body": body, "more_body": False}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "root_path": ""}
+    scope["headers"] = [(b"content-type", b"application/json")]
+
+    async def receive() -> Any:
+        if incoming:
+            return incoming.pop()
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send_until_gone(_: Any) -> None:
+        gone.set()
+        await asyncio.Event().wait()  # nobody takes it
+
+    async def ask() -> int:
+        await create_app(backend)(scope, receive, send_until_gone)
+        return backend.running
+
+    assert asyncio.run(ask()) == 0
+
+
 def test_a_fault_of_the_server_is_an_error_of_the_same_shape_that_tells_nothing() -> None:
     response = complete(ScriptedBackend(ZeroDivisionError("secret")))
     assert response.status_code == 500

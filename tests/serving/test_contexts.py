@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from cert_ray import python_source
 from cert_ray.schemas import Dropped
+from cert_ray.serving import contexts
 from cert_ray.serving.contexts import sketch_context
 from cert_ray.sketching import Sketched, SketchKind, sketch_source
 
@@ -91,6 +93,20 @@ def test_a_prompt_that_ends_anywhere_has_a_sketch(prompt: str, expected: str | N
         assert sketched.text == expected
     for placeholder in sketched.placeholders:
         assert sketched.text[placeholder.start : placeholder.end] == placeholder.kind
+
+
+@pytest.mark.parametrize("lines", [1, 5, 500])
+def test_a_prompt_inside_a_docstring_is_sketched_up_to_it_at_the_price_of_a_few_readings(
+    lines: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+    monkeypatch.setattr(contexts, "parse", lambda source: parsed.append(source) or python_source.parse(source))
+    head = "x = 1\n\x0cdef f(a=2):\n"
+    docstring = '    """It says "x = 3",\n' + "    and it's more:\n" * lines
+    sketched = sketch_context(head + docstring + "    open")
+    assert len(parsed) < 10
+    assert sketched.text == sketch_context(head).text + docstring + "    open"
+    assert [place.kind for place in sketched.placeholders] == ["number", "func", "number"]
 
 
 @pytest.mark.parametrize("name", ["PandasEval", "NumpyEval"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +43,9 @@ class Engines:
         self._failures = 0
         self._only: Answerer | None = None
         self._unfit = UnfitModels()
+        self._loading: dict[str, asyncio.Future[Answerer]] = {}
+        # One at a time: of two that transformers loads at once, one may lack weights.
+        self._loads = ThreadPoolExecutor(1, thread_name_prefix="loading")
         if len(self._models) == 1:  # now, so that the replica is ready when it says so
             (model,) = self._models.values()
             self._only = self.load_now(model)
@@ -72,12 +76,24 @@ class Engines:
         return Answerer.load(model)
 
     async def load(self, name: str) -> Answerer:
-        """The answerer of one of several models; whoever deploys this keeps the last ones that were asked for."""
+        """The answerer of one of several models; whoever deploys this keeps the last ones that were asked for.
+
+        No thread that loads can be stopped: when a request goes away, the next for the same model waits for the thread.
+        """
         self._unfit.refuse(name)  # one that waited here while another request's attempt failed
+        loading = self._loading.get(name)
+        if loading is None:
+            loading = self._loading[name] = asyncio.ensure_future(self._load(name))
+            loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # though nobody waits any more
+        return await asyncio.shield(loading)
+
+    async def _load(self, name: str) -> Answerer:
         try:
-            return await asyncio.to_thread(self.load_now, self._models[name])
+            return await asyncio.get_running_loop().run_in_executor(self._loads, self.load_now, self._models[name])
         except Exception as error:
             raise self._unfit.add(name, error) from error
+        finally:
+            del self._loading[name]
 
     async def _answerer(self, name: str) -> Answerer:
         """The answerer of the model `name`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,46 @@ def test_weights_that_do_not_fit_are_read_once_for_all_who_wait(tmp_path: Path) 
         f"a cannot be loaded: {tmp_path / 'a'}: its weights are not those of its config.json. Copy it again."
     }
     assert len(tried) == 1
+
+
+def test_a_model_is_not_loaded_again_beside_itself_for_requests_that_go_away(tmp_path: Path) -> None:
+    """An editor asks at each key and gives the last request up: each left a thread that loaded on."""
+    engines = Engines({"models": {name: {"model": save_model(tmp_path / name)} for name in ("a", "b")}})
+    begun, ready, one_at_a_time, loads = threading.Event(), threading.Event(), threading.Lock(), []
+
+    def load(model: ServedModel) -> Answerer:
+        loads.append(Path(model.folders["model"]).name)
+        assert one_at_a_time.acquire(blocking=False)  # what is loaded for nobody keeps others from it, too
+        begun.set()
+        assert ready.wait(60)
+        try:
+            return Answerer.load(model)
+        finally:
+            one_at_a_time.release()
+
+    engines.load_now = load  # type: ignore[method-assign]
+
+    async def ask(name: str) -> CascadeAnswer:
+        (answer,) = await engines.answer(name, ["x ="], {"max_tokens": 2}, 60)
+        return answer
+
+    async def ask_at_each_key() -> list[CascadeAnswer]:
+        for _ in range(3):
+            asked = asyncio.ensure_future(ask("a"))
+            while not begun.is_set():
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            asked.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asked
+        last = [asyncio.ensure_future(ask(name)) for name in ("b", "a")]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        ready.set()
+        return await asyncio.gather(*last)
+
+    assert all(answer.choices for answer in asyncio.run(ask_at_each_key()))
+    assert loads == ["a", "b"]
 
 
 def test_engines_do_not_start_for_models_of_which_none_can_be_loaded(tmp_path: Path) -> None:

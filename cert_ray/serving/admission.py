@@ -27,7 +27,9 @@ class Admission:
         self._max_in_flight, self._at_once, self._timeout_s, self._clock = max_in_flight, at_once, timeout_s, clock
         self.in_flight = 0
         self._gap_s: float | None = None  # seconds from one answer to the next while requests wait
-        self._last_end: float | None = None
+        # Since when as many are here as are worked on together, or since the last of them ended; None: fewer are here.
+        self._full_since: float | None = None
+        self._answered_last = False  # what ended last was an answer
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -43,15 +45,14 @@ class Admission:
             problem = f"The wait is {wait_s:.0f} s now, the limit {self._timeout_s:g} s: try again."
             raise _overloaded(problem, wait_s - self._timeout_s)
         self.in_flight += 1
+        if self.in_flight == self._at_once:
+            self._full_since = self._clock()
+        answered = False
         try:
             yield
-        except BaseException:
-            self._last_end = None  # what was cancelled or refused says nothing about the rate
-            raise
-        else:
-            self._measure()
+            answered = True
         finally:
-            self.in_flight -= 1
+            self._end(answered)
 
     def expected_wait_s(self) -> float:
         """Until a request that comes now is answered; 0 while it would be worked on at once, or nothing is known."""
@@ -59,13 +60,19 @@ class Admission:
             return 0.0
         return self._gap_s * (self.in_flight + 1)
 
-    def _measure(self) -> None:
+    def _end(self, answered: bool) -> None:
+        """Count out one request, and measure the gap: the time since the last answer in which all were at work.
+
+        Other time says how often requests come, not how fast they are answered: after an idle hour an hour is no gap.
+        """
         now = self._clock()
-        # The gap between two answers is a rate only if there was always something to do in between.
-        if self._last_end is not None and self.in_flight >= self._at_once:
-            gap_s = now - self._last_end
+        # What was cancelled or refused says nothing about the rate, and nor does the gap behind it.
+        if answered and self._answered_last and self._full_since is not None:
+            gap_s = now - self._full_since
             self._gap_s = gap_s if self._gap_s is None else self._gap_s + _WEIGHT * (gap_s - self._gap_s)
-        self._last_end = now
+        self._answered_last = answered
+        self.in_flight -= 1
+        self._full_since = now if self.in_flight >= self._at_once else None
 
 
 def _overloaded(problem: str, retry_after_s: float) -> RequestError:

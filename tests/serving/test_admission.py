@@ -83,3 +83,21 @@ def test_requests_that_fail_say_nothing_about_the_rate() -> None:
             raise ZeroDivisionError
     with admission.admit():
         assert admission.expected_wait_s() == 0
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_an_hour_without_requests_is_no_hour_of_waiting(at_once: int) -> None:
+    clock = Clock()
+    admission = Admission(100, at_once, 20, clock)
+    for _ in range(3):  # now and then one, and then as many as are worked on together, of a second each
+        serve(admission, clock, 1, gap_s=1)
+        clock.now += 3_600
+        places = [ExitStack() for _ in range(at_once)]
+        for place in places:
+            place.enter_context(admission.admit())
+        clock.now += 1
+        places.pop().close()
+        with admission.admit(), admission.admit():
+            assert admission.expected_wait_s() <= at_once + 2
+        for place in places:
+            place.close()

@@ -324,7 +324,8 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines, *, chec
             f"host={config.host!r}, port={config.port}: Serve already listens on {host}:{port}, and has one address "
             "per cluster. Stop it with `serve shutdown`, or use that address."
         )
-    served = ServedApp(f"http://{host}:{port}", config.app_name, owns_serve=running is None)
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    served = ServedApp(f"http://{address}", config.app_name, owns_serve=running is None)
     try:
         with logs.warnings_alone(_SERVE):
             serve.run(app, name=config.app_name, route_prefix="/", blocking=False, logging_config=_WARNINGS_ALONE)
@@ -371,6 +372,6 @@ def _running_address() -> tuple[str, int] | None:
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])

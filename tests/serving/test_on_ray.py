@@ -6,6 +6,7 @@ import asyncio
 import io
 import logging
 import pickle
+import socket
 import warnings
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -260,6 +261,19 @@ def test_an_address_that_nothing_can_listen_at_is_named_and_serve_is_stopped(
     with pytest.raises(CertRayError, match=rf"port=1: Serve's proxy does not listen there: .*{reason}.*another port"):
         start_server(ServerConfig(model="any", port=1), checked=True)
     assert stopped
+
+
+def test_a_server_may_listen_on_the_loopback_of_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(on_ray, "_running_address", lambda: ("::1", 8000))
+    monkeypatch.setattr(on_ray, "application", lambda *_: None)
+    monkeypatch.setattr(on_ray.serve, "run", lambda *_, **__: None)
+    assert start_server(ServerConfig(model="any", host="::1"), checked=True).base_url == "http://[::1]:8000"
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    assert on_ray._free_port("::1") > 0
 
 
 def test_replicas_get_the_documentation_that_was_there_when_the_application_was_built(tmp_path: Path) -> None:

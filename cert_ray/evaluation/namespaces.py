@@ -17,8 +17,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from cert_ray.errors import SandboxError
@@ -33,6 +33,9 @@ _NETWORK = "/proc/self/ns/net"
 _TO_BECOME_NOBODY = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 _TO_RENAME_ROOT = ("CAP_SETFCAP",)  # to map the outer root into a user namespace: user_namespaces(7), since Linux 5.12
 _OTHERS = ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL")
+
+_LOOKING = threading.Lock()  # also over _FOUND
+_FOUND: dict[str, Way] = {}  # by the path of bubblewrap
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +72,26 @@ def _kept(capabilities: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word for name in capabilities for word in ("--cap-add", name))
 
 
-@cache
 def find_way(bubblewrap: str, patience_s: float) -> Way:
     """The first way that starts here, with a network of its own; where none does, the first. Kept, but for errors.
+
+    One thread looks, and tells of it; others wait for what it finds, each as long as it has patience.
 
     Raises:
         SandboxError: where a way starts in this machine's own network, or that cannot be told.
         OSError: where it could not be tried, or did not start within `patience_s`: another time it may.
     """
+    if not _LOOKING.acquire(timeout=patience_s):
+        raise TimeoutError(f"it took more than {patience_s:.0f} s")
+    try:
+        if bubblewrap not in _FOUND:
+            _FOUND[bubblewrap] = _look(bubblewrap, patience_s)
+        return _FOUND[bubblewrap]
+    finally:
+        _LOOKING.release()
+
+
+def _look(bubblewrap: str, patience_s: float) -> Way:
     first, *others = ways()
     said = _try(bubblewrap, first, patience_s)
     if said is None:

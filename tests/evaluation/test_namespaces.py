@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from cert_ray.errors import SandboxError
+from cert_ray.evaluation import namespaces
 from cert_ray.evaluation import sandbox as sandbox_module
 from cert_ray.evaluation.environments import current_environment
 from cert_ray.evaluation.namespaces import Way, find_way, ways
@@ -48,6 +51,38 @@ def test_where_it_cannot_it_is_started_inside_of_one_and_that_is_told(
     assert find_way(as_below_gvisor(tmp_path), PATIENCE_S) == ways()[1]
     (warning,) = caplog.records
     assert GVISOR in warning.getMessage()
+
+
+@needs_unshare
+def test_many_threads_with_different_patience_look_once_and_tell_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bubblewrap = as_below_gvisor(tmp_path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda place: find_way(bubblewrap, PATIENCE_S + place), range(8)))
+    assert set(found) == {ways()[1]}
+    assert len(caplog.records) == 1
+
+
+def test_a_thread_does_not_wait_longer_for_anothers_look_than_it_would_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looking, enough = threading.Event(), threading.Event()
+
+    def look(bubblewrap: str, patience_s: float) -> Way:
+        looking.set()
+        assert enough.wait(PATIENCE_S)
+        return ways()[0]
+
+    monkeypatch.setattr(namespaces, "_look", look)
+    slow = str(tmp_path / "bwrap")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(find_way, slow, PATIENCE_S)
+        assert looking.wait(PATIENCE_S)
+        with pytest.raises(TimeoutError):
+            find_way(slow, 0.01)
+        enough.set()
+        assert first.result() == find_way(slow, 0.01) == ways()[0]
 
 
 @needs_unshare

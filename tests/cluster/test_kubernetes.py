@@ -4,10 +4,6 @@ locked by default, and the names that must follow the recipe do.
 
 from __future__ import annotations
 
-import functools
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,50 +14,18 @@ import ray
 import yaml
 
 from cert_ray.operations.recipe import load_recipe
-from tests.cluster.pod import oci_config
-
-KUBERNETES = Path(__file__).resolve().parents[2] / "cluster" / "kubernetes"
-KUBECTL = str(Path(sys.executable).parent / "kubectl")
-RAY_KINDS = {"RayCluster": "rayclusters", "RayJob": "rayjobs", "RayService": "rayservices"}
-JOBS = ("preprocess", "tokenizer", "pack", "train", "evaluate")
-BUILDS = (
-    "base",
-    *(f"jobs/{job}" for job in JOBS),
-    "service",
-    "evaluation",
-    *(f"overlays/{overlay.name}" for overlay in sorted((KUBERNETES / "overlays").iterdir())),
+from tests.cluster.manifests import (
+    BUILDS,
+    JOBS,
+    KUBERNETES,
+    RAY_KINDS,
+    of_kind,
+    overlay,
+    pod_specs,
+    ray_cluster_spec,
+    shipped,
 )
-
-
-def build(folder: Path) -> list[dict[str, Any]]:
-    built = subprocess.run([KUBECTL, "kustomize", str(folder)], capture_output=True, text=True, timeout=60, check=False)
-    assert built.returncode == 0, built.stderr
-    return [document for document in yaml.load_all(built.stdout, yaml.CSafeLoader) if document]
-
-
-@functools.cache
-def shipped(name: str) -> tuple[dict[str, Any], ...]:
-    return tuple(build(KUBERNETES / name))
-
-
-def of_kind(name: str, kind: str) -> dict[str, Any]:
-    (found,) = (document for document in shipped(name) if document["kind"] == kind)
-    return found
-
-
-def ray_cluster_spec(document: dict[str, Any]) -> dict[str, Any]:
-    spec: dict[str, Any] = document["spec"]
-    return spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-
-
-def pod_specs(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every pod that a document makes, by role."""
-    if document["kind"] in RAY_KINDS:
-        cluster = ray_cluster_spec(document)
-        yield "head", cluster["headGroupSpec"]["template"]["spec"]
-        yield from ((group["groupName"], group["template"]["spec"]) for group in cluster["workerGroupSpecs"])
-    elif "template" in document.get("spec", {}):
-        yield document["kind"], document["spec"]["template"]["spec"]
+from tests.cluster.pod import oci_config
 
 
 def without_unknown_fields(schema: Any) -> Any:
@@ -241,28 +205,18 @@ def test_the_pod_that_scores_samples_has_no_right_and_writes_only_results() -> N
 
 
 def test_the_submission_id_follows_the_recipe(tmp_path: Path) -> None:
-    def overlay(text: str) -> tuple[str, str, set[str]]:
+    def submitted(text: str) -> tuple[str, str, set[str]]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "mine.yaml").write_text(text)
-        (folder / "kustomization.yaml").write_text(
-            yaml.safe_dump(
-                {
-                    "resources": [str(Path("../" * len(folder.parts[1:])) / str(KUBERNETES / "jobs/tokenizer")[1:])],
-                    "namespace": "cert-ray",
-                    "configMapGenerator": [
-                        {"name": "recipe", "behavior": "replace", "files": ["recipe.yaml=mine.yaml"]}
-                    ],
-                }
-            )
-        )
-        documents = {document["kind"]: document for document in build(folder)}
+        recipe = {"name": "recipe", "behavior": "replace", "files": ["recipe.yaml=mine.yaml"]}
+        documents = {one["kind"]: one for one in overlay(folder, "jobs/tokenizer", configMapGenerator=[recipe])}
         volumes = [volume for _, pod in pod_specs(documents["RayJob"]) for volume in pod["volumes"]]
         mounted = {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
         assert documents["ConfigMap"]["data"] == {"recipe.yaml": text}
         return documents["RayJob"]["spec"]["jobId"], documents["ConfigMap"]["metadata"]["name"], mounted
 
-    first, again, other = overlay("a: 1\n"), overlay("a: 1\n"), overlay("a: 2\n")
+    first, again, other = submitted("a: 1\n"), submitted("a: 1\n"), submitted("a: 2\n")
     assert first == again
     assert first[0] != other[0]
     for identity, name, mounted in (first, other):

@@ -18,6 +18,7 @@
     |-- TrainingDivergedError   a loss that is not finite, or has left where it was
     |-- TrainingMemoryError     a training worker without enough memory, with the estimate
     |-- TrainingFailedError     training workers died more often than the run allows
+    |-- ClusterError            a Ray cluster that cannot be joined: dead, with another token, of another version
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
         |-- RequestCancelledError   nobody waits for the answer any more
@@ -157,6 +158,17 @@ class TrainingMemoryError(CertRayError):
 
 class TrainingFailedError(CertRayError):
     """Training workers died more often than the run allows; what was checkpointed is kept."""
+
+
+class ClusterError(CertRayError):
+    """A Ray cluster cannot be joined: nobody answers there, it has another token, or it runs another Ray or Python."""
+
+    def __init__(self, address: str, problem: str, cure: str) -> None:
+        super().__init__(address, problem, cure)
+        self.address, self.problem, self.cure = address, problem, cure
+
+    def __str__(self) -> str:
+        return f"the Ray cluster at {self.address}: {self.problem}. {self.cure}"
 
 
 class SandboxError(CertRayError):

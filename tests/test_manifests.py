@@ -55,6 +55,7 @@ def test_unfinished_foreign_and_garbled_folders_are_refused_by_name(tmp_path: Pa
         errors.NotFinishedError("x", "pack"),
         errors.ShardCorruptError("x", "1", "2", "pack"),
         errors.ConservationError("dedup", 3, 1, 1),
+        errors.ClusterError("10.0.0.1:6379", "nobody answers", "Look."),
         errors.RequestError(400, "no", "n", "bad"),
     ],
 )

@@ -10,6 +10,8 @@ import typer
 from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
 from cert_ray.errors import ConfigError
 
+_ANSWERS_S = 5.0  # assumed: who asks for a cluster's health wants to know when it has none
+
 
 @app.command()
 def doctor(
@@ -30,7 +32,7 @@ def doctor(
         from cert_ray.operations.nodes import judge_nodes, versions_here
         from cert_ray.operations.on_ray import ask_nodes, ray_session
 
-        with ray_session(cluster, check_versions=False):  # it names them all
+        with ray_session(cluster, check_versions=False, patience_s=_ANSWERS_S):  # it names them all
             findings = judge_nodes(ask_nodes(try_sandbox=True), versions_here())
     for finding in findings:
         typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
@@ -45,18 +47,18 @@ def status(
     overrides: Overrides = None,
     story: Annotated[bool, typer.Option("--story", help="first every line that the run's jobs kept, in order")] = False,
 ) -> None:
-    """Show how far a run is, read off its folder, and the command that goes on with it.
+    """Show how far a run is, read off its folder, what its last job did and where, and the command that goes on.
 
     Example: cert-ray status jobs/numpy.yaml --set run=s3://bucket/runs/numpy
     """
     from cert_ray.operations.status import render_status, run_status
-    from cert_ray.operations.story import read_story, render_line
+    from cert_ray.operations.story import last_job, read_story, render_line
 
     resolved = load(recipe, overrides, None)
     for line in read_story(resolved.run) if story else ():
         typer.echo(render_line(line))
     repeated = [part for assignment in overrides or () for part in ("--set", assignment)]
-    typer.echo(render_status(run_status(resolved), shlex.join([recipe, *repeated])))
+    typer.echo(render_status(run_status(resolved), shlex.join([recipe, *repeated]), last_job(resolved.run)))
 
 
 @app.command()

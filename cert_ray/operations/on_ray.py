@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import ray
+from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cert_ray.errors import CertRayError
+from cert_ray.errors import CertRayError, ClusterError
 from cert_ray.on_ray import LOST, own_errors
+from cert_ray.operations.cluster_address import find_host, wait_for_listener
 from cert_ray.operations.nodes import (
     NodeFacts,
     facts_of_this_node,
@@ -28,6 +34,14 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _JOINING_S = 30.0  # assumed: a node starts a process within it; one that is slower is not waited for
 _TOKEN_IS_USED = "Token authentication is enabled for this Ray cluster"  # another warning says that no token was found
+_REFUSED = "it does not take this process' token, or there is none here"
+_TOKEN = (
+    "Set RAY_AUTH_MODE=token, and the cluster's own token as RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH, or in "
+    "~/.ray/auth_token; KubeRay keeps it in a Secret with the cluster's name."
+)
+_WHICH_PORT = "It is the GCS' port that is wanted, 6379 where nobody chose another; the dashboard's is 8265."
+_VERSIONS = "Use the cluster's image, or install its versions here: `ray[default]==VERSION` in the same Python."
+_START = "Start one with `ray start --head`, or give its HOST:PORT; without an address Ray is started here."
 _RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
 
 _WORKER_ENVIRONMENT = {
@@ -40,7 +54,9 @@ _WORKER_ENVIRONMENT = {
 
 
 @contextmanager
-def ray_session(address: str | None = None, check_versions: bool = True) -> Iterator[None]:
+def ray_session(
+    address: str | None = None, check_versions: bool = True, patience_s: float = _JOINING_S
+) -> Iterator[None]:
     """Ray for the length of a block: the cluster of `address` or of a submitted job, else a private one, stopped after.
 
     A private Ray listens on loopback and makes its own token. `ray.init()` alone would join any cluster that happens to
@@ -48,16 +64,19 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
 
     Args:
         check_versions: ask the nodes that are there now; those that an autoscaler adds later have the same image.
+        patience_s: how long a head that does not answer is waited for.
 
     Raises:
-        ConfigError: when a node of the cluster runs another version of Python, Ray or cert-ray, or none of it.
+        ClusterError: where there is no cluster, or none that takes this process' token, Ray and Python.
+        ConfigError: for what is no address, and when a node of the cluster runs another version of Python, Ray or
+            cert-ray, or none of it.
     """
     if ray.is_initialized():
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS")
     if target:
-        ray.init(address=target, logging_level=logging.WARNING)  # our own line says where we are
+        _join(target, patience_s)
         logger.info("ray: joined %s", target)
         try:
             if check_versions:
@@ -88,6 +107,61 @@ def ray_session(address: str | None = None, check_versions: bool = True) -> Iter
             yield
         finally:
             ray.shutdown()
+
+
+def _join(target: str, patience_s: float) -> None:
+    host = find_host(target)
+    if host is None and target == "auto" and (found := canonicalize_bootstrap_address(target)) is not None:
+        host = find_host(found)
+    if host is not None:
+        wait_for_listener(*host, patience_s)
+        # Without a mode, Ray may find a token by itself for `auto`: after this, and only there.
+        if not target.startswith("ray://") and (target != "auto" or "RAY_AUTH_MODE" in os.environ):
+            name = f"[{host[0]}]" if ":" in host[0] else host[0]
+            _greet(target, f"{name}:{host[1]}", patience_s)
+    try:
+        ray.init(address=target, logging_level=logging.WARNING)  # our own line says where we are
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(target, _REFUSED, _TOKEN) from error
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        ray.shutdown()  # it may have got as far as being connected
+        other = "Version mismatch" in str(error)
+        problem = " ".join(str(error).split()) if other else _last_line(error)
+        raise ClusterError(target, problem.rstrip("."), _VERSIONS if other else _START) from error
+
+
+def _greet(target: str, gcs: str, patience_s: float) -> None:
+    """Nothing, where a GCS answers and takes our token: `ray.init` would try either again and again.
+
+    Raises:
+        ClusterError: for another token at once, for no answer after `patience_s`.
+    """
+    try:
+        ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the client would abort this process
+    except ray.exceptions.AuthenticationError as error:
+        raise ClusterError(target, _REFUSED, _TOKEN) from error
+    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            GcsClient(address=gcs)
+        except Exception as error:  # noqa: BLE001 - it is told to the thread that waits
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    threading.Thread(target=ask, daemon=True).start()  # it cannot be ended, and may wait for 40 s
+    try:
+        refusal = answers.get(timeout=patience_s)
+    except queue.Empty:
+        problem = (
+            f"somebody listens there, and does not answer as a head of Ray {ray.__version__} within {patience_s:g} s"
+        )
+        raise ClusterError(target, problem, _WHICH_PORT) from None
+    if isinstance(refusal, ray.exceptions.AuthenticationError):
+        raise ClusterError(target, _REFUSED, _TOKEN) from refusal
+    if refusal is not None:
+        raise ClusterError(target, _last_line(refusal).rstrip("."), _WHICH_PORT) from refusal
 
 
 def know_own_cluster() -> None:

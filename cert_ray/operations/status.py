@@ -94,12 +94,17 @@ def next_verb(stages: Sequence[StageStatus]) -> str | None:
     return next((stage.verb for stage in stages if stage.state != State.FINISHED), None)
 
 
-def render_status(stages: Sequence[StageStatus], arguments: str) -> str:
-    """A table for people, and below it the command that goes on, with the `arguments` that name the run."""
-    return "\n".join(_lines(stages, arguments))
+def render_status(stages: Sequence[StageStatus], arguments: str, last_job: str | None = None) -> str:
+    """A table for people, below it what the last job did, and the command that goes on.
+
+    Args:
+        arguments: that name the run.
+        last_job: as `story` tells it.
+    """
+    return "\n".join(_lines(stages, arguments, last_job))
 
 
-def _lines(stages: Sequence[StageStatus], arguments: str) -> Iterator[str]:
+def _lines(stages: Sequence[StageStatus], arguments: str, last_job: str | None) -> Iterator[str]:
     width = max(len(stage.stage) for stage in stages)
     for stage in stages:
         total = "?" if stage.total is None else f"{stage.total:,}"
@@ -108,5 +113,7 @@ def _lines(stages: Sequence[StageStatus], arguments: str) -> Iterator[str]:
     for stage in stages:
         if stage.state == State.UNUSABLE:
             yield f"{stage.stage}: {stage.detail}"
+    if last_job is not None:
+        yield f"last job: {last_job}"
     verb = next_verb(stages)
     yield "everything is finished" if verb is None else f"next: cert-ray {verb} {arguments}"

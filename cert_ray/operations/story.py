@@ -1,11 +1,13 @@
 """What happened to a run, in order: the lines that its jobs kept below RUN/logs (`telemetry.logs`).
 
-In: a run's folder. Out: its `Line`s by time, and its `Attempt`s, one per job. Nothing is changed.
+In: a run's folder. Out: its `Line`s by time, and its `Attempt`s, one per job; of the last job, without reading those
+before it, where it ran and how it stands. Nothing is changed.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,11 +46,22 @@ class Attempt:
 
 def read_story(run: str) -> list[Line]:
     """Every line of every job of `run`, by time; none where nothing was kept."""
+    return _read(_files(run))
+
+
+def _files(run: str) -> list[str]:
     folder = storage.join(run, logs.FOLDER)
     if not storage.exists(folder):
         return []
-    files = [entry.url for entry in storage.list_files(folder) if entry.url.endswith(".jsonl")]
+    return [entry.url for entry in storage.list_files(folder) if entry.url.endswith(".jsonl")]
+
+
+def _read(files: Sequence[str]) -> list[Line]:
     return sorted((line for url in files for line in _lines(url)), key=lambda line: line.time)
+
+
+def _log_of(url: str) -> str:
+    return storage.name_of(url.rsplit("/", 1)[0])
 
 
 def _lines(url: str) -> Iterator[Line]:
@@ -58,7 +71,7 @@ def _lines(url: str) -> Iterator[Line]:
         except ValueError:
             continue  # cut short
         about = {name: str(fields.get(name, "")) for name in ("time", "level", "verb", "stage", "shard", "message")}
-        yield Line(**about, log=storage.name_of(url.rsplit("/", 1)[0]), fields=fields)
+        yield Line(**about, log=_log_of(url), fields=fields)
 
 
 def attempts(lines: Sequence[Line]) -> list[Attempt]:
@@ -82,6 +95,29 @@ def _attempt(lines: list[Line]) -> Attempt:
         log=first.log,
         versions=first.fields.get("versions", {}),
     )
+
+
+def last_job(run: str) -> str | None:
+    """A line on the job that began last: where, when, of which versions, and how it ended or what it said last.
+
+    None where nothing was kept. What workers of a job said, which keep logs of their own, is the job's.
+    """
+    files = _files(run)
+    jobs = [log for log in map(_log_of, files) if re.fullmatch(r"[^-]+-[^-]+-\d+", log)]  # workers' have a longer name
+    if not jobs:
+        return None
+    newest = max(jobs)
+    lines = _read([url for url in files if _log_of(url) >= newest])
+    told = [attempt for attempt in attempts(lines) if attempt.log == newest]
+    if not told:
+        return None  # its only line was cut short
+    (job,) = told
+    versions = "".join(f", {name} {version}" for name, version in job.versions.items())
+    began = f"{job.verb} on {job.host}{versions}, began {job.began[:10]} {job.began[11:19]} UTC"
+    if job.seconds is None:
+        return f"{began}, at work or killed, at {lines[-1].time[11:19]}: {lines[-1].message}"
+    ending = "" if job.outcome == "finished" else f": {job.message.removeprefix(f'{job.verb} failed: ')}"
+    return f"{began}, {job.outcome} after {job.seconds:,.1f} s{ending}"
 
 
 def render_line(line: Line) -> str:

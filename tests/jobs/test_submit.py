@@ -1,9 +1,13 @@
-"""Preprocessing through the real Jobs API with authentication on: done, done twice, refused without the token."""
+"""Preprocessing through the real Jobs API with authentication on: done, done twice, refused without the token; and so
+is whoever asks for the cluster's health.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,3 +52,15 @@ def test_submitted_preprocessing_finishes_is_idempotent_and_wants_the_token(head
     refused = submit(head, *job, RAY_AUTH_TOKEN_PATH=str(tmp_path / "wrong"), RAY_AUTH_TOKEN="0" * 64)
     assert refused.returncode != 0
     assert re.search("401|403|[Uu]nauthori[sz]ed|[Ff]orbidden|[Tt]oken", refused.stdout + refused.stderr)
+
+
+def test_doctor_with_another_token_fails_with_one_line_of_ours(head: Head) -> None:
+    command = [sys.executable, "-c", "from cert_ray.cli import main; main()", "doctor", "--cluster", head.gcs]
+    variables = {key: value for key, value in head.environment.items() if key != "RAY_AUTH_TOKEN_PATH"}
+    done = subprocess.run(
+        command, env={**variables, "RAY_AUTH_TOKEN": "0" * 64}, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 1
+    (told,) = (line for line in done.stderr.splitlines() if line.startswith("cert-ray: "))
+    assert f"the Ray cluster at {head.gcs}: it does not take this process' token" in told
+    assert "Traceback" not in done.stderr

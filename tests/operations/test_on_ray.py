@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import threading
 
 import pytest
 
@@ -62,6 +63,106 @@ def test_a_private_ray_does_not_tell_of_the_token_that_it_is_meant_to_have(monke
     disabled, missing = shown.getvalue().splitlines()
     assert disabled.startswith("Token authentication is disabled")
     assert missing.startswith("Token authentication is enabled but no token")
+
+
+@pytest.fixture
+def a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody listens at every address, and Ray is not up here."""
+    from cert_ray.operations import on_ray
+
+    monkeypatch.setattr(on_ray, "wait_for_listener", lambda *_: None)
+    monkeypatch.setattr(on_ray, "ensure_token_if_auth_enabled", lambda **_: None)
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(on_ray.ray, "shutdown", lambda: None)
+
+
+def why_not_joined(address: str = "10.0.0.1:6379", patience_s: float = 60) -> str:
+    from cert_ray.errors import ClusterError
+    from cert_ray.operations import on_ray
+
+    with pytest.raises(ClusterError) as caught, on_ray.ray_session(address, patience_s=patience_s):
+        pytest.fail("joined")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_another_token_is_told_without_trying_to_join(a_head: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from cert_ray.operations import on_ray
+
+    def refuse(address: str) -> None:
+        raise ray.exceptions.AuthenticationError("RPC error: InvalidAuthToken")
+
+    monkeypatch.setattr(on_ray, "GcsClient", refuse)
+    monkeypatch.setattr(on_ray.ray, "init", lambda **_: pytest.fail("tried"))
+    assert why_not_joined().startswith("the Ray cluster at 10.0.0.1:6379: it does not take this process' token")
+    assert "RAY_AUTH_MODE=token" in why_not_joined()
+
+
+def test_no_token_where_one_is_wanted_is_told_before_rays_client_would_abort(
+    a_head: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from cert_ray.operations import on_ray
+
+    def refuse(create_token_if_missing: bool) -> None:
+        assert not create_token_if_missing
+        raise ray.exceptions.AuthenticationError("no authentication token was found")
+
+    monkeypatch.setattr(on_ray, "ensure_token_if_auth_enabled", refuse)
+    monkeypatch.setattr(on_ray, "GcsClient", lambda **_: pytest.fail("tried"))
+    assert "or there is none here. Set RAY_AUTH_MODE=token" in why_not_joined()
+
+
+def test_what_listens_and_is_no_head_is_given_up(a_head: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cert_ray.operations import on_ray
+
+    ended = threading.Event()
+    monkeypatch.setattr(on_ray, "GcsClient", lambda address: ended.wait(60))
+    told = why_not_joined(patience_s=0.01)
+    ended.set()
+    assert "does not answer as a head of Ray" in told
+    assert "the dashboard's is 8265" in told
+
+
+# Ray 2.60's own words, to a cluster whose version was changed in its GCS.
+OTHER = """Version mismatch: The cluster was started with:
+    Ray: 2.59.0
+    Python: 3.11.7
+This process on node 192.0.2.2 was started with:
+    Ray: 2.60.0
+    Python: 3.11.7
+"""
+
+
+def test_a_cluster_of_another_version_is_one_line_with_both(a_head: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cert_ray.operations import on_ray
+
+    def init(**_: object) -> None:
+        raise RuntimeError(OTHER)
+
+    monkeypatch.setattr(on_ray, "GcsClient", lambda address: None)
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    told = why_not_joined()
+    assert "started with: Ray: 2.59.0 Python: 3.11.7 This process" in told
+    assert told.endswith(
+        "Use the cluster's image, or install its versions here: `ray[default]==VERSION` in the same Python."
+    )
+
+
+def test_no_cluster_on_this_machine_says_how_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cert_ray.operations import on_ray
+
+    def init(**_: object) -> None:
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(on_ray, "canonicalize_bootstrap_address", lambda address: None)
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(on_ray.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    assert "Start one with `ray start --head`" in why_not_joined("auto")
 
 
 def test_processes_of_a_private_ray_know_its_address_where_another_runs_beside() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cert_ray.operations.story import attempts, read_story, render_line
+from cert_ray.operations.story import attempts, last_job, read_story, render_line
 
 
 def keep(run: Path, name: str, *lines: dict[str, object], part: int = 0) -> Path:
@@ -50,3 +50,42 @@ def test_the_parts_of_a_job_are_one_attempt_in_their_order(tmp_path: Path) -> No
 def test_a_run_without_logs_has_no_story(tmp_path: Path) -> None:
     assert read_story(str(tmp_path / "nothing")) == []
     assert attempts([]) == []
+
+
+def began(second: int, verb: str) -> dict[str, object]:
+    versions = {"cert-ray": "0.1.0", "python": "3.11.7"}
+    return {
+        "time": f"2026-01-01T00:00:{second:02}.0",
+        "message": f"{verb} began",
+        "event": "began",
+        "versions": versions,
+    }
+
+
+def ended(second: int, event: str, message: str) -> dict[str, object]:
+    return {"time": f"2026-01-01T00:00:{second:02}.0", "message": message, "event": event, "seconds": 12.34}
+
+
+def test_the_last_job_is_told_by_where_it_ran_and_how_it_ended(tmp_path: Path) -> None:
+    assert last_job(str(tmp_path)) is None
+    keep(tmp_path, "20260101T000001-pack-8", began(1, "pack"), ended(2, "failed", "pack failed: the disk is full"))
+    place = "on h, cert-ray 0.1.0, python 3.11.7, began 2026-01-01 00:00:01 UTC"
+    assert last_job(str(tmp_path)) == f"pack {place}, failed after 12.3 s: the disk is full"
+    keep(tmp_path, "20260101T000003-train-7", began(3, "train"), ended(9, "finished", "train finished"))
+    told = last_job(str(tmp_path))
+    assert told is not None
+    assert told.endswith("began 2026-01-01 00:00:03 UTC, finished after 12.3 s")
+
+
+def test_a_job_without_an_end_is_told_by_its_newest_line_and_its_workers_are_no_jobs(tmp_path: Path) -> None:
+    keep(tmp_path, "20260101T000001-train-7", began(1, "train"))
+    keep(
+        tmp_path,
+        "20260101T000002-train-base-9",
+        began(2, "train-base"),
+        {"time": "2026-01-01T00:00:30", "message": "step 40"},
+    )
+    told = last_job(str(tmp_path))
+    assert told is not None
+    assert told.startswith("train on h, ")
+    assert told.endswith(", at work or killed, at 00:00:30: step 40")

@@ -1,0 +1,67 @@
+"""The address of a Ray cluster, looked at before Ray is: its client tries a dead one for a quarter of an hour.
+
+In: what `--address`, `--cluster` or RAY_ADDRESS say. Out: host and port, or nothing where only Ray can find the
+cluster; an error where nobody listens there. Opens connections and sends nothing. No Ray in here.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import time
+from collections.abc import Callable
+
+from cert_ray.errors import ClusterError, ConfigError
+
+_CONNECTING_S = 5.0  # assumed: for one address of the host; a firewall that drops packets says nothing
+_AGAIN_S = 0.5  # assumed: between two looks
+_IS_IT_UP = "Is the head up, and its port reachable from here? `ray start --head` and `kubectl get raycluster` tell it."
+_WANTED = (
+    "as --address, --cluster or RAY_ADDRESS give HOST:PORT of the head, 6379 where nobody chose another port, or "
+    "`auto` on a machine of the cluster"
+)
+
+
+def find_host(address: str) -> tuple[str, int] | None:
+    """Host and port of an address; None for one that Ray resolves by itself, such as `auto`.
+
+    Raises:
+        ConfigError: for the dashboard's URL, and where the port is missing.
+    """
+    if address in {"auto", "local"}:
+        return None
+    if address.startswith(("http://", "https://")):
+        raise ConfigError(
+            f"{address!r} is the dashboard's, by which jobs are submitted (`ray job submit --address`): {_WANTED}"
+        )
+    found = re.fullmatch(r"(?:ray://)?(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^/:]+)):(?P<port>\d{1,5})", address)
+    if found is None:
+        if "://" in address:
+            return None  # of a service that brings its own client
+        raise ConfigError(f"{address!r} is no address of a Ray cluster: {_WANTED}")
+    return found["v6"] or found["host"], int(found["port"])
+
+
+def wait_for_listener(
+    host: str,
+    port: int,
+    patience_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    wait: Callable[[float], None] = time.sleep,
+) -> None:
+    """Returns as soon as somebody listens at `host` and `port`: a head may just be starting again.
+
+    Raises:
+        ClusterError: when nobody did within `patience_s`, with the system's reason.
+    """
+    ends_s = clock() + patience_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=_CONNECTING_S).close()
+        except OSError as error:
+            if clock() + _AGAIN_S > ends_s:
+                reason = error.strerror or str(error)
+                raise ClusterError(f"{host}:{port}", f"nobody answers ({reason.lower()})", _IS_IT_UP) from error
+            wait(_AGAIN_S)
+        else:
+            return

@@ -13,7 +13,9 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
 from cert_ray.errors import CertRayError, InputError
@@ -25,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Assumed; each 20% more or less, so that tasks that failed together do not come together again.
 _WAITS_S = (2, 4, 8, 16)
+_ONCE: ContextVar[bool] = ContextVar("once", default=False)
 _GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
 # What stays as it is: full, for reading only, in use by ourselves (EMFILE is a leak, ENOTEMPTY a folder that others
 # write to), or asked in a way that is refused (a store's "bad request" is EINVAL).
@@ -114,6 +117,8 @@ def tried_again(call: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(call)
     def patient(*args: P.args, **options: P.kwargs) -> R:
+        if _ONCE.get():
+            return call(*args, **options)
         for wait_s in _WAITS_S:
             try:
                 return call(*args, **options)
@@ -130,6 +135,16 @@ def tried_again(call: Callable[P, R]) -> Callable[P, R]:
             raise
 
     return patient
+
+
+@contextmanager
+def asked_once() -> Iterator[None]:
+    """In the block nothing is tried again here: somebody waits for the answer, be it that there is none."""
+    token = _ONCE.set(True)
+    try:
+        yield
+    finally:
+        _ONCE.reset(token)
 
 
 def _wait(seconds: float) -> None:

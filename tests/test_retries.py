@@ -296,6 +296,23 @@ def test_a_call_is_tried_five_times_over_half_a_minute(failures: int, waits: lis
     assert sum(waits) <= 36
 
 
+def test_who_waits_for_the_answer_asks_once(waits: list[float]) -> None:
+    calls = []
+
+    @retries.tried_again
+    def unreachable() -> None:
+        calls.append(1)
+        raise ConnectionError("nobody there")
+
+    with retries.asked_once(), pytest.raises(ConnectionError) as caught:
+        unreachable()
+    assert (len(calls), waits) == (1, [])
+    assert not hasattr(caught.value, "__notes__")
+    with pytest.raises(ConnectionError):
+        unreachable()
+    assert len(calls) == 6
+
+
 def test_what_came_every_time_is_not_tried_again_further_out(waits: list[float]) -> None:
     calls = []
 

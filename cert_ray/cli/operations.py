@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 
+from cert_ray import retries
 from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
-from cert_ray.errors import ConfigError
+from cert_ray.errors import CertRayError, ConfigError, InputError
 
 _ANSWERS_S = 5.0  # assumed: who asks for a cluster's health wants to know when it has none
 
@@ -41,6 +44,20 @@ def doctor(
     raise typer.Exit(1 if any(finding.level == Level.FAIL for finding in findings) else 0)
 
 
+@contextmanager
+def _storage_asked_once(run: str) -> Iterator[None]:
+    """Storage that does not answer is one line, after what its client tries by itself."""
+    try:
+        with retries.asked_once():
+            yield
+    except CertRayError:
+        raise
+    except Exception as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        cure = "Can its storage be reached from here, by this address and with these credentials?"
+        raise InputError(run, said.rstrip("."), cure) from error
+
+
 @app.command()
 def status(
     recipe: RecipeFile,
@@ -55,10 +72,11 @@ def status(
     from cert_ray.operations.story import last_job, read_story, render_line
 
     resolved = load(recipe, overrides, None)
-    for line in read_story(resolved.run) if story else ():
-        typer.echo(render_line(line))
     repeated = [part for assignment in overrides or () for part in ("--set", assignment)]
-    typer.echo(render_status(run_status(resolved), shlex.join([recipe, *repeated]), last_job(resolved.run)))
+    with _storage_asked_once(resolved.run):
+        for line in read_story(resolved.run) if story else ():
+            typer.echo(render_line(line))
+        typer.echo(render_status(run_status(resolved), shlex.join([recipe, *repeated]), last_job(resolved.run)))
 
 
 @app.command()

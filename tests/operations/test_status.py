@@ -8,8 +8,9 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from cert_ray import cli, manifests, storage
+from cert_ray import cli, manifests, retries, storage
 from cert_ray.config import Config
+from cert_ray.errors import InputError
 from cert_ray.manifests import ShardReport
 from cert_ray.operations.recipe import Recipe, load_recipe
 from cert_ray.operations.status import State, next_verb, render_status, run_status
@@ -112,3 +113,22 @@ def test_the_next_command_names_the_run_as_it_was_asked_for(recipe: Recipe, tmp_
     other = tmp_path / "another run"
     result = CliRunner().invoke(cli.app, ["status", str(tmp_path / "recipe.yaml"), "--set", f"run={other}"])
     assert result.output.rstrip().endswith(f"next: cert-ray preprocess {tmp_path / 'recipe.yaml'} --set 'run={other}'")
+
+
+def test_storage_that_does_not_answer_is_one_line_and_a_failure(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(url: str) -> bool:
+        raise ConnectionRefusedError("could not connect\nto the endpoint")
+
+    monkeypatch.setattr(manifests, "is_finished", retries.tried_again(refuse))
+    monkeypatch.setattr(retries, "_wait", lambda _: pytest.fail("somebody waits"))
+    result = CliRunner().invoke(cli.app, ["status", str(tmp_path / "recipe.yaml")])
+    assert isinstance(result.exception, InputError)
+    told = str(result.exception)
+    assert told.startswith(f"{recipe.run}: ConnectionRefusedError: could not connect to the endpoint. Can its storage")
+
+
+def test_the_last_job_stands_above_what_is_next(recipe: Recipe) -> None:
+    *_, last, what_next = render_status(run_status(recipe), "recipe.yaml", "pack on h, failed").splitlines()
+    assert (last, what_next) == ("last job: pack on h, failed", "next: cert-ray preprocess recipe.yaml")

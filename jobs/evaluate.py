@@ -1,6 +1,6 @@
 r"""Trained models to pass@k, as a Ray job; the recipe's `evaluation` says on what and how.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- \
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --runtime-env cluster/runtime-env.yaml -- \
         python jobs/evaluate.py jobs/numpy.yaml [KEY=VALUE ...]
 
 Generated code runs in bubblewrap on the nodes, which must allow it; in Kubernetes this is

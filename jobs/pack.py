@@ -1,6 +1,6 @@
 r"""Annotated dataset and tokenizer to packed views, as a Ray job.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- \
+    RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --runtime-env cluster/runtime-env.yaml -- \
         python jobs/pack.py jobs/numpy.yaml [KEY=VALUE ...]
 
 Submitting twice gives one result: what is finished is reused. The last line is the outcome, as JSON.

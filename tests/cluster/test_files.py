@@ -43,6 +43,38 @@ def test_every_ray_start_asks_for_a_token_and_stays_on_loopback(name: str) -> No
         assert "ray start" not in line or "RAY_AUTH_MODE=token" in line
 
 
+@pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_hosts_start_the_checkouts_ray_as_the_image_would(commands: str, tmp_path: Path) -> None:
+    """A shell by ssh knows nothing of a virtual environment, and jobs begin with `python`, from Ray's own PATH."""
+    tools = tmp_path / ".venv" / "bin"
+    tools.mkdir(parents=True)
+    (tools / "ray").write_text('#!/bin/sh\necho "$@"; env\n')
+    (tools / "ray").chmod(0o755)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("token")
+    lines = [line.replace("CHECKOUT", str(tmp_path)) for line in load("hosts.yaml")[commands]]
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "RAY_HEAD_IP": "10.0.0.1"}
+    said = [
+        subprocess.run(["bash", "-c", line], env=bare, capture_output=True, text=True, timeout=60, check=True).stdout
+        for line in lines
+    ]
+    assert said[1].startswith("stop\n")
+    assert said[2].startswith("start ")
+    started = dict(line.split("=", 1) for line in said[2].splitlines()[1:])
+    assert started["PATH"].startswith(f"{tools}:")
+    assert started["RAY_AUTH_MODE"] == "token"
+    image = re.findall(r"(RAY_grpc_\w+)=(\d+)", (CLUSTER / "Dockerfile").read_text())
+    assert len(image) == 2
+    assert {name: started.get(name) for name, _ in image} == dict(image)
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.glob("serve-*.yaml")), ids=lambda path: path.name)
+def test_what_serve_files_say_to_run_sends_the_token(path: Path) -> None:
+    said = path.read_text().partition("proxy_location")[0]
+    at = said.index("RAY_AUTH_MODE=token")
+    assert all(at < said.index(command) for command in ("ray start", "serve deploy") if command in said)
+
+
 @pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml"])
 def test_cloud_nodes_get_the_token_the_tested_image_and_no_public_address(name: str) -> None:
     config = load(name)

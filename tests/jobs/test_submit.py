@@ -4,8 +4,10 @@ is whoever asks for the cluster's health.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +30,38 @@ def head() -> Iterator[Head]:
         yield head
 
 
+def header(name: str) -> list[str]:
+    """The command that a job's header says to run, as words; what is optional left out."""
+    text = ast.get_docstring(ast.parse((ROOT / "jobs" / f"{name}.py").read_text()))
+    assert text is not None
+    (command,) = re.findall(r"RAY_\S+ ray job submit [^\[]+", text.replace("\\\n", " "))
+    return shlex.split(command)
+
+
+def submitted_as_written(head: Head, name: str, recipe: str) -> subprocess.CompletedProcess[str]:
+    """The command of a job's header, run from the checkout; only head, recipe and Python are this test's."""
+    mode, *command = header(name)
+    for written, here in (
+        ("http://127.0.0.1:8265", head.dashboard),
+        ("jobs/numpy.yaml", recipe),
+        ("python", sys.executable),
+    ):
+        command[command.index(written)] = here
+    variables = {**head.environment, **dict([mode.split("=")])}
+    path = f"{Path(sys.executable).parent}:{variables['PATH']}"
+    return subprocess.run(
+        command, env={**variables, "PATH": path}, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "jobs").glob("*.py")))
+def test_a_jobs_header_says_how_it_is_submitted(name: str) -> None:
+    mode, *command = header(name)
+    assert mode == "RAY_AUTH_MODE=token"
+    assert command[command.index("--") + 1 :] == ["python", f"jobs/{name}.py", "jobs/numpy.yaml"]
+    assert (ROOT / command[command.index("--runtime-env") + 1]).is_file()
+
+
 def test_submitted_preprocessing_finishes_is_idempotent_and_wants_the_token(head: Head, tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus", files=4)
     recipe = {
@@ -46,7 +80,8 @@ def test_submitted_preprocessing_finishes_is_idempotent_and_wants_the_token(head
     written = manifest.read_bytes()
     shard = tmp_path / "run" / "dataset" / "shard-00000.parquet"
     changed = shard.stat().st_mtime_ns
-    assert submit(head, *job).returncode == 0
+    again = submitted_as_written(head, "preprocess", job[1])
+    assert again.returncode == 0, again.stdout + again.stderr
     assert manifest.read_bytes() == written
     assert shard.stat().st_mtime_ns == changed
     refused = submit(head, *job, RAY_AUTH_TOKEN_PATH=str(tmp_path / "wrong"), RAY_AUTH_TOKEN="0" * 64)

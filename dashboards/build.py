@@ -1,8 +1,9 @@
 """The Grafana dashboards, made from the metric catalogue: `python dashboards/build.py` writes `*.json` beside itself.
 
 In: `PANELS`, one table per dashboard; a series is named by the catalogue's `Metric`, or by `RAY` where Ray emits it.
-Out: JSON that Grafana imports. `tests/dashboards` holds the files to this table, every expression to promtool, and
-every metric of the catalogue to a panel.
+Out: JSON that Grafana imports; and `alerts.yaml` as the object that Prometheus' operator takes, in cluster/kubernetes.
+`tests/dashboards` holds the files to this table, every expression to promtool, and every metric of the catalogue to a
+panel.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from grafana_foundation_sdk.builders import dashboard, prometheus, timeseries
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import DataSourceRef
@@ -21,23 +23,22 @@ from cert_ray.telemetry.metrics import Metric
 FOLDER = Path(__file__).parent
 _LETTERS = "ABCDEF"  # Grafana's names of a panel's queries
 
-# Series that Ray 2.60 emits itself, and that panels or alerts use.
-RAY = frozenset(
-    {
-        "ray_node_cpu_utilization",
-        "ray_node_disk_free",
-        "ray_node_disk_usage",
-        "ray_node_gpus_utilization",
-        "ray_node_mem_total",
-        "ray_node_mem_used",
-        "ray_serve_deployment_queued_queries",
-        "ray_serve_deployment_replica_healthy",
-        "ray_serve_deployment_replica_starts_total",
-        "ray_serve_http_request_latency_ms_bucket",
-        "ray_serve_num_http_error_requests_total",
-        "ray_serve_num_http_requests_total",
-    }
-)
+# Series that Ray 2.60 emits itself, and that panels or alerts use, with those of their labels that they are asked by.
+RAY: Mapping[str, tuple[str, ...]] = {
+    "ray_node_cpu_utilization": (),
+    "ray_node_disk_free": (),
+    "ray_node_disk_usage": (),
+    "ray_node_gpus_utilization": ("GpuIndex",),
+    "ray_node_mem_total": (),
+    "ray_node_mem_used": (),
+    "ray_serve_deployment_queued_queries": ("deployment",),
+    "ray_serve_deployment_replica_healthy": ("deployment",),
+    "ray_serve_deployment_status": ("deployment",),
+    "ray_serve_http_request_latency_ms_bucket": (),
+    "ray_serve_num_http_error_requests_total": (),
+    "ray_serve_num_http_requests_total": (),
+    "ray_serve_replica_startup_latency_ms_count": ("deployment",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ PANELS: Mapping[str, tuple[Panel, ...]] = {
             {
                 "healthy, {{deployment}}": "sum by (deployment) (ray_serve_deployment_replica_healthy)",
                 "started in 10 min, {{deployment}}": "sum by (deployment)"
-                " (increase(ray_serve_deployment_replica_starts_total[10m]))",
+                " (increase(ray_serve_replica_startup_latency_ms_count[10m]))",
             },
         ),
         Panel(
@@ -226,10 +227,24 @@ def build(title: str) -> str:
     return str(JSONEncoder(sort_keys=True, indent=1).encode(built.build())) + "\n"
 
 
+def rule_object() -> str:
+    """`alerts.yaml` as a PrometheusRule."""
+    made = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "cert-ray"},
+        "spec": yaml.safe_load((FOLDER / "alerts.yaml").read_text()),
+    }
+    return "# Made by dashboards/build.py of dashboards/alerts.yaml.\n" + yaml.safe_dump(
+        made, sort_keys=False, width=120
+    )
+
+
 def files() -> Iterator[tuple[Path, str]]:
-    """Every dashboard's file and its text."""
+    """Every file that is made, and its text."""
     for title in PANELS:
         yield FOLDER / f"{title}.json", build(title)
+    yield FOLDER.parent / "cluster/kubernetes/monitoring/alerts.yaml", rule_object()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.cluster.manifests import (
     BUILDS,
     JOBS,
+    KUBERNETES,
     OVERLAYS,
     RAY_KINDS,
     of_kind,
@@ -164,6 +166,19 @@ def test_the_head_reads_what_its_autoscaler_logs(name: str) -> None:
         head = spec["headGroupSpec"]["template"]["spec"]["containers"][0]
         shared = {mount["name"] for mount in head["volumeMounts"] if mount["mountPath"] == "/tmp/ray"}
         assert [mount["name"] for mount in spec["autoscalerOptions"]["volumeMounts"]] == list(shared) == ["ray"]
+
+
+def test_prometheus_operator_scrapes_what_the_network_lets_it_and_has_every_alert() -> None:
+    """By labels and port that KubeRay gives its pods; no schema of that operator is at hand."""
+    monitor, rules = of_kind("monitoring", "PodMonitor"), of_kind("monitoring", "PrometheusRule")
+    for pod in (HEAD, WORKER, ENGINE, GENERATED):
+        assert selects(monitor["spec"]["selector"], pod[0])
+    assert not selects(monitor["spec"]["selector"], REDIS[0])
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "metrics", "which KubeRay adds, 8080"
+    alerts = KUBERNETES.parents[1] / "dashboards" / "alerts.yaml"
+    assert rules["spec"] == yaml.safe_load(alerts.read_text())
+    assert {one["metadata"]["namespace"] for one in (monitor, rules)} == {"cert-ray"}
 
 
 def gib(quantity: str) -> float:

@@ -249,7 +249,7 @@ def main() -> None:
     with started_head(cpus=4) as head, started_prometheus(output, head.discovery) as prometheus:
         run_stages(head, output)
         answers = ask_panels(prometheus, began_s, time.time())
-        missing = {metric.exported_name for metric in CATALOGUE} | BUILDER.RAY
+        missing = {metric.exported_name for metric in CATALOGUE} | set(BUILDER.RAY)
         missing -= prometheus.names() | set(EMPTY_HERE)
     (output / "panels.md").write_text(table(answers))
     (output / ANSWERS).write_text(json.dumps([asdict(answer) for answer in answers]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,3 +61,37 @@ def test_verbs_that_pages_name_exist() -> None:
     for page in PAGES:
         named = set(re.findall(r"(?:^|`|\$ )cert-ray ([a-z][\w-]*)", page.read_text(), re.MULTILINE))
         assert named <= known, f"{page}: {named - known}"
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """Every call of cert-ray in a page's shell, as words, without variables before it and what it is piped into."""
+    for block in shell_blocks(page):
+        for line in block.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="|;&<>")
+            lexer.whitespace_split = True
+            words = list(lexer)
+            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                words.pop(0)
+            if words[:1] == ["cert-ray"]:
+                yield list(itertools.takewhile(lambda word: not set(word) <= set("|;&<>"), words[1:]))
+
+
+def test_commands_that_pages_show_would_be_taken() -> None:
+    """Parsed by the verbs' own options, and not run: a renamed option, or one too few, ends the parsing."""
+    import typer.main
+
+    from cert_ray import cli
+
+    shown = [(page, words) for page in PAGES for words in commands_of(page)]
+    assert len(shown) > 15
+    for page, words in shown:
+        command: Any = typer.main.get_command(cli.app)
+        context, rest = None, list(words)
+        while hasattr(command, "commands"):
+            context = command.context_class(command, info_name="cert-ray", parent=context)
+            command = command.commands[rest.pop(0)]
+        try:
+            command.make_context("cert-ray", rest, parent=context)
+        except Exception as error:
+            error.add_note(f"{page}: cert-ray {shlex.join(words)}")
+            raise

@@ -105,6 +105,9 @@ def plan_corpus(
     cores: Annotated[int, typer.Option(help="cores of each node")],
     nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
     storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    node_hour_price: Annotated[
+        float | None, typer.Option(help="what a node costs for an hour, in any currency; default: no cost is told")
+    ] = None,
     costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
 ) -> None:
     """Predict time, memory, bytes moved and disk of preprocessing, per stage, from measured costs.
@@ -114,6 +117,8 @@ def plan_corpus(
     from cert_ray.operations.plan import PlanConfig, load_costs, make_plan, render_plan
 
     options = {"files": files, "size_bytes": size_bytes, "nodes": nodes, "cores": cores}
+    if node_hour_price is not None:
+        options["node_hour_price"] = node_hour_price
     if storage_mb_per_s is not None:
         options["storage_bytes_per_s"] = storage_mb_per_s * 1e6
     typer.echo(render_plan(make_plan(PlanConfig.from_mapping(options, "plan corpus"), load_costs(costs))))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.resources
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,6 +80,7 @@ class PlanConfig(Config):
     nodes: int = pydantic.Field(default=1, ge=1)
     cores: int = pydantic.Field(ge=1)  # of each node
     storage_bytes_per_s: float = pydantic.Field(default=200e6, gt=0)  # each node's, reads and writes; assumed
+    node_hour_price: float | None = pydantic.Field(default=None, gt=0)  # in any currency
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,11 @@ class Plan:
     def seconds(self) -> float:
         """From start to end."""
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def node_hours(self) -> float:
+        """All nodes are there from start to end."""
+        return self.config.nodes * self.seconds / 3600
 
     @property
     def disk_bytes(self) -> float:
@@ -221,6 +227,7 @@ def render_plan(plan: Plan) -> str:
         "",
         f"time {_duration(plan.seconds)}; disk {_size(plan.disk_bytes)} beside the input, intermediates included; "
         f"moved {_size(plan.moved_bytes)}; memory of the fullest node {_size(plan.node_memory_bytes)}",
+        *_price(plan),
         f"Loose files are listed by the driver: as such, these would take {_size(config.files * LOOSE_FILE_BYTES)} of "
         "its memory more (paths of 80 characters); as tables or archives, next to nothing.",
         "",
@@ -231,6 +238,14 @@ def render_plan(plan: Plan) -> str:
         f"{costs.runs} run{'s' if costs.runs > 1 else ''}: {costs.command}",
     ]
     return "\n".join(lines)
+
+
+def _price(plan: Plan) -> Iterator[str]:
+    if (price := plan.config.node_hour_price) is not None:
+        yield (
+            f"{plan.node_hours:,.1f} node-hours at {price:g}: {plan.node_hours * price:,.2f}, without a head's, "
+            "starting and storage; an autoscaler that takes idle nodes away pays less"
+        )
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -201,7 +201,7 @@ def story(run: str, verb: str) -> Iterator[None]:
             except BaseException as error:
                 told = {"event": "failed", "seconds": round(time.monotonic() - clock, 1)}
                 trace = None if isinstance(error, CertRayError) else error
-                logger.debug("%s failed: %s", verb, str(error) or type(error).__name__, exc_info=trace, extra=told)
+                logger.debug("%s failed: %s", verb, _why(error), exc_info=trace, extra=told)
                 raise
             ended = {"event": "finished", "seconds": round(time.monotonic() - clock, 1)}
             logger.debug("%s finished", verb, extra=ended)
@@ -209,6 +209,12 @@ def story(run: str, verb: str) -> Iterator[None]:
         ours.removeHandler(kept)
         ours.setLevel(before)
         kept.close()
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, Exception):
+        return str(error) or type(error).__name__
+    return f"stopped ({f'{type(error).__name__} {error}'.strip()})"  # by `ray job stop`: SystemExit 15, the signal
 
 
 def _versions() -> dict[str, str]:

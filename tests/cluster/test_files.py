@@ -97,6 +97,14 @@ def test_the_image_is_of_the_tested_ray_and_passes_hadolint() -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_the_image_has_what_the_operators_probe_of_serving_pods_runs() -> None:
+    """`wget ... | grep success` in a bash of the pod, by KubeRay's `initLivenessAndReadinessProbe`."""
+    (installed,) = re.findall(
+        r"apt-get install -y --no-install-recommends ([^\\]+)", (CLUSTER / "Dockerfile").read_text()
+    )
+    assert {"wget", "bubblewrap", "libseccomp2"} <= set(installed.split())
+
+
 def test_the_image_is_built_under_the_name_that_pods_ask_for() -> None:
     (name,) = re.findall(r"^IMAGE \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     pods = (CLUSTER / "kubernetes/base/raycluster/raycluster.yaml").read_text()

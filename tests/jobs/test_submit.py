@@ -1,5 +1,5 @@
-"""Preprocessing through the real Jobs API with authentication on: done, done twice, refused without the token; and so
-is whoever asks for the cluster's health.
+"""Preprocessing through the real Jobs API with authentication on: cancelled, done, done twice, refused without a token;
+and so is whoever asks for the cluster's health.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -62,20 +64,52 @@ def test_a_jobs_header_says_how_it_is_submitted(name: str) -> None:
     assert (ROOT / command[command.index("--runtime-env") + 1]).is_file()
 
 
-def test_submitted_preprocessing_finishes_is_idempotent_and_wants_the_token(head: Head, tmp_path: Path) -> None:
+def waited_for(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(4_800):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"in vain: {what}")
+
+
+def cancelled_in_the_middle(head: Head, job: tuple[str, ...], begun: Path) -> str:
+    """The last status of `job`, submitted and stopped by the API once `begun` has a file."""
+    token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    with httpx.Client(base_url=head.dashboard, headers={"Authorization": f"Bearer {token}"}, timeout=60) as api:
+        asked = {"entrypoint": shlex.join([sys.executable, *job]), "submission_id": "cancelled"}
+        waited_for(lambda: api.post("/api/jobs/", json=asked).status_code == 200, "an agent that takes jobs")
+        waited_for(lambda: any(begun.glob("*.json")), f"a first unit in {begun}")
+        api.post("/api/jobs/cancelled/stop").raise_for_status()
+
+        def status() -> str:
+            return str(api.get("/api/jobs/cancelled").json()["status"])
+
+        waited_for(lambda: status() in {"STOPPED", "SUCCEEDED", "FAILED"}, "an end of the job")
+        return status()
+
+
+def test_submitted_preprocessing_is_cancelled_goes_on_is_idempotent_and_wants_the_token(
+    head: Head, tmp_path: Path
+) -> None:
     write_corpus(tmp_path / "corpus", files=4)
     recipe = {
         "run": str(tmp_path / "run"),
         "libraries": ["numpy"],
-        "preprocess": {"sources": {"inputs": [str(tmp_path / "corpus")]}},
+        "preprocess": {"sources": {"inputs": [str(tmp_path / "corpus")], "unit_bytes": 6_000}},  # two files each
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     job = (str(ROOT / "jobs" / "preprocess.py"), str(tmp_path / "recipe.yaml"))
+    documents = tmp_path / "run" / "documents"
+    assert cancelled_in_the_middle(head, job, documents / "reports") == "STOPPED"
+    assert not (tmp_path / "run" / "dataset" / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in documents.glob("reports/*.json")}
+    assert kept
     first = submit(head, *job)
     assert first.returncode == 0, first.stdout + first.stderr
     outcome = json.loads(re.findall(r'^\{"outcome".*\}$', first.stdout, re.MULTILINE)[-1])
     assert outcome["outcome"] == "finished"
     assert outcome["result"]["rows_read"] == 7
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what the cancelled job finished is made again"
     manifest = tmp_path / "run" / "dataset" / "manifest.json"
     written = manifest.read_bytes()
     shard = tmp_path / "run" / "dataset" / "shard-00000.parquet"

@@ -147,6 +147,16 @@ def test_the_command_reads_a_measurement_of_ones_own(tmp_path: Path) -> None:
     assert "time 100.0 s" in result.output
 
 
+def test_money_is_nodes_times_hours_and_told_only_where_a_price_is() -> None:
+    costs = load_costs()
+    config = PlanConfig(files=60.6e6, size_bytes=330e9, nodes=16, cores=32)
+    plan = make_plan(config, costs)
+    assert "node-hours" not in render_plan(plan)
+    hours = 16 * sum(stage.seconds for stage in plan.stages) / 3600
+    priced = make_plan(config.model_copy(update={"node_hour_price": 1.5}), costs)
+    assert f"{hours:,.1f} node-hours at 1.5: {hours * 1.5:,.2f}" in render_plan(priced)
+
+
 def test_the_help_shows_an_example() -> None:
     result = CliRunner().invoke(cli.app, ["plan", "corpus", "--help"])
     assert "Example: cert-ray plan corpus" in " ".join(result.output.split())

@@ -7,9 +7,10 @@ what a result costs and nothing about its bytes is declared `Annotated[..., COST
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import pydantic
 import xxhash
@@ -75,15 +76,42 @@ def _without(options: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[st
     return kept
 
 
+_received = reprlib.Repr()  # a recipe may hold anything, and is not to be printed whole for one wrong value
+_received.maxstring = _received.maxother = 200
+_SHAPES = {  # in YAML's words
+    "tuple_type": "should be a list, as [a, b]",
+    "dict_type": "should be a mapping",
+    "model_type": "should be a mapping of options",
+}
+
+
 def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> str:
     lines = []
     for problem in error.errors(include_url=False):
-        name = ".".join(str(part) for part in problem["loc"]) or cls.__name__
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"{name}: unknown option; known are {', '.join(sorted(cls.model_fields))}")
-        elif problem["type"] == "missing":
-            lines.append(f"{name}: required, but not given")
+        name = "".join(f"{part}." for part in problem["loc"]).removesuffix(".")
+        kind = problem["type"]
+        if kind == "extra_forbidden":
+            told = f"unknown option; known are {', '.join(_known_options(cls, problem['loc'][:-1]))}"
+        elif kind == "missing":
+            told = "required, but not given"
         else:
-            got = "" if cls.model_config.get("hide_input_in_errors") else f" (got {problem['input']!r})"
-            lines.append(f"{name}: {problem['msg']}{got}")
+            told = _SHAPES.get(kind) or problem["msg"].removeprefix("Value error, ")
+            of_a_whole = kind == "value_error" and isinstance(problem["input"], Mapping)  # which names its parts itself
+            if not of_a_whole and not cls.model_config.get("hide_input_in_errors"):
+                told += f" (got {_received.repr(problem['input'])})"
+        lines.append(f"{name}: {told}" if name else told)
     return f"{where}: " + "; ".join(lines)
+
+
+def _known_options(cls: type[Config], path: Iterable[int | str]) -> list[str]:
+    """The options of what stands at `path` inside of `cls`; numbers and keys of a mapping are passed over."""
+    annotation: Any = cls
+    for part in path:
+        annotation = _options_of(annotation).get(str(part), annotation)
+    return sorted(_options_of(annotation))
+
+
+def _options_of(annotation: Any) -> dict[str, Any]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return {name: field.annotation for name, field in annotation.model_fields.items()}
+    return {name: found for inner in get_args(annotation) for name, found in _options_of(inner).items()}

@@ -5,6 +5,7 @@ In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +24,7 @@ from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import LoggerName, TrainConfig
 
 _STAGES = ("sketcher", "generator")  # what an evaluation scores that names no model
+_MODEL_NAME = re.compile(r"\w[\w.-]*")
 # TrainConfig's fields that the recipe works out by itself.
 _WORKED_OUT = ("base", "tokenizer", "tokens", "output")
 
@@ -54,7 +56,7 @@ class EvaluationRecipe(Config):
 class Recipe(Config):
     """A whole run. `run` is the folder or URL below which everything is written."""
 
-    run: str
+    run: str = pydantic.Field(min_length=1)
     # The sketcher, the generator and XL read the files that import one of them.
     libraries: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None  # None: every file (PAPER.md's CERTg)
     preprocess: PreprocessConfig
@@ -73,9 +75,21 @@ class Recipe(Config):
     seed: int = pydantic.Field(default=0, ge=0)  # of the tokenizer's sample and of the held-out files
     workers: int | None = pydantic.Field(default=None, ge=1)  # preprocessing tasks at a time; None: all CPUs
 
+    @pydantic.field_validator("libraries")
+    @classmethod
+    def _check_libraries(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in names or ():
+            if not name.isidentifier():
+                raise ValueError(
+                    f"no file imports {name!r} by that name; give the top-level package, as sklearn of scikit-learn"
+                )
+        return names
+
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> Self:
         for name, model in self.models.items():
+            if not _MODEL_NAME.fullmatch(name):
+                raise ValueError(f"models: {name!r} is to be a folder's name: letters, digits, `_`, `-` and `.` inside")
             given = sorted(set(_WORKED_OUT) & set(model.train))
             if given:
                 raise ValueError(
@@ -174,7 +188,7 @@ def load_recipe(url: str, assignments: Sequence[str] = (), replacements: Mapping
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"{text}: wants KEY=VALUE, e.g. workers=2")
-        override(options, key, yaml.safe_load(value))
+        override(options, key, _yaml(value, text, "Quote it for the shell."))
     for key, value in (replacements or {}).items():
         override(options, key, value)
     return recipe_from(options, url)
@@ -184,19 +198,47 @@ def load_mapping(url: str) -> dict[str, Any]:
     """The YAML mapping at `url`, not checked yet.
 
     Raises:
-        InputError: when there is no such file, or it is not a YAML mapping.
+        InputError: when there is no such file, or it is not a YAML mapping, or has a key twice.
     """
     if not storage.exists(url) or storage.is_folder(url):
         raise InputError(url, "no such recipe", "Give the path of a YAML file; jobs/ has examples.")
     try:
-        loaded = yaml.safe_load(storage.read_text(url))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(url, f"not YAML: {error}", "Mend the line it names.") from error
+        text = storage.read_text(url)
+    except UnicodeDecodeError as error:
+        raise InputError(url, f"not YAML: {error}", "Write it as UTF-8.") from error
+    loaded = _yaml(text, url, "Mend that line.")
     if not isinstance(loaded, dict):
         raise InputError(
             url, "not a YAML mapping", "A recipe has the keys run, libraries, preprocess; jobs/ has examples."
         )
     return loaded
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of plain values, in which no mapping has a key twice: the last one would count, and nobody would know."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        found: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in found.value:  # not what `<<` brings: that may be replaced
+            if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return found
+
+
+def _yaml(text: str, where: str, cure: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise InputError(where, "not YAML: nested too deeply", cure) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(where, f"not YAML: {place}{error.problem or error.context}", cure) from error
+    except yaml.YAMLError as error:
+        raise InputError(where, f"not YAML: {' '.join(str(error).split())}", cure) from error
 
 
 def recipe_from(options: dict[str, Any], where: str) -> Recipe:

@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from cert_ray.corpus.inputs import SourceConfig
 from cert_ray.errors import ConfigError, InputError
+from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.operations import pipeline
-from cert_ray.operations.recipe import Recipe, RunFolders, load_recipe, override, recipe_from
+from cert_ray.operations.recipe import (
+    ModelRecipe,
+    Recipe,
+    RunFolders,
+    load_mapping,
+    load_recipe,
+    override,
+    recipe_from,
+)
 from cert_ray.tokens.encoding import PackConfig, View
 
 
@@ -66,6 +77,14 @@ def test_a_base_from_outside_brings_the_tokenizer_unless_a_preset_needs_one_of_i
         ({"preprocess": {"sources": {"inputs": ["/d"]}, "sketch_kind": "nouns"}}, "sketch_kind.*constants.*'nouns'"),
         ({"models": {"base": {"start": "tiny", "view": "base", "train": {"step": 1}}}}, "step: unknown option"),
         ({"models": {"b": {"start": "tiny", "view": "base", "train": {"output": "x"}}}}, "output are worked out"),
+        ({"run": ""}, "run: "),
+        ({"libraries": "polars"}, r"libraries: should be a list, as \[a, b\] \(got 'polars'\)"),
+        ({"libraries": ["scikit-learn"]}, "no file imports 'scikit-learn' by that name; .* as sklearn"),
+        ({"libraries": ["polars", ""]}, "no file imports '' by that name"),
+        (
+            {"models": {"../up": {"start": "tiny", "view": "base", "train": {}}}},
+            "models: '../up' is to be a folder's name",
+        ),
     ],
 )
 def test_bad_options_are_named(change: dict[str, Any], message: str) -> None:
@@ -73,10 +92,53 @@ def test_bad_options_are_named(change: dict[str, Any], message: str) -> None:
         recipe(**change)
 
 
+def test_an_unknown_option_is_shown_those_of_its_own_place() -> None:
+    changes: list[dict[str, Any]] = [
+        {"preprocess": {"sources": {"input": ["/d"], "inputs": ["/d"]}}},
+        {"models": {"base": {"begin": "tiny", "start": "tiny", "view": "base", "train": {"steps": 2_000}}}},
+        {"evaluation": {"problems": ["human-eval"], "model": "base", "execution": {"timeout": 3}}},
+    ]
+    for change, known in zip(changes, (SourceConfig, ModelRecipe, ExecutionConfig), strict=True):
+        with pytest.raises(ConfigError) as refused:
+            recipe(**change)
+        assert str(refused.value).endswith(f"unknown option; known are {', '.join(sorted(known.model_fields))}")
+
+
+def test_one_wrong_value_does_not_print_the_whole_recipe() -> None:
+    models = {"base": {"start": "tiny", "view": "base", "train": {"steps": 2}}}
+    with pytest.raises(ConfigError) as refused:
+        recipe(models=models, preprocess={"sources": {"inputs": ["/d"] * 10_000}})
+    told = "models.base.train: warmup_steps 1000 leaves none of the 2 steps; lower it or raise steps"
+    assert str(refused.value) == f"test.yaml: {told}"
+    with pytest.raises(ConfigError) as refused:
+        recipe(run=["/d"] * 10_000)
+    assert len(str(refused.value)) < 200
+
+
+def test_a_key_that_stands_twice_is_refused_and_what_an_anchor_brings_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("run: a\nlibraries: [x]\nrun: b\n")
+    with pytest.raises(InputError, match=r"line 3, column 1: run stands there twice"):
+        load_mapping(str(path))
+    # `top` is read before the `more` inside of `deep`, whose merged keys by then hold `steps` twice.
+    path.write_text("deep: {deeper: {b: &more {<<: &one {steps: 1, x: 2}, steps: 3}}}\ntop: {<<: *more, x: 4}\n")
+    assert load_mapping(str(path))["top"] == {"steps": 3, "x": 4}
+
+
+def test_a_value_that_is_no_yaml_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(options()))
+    with pytest.raises(InputError, match=r"run=\[a: not YAML: line 1, column 3: "):
+        load_recipe(str(tmp_path / "r.yaml"), ["run=[a"])
+
+
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such recipe"):
         load_recipe(str(tmp_path / "none.yaml"))
-    for text, message in (("a: [", "not YAML"), ("- a\n- b\n", "not a YAML mapping")):
+    for text, message in (
+        ("a: [", "not YAML"),
+        ("[" * 20_000, "nested too deeply"),
+        ("- a\n- b\n", "not a YAML mapping"),
+    ):
         (tmp_path / "bad.yaml").write_text(text)
         with pytest.raises(InputError, match=message):
             load_recipe(str(tmp_path / "bad.yaml"))

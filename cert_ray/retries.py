@@ -29,10 +29,11 @@ logger = logging.getLogger(__name__)
 _WAITS_S = (2, 4, 8, 16)
 _ONCE: ContextVar[bool] = ContextVar("once", default=False)
 _GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
-# What stays as it is: full, for reading only, in use by ourselves (EMFILE is a leak, ENOTEMPTY a folder that others
-# write to), or asked in a way that is refused (a store's "bad request" is EINVAL).
+# What stays as it is: full, for reading only, a socket (ENXIO), in use by ourselves (EMFILE is a leak, ENOTEMPTY a
+# folder that others write to), or asked in a way that is refused (a store's "bad request" is EINVAL).
 _LASTING = {
     errno.ENOSPC,
+    errno.ENXIO,
     errno.EDQUOT,
     errno.EFBIG,
     errno.EROFS,
@@ -62,6 +63,15 @@ _STATUS_NAMES = ("status_code", "status", "code")
 _PASSING_STATUSES = {307, 408, 429, *range(500, 600)} - {501}
 # A 409 stays, but for these of S3's: another request was changing the same thing at that moment.
 _PASSING_CODES = {"OperationAborted", "ConditionalRequestConflict"}
+
+
+# Packages whose errors need not be ones that Python knows: s3fs passes botocore's on where credentials are missing.
+_STORES = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "httpx"}
+
+
+def is_of_a_store(error: BaseException) -> bool:
+    """Whether `error` is one of a driver of remote storage, or of its client."""
+    return any(kind.__module__.partition(".")[0] in _STORES for kind in type(error).__mro__)
 
 
 def is_passing(error: BaseException) -> bool:

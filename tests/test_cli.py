@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import yaml
+from botocore.exceptions import NoCredentialsError
 from typer.testing import CliRunner
 
+import cert_ray
 from cert_ray import cli
 from tests.retrieval.builders import write_library
 
@@ -86,6 +89,100 @@ def test_unusable_options_end_with_status_2_and_one_line(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("name", "payload"),
+    [
+        ("mark.py", b"\xef\xbb\xbfx = 'caf\xc3\xa9'\n"),
+        ("lines.py", b"x = 'cafe'\r\n"),
+        ("coded.py", b"# coding: latin-1\nx = 'caf\xe9'\n"),
+    ],
+)
+def test_a_file_is_decoded_as_python_decodes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, payload: bytes
+) -> None:
+    (tmp_path / name).write_bytes(payload)
+    assert run(monkeypatch, "sketch", str(tmp_path / name)) == 0
+    assert capsys.readouterr().out.endswith("x = string\n")
+
+
+def test_what_is_no_file_to_be_sketched_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "wide.py").write_bytes("x = 1\n".encode("utf-16"))
+    with (tmp_path / "long.py").open("wb") as stream:
+        stream.truncate(10_000_001)  # sparse
+    for name, told in (("", "a folder"), ("wide.py", "not text that Python reads"), ("long.py", "longer than")):
+        assert run(monkeypatch, "sketch", str(tmp_path / name)) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_what_a_disk_refuses_ends_in_one_line_that_names_the_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    assert run(monkeypatch, "sketch", str(tmp_path / "loop.py")) == 1
+    assert capsys.readouterr().err.startswith(f"cert-ray: {tmp_path}/loop.py: Too many levels of symbolic links. Check")
+    docs = ["library-docs", str(write_library(tmp_path)), "--output"]
+    assert run(monkeypatch, *docs, str(tmp_path)) == 1
+    assert capsys.readouterr().err.startswith(f"cert-ray: {tmp_path}: Is a directory. Check")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NoCredentialsError(), "Unable to locate credentials. Check"),
+        (ConnectionRefusedError(111, "refused"), "[Errno 111] refused. Check"),
+        (TimeoutError(), "TimeoutError. Check"),
+    ],
+)
+def test_what_a_store_refuses_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, told: str
+) -> None:
+    monkeypatch.setattr("cert_ray.storage.is_folder", mock.Mock(side_effect=error))
+    assert run(monkeypatch, "sketch", "s3://bucket/x.py") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"cert-ray: {told}")
+
+
+def test_any_other_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cert_ray.storage.is_folder", mock.Mock(side_effect=RuntimeError("a fault of ours")))
+    monkeypatch.setattr(sys, "argv", ["cert-ray", "sketch", "x.py"])
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        cli.main()
+
+
+def test_who_interrupts_is_told_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cert_ray.storage.is_folder", mock.Mock(side_effect=KeyboardInterrupt))
+    assert run(monkeypatch, "sketch", "x.py") == 130
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["pack", "train"])
+def test_a_recipe_without_models_gives_nothing_to_pack_or_train(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    recipe = {"run": str(tmp_path), "libraries": None, "preprocess": {"sources": {"inputs": [str(tmp_path)]}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(monkeypatch, verb, str(tmp_path / "r.yaml")) == 2
+    assert "models: this recipe has none" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_called_a_damaged_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "export", str(tmp_path), str(tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert "no checkpoint" in said
+    assert "Delete" not in said
+
+
+def test_the_package_runs_as_the_command_does() -> None:
+    done = subprocess.run([sys.executable, "-m", "cert_ray", "--version"], timeout=60, capture_output=True, check=True)
+    assert done.stdout.decode().strip() == cert_ray.__version__
+
+
 def test_source_that_is_not_python_3_is_refused_in_one_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +243,7 @@ def test_libraries_of_the_recipe_can_be_named_on_the_command_line(
     tmp_path: Path, verb: str, given: list[str] | None
 ) -> None:
     recipe = {"run": str(tmp_path / "run"), "preprocess": {"sources": {"inputs": [str(tmp_path)]}}}
+    recipe["models"] = {"base": {"start": "tiny", "view": "base", "train": {"steps": 2_000}}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**recipe, **({"libraries": given} if given else {})}))
     arguments = [verb, str(tmp_path / "r.yaml"), "--library", "polars", "--library", "duckdb", "--dry-run"]
     result = CliRunner().invoke(cli.app, arguments)

@@ -50,6 +50,7 @@ def unreadable(cause: Exception) -> InputError:
         (OSError(errno.EBUSY, "slow down"), True),
         (OSError(errno.ENOSPC, "no space left"), False),
         (OSError(errno.EROFS, "read-only"), False),
+        (OSError(errno.ENXIO, "a socket"), False),
         (OSError(errno.EINVAL, "bad request"), False),
         (FileNotFoundError(2, "gone"), False),
         (PermissionError(13, "not yours"), False),

@@ -1,7 +1,8 @@
 """The command line's frame: the application, the options that several verbs share, and how an error ends.
 
 Heavy imports stand inside the verbs, so that `--help` is quick. Exit status: 0 done, 1 failed, 2 an input or option
-that cannot be used; the message says what to change. No traceback is shown for an error raised on purpose.
+that cannot be used, 130 interrupted; the message says what to change. No traceback is shown for an error raised on
+purpose, nor for what a disk, the network or a store refuses.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import yaml
 
 from cert_ray import __version__, storage
 from cert_ray.errors import CertRayError, ConfigError, InputError
+from cert_ray.retries import is_of_a_store
 from cert_ray.telemetry import logs
 
 if TYPE_CHECKING:
     from cert_ray.operations.recipe import Recipe
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,15 +75,33 @@ Retrieve = Annotated[
 
 
 def main() -> None:
-    """Entry point: run the verb; errors raised on purpose become one line and an exit status."""
+    """Entry point: run the verb; errors raised on purpose, and those of storage, become one line and an exit status."""
     try:
         app()
     except CertRayError as error:
         typer.echo(f"cert-ray: {error}", err=True)
         raise SystemExit(2 if isinstance(error, ConfigError | InputError) else 1) from error
-    except KeyboardInterrupt:
-        typer.echo("cert-ray: stopped; run the same command again to go on from what is finished", err=True)
-        raise SystemExit(130) from None
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer's for Ctrl-C
+            typer.echo("cert-ray: stopped; run the same command again to go on from what is finished", err=True)
+        raise
+    except Exception as error:
+        if (told := _told_by_storage(error)) is None:
+            raise
+        typer.echo(f"cert-ray: {told}", err=True)
+        raise SystemExit(1) from error
+
+
+def _told_by_storage(error: Exception) -> str | None:
+    """What a disk, the network or a store said, in one line; None for any other error."""
+    error = getattr(error, "cause", error)  # Ray's error of a task is one of its cause's class, and holds it
+    if isinstance(error, OSError) and error.filename is not None:
+        place = error.filename if error.filename2 is None else error.filename2
+        return f"{place}: {error.strerror}. Check the path, and who may read and write there."
+    if isinstance(error, OSError) or is_of_a_store(error):
+        said = " ".join(str(error).split()) or type(error).__name__
+        return f"{said.rstrip('.')}. Check the address, the network, and the credentials for the store."
+    return None
 
 
 def _version(wanted: bool) -> None:

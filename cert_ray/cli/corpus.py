@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Annotated
 
@@ -10,6 +11,8 @@ import typer
 from cert_ray import storage
 from cert_ray.cli.app import Address, DryRun, Libraries, Limit, Overrides, RecipeFile, app, load, perform, show
 from cert_ray.errors import ConfigError, InputError
+
+_MOST_SKETCHED_BYTES = 10_000_000  # assumed: a syntax tree takes some hundred times as much memory
 
 
 @app.command()
@@ -108,10 +111,26 @@ def sketch(
     """
     from cert_ray.sketching import sketch as sketch_text
 
+    sys.stdout.write(sketch_text(_source(file), kind))
+
+
+def _source(file: str) -> str:
+    """The text of a Python file, decoded as preprocessing does it."""
+    from cert_ray.corpus.cleaning import decode
+    from cert_ray.schemas import Dropped
+
+    cure = "Give a Python file, or - for standard input."
+    if file != "-" and storage.is_folder(file):
+        raise InputError(file, "a folder", cure)
     try:
-        source = sys.stdin.buffer.read().decode() if file == "-" else storage.read_text(file)
+        opened = contextlib.nullcontext(sys.stdin.buffer) if file == "-" else storage.open_read(file)
+        with opened as stream:
+            payload = stream.read(_MOST_SKETCHED_BYTES + 1)
     except FileNotFoundError as error:
-        raise InputError(file, "no such file", "Give a Python file, or - for standard input.") from error
-    except UnicodeDecodeError as error:
-        raise InputError(file, f"not UTF-8: {error}", "Convert it first.") from error
-    sys.stdout.write(sketch_text(source, kind))
+        raise InputError(file, "no such file", cure) from error
+    if len(payload) > _MOST_SKETCHED_BYTES:
+        raise InputError(file, f"longer than {_MOST_SKETCHED_BYTES:,} bytes", cure)
+    text = decode(payload)
+    if isinstance(text, Dropped):
+        raise InputError(file, f"not text that Python reads: {text.detail}", "Convert it to UTF-8 first.")
+    return text

@@ -8,7 +8,7 @@ import typer
 
 from cert_ray import storage
 from cert_ray.cli.app import Address, DryRun, Libraries, Limit, Overrides, RecipeFile, app, load, perform, show
-from cert_ray.errors import ConfigError
+from cert_ray.errors import ConfigError, InputError
 
 
 @app.command("fetch-base")
@@ -87,6 +87,8 @@ def pack(
     if wrong := sorted(set(view or []) - set(known)):
         raise ConfigError(f"--view {', '.join(wrong)}: unknown; known are {', '.join(known)}")
     views = [View(name) for name in view] if view else resolved.views
+    if not views:
+        raise ConfigError("models: this recipe has none, so no view is read; name one with --view")
     what = f"pack the views {', '.join(views)} of {resolved.run}"
     packed = perform(
         "pack",
@@ -115,6 +117,8 @@ def train(
     """
     first = load(recipe, overrides, library)
     names = model or list(first.models)
+    if not names:
+        raise ConfigError("models: this recipe has none to train; jobs/numpy.yaml shows some")
     steps = {f"models.{name}.train.{key}": value for name in names for key, value in _limited(limit)}
     resolved = load(recipe, overrides, library, steps)
     for name in names:
@@ -152,6 +156,8 @@ def export(
 
     Example: cert-ray export runs/numpy/models/base/checkpoints/step-002000 base-at-2000
     """
+    if not storage.exists(storage.join(checkpoint, "part-00000.json")):
+        raise InputError(checkpoint, "no checkpoint", "Give a folder as RUN/models/NAME/checkpoints/step-000100.")
     if dry_run:
         from cert_ray.training import checkpoints
 

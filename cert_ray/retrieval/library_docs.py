@@ -82,7 +82,7 @@ def collect_docs(
     `shown_as` is the name by which prompts import it, where that is another one.
 
     Raises:
-        InputError: when there is no such package, or it documents nothing.
+        InputError: when there is no such package or folder, or it documents nothing.
     """
     package, paths = _place(package, paths)
     root = _load(package, paths, imports)
@@ -133,6 +133,9 @@ def _text(value: object) -> str:
 
 def _place(package: str, paths: Sequence[str]) -> tuple[str, list[str]]:
     """The import name of `package`, and where it is looked for before this interpreter's own path."""
+    for path in paths:
+        if not Path(path).is_dir():
+            raise InputError(path, "no folder to look in", "Name an existing one with --path.")
     if "/" not in package and package != ".":
         return package, list(paths)
     folder = Path(package).resolve()
@@ -149,7 +152,7 @@ def _load(package: str, paths: Sequence[str], imports: bool) -> griffe.Object:
     try:
         loaded = loader.load(package, try_relative_path=False)
         loader.resolve_aliases(implicit=True, external=False)
-    except (ImportError, griffe.GriffeError, OSError) as error:
+    except (ImportError, KeyError, griffe.GriffeError, OSError) as error:  # KeyError: a part that a package lacks
         raise InputError(package, f"no such package: {error}", _CURE) from error
     assert isinstance(loaded, griffe.Object)
     return loaded

@@ -107,10 +107,15 @@ def test_a_compiled_module_is_read_when_it_may_be_imported() -> None:
     assert any(doc.name == "zlib.crc32" for doc in collect_docs("zlib", imports=True).docs)
 
 
-@pytest.mark.parametrize("package", ["no_such_package", "./nowhere"])
+@pytest.mark.parametrize("package", ["no_such_package", "json.no_such_part", "./nowhere"])
 def test_a_package_that_is_not_there_is_named(package: str) -> None:
     with pytest.raises(InputError, match=f"{package}: no"):
         collect_docs(package)
+
+
+def test_a_folder_to_look_in_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nowhere: no folder to look in"):
+        collect_docs("json", paths=[str(tmp_path / "nowhere")])
 
 
 def test_written_docs_are_read_again(tmp_path: Path) -> None:

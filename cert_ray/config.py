@@ -7,6 +7,7 @@ what a result costs and nothing about its bytes is declared `Annotated[..., COST
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def _without(options: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[st
 
 _received = reprlib.Repr()  # a recipe may hold anything, and is not to be printed whole for one wrong value
 _received.maxstring = _received.maxother = 200
+_MEMBER = re.compile(r"<\w+\.\w+: ('\w+')>")  # of an enumeration, in the words of a literal's error
 _SHAPES = {  # in YAML's words
     "tuple_type": "should be a list, as [a, b]",
     "dict_type": "should be a mapping",
@@ -95,7 +97,7 @@ def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> 
         elif kind == "missing":
             told = "required, but not given"
         else:
-            told = _SHAPES.get(kind) or problem["msg"].removeprefix("Value error, ")
+            told = _SHAPES.get(kind) or _MEMBER.sub(r"\1", problem["msg"].removeprefix("Value error, "))
             of_a_whole = kind == "value_error" and isinstance(problem["input"], Mapping)  # which names its parts itself
             if not of_a_whole and not cls.model_config.get("hide_input_in_errors"):
                 told += f" (got {_received.repr(problem['input'])})"

@@ -77,7 +77,7 @@ def _source_digest(source: Mapping[str, str]) -> str:
     found = [describe_model(source[option]) for option in ("generator", "model", "sketcher") if option in source]
     if source.get("retrieve"):
         found.append(RetrieveConfig.from_text(source["retrieve"]).pinned().checksum or "")
-    return str(xxhash.xxh3_64_hexdigest("\n".join(found).encode())) if any(found) else ""
+    return str(xxhash.xxh3_64_hexdigest("\n".join(found).encode(errors="surrogateescape"))) if any(found) else ""
 
 
 def describe_model(folder: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_compare_writes_its_report_and_returns_it(tmp_path: Path) -> None:
     assert text == (tmp_path / "c" / "compare.md").read_text()
     assert "no problem differs" in text
     assert {path.name for path in (tmp_path / "c").iterdir()} == {"compare.md", "compare.html", "compare.json"}
+
+
+def test_a_model_folder_may_hold_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x")
+    without = evaluating._source_digest({"model": str(tmp_path)})
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")).write_text("x")
+    assert evaluating._source_digest({"model": str(tmp_path)}) != without
 
 
 def test_samples_belong_to_one_benchmark(tmp_path: Path) -> None:

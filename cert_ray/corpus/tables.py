@@ -69,7 +69,7 @@ def _check_columns(found: list[str], source: str, columns: Columns) -> None:
             f"no column {', nor '.join(' or '.join(names) for names in missing.values())}; "
             f"its columns are {', '.join(map(str, found)) or 'none'}",
             "Name the right ones in "
-            + ", ".join(f"sources.columns.{field}" for field in missing)
+            + ", ".join(f"preprocess.sources.columns.{field}" for field in missing)
             + (" (null where it has none)." if "content" not in missing else "."),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_a_file_is_decoded_as_python_decodes_it(
     (tmp_path / name).write_bytes(payload)
     assert run(monkeypatch, "sketch", str(tmp_path / name)) == 0
     assert capsys.readouterr().out.endswith("x = string\n")
+
+
+def test_a_pipe_is_sketched_as_a_file_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    read, write = os.pipe()
+    os.write(write, b"x = 1\n")
+    os.close(write)
+    assert run(monkeypatch, "sketch", f"/dev/fd/{read}") == 0
+    os.close(read)
+    assert capsys.readouterr().out == "x = number\n"
 
 
 def test_what_is_no_file_to_be_sketched_is_refused_in_one_line(

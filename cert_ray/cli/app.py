@@ -100,7 +100,7 @@ def _told_by_storage(error: Exception) -> str | None:
         return f"{place}: {error.strerror}. Check the path, and who may read and write there."
     if isinstance(error, OSError) or is_of_a_store(error):
         said = " ".join(str(error).split()) or type(error).__name__
-        return f"{said.rstrip('.')}. Check the address, the network, and the credentials for the store."
+        return f"{said.rstrip('.')}. Check the disk, or the network and the credentials for the store."
     return None
 
 

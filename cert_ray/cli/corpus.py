@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 
@@ -123,8 +123,7 @@ def _source(file: str) -> str:
     if file != "-" and storage.is_folder(file):
         raise InputError(file, "a folder", cure)
     try:
-        opened = contextlib.nullcontext(sys.stdin.buffer) if file == "-" else storage.open_read(file)
-        with opened as stream:
+        with _opened(file) as stream:
             payload = stream.read(_MOST_SKETCHED_BYTES + 1)
     except FileNotFoundError as error:
         raise InputError(file, "no such file", cure) from error
@@ -134,3 +133,11 @@ def _source(file: str) -> str:
     if isinstance(text, Dropped):
         raise InputError(file, f"not text that Python reads: {text.detail}", "Convert it to UTF-8 first.")
     return text
+
+
+def _opened(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
+    if file == "-":
+        return contextlib.nullcontext(sys.stdin.buffer)
+    if storage.is_local(file):
+        return storage.local_path(file).open("rb")  # also a pipe, as a shell's <(...) is one
+    return storage.open_read(file)

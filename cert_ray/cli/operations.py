@@ -128,7 +128,9 @@ def plan_corpus(
 def plan_train(
     recipe: RecipeFile,
     model: Annotated[list[str] | None, typer.Option(help="a model of the recipe; default: all")] = None,
-    gpu: Annotated[str, typer.Option(help="a100, a100-40gb, a10, h100, h100-nvl, h100-pcie, h200, l4 or rtx4090")] = "h100",
+    gpu: Annotated[
+        str, typer.Option(help="a100, a100-40gb, a10, h100, h100-nvl, h100-pcie, h200, l4 or rtx4090")
+    ] = "h100",
     mfu: Annotated[
         float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak; default: 0.4, assumed")
     ] = None,

@@ -77,6 +77,7 @@ def test_sketch_prints_the_sketch(
     [
         (["sketch", "none.py"], "none.py: no such file"),
         (["preprocess", "none.yaml"], "no such recipe"),
+        (["remove", "none"], "give --repo, --source or --path-prefix"),
         (["serve", "--model", "a", "--sketcher", "b"], "give either --model, or --sketcher and --generator"),
         (["evaluate", "--problems", "none.jsonl", "--samples", "none"], "none.jsonl"),
     ],

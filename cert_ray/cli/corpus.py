@@ -90,6 +90,8 @@ def remove(
     from cert_ray.corpus.removals import Removal
     from cert_ray.operations import remove as removing
 
+    if repository is None and source is None and path_prefix is None:
+        raise ConfigError("say what to take out: give --repo, --source or --path-prefix")
     asked = date or datetime.datetime.now(datetime.UTC).date().isoformat()
     options = {"repository": repository, "source": source, "path_prefix": path_prefix, "reason": reason, "asked": asked}
     wanted = Removal.from_mapping(options, "remove")

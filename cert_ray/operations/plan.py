@@ -79,9 +79,7 @@ class PlanConfig(Config):
     size_bytes: pydantic.FiniteFloat = pydantic.Field(gt=0)
     nodes: int = pydantic.Field(default=1, ge=1)
     cores: int = pydantic.Field(ge=1)  # of each node
-    storage_bytes_per_s: pydantic.FiniteFloat = pydantic.Field(
-        default=200e6, gt=0
-    )  # each node's, reads and writes; assumed
+    storage_bytes_per_s: float = pydantic.Field(default=200e6, gt=0)  # each node's, reads and writes; assumed
     node_hour_price: pydantic.FiniteFloat | None = pydantic.Field(default=None, gt=0)  # in any currency
 
 

@@ -88,6 +88,11 @@ class Recipe(Config):
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> Self:
         for name, model in self.models.items():
+            way = [name]
+            while (start := self.models[way[-1]].start) in self.models:
+                way.append(start)
+                if start in way[:-1]:
+                    raise ValueError(f"models.{name}.start: {', '.join(way)} go in a circle; name a preset or a folder")
             if not _MODEL_NAME.fullmatch(name):
                 raise ValueError(f"models: {name!r} is to be a folder's name: letters, digits, `_`, `-` and `.` inside")
             given = sorted(set(_WORKED_OUT) & set(model.train))

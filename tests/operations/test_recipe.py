@@ -92,6 +92,14 @@ def test_bad_options_are_named(change: dict[str, Any], message: str) -> None:
         recipe(**change)
 
 
+@pytest.mark.parametrize("starts", ["axx", "bax", "bcb", "bca"])
+def test_models_that_start_from_each_other_are_refused(starts: str) -> None:
+    train = {"steps": 10, "warmup_steps": 1}
+    models = {name: {"start": start, "view": "base", "train": train} for name, start in zip("abc", starts, strict=True)}
+    with pytest.raises(ConfigError, match=r"models\.[ab]\.start: .* go in a circle; name a preset or a folder"):
+        recipe(models=models)
+
+
 def test_an_unknown_option_is_shown_those_of_its_own_place() -> None:
     changes: list[dict[str, Any]] = [
         {"preprocess": {"sources": {"input": ["/d"], "inputs": ["/d"]}}},

@@ -24,7 +24,7 @@ comparison.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from tokenizers import AddedToken, Tokenizer
@@ -53,13 +53,17 @@ def add_special_tokens(tokenizer: Tokenizer) -> int:
 
 def encode_code(tokenizer: Tokenizer, code: str) -> list[int]:
     """Ids of text in which nothing is a special token, whatever it looks like."""
-    return encode_code_batch(tokenizer, [code])[0]
+    return next(encode_code_batch(tokenizer, [code]))
 
 
-def encode_code_batch(tokenizer: Tokenizer, codes: Sequence[str]) -> list[list[int]]:
-    """`encode_code` of each, in parallel where the tokenizers library is allowed to."""
-    encodings = _ordinary(tokenizer).encode_batch_fast(list(codes), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+def encode_code_batch(tokenizer: Tokenizer, codes: Sequence[str]) -> Iterator[list[int]]:
+    """`encode_code` of each, in parallel where the tokenizers library is allowed to.
+
+    Here and below all are encoded at the first `next`, and the ids of one at a time are Python integers: ten times the
+    memory of the packed tokens, so to hold those of a batch costs a fiftieth of encoding it (measured).
+    """
+    for encoding in _ordinary(tokenizer).encode_batch_fast(list(codes), add_special_tokens=False):
+        yield encoding.ids
 
 
 def encode_code_spans(tokenizer: Tokenizer, code: str) -> list[tuple[int, int, int]]:
@@ -70,20 +74,24 @@ def encode_code_spans(tokenizer: Tokenizer, code: str) -> list[tuple[int, int, i
 
 def encode_sketch(tokenizer: Tokenizer, sketch: str, placeholders: Sequence[Placeholder]) -> list[int]:
     """Ids of a sketch, each placeholder one special token."""
-    return encode_sketch_batch(tokenizer, [(sketch, placeholders)])[0]
+    return next(encode_sketch_batch(tokenizer, [(sketch, placeholders)]))
 
 
-def encode_sketch_batch(tokenizer: Tokenizer, sketches: Iterable[tuple[str, Sequence[Placeholder]]]) -> list[list[int]]:
+def encode_sketch_batch(
+    tokenizer: Tokenizer, sketches: Iterable[tuple[str, Sequence[Placeholder]]]
+) -> Iterator[list[int]]:
     """`encode_sketch` of each (sketch, placeholders)."""
     return _encode(tokenizer, [_pieces(sketch, placeholders) for sketch, placeholders in sketches])
 
 
 def encode_pair(tokenizer: Tokenizer, sketch: str, placeholders: Sequence[Placeholder], code: str) -> list[int]:
     """Ids of sketch, newline, separator, newline, code: the generator's training text, and its prompt."""
-    return encode_pair_batch(tokenizer, [(sketch, placeholders, code)])[0]
+    return next(encode_pair_batch(tokenizer, [(sketch, placeholders, code)]))
 
 
-def encode_pair_batch(tokenizer: Tokenizer, pairs: Iterable[tuple[str, Sequence[Placeholder], str]]) -> list[list[int]]:
+def encode_pair_batch(
+    tokenizer: Tokenizer, pairs: Iterable[tuple[str, Sequence[Placeholder], str]]
+) -> Iterator[list[int]]:
     """`encode_pair` of each (sketch, placeholders, code)."""
     return _encode(
         tokenizer,
@@ -96,7 +104,7 @@ def encode_pair_batch(tokenizer: Tokenizer, pairs: Iterable[tuple[str, Sequence[
 
 def encode_context_first_batch(
     tokenizer: Tokenizer, examples: Iterable[tuple[str, str, Sequence[Placeholder], str]]
-) -> list[list[int]]:
+) -> Iterator[list[int]]:
     """Ids of context, separator, sketch, separator, code, for each (context, sketch, placeholders, code)."""
     mark = (SEPARATOR, True)
     return _encode(
@@ -178,12 +186,11 @@ def _pieces(sketch: str, placeholders: Sequence[Placeholder]) -> list[tuple[str,
     return [*pieces, (sketch[last:], False)]
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[Sequence[tuple[str, bool]]]) -> list[list[int]]:
-    """All ordinary pieces of all texts in one batch, then the special ids between them."""
+def _encode(tokenizer: Tokenizer, texts: Sequence[Sequence[tuple[str, bool]]]) -> Iterator[list[int]]:
+    """All ordinary pieces of all texts in one batch, then the special ids between them, text by text."""
     specials = {token: _token_id(tokenizer, token) for token in SPECIAL_TOKENS}
     ordinary = [piece for pieces in texts for piece, special in pieces if piece and not special]
     encoded = iter(_ordinary(tokenizer).encode_batch_fast(ordinary, add_special_tokens=False))
-    result = []
     for pieces in texts:
         ids: list[int] = []
         for piece, special in pieces:
@@ -191,8 +198,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[Sequence[tuple[str, bool]]]) -
                 ids.append(specials[piece])
             elif piece:
                 ids += next(encoded).ids
-        result.append(ids)
-    return result
+        yield ids
 
 
 def _token_id(tokenizer: Tokenizer, token: str) -> int:

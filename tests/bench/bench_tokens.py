@@ -3,9 +3,9 @@
 In: a finished annotated dataset (`cert-ray preprocess`). `train`: a vocabulary by `train_vocabulary` and by
 the library's own trainer with the same settings. `encode`: a shard's documents, by `encode_shard` (arrays, pieces and
 counts included) and by one `encode_batch_fast` call whose ids are read. Both on one thread. `scale`: a pack on Ray with
-one worker and with two, start-up apart; a shard is a task, so give documents of many. `packing`: per view and window,
-the share of row positions that hold tokens, pairs that lie in two rows, pairs too long for a row; beside it
-concatenating the same pieces and cutting. Contenders take turns.
+one worker and with two, start-up apart, and whose CPU seconds it takes; a shard is a unit, so give documents of many.
+`packing`: per view and window, the share of row positions that hold tokens, pairs that lie in two rows, pairs too long
+for a row; beside it concatenating the same pieces and cutting. Contenders take turns.
 
 Example: python -m tests.bench.bench_tokens --dataset run/dataset --output results --work /tmp/tokens
 """
@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tests.bench.measuring import Spread, markdown, publish
+from tests.bench.measuring import Spread, cpu_by_kind, markdown, publish
 
 VIEWS = ("base", "sketcher", "generator", "context_first")
 
@@ -59,6 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=1_000, help="of the dataset, the first")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--context", action="append", type=int, help="of the packing; default: 256 and 1,024")
+    parser.add_argument("--shards", type=int, help="of `scale`: deal documents out to so many; default: as they are")
     parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     given.part = given.part or list(PARTS)
@@ -163,8 +165,8 @@ def encode(
     return _compared("encoding", spreads), spreads
 
 
-def scale(given: argparse.Namespace, _: pa.Table, __: list[str], megabytes: float, tokenizer: Any) -> tuple[str, Any]:
-    """Seconds of a pack on Ray with one worker and with two; the first pack of all warms the cluster up."""
+def scale(given: argparse.Namespace, table: pa.Table, texts: list[str], megabytes: float, *_: Any) -> tuple[str, Any]:
+    """A pack on Ray with one worker and with two, by the clock and by whose CPU seconds; the first of each warms up."""
     import tempfile
 
     import ray
@@ -172,23 +174,58 @@ def scale(given: argparse.Namespace, _: pa.Table, __: list[str], megabytes: floa
     from cert_ray.tokens.encoding import PackConfig
     from cert_ray.tokens.on_ray import pack_dataset
 
+    dataset = given.dataset if given.shards is None else _dealt(table, given.shards, given.work / "dataset")
     rates: dict[int, list[float]] = {1: [], 2: []}
+    used: dict[int, Counter[str]] = {workers: Counter() for workers in rates}
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would be what is measured beside any other work
     with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp") as folder:
         ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
         for run in range(given.runs + 1):
             for workers in rates:
                 output = given.work / "scaled"
                 shutil.rmtree(output, ignore_errors=True)
-                started = time.perf_counter()
+                before, started = cpu_by_kind(os.getpid()), time.perf_counter()
                 config = PackConfig(view="base", limit=given.documents)
-                pack_dataset(given.dataset, str(given.work / "tokenizer"), str(output), config, workers)
+                pack_dataset(dataset, str(given.work / "tokenizer"), str(output), config, workers)
                 if run:
                     rates[workers].append(megabytes / (time.perf_counter() - started))
+                    used[workers] += cpu_by_kind(os.getpid()) - before
         ray.shutdown()
     spreads = {workers: Spread.of(found) for workers, found in rates.items()}
-    rows: list[tuple[object, object]] = list(spreads.items())
-    rows.append(("two are", f"{spreads[2].median / spreads[1].median:.2f}x one"))
-    return markdown(["workers", "MB/s by the clock"], rows), {str(name): spread for name, spread in spreads.items()}
+    rows: list[tuple[object, ...]] = [
+        (workers, spread, *_cpu_seconds(used[workers], given.runs)) for workers, spread in spreads.items()
+    ]
+    rows.append(("two are", f"{spreads[2].median / spreads[1].median:.2f}x one", "", "", ""))
+    figures = {str(workers): {"rate": spread, "cpu_s": dict(used[workers])} for workers, spread in spreads.items()}
+    headers = ["workers", "MB/s by the clock", "CPU-s of a pack: workers", "driver", "Ray's own"]
+    return markdown(headers, rows), figures
+
+
+def _dealt(table: pa.Table, shards: int, folder: Path) -> str:
+    """A dataset of so many shards, every one with as many of the documents, one after the other."""
+    from cert_ray import manifests
+    from cert_ray.config import Config
+    from cert_ray.manifests import ShardReport
+    from cert_ray.shards.units import shard_name, write_table
+
+    shutil.rmtree(folder, ignore_errors=True)
+    reports = []
+    for number in range(shards):
+        rows = table.take(np.arange(number, table.num_rows, shards))
+        files = (write_table(str(folder), f"{shard_name(number)}.parquet", rows),)
+        kept = rows.num_rows
+        reports.append(
+            ShardReport(shard=shard_name(number), unit_digest="", files=files, rows_read=kept, rows_kept=kept)
+        )
+    manifests.write_manifest(str(folder), manifests.summarize("dataset", Config(), "bench", reports))
+    return str(folder)
+
+
+def _cpu_seconds(used: Counter[str], runs: int) -> tuple[str, str, str]:
+    """Of a pack, in the mean: those of the workers, of the driver, of the rest."""
+    rest = used.total() - used["workers"] - used["driver"]
+    workers, driver, others = (f"{seconds / runs:.2f}" for seconds in (used["workers"], used["driver"], rest))
+    return workers, driver, others
 
 
 def packing(given: argparse.Namespace, *_: Any) -> tuple[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,13 +110,18 @@ def test_a_pair_is_sketch_separator_code(tokenizer: Tokenizer) -> None:
 
 def test_batches_give_what_single_calls_give(tokenizer: Tokenizer) -> None:
     sketches = [("x = [string, number]", SPANS), ("", []), ("x = 1\n", [])]
-    assert encode_code_batch(tokenizer, [SOURCE, "", "x"]) == [encode_code(tokenizer, c) for c in (SOURCE, "", "x")]
-    assert encode_sketch_batch(tokenizer, sketches) == [encode_sketch(tokenizer, *one) for one in sketches]
+    codes = [SOURCE, "", "x"]
+    assert list(encode_code_batch(tokenizer, codes)) == [encode_code(tokenizer, code) for code in codes]
+    assert list(encode_sketch_batch(tokenizer, sketches)) == [encode_sketch(tokenizer, *one) for one in sketches]
     pairs = [(*one, SOURCE) for one in sketches]
-    assert encode_pair_batch(tokenizer, pairs) == [encode_pair(tokenizer, *one) for one in pairs]
-    assert (
-        encode_code_batch(tokenizer, []) == encode_sketch_batch(tokenizer, []) == encode_pair_batch(tokenizer, []) == []
-    )
+    assert list(encode_pair_batch(tokenizer, pairs)) == [encode_pair(tokenizer, *one) for one in pairs]
+    for encode in (encode_code_batch, encode_sketch_batch, encode_pair_batch):
+        assert list(encode(tokenizer, [])) == []
+
+
+def test_of_a_batch_the_ids_of_one_text_at_a_time_are_python_integers(tokenizer: Tokenizer) -> None:
+    made = [encode_code_batch(tokenizer, [SOURCE]), encode_pair_batch(tokenizer, [("x = 1\n", [], SOURCE)])]
+    assert all(isinstance(one, Iterator) for one in made)
 
 
 def test_the_tokenizer_itself_is_neither_changed_nor_trusted_with_its_settings() -> None:

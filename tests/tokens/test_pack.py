@@ -3,14 +3,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer, models
 
+from cert_ray import storage
 from cert_ray.errors import InputError, NotFinishedError, SchemaVersionError, ShardCorruptError, TokenizerMismatchError
+from cert_ray.manifests import ShardReport
 from cert_ray.retrieval.library_docs import ApiDoc, write_docs
+from cert_ray.shards.units import Attempt, Work, WorkUnit, batches, run_in_process
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD
 from cert_ray.tokens.encoding import PackConfig, View, unigram_entropy_nats
-from cert_ray.tokens.pack import pack_in_process
+from cert_ray.tokens.pack import pack_in_process, pack_with
 from cert_ray.tokens.packing import plan_rows
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.tokens.vocabulary import TokenizerConfig, tokenizer_digest, train_on_dataset, train_vocabulary
@@ -76,6 +80,41 @@ def test_a_limit_reads_the_first_documents_alone(inputs: tuple[str, str], tmp_pa
     first, some = PackedTokens.open(str(tmp_path / "whole")), PackedTokens.open(str(tmp_path / "some"))
     assert len(some) == 45 < whole.rows_kept
     assert all(np.array_equal(first.tokens(document), some.tokens(document)) for document in range(45))
+
+
+def test_units_tell_how_heavy_they_are_so_that_the_largest_shard_starts_first(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    seen: list[WorkUnit] = []
+
+    def spy(units: list[WorkUnit], work: Work, run: Attempt) -> list[ShardReport]:
+        seen.extend(units)
+        return run_in_process(units, work, run)
+
+    pack_with(spy, *inputs, str(tmp_path / "whole"), PackConfig(view=View.BASE))
+    pack_with(spy, *inputs, str(tmp_path / "some"), PackConfig(view=View.BASE, limit=45))
+    weights = [unit.weight for unit in seen]
+    assert weights[2] > weights[0] > weights[1] > 0  # of 60, 40 and no documents
+    assert weights[3:5] == weights[:2]
+    assert weights[5] == pytest.approx(weights[2] * 5 / 60, abs=1)
+    assert batches(seen[:3], workers=2)[0][0].name == "shard-00002"
+
+
+def test_code_is_packed_without_its_sketches_being_read(
+    inputs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, asked = storage.read_parquet, set()
+
+    def spy(url: str, columns: list[str] | None = None) -> pa.Table:
+        asked.update(columns or ())
+        return read(url, columns)
+
+    monkeypatch.setattr(storage, "read_parquet", spy)
+    pack_in_process(*inputs, str(tmp_path / "base"), PackConfig(view=View.BASE))
+    assert "content" in asked
+    assert not asked & {"sketch", "placeholders", "segments"}
+    pack_in_process(*inputs, str(tmp_path / "generator"), PackConfig(view=View.GENERATOR))
+    assert asked >= {"sketch", "placeholders", "segments"}
 
 
 def test_the_generators_rows_hold_whole_pairs(inputs: tuple[str, str], tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def models_to_train(recipe: Recipe) -> list[str]:
 
 
 def parts(claim: ClaimConfig, systems: tuple[str, ...] = SYSTEMS) -> Iterator[Part]:
-    """Every part, greedy ones first: they cost least. The base is not trained, so greedily it answers once."""
+    """Every part, greedy ones first. The base is not trained, so greedily it answers once."""
     modes: tuple[Mode, ...] = ("greedy",) if claim.n is None else ("greedy", "sampled")
     for mode in modes:
         for system in systems:

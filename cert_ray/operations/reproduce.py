@@ -4,16 +4,17 @@
 The stages are the recipe's own (`pipeline`), and reuse what is finished; so does every evaluation, as a whole, and
 within one every batch of prompts that was answered. What a part was made from is digested, so another model is never
 scored by an earlier one's answers; what answers depend on apart, since the sandbox that runs them has no say in them.
-Training wants Ray; evaluating does not. Models are loaded where an answer is missing: what a machine with a GPU
-answered can be run by one that has a sandbox, and of the models no more than their manifests.
+Training wants Ray; evaluating does not. Models are loaded once, and only where an answer of theirs is missing: what a
+machine with a GPU answered can be run by one that has a sandbox, and of the models no more than their manifests.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import xxhash
@@ -62,7 +63,7 @@ def train_models(recipe: Recipe) -> dict[str, TrainResult]:
 
 
 def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS, *, answers_only: bool = False) -> None:
-    """Evaluate `systems`, part by part; what is finished and made from the same models is left as it is.
+    """Evaluate `systems`, models by models; what is finished and made from the same ones is left as it is.
 
     `answers_only`: let the models answer and keep what they say; nothing is run, so no sandbox is wanted.
 
@@ -70,20 +71,21 @@ def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS, *, answers_
         ConfigError, InputError, SandboxError: as `run_evaluation`, or when a model cannot be loaded.
     """
     claim = check_claim(recipe)
-    loaded: dict[tuple[str, int], _Maker] = {}  # one system at a time in memory
+    for asked in _by_models(recipe, parts(claim, tuple(systems))):
+        load = functools.cache(functools.partial(_load, recipe, asked[0], claim))
+        for part in asked:
+            if is_finished(recipe, part):
+                _log.info("%s is finished", part.name)
+                continue
+            _evaluate(recipe, claim, part, load, answers_only)
 
-    def load(part: Part) -> _Maker:
-        key = (part.system, part.seed)
-        if key not in loaded:
-            loaded.clear()
-            loaded[key] = _load(recipe, part, claim)
-        return loaded[key]
 
-    for part in parts(claim, tuple(systems)):
-        if is_finished(recipe, part):
-            _log.info("%s is finished", part.name)
-            continue
-        _evaluate(recipe, claim, part, load, answers_only)
+def _by_models(recipe: Recipe, asked: Iterable[Part]) -> list[list[Part]]:
+    """The parts that the same models answer, together: these are loaded once, and no others lie beside them."""
+    found: dict[tuple[str, ...], list[Part]] = {}
+    for part in asked:
+        found.setdefault(tuple(model_folders(recipe, part).values()), []).append(part)
+    return list(found.values())
 
 
 def is_finished(recipe: Recipe, part: Part) -> bool:
@@ -143,14 +145,12 @@ def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> _Maker:
     return lambda sampling: LocalCompleter(answerer, CompleterConfig.from_mapping(sampling, "claim"))
 
 
-def _evaluate(
-    recipe: Recipe, claim: ClaimConfig, part: Part, load: Callable[[Part], _Maker], answers_only: bool
-) -> None:
+def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, load: Callable[[], _Maker], answers_only: bool) -> None:
     config = _evaluate_config(recipe, claim, part)
     sampling = {"max_tokens": claim.max_tokens, "top_p": claim.top_p, "seed": part.seed}
     sampling["temperature"] = config.temperature or 0.0
     url = storage.join(config.output, _COMPLETIONS)
-    remembered = Remembered(lambda: load(part)(sampling), url, answers_digest(recipe, part))
+    remembered = Remembered(lambda: load()(sampling), url, answers_digest(recipe, part))
     if answers_only:
         _log.info("answering %s", part.name)
         draw_samples(config, remembered)

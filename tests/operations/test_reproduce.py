@@ -124,6 +124,29 @@ def test_the_command_says_how_what_was_answered_is_run(tmp_path: Path, monkeypat
     assert "--only base instead of --answers-only" in result.output
 
 
+def test_models_are_loaded_once_whatever_the_modes_benchmarks_and_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other.jsonl"
+    shutil.copyfile(PROBLEMS, other)
+    made = _recipe(tmp_path)
+    assert made.claim is not None
+    claim = made.claim.model_copy(update={"benchmarks": (str(PROBLEMS), str(other)), "seeds": (0, 1)})
+    loaded: list[str] = []
+
+    def load(recipe: Recipe, part: Part, _: object) -> Any:
+        loaded.append("+".join(map(storage.name_of, reproduce.model_folders(recipe, part).values())))
+        return lambda _: Counting()
+
+    monkeypatch.setattr(reproduce, "_load", load)
+    reproduce.evaluate_parts(made.model_copy(update={"claim": claim}), answers_only=True)
+    answered = sorted((tmp_path / "run" / "claim").rglob("completions.jsonl"))
+    assert len(answered) == 2 * (1 + 2 + 2) + 2 * 3 * 2
+    assert loaded == [
+        "start", "xl", "xl-seed-1", "sketcher+generator", "sketcher-seed-1+generator-seed-1"
+    ]  # fmt: skip
+
+
 def test_what_was_evaluated_is_not_taken_for_models_that_came_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

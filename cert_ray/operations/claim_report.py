@@ -204,7 +204,9 @@ def _cost(models: Sequence[dict[str, Any]], told: Mapping[Part, dict[str, Any]])
 def _machines(recipe: Recipe, told: Mapping[Part, dict[str, Any]]) -> dict[str, list[str]]:
     """Where the models were trained, where they answered, and where their programs ran, as far as it was noted."""
     folders = [RunFolders(recipe.run).model(trained.name) for trained in trained_models(seeded(recipe))]
-    trained_on = [manifests.read_manifest(folder, "model", "train").notes.get("machine") for folder in folders]
+    notes = [manifests.read_manifest(folder, "model", "train").notes for folder in folders]
+    # Earlier versions noted the last machine of worker 0 alone.
+    trained_on = [machine for noted in notes for machine in noted.get("machines") or [noted.get("machine")]]
     answered_on = [machine for noted in told.values() for machine in noted.get("answered_on", ())]
     ran_on = [noted.get("ran_on") for noted in told.values()]
     found = {"training": trained_on, "answering": answered_on, "running": ran_on}

@@ -19,6 +19,7 @@ from cert_ray.training.loggers import check_installed
 STAGE = "model"
 VERB = "train"
 _TOKENIZER = "tokenizer.json"
+_NOT_OF_THE_WEIGHTS = ("machine", "machines")  # notes: the first is that of earlier versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def _describe(base: str) -> str:
         return base
     if manifests.is_finished(base):
         manifest = manifests.read_manifest(base, STAGE, VERB)
-        notes = {name: note for name, note in manifest.notes.items() if name != "machine"}
+        notes = {name: note for name, note in manifest.notes.items() if name not in _NOT_OF_THE_WEIGHTS}
         return manifest.model_copy(update={"notes": notes}).model_dump_json()
     return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(base))
 

@@ -26,7 +26,6 @@ from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedError
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.telemetry import logs
-from cert_ray.telemetry.machine import machine
 from cert_ray.telemetry.on_ray import count_step
 from cert_ray.tokens.encoding import SKETCH_VIEWS
 from cert_ray.training import checkpoints, inputs, records
@@ -202,7 +201,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         "records": outcome.records,
         "parameters": outcome.parameters,
         "files": outcome.files,
-        "machine": machine(),
+        "machines": outcome.machines,
     }
 
 
@@ -259,16 +258,16 @@ def _finish(checked: inputs.Checked, returned: dict[str, Any]) -> Manifest:
         config,
         checked.inputs_digest,
         [shard],
-        notes=_notes(checked, steps, str(view), returned["machine"]),
+        notes=_notes(checked, steps, str(view), returned["machines"]),
     )
     manifests.write_manifest(config.output, manifest)
     return manifest
 
 
-def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str, machine: str) -> dict[str, Any]:
+def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str, machines: dict[str, int]) -> dict[str, Any]:
     return {
         "run_digest": checked.run_digest,
-        "machine": machine,  # worker 0's
+        "machines": machines,  # of all workers, with the steps that they did
         "base": checked.config.base,
         "view": view,
         "placeholders": view in SKETCH_VIEWS,  # whether it has met sketches

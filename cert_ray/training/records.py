@@ -1,13 +1,15 @@
 """What a run says about itself: one record per step, as a log line, as JSON Lines, and as a picture.
 
-In: numbers of a step. Out: text with fixed order and units; `loss.png`. Losses are means in nats per predicted token.
+In: numbers of a step, and what trained it. Out: text with fixed order and units; `loss.png`. Losses are means in nats
+per predicted token.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from cert_ray.config import Config
 
@@ -51,6 +53,18 @@ def to_json_lines(records: Sequence[StepRecord]) -> str:
 def from_json_lines(text: str, where: str) -> list[StepRecord]:
     """The records of `to_json_lines`."""
     return [StepRecord.from_mapping(json.loads(line), where) for line in text.splitlines()]
+
+
+def described(machines: Sequence[str]) -> str:
+    """The machines of all workers, one entry per worker, as one text: `2 x A + B`."""
+    return " + ".join(f"{count} x {name}" if count > 1 else name for name, count in sorted(Counter(machines).items()))
+
+
+def steps_by_machines(earlier: Mapping[str, int], now: str, steps: int) -> dict[str, int]:
+    """How many steps which machines did: `earlier` ones, and `steps` more of those that `now` describes."""
+    total = Counter(earlier)
+    total[now] += steps
+    return {machines: count for machines, count in total.items() if count}
 
 
 def draw_losses(records: Sequence[StepRecord], title: str, unigram_nats: float | None = None) -> bytes:

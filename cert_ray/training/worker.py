@@ -26,13 +26,21 @@ import torch
 from cert_ray import storage
 from cert_ray.errors import CheckpointError, TrainingDivergedError, TrainingMemoryError
 from cert_ray.manifests import WrittenFile
+from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training import checkpoints, export, memory, models
 from cert_ray.training.batches import Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.loggers import Tell, step_loggers
-from cert_ray.training.records import StepRecord, from_json_lines, progress_line, to_json_lines
+from cert_ray.training.records import (
+    StepRecord,
+    described,
+    from_json_lines,
+    progress_line,
+    steps_by_machines,
+    to_json_lines,
+)
 from cert_ray.training.schedule import learning_rate
 from cert_ray.training.stability import spike_limit, spiking_steps
 from cert_ray.training.utilization import flops_per_token, peak_flops, utilization
@@ -40,6 +48,7 @@ from cert_ray.training.utilization import flops_per_token, peak_flops, utilizati
 _log = logging.getLogger(__name__)
 
 _EPOCHS = "epochs.json"  # where in the run's rows each epoch ends
+_MACHINES = "machines.json"  # how many of the steps so far which machines did
 _T = TypeVar("_T")
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
@@ -53,6 +62,7 @@ class Outcome:
 
     records: tuple[StepRecord, ...]
     parameters: int
+    machines: dict[str, int]  # steps by the machines that did them, in the order in which these came
     files: tuple[WrittenFile, ...]
 
 
@@ -113,7 +123,7 @@ def _run(
     if rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
-    return Outcome(tuple(trainer.records), parameters, files)
+    return Outcome(tuple(trainer.records), parameters, trainer.machines, files)
 
 
 def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
@@ -158,7 +168,15 @@ class _Rank:
         self._token_flops = flops_per_token(loaded.model, packed.context_tokens)  # ZeRO 3 takes the weights apart
         self._peak_flops = peak_flops(config.precision) if config.use_gpu else None
         self.records: list[StepRecord] = []
+        self._earlier: dict[str, int] = {}  # steps by machines, up to the checkpoint
         self._start()
+        self._started_at = len(self.records)
+        self._here = described(self._gather(machine()))
+
+    @property
+    def machines(self) -> dict[str, int]:
+        """Steps by the machines that did them; those that a kill took, and others did again, count for these."""
+        return steps_by_machines(self._earlier, self._here, len(self.records) - self._started_at)
 
     def steps(self) -> Iterator[StepRecord]:
         """Train to the last step; a record per step, after its checkpoint where it has one."""
@@ -314,6 +332,7 @@ class _Rank:
                 shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
         (folder / export.RECORDS_NAME).write_text(to_json_lines(self.records))
         (folder / _EPOCHS).write_text(json.dumps(self._batches.ends))
+        (folder / _MACHINES).write_text(json.dumps(self.machines))
 
     def _start(self) -> None:
         """The engine and the rows, at the start or where the newest whole checkpoint stands."""
@@ -336,6 +355,8 @@ class _Rank:
                 self._load_from_others(folder / export.ENGINE_FOLDER, Path(temporary) / "universal")
             self.records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
             ends = json.loads((folder / _EPOCHS).read_text())
+            if (noted := folder / _MACHINES).is_file():  # earlier versions did not
+                self._earlier = json.loads(noted.read_text())
             self._batches = Batches(self._packed, config, self._rank, self._world_size, ends)
         assert len(self.records) == step, f"{url} holds the records of {len(self.records)} steps"
         if self._rank == 0:
@@ -362,7 +383,7 @@ class _Rank:
         self._engine.load(shared)
         torch.distributed.barrier()  # it lies in the folder of the first of them
 
-    def _gather(self, mine: tuple[str, str]) -> list[tuple[str, str]]:
+    def _gather(self, mine: _T) -> list[_T]:
         """What every rank gives, by rank."""
         found: list[Any] = [None] * self._world_size
         torch.distributed.all_gather_object(found, mine)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from cert_ray.training.records import StepRecord, draw_losses, from_json_lines, progress_line, to_json_lines
+from cert_ray.training.records import (
+    StepRecord,
+    described,
+    draw_losses,
+    from_json_lines,
+    progress_line,
+    steps_by_machines,
+    to_json_lines,
+)
 
 FIRST = StepRecord(step=10, epoch=0, loss=6.5, learning_rate=5e-4, gradient_norm=None, tokens=20_000, tokens_per_s=1.5)
 SECOND = StepRecord(
@@ -28,6 +36,14 @@ def test_the_line_has_fixed_order_and_units():
 
 def test_records_survive_the_file():
     assert from_json_lines(to_json_lines([FIRST, SECOND]), "loss.jsonl") == [FIRST, SECOND]
+
+
+def test_machines_are_told_with_how_many_workers_and_the_steps_that_they_did():
+    assert described(["B", "A", "B"]) == "A + 2 x B"
+    first = steps_by_machines({}, "A", 40)
+    second = steps_by_machines(first, "2 x B", 5)
+    assert steps_by_machines(second, "A", 10) == {"A": 50, "2 x B": 5}
+    assert steps_by_machines(second, "C", 0) == second == {"A": 40, "2 x B": 5}
 
 
 def test_the_picture_is_a_png_and_the_same_each_time():

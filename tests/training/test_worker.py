@@ -121,6 +121,26 @@ def test_a_run_cut_short_goes_on_to_the_same_losses(make_config, copy_report, tm
     assert [file.checksum for file in resumed.files] == [file.checksum for file in undisturbed.files]
 
 
+def test_a_run_names_every_machine_that_trained_it_with_its_steps(make_config, copy_report, monkeypatch):
+    """Step 5 was done on the first, lost with it, and done again on the second."""
+
+    def kill(step: int, rank: int) -> None:
+        if step == 5:
+            raise _KilledError
+
+    config = make_config(checkpoint_every_steps=3, steps=8)
+    monkeypatch.setattr(worker, "machine", lambda: "one GPU")
+    with pytest.raises(_KilledError):
+        _run(config, copy_report, kill)
+    monkeypatch.setattr(worker, "machine", lambda: "two cores")
+    assert _run(config, copy_report).machines == {"one GPU": 3, "two cores": 5}
+    assert _run(config, copy_report).machines == {"one GPU": 3, "two cores": 5}  # exported again, nothing trained
+    for step in (6, 8):
+        shutil.rmtree(Path(config.output) / "checkpoints" / checkpoints.name_of_step(step))
+    Path(config.output, "checkpoints").mkdir(exist_ok=True)
+    assert _run(config, copy_report).machines == {"two cores": 8}  # from the start again
+
+
 def test_checkpoints_lie_wherever_a_url_reaches(make_config, tmp_path):
     """In memory, by fsspec: nothing of them is on this disk; the run goes on from there."""
     output = f"memory://training/{tmp_path.name}"

@@ -52,9 +52,18 @@ def claim_folder(recipe: Recipe) -> str:
 
 
 def train_models(recipe: Recipe) -> dict[str, TrainResult]:
-    """Preprocess, pack and train everything that the claim compares; Ray must be running."""
+    """Preprocess, pack and train everything that the claim compares; Ray must be running.
+
+    Raises:
+        ConfigError: at once, when the claim cannot be compared, or its base is a folder that is not there.
+        CertRayError: as the stages.
+    """
+    from cert_ray.training.models import check_there
+
     check_claim(recipe)
     wanted = seeded(recipe)
+    for start in wanted.outside_bases:
+        check_there(start, "start")  # before hours of preprocessing, which want no base
     pipeline.run_preprocess(wanted)
     pipeline.run_tokenizer(wanted)
     names = models_to_train(wanted)

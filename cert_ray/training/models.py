@@ -23,6 +23,7 @@ from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.tokens.encoding import MODEL_VIEW
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
+from cert_ray.training.bases import BASES
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.presets import PRESETS, preset_config
 from cert_ray.training.warm_start import add_tokens
@@ -113,10 +114,24 @@ def base_shape(base: str, vocab_size: int, context_tokens: int) -> Any:
     """
     if base in PRESETS:
         return preset_config(base, vocab_size, context_tokens, 0, 0)
+    check_there(base, "base")
     try:
-        return AutoConfig.from_pretrained(storage.local_path(base) if storage.is_folder(base) else base)
+        with tempfile.TemporaryDirectory(prefix="cert-ray-shape-") as copy:
+            return AutoConfig.from_pretrained(_config_folder(base, Path(copy)), trust_remote_code=False)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"base: {base!r} is no preset, and its config.json cannot be had: {error}") from error
+
+
+def _config_folder(base: str, copy: Path) -> Path:
+    """Where the config.json of `base` lies on this machine: of a remote folder no more is copied."""
+    if not storage.is_folder(base):
+        return _hub_folder(base, "base", ["config.json"])
+    if storage.is_local(base):
+        return storage.local_path(base)
+    (copy / "config.json").write_bytes(storage.read_bytes(storage.join(base, "config.json")))
+    return copy
 
 
 def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: PackFacts) -> Any:
@@ -182,24 +197,41 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
             atexit.register(shutil.rmtree, target, ignore_errors=True)
         storage.copy_folder_to_local(name, target)
         return target
-    if "://" in name or name.startswith((".", "/")) or name.count("/") != 1:
-        known = f"a preset ({', '.join(PRESETS)}), " if option == "base" else ""
+    check_there(name, option)
+    return _hub_folder(name, option, ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model"])
+
+
+def check_there(name: str, option: str) -> None:
+    """Raise `ConfigError` for what is neither a folder nor can be a hub id, and say what to do; the hub is not asked.
+
+    A folder of `cert-ray fetch-base` is named like a hub id, as in `bases/smollm2-135m`: it is never asked for there.
+    """
+    if storage.is_folder(name):
+        return
+    if (fetched := storage.name_of(name)) in BASES:
+        raise ConfigError(
+            f"{option}: there is no folder {name!r}; `cert-ray fetch-base {fetched} --output {name}` makes it."
+        )
+    first = name.partition("/")[0]
+    if "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1 or storage.is_folder(first):
+        known = f"a preset ({', '.join(PRESETS)}), " if option in ("base", "start") else ""
         raise ConfigError(
             f"{option}: {name!r} is not a folder; give {known}a folder that exists, or a hub id like org/name."
         )
-    return _hub_folder(name, option)
 
 
-def _hub_folder(name: str, option: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+def _hub_folder(name: str, option: str, patterns: list[str]) -> Path:
+    """Where the hub's files of these patterns lie: downloaded now or before. Without the hub that is told at once."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model"])
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        why = str(error).strip().splitlines()[0].rstrip(".")
+        asked = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else why
         raise ConfigError(
-            f"{option}: {name!r} is no folder here, and the hub does not give it: {error}. "
-            "Check the spelling, the network and HF_TOKEN, or download it and give its folder."
+            f"{option}: {name!r} is no folder here, and the hub does not give it: {asked}. "
+            "Check the spelling, the network and HF_TOKEN; or download it elsewhere and give its folder; or use what "
+            f"needs no hub: {', '.join(BASES)}, by `cert-ray fetch-base`."
         ) from error

@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cert_ray import cli, storage
+from cert_ray.errors import ConfigError
 from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.operations import reproduce
 from cert_ray.operations.claim import Part
@@ -100,10 +101,19 @@ def test_every_system_reads_the_documentation_and_another_one_is_another_evaluat
     assert given == [recipe.retrieve] * 3
 
 
+def test_a_base_that_is_not_there_is_told_before_anything_is_preprocessed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reproduce.pipeline, "run_preprocess", _never)
+    with pytest.raises(ConfigError, match=r"start: .*start' is not a folder"):
+        reproduce.train_models(_recipe(tmp_path))
+
+
 def test_models_that_the_claim_does_not_compare_are_neither_packed_nor_trained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = _recipe(tmp_path)
+    (tmp_path / "start").mkdir()
     other = recipe.models["generator"].model_copy(update={"view": View.CONTEXT_FIRST})
     packed: list[View] = []
     for stage in ("run_preprocess", "run_tokenizer", "run_train"):

@@ -132,6 +132,58 @@ def test_a_hub_id_that_cannot_be_had_says_so(make_config):
         models.load(make_config(base="cert-ray/no-such-model", tokenizer=None), SimpleNamespace())
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bases/smollm2-135m", "cert-ray fetch-base smollm2-135m --output bases/smollm2-135m"),
+        ("./absent", "is not a folder; give a preset"),
+        ("/absent/model", "is not a folder"),
+        ("~/models/absent", "is not a folder"),
+        ("runs/first/models/xl", "is not a folder"),
+        ("here/absent", "is not a folder"),
+        ("memory://absent/model", "is not a folder"),
+    ],
+)
+def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(name, message, make_config, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: asked.append(name))
+    for use in (lambda: models.base_shape(name, 100, 16), lambda: models.local_folder(name, "base")):
+        with pytest.raises(ConfigError, match=message):
+            use()
+    assert not asked
+
+
+def test_the_shape_of_a_hub_id_takes_its_config_alone_and_one_question(tmp_path, monkeypatch):
+    preset_config("modern-tiny", 100, 16, 0, 1).save_pretrained(tmp_path)
+    asked = []
+
+    def ask(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if name == "org/there":
+            return str(tmp_path)
+        raise OSError("Name or service not known\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert models.base_shape("org/there", 100, 16).hidden_size == 192
+    with pytest.raises(ConfigError, match=r"service not known\. Check the spelling.*smollm2-135m, by `cert-ray fetch"):
+        models.base_shape("org/absent", 100, 16)
+    assert asked == [("org/there", ["config.json"]), ("org/absent", ["config.json"])]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
+        models.base_shape("org/absent", 100, 16)
+
+
+def test_the_shape_of_a_remote_folder_takes_its_config_alone(tmp_path):
+    preset_config("modern-tiny", 100, 16, 0, 1).save_pretrained(tmp_path)
+    url = f"memory://shapes/{tmp_path.name}"
+    storage.write_bytes(f"{url}/config.json", (tmp_path / "config.json").read_bytes())
+    storage.write_bytes(f"{url}/model.safetensors", b"not to be read")
+    assert models.base_shape(url, 100, 16).hidden_size == 192
+
+
 def test_the_config_says_the_view_that_a_model_read_last(tmp_path, make_config, tokenizer_folder):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     model = models.load(make_config(), _pack(tokenizer, view="context_first")).model

@@ -41,6 +41,12 @@ class Batches:
         """Where in the run's rows each epoch ends, as far as it was needed."""
         return self._rows.ends
 
+    @property
+    def rows_of_an_epoch(self) -> int:
+        """How many rows the first epoch has; others differ a little, for documents are drawn anew."""
+        self._rows.locate(0)
+        return self._rows.ends[0]
+
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro batches of `step`; all ranks have as many, some masked where rows do not share out."""
         config = self._config

@@ -12,9 +12,13 @@ and when is `worker`'s.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ _log = logging.getLogger(__name__)
 FOLDER_NAME = "checkpoints"
 _COMPLETE = "complete.json"
 _NAME = re.compile(r"step-(\d{6,})")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TORCH_CANNOT_WRITE = "inline_container"  # all that the RuntimeError of torch.save (2.13) says of a full disk
 
 
 class Part(Config):
@@ -68,6 +74,34 @@ def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage
     )
     storage.write_text(str(folder / _part_name(rank)), part.model_dump_json(indent=1) + "\n")
     return part
+
+
+@contextmanager
+def full_disk_told(name: str, output: str) -> Iterator[None]:
+    """The block writes a part of the checkpoint `name`: below TMPDIR, then below `output`.
+
+    Raises:
+        CheckpointError: saying how much room is where, when a disk is full.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) not in _FULL and _TORCH_CANNOT_WRITE not in str(error):
+            raise
+        places = {"TMPDIR": Path(tempfile.gettempdir())}
+        if storage.is_local(output):
+            places["the output"] = storage.local_path(output)
+        free = [f"{path} ({what}) has {_free_bytes(path) / 1e6:,.0f} MB" for what, path in places.items()]
+        raise CheckpointError(
+            f"{name} cannot be written, a disk is full: {'; '.join(free)} left. Each worker puts its part together "
+            "below TMPDIR, then copies it below the output. Free some, set TMPDIR, or lower keep_checkpoints, and run "
+            "the same again: it goes on from the checkpoint before."
+        ) from error
+
+
+def _free_bytes(path: Path) -> int:
+    """What the disk has left where `path` lies, or will."""
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def mark_complete(checkpoint: str, world_size: int) -> None:

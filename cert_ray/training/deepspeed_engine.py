@@ -111,17 +111,28 @@ class Engine:
         torch.distributed.all_reduce(sums[0])
         # DeepSpeed means over accumulations and workers: so divided, every token of the step weighs the same.
         mean_tokens = (sums[0].clamp(min=1) / (len(batches) * self.world_size)).float()
-        for ids, mask in placed:
+        norm: Any = None
+        for number, (ids, mask) in enumerate(placed, 1):
             loss = self._engine(ids, mask)
             self._engine.backward(loss / mean_tokens)
+            if number == len(placed):
+                norm = self._plain_norm()
             self._engine.step()
             sums[1] += loss.detach()
-        norm = self._engine.get_global_grad_norm()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm()
         torch.distributed.all_reduce(sums[1])
         tokens, nats = sums.tolist()
         if norm is not None:
             norm = float(norm) if norm >= 0 else math.inf  # negative is DeepSpeed's word for it
         return nats / max(tokens, 1), int(tokens), norm
+
+    def _plain_norm(self) -> torch.Tensor | None:
+        """The gradients' norm of a whole step where DeepSpeed does not tell it: without ZeRO."""
+        if self._engine.zero_optimization():
+            return None
+        gradients = [parameter.grad for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
     def summed_eval_loss(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:

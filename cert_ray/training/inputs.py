@@ -5,6 +5,7 @@ A finished output of the same run is found here, one of another run refused. Imp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import xxhash
@@ -49,6 +50,26 @@ def check(config: TrainConfig) -> Checked:
     inputs_digest = digest.hexdigest()
     run_digest = xxhash.xxh3_128_hexdigest(f"{inputs_digest} {config.result_digest()}".encode())
     return Checked(config, inputs_digest, run_digest, pack)
+
+
+def waits_for(config: TrainConfig, cluster: Mapping[str, float]) -> str | None:
+    """What a cluster of these resources lacks for the run to start, and what to change; None where it suffices.
+
+    That is no error: an autoscaler, or somebody, may add nodes.
+    """
+    workers = config.min_workers or config.workers
+    wanted = {"CPU": float(workers * config.cpus_per_worker), "GPU": float(workers if config.use_gpu else 0)}
+    lacking = [
+        f"{count:g} {kind}s, and the cluster has {cluster.get(kind, 0):g}"
+        for kind, count in wanted.items()
+        if count > cluster.get(kind, 0)
+    ]
+    if not lacking:
+        return None
+    return (
+        f"the run waits for nodes: {workers} workers want {'; '.join(lacking)}. Unless some are to join, stop it and "
+        "lower workers or cpus_per_worker (more gradient_accumulation keeps the rows per step), or set min_workers."
+    )
 
 
 def finished(checked: Checked) -> Manifest | None:

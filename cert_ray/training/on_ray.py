@@ -23,7 +23,15 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cert_ray import manifests, storage
-from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingFailedError
+from cert_ray.errors import (
+    CertRayError,
+    ConfigError,
+    InputError,
+    NotFinishedError,
+    TokenizerMismatchError,
+    TrainingDivergedError,
+    TrainingFailedError,
+)
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_step
@@ -33,6 +41,9 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.records import StepRecord
 
 _log = logging.getLogger(__name__)
+
+# What `worker` raises on every worker, and would again.
+_LASTING = (TrainingDivergedError, ConfigError, InputError, TokenizerMismatchError, NotFinishedError)
 
 METRICS_NAME = "loss.jsonl"
 PICTURE_NAME = "loss.png"
@@ -72,6 +83,8 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         return _result(checked.config, manifest, reused=True)
     folder = checkpoints.folder_of(checked.config.output)
     _tidy(folder, checked)
+    if (lacking := inputs.waits_for(checked.config, ray.cluster_resources())) is not None:
+        _log.warning("%s", lacking)
     returned = _fit(checked, folder, after_step)
     return _result(checked.config, _finish(checked, returned), reused=False)
 
@@ -195,7 +208,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 after_step=options["after_step"],
                 count=_counter(config),
             )
-    except TrainingDivergedError as error:  # on every worker alike; starting again would end alike
+    except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}
     return {
         "records": outcome.records,

@@ -15,7 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from cert_ray import storage
-from cert_ray.errors import CheckpointError, TrainingDivergedError, TrainingMemoryError
+from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingMemoryError
 from cert_ray.manifests import WrittenFile
 from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
@@ -81,9 +81,12 @@ def run(
         count: is told every record on rank 0, beside the loggers of `config`.
 
     Raises:
+        ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
+            cannot be used on one of them.
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
         TrainingMemoryError: on the rank whose memory does not suffice.
-        CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
+        CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from; on one
+            rank, when a disk is full.
     """
     torch.set_num_threads(config.cpus_per_worker)
     with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as copies:  # gigabytes, where the base is a remote one
@@ -100,13 +103,15 @@ def _run(
     count: Tell | None,
     copies: Path,
 ) -> Outcome:
-    packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
-    loaded = models.load(config, packed, copies)
+    packed = _everywhere(lambda: PackedTokens.open(config.tokens, verify=False))  # the caller did, once
+    loaded = _everywhere(lambda: models.load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
         trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
-        with _tells(config, run_digest, rank, len(trainer.records)) as tell:
+        tells = _tells(config, run_digest, rank, len(trainer.records))
+        with ExitStack() as stack:
+            tell = _everywhere(lambda: stack.enter_context(tells))
             for record in trainer.steps():
                 tell(record)
                 if count is not None and rank == 0:
@@ -124,6 +129,23 @@ def _run(
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
     return Outcome(tuple(trainer.records), parameters, trainer.machines, files)
+
+
+def _everywhere(work: Callable[[], _T]) -> _T:
+    """Each rank's own `work`; an error of ours on one of them is raised on all, so that none waits for it in vain."""
+    errors: list[CertRayError | None] = [None] * torch.distributed.get_world_size()
+    mine: CertRayError | None = None
+    found: list[_T] | None = None
+    try:
+        found = [work()]
+    except CertRayError as error:
+        mine = error
+    torch.distributed.all_gather_object(errors, mine)
+    raised = [error for error in (mine, *errors) if error is not None]  # its own first
+    if raised:
+        raise raised[0]
+    assert found is not None
+    return found[0]
 
 
 def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
@@ -171,6 +193,8 @@ class _Rank:
         self._earlier: dict[str, int] = {}  # steps by machines, up to the checkpoint
         self._start()
         self._started_at = len(self.records)
+        if rank == 0:
+            self._tell_epochs()
         self._here = described(self._gather(machine()))
 
     @property
@@ -197,6 +221,15 @@ class _Rank:
                 self._save(done)
                 owed = False
             yield record
+
+    def _tell_epochs(self) -> None:
+        config, epoch = self._config, self._batches.rows_of_an_epoch
+        told = f"a step reads {config.rows_per_step} rows, an epoch has {epoch}: {config.steps} steps are "
+        told += f"{config.steps * config.rows_per_step / epoch:.1f} epochs"
+        if config.rows_per_step <= epoch:
+            _log.info("%s", told)
+        else:
+            _log.warning("%s, and each reads rows again: lower micro_batch, or pack more documents", told)
 
     def _spikes(self) -> bool:
         """Whether the last step's loss is part of a spike; raises once the policy's patience is over."""
@@ -282,7 +315,10 @@ class _Rank:
         folder_url = storage.join(checkpoints.folder_of(config.output), name)
         # Left by a kill, it may hold parts of more workers than there are now.
         self._decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
-        with tempfile.TemporaryDirectory(prefix="cert-ray-checkpoint-") as temporary:
+        with (
+            tempfile.TemporaryDirectory(prefix="cert-ray-checkpoint-") as temporary,
+            checkpoints.full_disk_told(name, config.output),
+        ):
             folder = Path(temporary)
             self._engine.save(folder / export.ENGINE_FOLDER)
             if self._rank == 0:
@@ -315,10 +351,10 @@ class _Rank:
         if self._rank == 0:
             try:
                 answer = [decision()]
-            except CheckpointError as error:
+            except CertRayError as error:
                 answer = [error]
         torch.distributed.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], CheckpointError):
+        if isinstance(answer[0], CertRayError):
             raise answer[0]
         found: _T = answer[0]
         return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from cert_ray.errors import ConfigError
@@ -19,6 +21,9 @@ REQUIRED = {"base": "tiny", "tokens": "tokens", "output": "model", "steps": 2_00
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"schedule": "wsd", "decay_share": 0.6}, "before warmup_steps 1000 end; lower one of them"),
         ({"steps": 0}, "steps"),
+        ({"learning_rate": math.inf}, "learning_rate: Input should be a finite number"),
+        ({"max_gradient_norm": math.inf}, "max_gradient_norm"),
+        ({"on_spike": {"minimum_rise_nats": math.inf}}, r"on_spike\.minimum_rise_nats"),
         ({"zero_stage": 4}, "zero_stage"),
         ({"workers": 2, "min_workers": 3}, "more than workers 2; lower it"),
         ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are activation_checkpointing, base"),

@@ -16,3 +16,19 @@ def test_a_base_is_the_same_wherever_it_was_trained(make_config, tmp_path, noted
         manifests.write_manifest(str(tmp_path), manifests.summarize(inputs.STAGE, Config(), "inputs", [], notes))
         digests.append(inputs.check(make_config(base=str(tmp_path))).run_digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "cluster", "told"),
+    [
+        ({"workers": 2}, {"CPU": 2}, None),
+        ({"workers": 3}, {"CPU": 2}, "3 workers want 3 CPUs, and the cluster has 2. Unless"),
+        ({"workers": 3, "min_workers": 2}, {"CPU": 2}, None),
+        ({"workers": 2, "cpus_per_worker": 2}, {"CPU": 3}, "2 workers want 4 CPUs, and the cluster has 3"),
+        ({"use_gpu": True}, {"CPU": 8}, "1 workers want 1 GPUs, and the cluster has 0"),
+        ({"use_gpu": True}, {"CPU": 8, "GPU": 1}, None),
+    ],
+)
+def test_a_run_that_waits_for_nodes_says_for_what(make_config, options, cluster, told):
+    found = inputs.waits_for(make_config(**options), cluster)
+    assert found is None if told is None else told in found

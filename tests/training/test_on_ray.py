@@ -8,16 +8,25 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import ray.train
 import torch
 from transformers import AutoModelForCausalLM
 
 from cert_ray import manifests
-from cert_ray.errors import CheckpointError, ConfigError, NotFinishedError, TrainingFailedError
+from cert_ray.errors import (
+    CheckpointError,
+    ConfigError,
+    InputError,
+    NotFinishedError,
+    TokenizerMismatchError,
+    TrainingFailedError,
+)
 from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
-from cert_ray.training import checkpoints, worker
+from cert_ray.training import checkpoints, on_ray, worker
 from cert_ray.training.on_ray import TrainResult, _interrupts_as_before, train
 
 pytestmark = [
@@ -70,6 +79,21 @@ def test_an_interrupt_handler_that_python_did_not_set_is_let_be(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda _: None)  # as it says of one set by a host in C
     with _interrupts_as_before():
         pass
+
+
+@pytest.mark.parametrize(
+    "error", [ConfigError("c"), InputError("u", "p", "c"), TokenizerMismatchError("t"), NotFinishedError("u", "pack")]
+)
+def test_what_no_further_start_can_mend_is_not_tried_again(monkeypatch, make_config, error):
+    """Ray Train starts the workers again when one raises: so it is returned, on each of them."""
+
+    def refuses(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=int, get_world_size=int))
+    monkeypatch.setattr(worker, "run", refuses)
+    options = {"config": make_config().model_dump(), "run_digest": "", "after_step": None, "log": logs.inherited()}
+    assert on_ray._work(options) == {"error": error}
 
 
 def test_two_workers_learn_and_leave_a_model(undisturbed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sysconfig
@@ -14,6 +15,7 @@ import torch
 from cert_ray import storage
 from cert_ray.errors import (
     CheckpointError,
+    ConfigError,
     DamagedCheckpointError,
     InputError,
     TrainingDivergedError,
@@ -94,6 +96,17 @@ def test_every_zero_stage_gives_the_same_losses(make_config, copy_report, tmp_pa
     ]
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], abs=2e-5)
+
+
+def test_without_zero_the_gradients_norm_is_told_as_with_it(make_config, copy_report, tmp_path):
+    norms = [
+        [record.gradient_norm for record in _run(make_config(**options), copy_report).records]
+        for options in (
+            {"steps": 3, "zero_stage": 1, "gradient_accumulation": 2, "output": str(tmp_path / "one")},
+            {"steps": 3, "zero_stage": 0, "gradient_accumulation": 2, "output": str(tmp_path / "none")},
+        )
+    ]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
 def test_losses_depend_on_the_rows_of_a_step_not_on_how_they_are_grouped(make_config, copy_report, tmp_path):
@@ -263,6 +276,71 @@ def test_what_is_not_finite_stops_the_run_before_it_is_kept(make_config, copy_re
     config = make_config(steps=8, checkpoint_every_steps=2, on_spike=None)
     with pytest.raises(TrainingDivergedError, match=r"step 6: the .* is (nan|inf)\. .*checkpoints/step-000004"):
         _run(config, copy_report)
+
+
+def test_a_full_disk_is_told_by_name_and_the_run_goes_on_once_there_is_room(make_config, copy_report, monkeypatch):
+    config = make_config(steps=6, checkpoint_every_steps=2)
+    written = worker.Engine.save
+
+    def full(engine, folder):
+        written(engine, folder)
+        if len(checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))) == 1:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch 2.13's
+
+    monkeypatch.setattr(worker.Engine, "save", full)
+    with pytest.raises(CheckpointError, match=r"step-000004 .* full: .*TMPDIR\) has .* run the same again"):
+        _run(config, copy_report)
+    monkeypatch.setattr(worker.Engine, "save", written)
+
+    def report_into_full(metrics, part, name):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"step-000004 cannot be written"):
+        worker.run(config, "digest", 0, 1, report_into_full)
+    seen: list[int] = []
+    assert len(_run(config, copy_report, lambda step, rank: seen.append(step)).records) == 6
+    assert seen == [3, 4, 5, 6]
+
+
+def test_an_error_of_ours_on_one_rank_is_raised_on_all(monkeypatch):
+    def gather(found, mine):
+        found[:] = [mine, ConfigError("base: only the second machine lacks it")]
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    with pytest.raises(ConfigError, match="only the second"):
+        worker._everywhere(lambda: "what the first found")
+
+
+@pytest.mark.parametrize(("zero_stage", "clipped"), [(0, 1.0), (0, None), (1, None), (2, 1.0)])
+def test_weights_that_a_broken_gradient_spoiled_are_never_a_checkpoint(
+    make_config, copy_report, monkeypatch, zero_stage, clipped
+):
+    """The loss of the step is finite: it was taken before the update."""
+    learn, steps = worker.Engine.train_step, []
+
+    def spoiled(engine, batches, rate):
+        steps.append(rate)
+        parameter = next(iter(engine._engine.module.parameters()))
+        hook = parameter.register_hook(lambda gradient: gradient * (float("nan") if len(steps) == 2 else 1))
+        found = learn(engine, batches, rate)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(worker.Engine, "train_step", spoiled)
+    config = make_config(zero_stage=zero_stage, max_gradient_norm=clipped, checkpoint_every_steps=1)
+    with pytest.raises(TrainingDivergedError, match=r"step 2: the gradient's norm .* checkpoint is .*step-000001"):
+        _run(config, copy_report)
+    assert [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))] == [1]
+
+
+def test_a_step_of_more_rows_than_there_are_is_told(make_config, copy_report, caplog):
+    with caplog.at_level("INFO", logger=worker.__name__):
+        _run(make_config(steps=3), copy_report)
+        _run(make_config(steps=3, micro_batch=300), copy_report)
+    told = [record for record in caplog.records if "rows, an epoch has" in record.message]
+    assert [record.levelname for record in told] == ["INFO", "WARNING"]
+    assert "lower micro_batch" in told[1].message
 
 
 def test_running_out_of_memory_says_what_to_lower(make_config, copy_report, monkeypatch):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol, Self
 
 import pydantic
 from tokenizers import Tokenizer
 
 from cert_ray.config import Config
-from cert_ray.errors import RequestError
+from cert_ray.errors import ConfigError, RequestError
 from cert_ray.serving.constraints import Template
 
 FinishReason = Literal["stop", "length"]
@@ -150,14 +150,19 @@ class Engine(Protocol):
         ...
 
 
+# What vLLM decides by itself.
+_TRANSFORMERS_ALONE: Final = ("device", "threads", "prefix_cache_tokens", "draft_tokens", "packed_weights")
+
+
 class EngineConfig(Config):
     """How a model is held in memory and run."""
 
-    kind: Literal["transformers", "vllm"] = "transformers"  # vllm: NVIDIA GPUs only, the extra `vllm`
+    kind: Literal["transformers", "vllm"] = "transformers"  # vllm: the extra `vllm`
     device: str | None = None  # None: the first GPU, else the CPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int | None = pydantic.Field(default=None, ge=1)  # torch's intra-op threads; None leaves torch's choice
-    # Rows of one forward pass (distinct beginnings of samples, over all requests) above which no request joins.
+    # Rows of one forward pass (distinct beginnings of samples, over all requests) above which no request joins. vLLM's
+    # `max_num_seqs`, and of its choice unless given, as is the next one, its `max_num_batched_tokens`.
     max_rows: int | None = pydantic.Field(default=None, ge=1)  # None: 256 on a CPU, 2,048 on a GPU
     # Tokens of prompts that are read beside one step of the others. None: 256 on a CPU, 8,192 on a GPU
     prefill_tokens: int | None = pydantic.Field(default=None, ge=1)
@@ -170,6 +175,20 @@ class EngineConfig(Config):
     packed_weights: bool = True  # lay linear layers' weights out once, on the CPU (`packed_linear.py`)
     # The special tokens before prefix, suffix and middle, of a model that was trained to fill in the middle.
     infill: tuple[str, str, str] | None = None
+    # Memory in which vLLM keeps keys and values, for each model; weights come on top. Assumed: 23 KB a token for
+    # SmolLM2-135M in bf16, so 180,000 of them.
+    kv_cache_gib: float = pydantic.Field(default=4.0, gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _check_options_of_the_other(self) -> Self:
+        of_the_other = _TRANSFORMERS_ALONE if self.kind == "vllm" else ("kv_cache_gib",)
+        fields = type(self).model_fields
+        useless = [
+            f"{name}={getattr(self, name)!r}" for name in of_the_other if getattr(self, name) != fields[name].default
+        ]
+        if useless:
+            raise ConfigError(f"{', '.join(useless)} with kind={self.kind!r}: of no use to that engine. Leave it out.")
+        return self
 
 
 def step_sizes(config: EngineConfig, device_type: str) -> tuple[int, int]:

@@ -103,7 +103,7 @@ class JointSamples:
         self._told = [0] * work.n  # characters of each sample's text that were told
         self._tokens = 0
         if work.max_tokens == 0:
-            self._end(self.branches.pop(), ended=False)
+            self.end(self.branches.pop(), ended=False)
 
     def guess(self, room: int, idle: int) -> int:
         """Give branches drafts of at most `room` tokens altogether, of which `idle` cost little; how many they got.
@@ -196,7 +196,7 @@ class JointSamples:
             top = self._top(logits_BV[place], total)
             for token, logit in zip(distinct[place].tolist(), logits[place], strict=True):
                 samples = branch.samples[drawn == token] if len(distinct[place]) > 1 else branch.samples
-                child = self._grow(branch, token, samples, logit - total, top)
+                child = self.grow(branch, token, samples, logit - total, top)
                 if child is None:
                     continue
                 child.row = one.row
@@ -209,20 +209,20 @@ class JointSamples:
     def _top(self, logits_V: torch.Tensor, total: float) -> Top | None:
         return None if self.work.logprobs is None else likeliest(logits_V, total, self.work.logprobs)
 
-    def _grow(
+    def grow(
         self, branch: Branch, token: int, samples: npt.NDArray[np.int64], logprob: float, top: Top | None
     ) -> Branch | None:
         """The branch after one more token; None when that was its last."""
         logprobs = (*branch.logprobs, logprob)
         if token in self._end_ids:
             last = Branch(samples, "", branch.course, branch.ids, logprobs, branch.tops, blanks=branch.blanks)
-            self._end(last, ended=True)
+            self.end(last, ended=True)
             return None
         tops = branch.tops if top is None else (*branch.tops, top)
         start_left, blanks = branch.start_left, branch.blanks
         text = self._first_tokens.text_of(token) if start_left else ""
         if text and start_left.startswith(text):
-            blanks, start_left = blanks + 1, start_left[len(text) :]
+            blanks, start_left = blanks + 1, self._first_tokens.left_after(start_left, token)
         else:
             self._tokens += len(samples)
             start_left = ""  # also where no token fits
@@ -231,7 +231,7 @@ class JointSamples:
         ended = self._watch.seen(child.ids) or self._is_whole(child)
         if not ended and self._left(child) > 0:
             return child
-        self._end(child, ended=ended)
+        self.end(child, ended=ended)
         return None
 
     def _is_whole(self, branch: Branch) -> bool:
@@ -245,7 +245,8 @@ class JointSamples:
         text = prompt_format.decode_code(self._tokenizer, branch.ids)
         return template.end_in(text, is_over=False) is not None
 
-    def _end(self, branch: Branch, *, ended: bool) -> None:
+    def end(self, branch: Branch, *, ended: bool) -> None:
+        """Draw no more of a branch; `ended`: by its last token, an end of text or of a stop string."""
         whole = prompt_format.decode_code(self._tokenizer, branch.ids)
         keeps: bool | None = None
         held = whole

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError
@@ -252,9 +252,16 @@ def window(folder: str, model_config: Any) -> int:
     raise InputError(folder, "config.json does not say how long the window is", "Add max_position_embeddings to it.")
 
 
-def end_ids(model: Any, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text: those the model's configuration names, and the project's own end of text."""
-    named = [model.config.eos_token_id, model.generation_config.eos_token_id]
+def generation_config(path: Path, model_config: Any) -> Any:
+    """What a local folder says of drawing tokens, as transformers loads it with the model."""
+    if (path / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(path)
+    return GenerationConfig.from_model_config(model_config)
+
+
+def end_ids(model_config: Any, generation: Any, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a text: those the model's two configurations name, and the project's own end of text."""
+    named = [model_config.eos_token_id, generation.eos_token_id]
     ids = {number for entry in named for number in (entry if isinstance(entry, list) else [entry])}
     own = tokenizer.token_to_id(prompt_format.END_OF_TEXT)
     # A model's default numbers (50256 for GPT-Neo) may lie outside a smaller vocabulary.

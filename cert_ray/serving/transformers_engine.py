@@ -65,7 +65,7 @@ class TransformersEngine:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._context_tokens = window(folder, model.config)
         self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)
-        self._end_ids = end_ids(model, self._tokenizer)
+        self._end_ids = end_ids(model.config, model.generation_config, self._tokenizer)
         self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
         self._courses = Courses(self._tokenizer, model.get_input_embeddings().num_embeddings, self._end_ids)
         self.is_packed = _pack(model, self._context_tokens, self.config)

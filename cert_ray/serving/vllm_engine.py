@@ -1,45 +1,68 @@
-"""An engine over vLLM, for NVIDIA GPUs and the architectures that vLLM runs (Llama, GPT-2 and the like): extra `vllm`.
+"""An engine over vLLM, for the architectures that vLLM runs (Llama, GPT-2 and the like): extra `vllm`.
 
-In: a local Hugging Face folder. Out: an `Engine`. NOT RUN by this project on any GPU: it is written after vLLM's
-published interface (`AsyncLLM`, `SamplingParams`), and its test stands a fake in vLLM's place. vLLM batches requests
-and shares their prompts by itself. Other than `TransformersEngine`, it draws each sample by itself and with vLLM's
-random numbers, so a seed gives another answer; it tells text and votes at the end only; blanks at the end of a prompt
-stay in the prompt; and prompts are not scored.
+In: a local Hugging Face folder. Out: an `Engine`. vLLM batches requests and shares their prompts by itself; each sample
+is a request of its own there, and `joint.JointSamples` sees where it ends, as for the other engine. vLLM draws with its
+own random numbers, so a seed gives other samples than there, of the same distribution. It tells a token's
+log-probability among all tokens, also where a prompt's blanks leave only some (`vllm_blanks.py`). Run on vLLM's build
+for CPUs; on a GPU it was not run by this project.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
+import queue
 import threading
 import uuid
-from typing import Any
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Final
 
+import numpy as np
+import xxhash
 from tokenizers import Tokenizer
 from transformers import AutoConfig
 
 from cert_ray import storage
 from cert_ray.errors import ConfigError, InputError, RequestError
-from cert_ray.serving.boundaries import cut_at
+from cert_ray.serving.boundaries import FirstTokens
 from cert_ray.serving.engines import (
     DEFAULT_HOOKS,
-    Completion,
     Drawn,
     EngineConfig,
-    FinishReason,
     Hooks,
+    TokenLogprobs,
     Work,
     check_length,
 )
-from cert_ray.serving.joint import tell_logprobs
-from cert_ray.serving.model_folders import find_infill, window
+from cert_ray.serving.joint import Branch, JointSamples, Top, tell_logprobs
+from cert_ray.serving.model_folders import end_ids, find_infill, generation_config, window
 from cert_ray.sketching import prompt_format
 
-_LOOK_S = 0.02  # between two looks at whether the answer is still wanted
+START: Final = "cert_ray_start"  # of a request's `extra_args`: the blanks that its text must begin with
+_BLANKS: Final = "cert_ray.serving.vllm_blanks:StartsWithBlanks"
+_NEVER: Final = -100.0  # what is added to the logit of a token that must not be drawn: as little as vLLM takes
+_LOOK_S: Final = 0.02  # between two looks at whether the answer is still wanted
+_MOST_LOGPROBS: Final = 20
+_STOP_S: Final = 10.0  # assumed: enough for a loop that has only to let go
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    """What vLLM said of a sample: tokens drawn since, and whether those were the last; or what ended it."""
+
+    sample: int
+    tokens: Sequence[tuple[int, float, Top | None]] = ()
+    is_last: bool = False
+    error: BaseException | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: Sequence[Mapping[int, Any] | None] | None = None
 
 
 class VllmEngine:
-    """An `Engine` whose model runs in vLLM."""
+    """An `Engine` whose model runs in vLLM, in processes of its own, which end with this object."""
 
     def __init__(self, folder: str, config: EngineConfig) -> None:
         """Start vLLM over the model in `folder`.
@@ -54,21 +77,31 @@ class VllmEngine:
             engine_module = importlib.import_module("vllm.v1.engine.async_llm")
             self._vllm = importlib.import_module("vllm")
         except ImportError as error:
-            raise ConfigError("engine.kind='vllm': vLLM is not installed. Install cert-ray[vllm].") from error
+            raise ConfigError(
+                f"engine.kind='vllm': vLLM cannot be imported ({error}). Install cert-ray[vllm], or take "
+                "engine.kind='transformers'."
+            ) from error
         path = storage.local_path(folder)
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._context_tokens = window(folder, AutoConfig.from_pretrained(path, trust_remote_code=False))
+        described = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        self._context_tokens = window(folder, described)
         self._infill_tokens = find_infill(folder, self._tokenizer, config.infill)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="cert-ray-vllm", daemon=True).start()
-        options = self._vllm.AsyncEngineArgs(
-            model=str(path), dtype=config.dtype, enable_prefix_caching=True, trust_remote_code=False
-        )
+        self._end_ids = end_ids(described, generation_config(path, described), self._tokenizer)
+        self._first_tokens = FirstTokens(self._tokenizer, described.vocab_size)
+        options = self._vllm.AsyncEngineArgs(**_engine_options(str(path), config, self._context_tokens))
 
         async def start() -> Any:
             return engine_module.AsyncLLM.from_engine_args(options)
 
-        self._engine = asyncio.run_coroutine_threadsafe(start(), self._loop).result()
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=_run, args=[self._loop], name="cert-ray-vllm", daemon=True)
+        thread.start()
+        try:
+            self._engine = asyncio.run_coroutine_threadsafe(start(), self._loop).result()
+        except BaseException:
+            _stop(self._loop, thread)
+            raise
+        self._end = weakref.finalize(self, _end, self._engine, self._loop, thread)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -90,64 +123,200 @@ class VllmEngine:
         """Never: vLLM is given no tokens that an answer may hold."""
         return False
 
+    def close(self) -> None:
+        """End vLLM's processes. Work that is being done fails."""
+        self._end()
+
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         """Draw the samples; see `Engine.draw`."""
-        if work.score_prompt or work.max_tokens == 0:
-            raise RequestError(400, "echo with logprobs: vLLM's engine does not score prompts.", "echo", "unsupported")
         if work.template is not None:
             raise RequestError(400, "mode constrained: vLLM's engine cannot; ask for cascade.", "mode", "unsupported")
-        blanks = tuple(prompt_format.encode_code(self._tokenizer, work.start)) if work.start else ()
-        prompt = [*work.prompt, *blanks]
+        if not self._end.alive:
+            raise RuntimeError("this engine was closed")
+        prompt = work.prompt or (min(self._end_ids, default=0),)  # a text begins after an end of text
         check_length(len(prompt), self._context_tokens)
-        future = asyncio.run_coroutine_threadsafe(self._generate(prompt, work, hooks), self._loop)
-        output = future.result()
-        samples = tuple(self._completion(one, work) for one in sorted(output.outputs, key=lambda one: one.index))
-        return Drawn(samples, sum(len(sample.ids) for sample in samples), output.num_cached_tokens or 0)
-
-    async def _generate(self, prompt: list[int], work: Work, hooks: Hooks) -> Any:
-        name = uuid.uuid4().hex
-        task = asyncio.ensure_future(self._last_output(prompt, work, name))
+        samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
+        asked = {index: self._options(work, index, len(prompt)) for index in range(work.n)}
+        if work.max_tokens == 0:  # one token is drawn beside the prompt's scores, and not told
+            asked = {0: asked[0]}
+        request = _Request(self._engine, self._loop, list(prompt), asked, tells_tops=work.logprobs is not None)
         try:
-            while not task.done():
-                hooks.check()
-                await asyncio.wait([task], timeout=_LOOK_S)
-        except BaseException:
-            task.cancel()
-            await self._engine.abort(name)
-            raise
-        return task.result()
+            return _Drawing(samples, request, hooks).run(lambda scores: self._tell_prompt(prompt, scores))
+        finally:
+            request.end_others()
 
-    async def _last_output(self, prompt: list[int], work: Work, name: str) -> Any:
-        options = self._vllm.SamplingParams(
-            n=work.n,
-            max_tokens=min(work.max_tokens, self._context_tokens - len(prompt)),
+    def _options(self, work: Work, index: int, prompt_tokens: int) -> Any:
+        stream = index % (work.streams or work.n)
+        seed = xxhash.xxh3_64_intdigest(repr((work.seed, work.prompt, stream)).encode()) >> 1  # it takes 63 bits
+        refused = prompt_format.marker_ids(self._tokenizer) if work.code_only else ()
+        room = self._context_tokens - prompt_tokens
+        return self._vllm.SamplingParams(
+            max_tokens=max(1, min(work.max_tokens + len(work.start), room)),  # blanks do not count
             temperature=work.temperature,
             top_p=work.top_p,
-            seed=work.seed,
-            stop=list(work.stop),
-            stop_token_ids=sorted(work.stop_token_ids),
-            logit_bias=dict.fromkeys(prompt_format.marker_ids(self._tokenizer), -100.0) if work.code_only else None,
-            include_stop_str_in_output=True,  # as the other engine: what completes a stop string was drawn
-            skip_special_tokens=True,
+            seed=seed,
+            stop_token_ids=sorted(self._end_ids | work.stop_token_ids),
+            logit_bias=dict.fromkeys(refused, _NEVER) if refused else None,
             logprobs=work.logprobs or 0,
+            prompt_logprobs=work.logprobs or 0 if work.score_prompt and index == 0 else None,
+            detokenize=False,
+            extra_args={START: work.start} if work.start else None,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
         )
-        last = None
-        async for output in self._engine.generate({"prompt_token_ids": prompt}, options, name):
-            last = output
-        assert last is not None, "vLLM ends a request with an output"
-        return last
 
-    def _completion(self, one: Any, work: Work) -> Completion:
-        special = work.stop_token_ids | {self._tokenizer.token_to_id(prompt_format.END_OF_TEXT)}
-        ids = tuple(one.token_ids)
-        if ids and ids[-1] in special:
-            ids = ids[:-1]
-        whole = prompt_format.decode_code(self._tokenizer, ids)
-        text = cut_at(whole, work.stop)
-        drawn = [row[token].logprob for row, token in zip(one.logprobs, one.token_ids, strict=True)]
-        told = None
-        if work.logprobs is not None:
-            tops = [tuple((token, entry.logprob) for token, entry in row.items()) for row in one.logprobs]
-            told = tell_logprobs(self._tokenizer, ids, drawn[: len(ids)], tops[: len(ids)], "", len(text))
-        reason: FinishReason = "stop" if one.finish_reason == "stop" or len(text) < len(whole) else "length"
-        return Completion(ids, text, reason, sum(drawn) / max(1, len(drawn)), told)
+    def _tell_prompt(self, prompt: Sequence[int], scores: Sequence[Mapping[int, Any] | None]) -> TokenLogprobs:
+        rows = [row or {} for row in scores]
+        logprobs = [row[token].logprob if token in row else None for token, row in zip(prompt, rows, strict=True)]
+        tops = [_top(row) if row else None for row in rows]
+        return tell_logprobs(self._tokenizer, prompt, logprobs, tops, "", 1 << 62)
+
+
+class _Request:
+    """The samples of one piece of work, each a request of vLLM's; what is said of them stands in `mailbox`."""
+
+    def __init__(
+        self,
+        engine: Any,
+        loop: asyncio.AbstractEventLoop,
+        prompt: list[int],
+        asked: dict[int, Any],
+        *,
+        tells_tops: bool,
+    ) -> None:
+        """`asked`: the `SamplingParams` of each sample. `tells_tops`: whether the likeliest tokens are wanted."""
+        self._tells_tops = tells_tops
+        self.mailbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
+        self._engine, self._loop = engine, loop
+        self._name = uuid.uuid4().hex
+        self._running: dict[int, Future[None]] = {
+            index: asyncio.run_coroutine_threadsafe(self._listen(prompt, options, index), loop)
+            for index, options in asked.items()
+        }
+
+    async def _listen(self, prompt: list[int], options: Any, index: int) -> None:
+        outputs = self._engine.generate({"prompt_token_ids": prompt}, options, f"{self._name}-{index}")
+        try:
+            async for output in outputs:
+                self.mailbox.put(_read(output, index, self._tells_tops))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the thread that waits raises it
+            self.mailbox.put(_News(index, error=error))
+
+    def end(self, index: int) -> None:
+        """Draw no more of a sample: vLLM aborts what nobody listens to."""
+        running = self._running.pop(index, None)
+        if running is not None:
+            running.cancel()
+
+    def end_others(self) -> None:
+        """Draw no more of any."""
+        for index in list(self._running):
+            self.end(index)
+
+
+class _Drawing:
+    """Puts the samples together from what vLLM says of each, in the thread that waits for them."""
+
+    def __init__(self, samples: JointSamples, request: _Request, hooks: Hooks) -> None:
+        self._samples, self._request, self._hooks = samples, request, hooks
+        work = samples.work
+        self._open = {index: Branch(np.array([index]), work.start) for index in range(work.n) if work.max_tokens}
+        self._samples.branches = list(self._open.values())
+        self._cached_tokens = 0
+        self._scores: Sequence[Mapping[int, Any] | None] | None = None
+
+    def run(self, tell_prompt: Any) -> Drawn:
+        """All samples, or as many as are enough."""
+        work = self._samples.work
+        while self._open or (work.score_prompt and self._scores is None):
+            self._hooks.check()
+            try:
+                news = self._request.mailbox.get(timeout=_LOOK_S)
+            except queue.Empty:
+                continue
+            if news.error is not None:
+                raise news.error
+            self._take(news)
+            self._tell()
+        told = None if self._scores is None else tell_prompt(self._scores)
+        return self._samples.finish(self._cached_tokens, told)
+
+    def _take(self, news: _News) -> None:
+        self._cached_tokens = max(self._cached_tokens, news.cached_tokens)
+        self._scores = self._scores or news.prompt_logprobs
+        branch = self._open.pop(news.sample, None)
+        for token, logprob, top in news.tokens:
+            if branch is not None:
+                branch = self._samples.grow(branch, token, branch.samples, logprob, top)
+        if branch is not None and news.is_last:
+            self._samples.end(branch, ended=False)
+        elif branch is not None:
+            self._open[news.sample] = branch
+        if news.sample not in self._open:
+            self._request.end(news.sample)
+        self._samples.branches = list(self._open.values())
+
+    def _tell(self) -> None:
+        hooks, samples = self._hooks, self._samples
+        if hooks.streams_text:
+            for index, text, reason in samples.settled_text():
+                hooks.on_text(index, text, reason)
+        if samples.ended and self._open and hooks.enough is not None:
+            ended = [(completion, len(numbers)) for completion, numbers in samples.ended]
+            if hooks.enough(ended, [(branch.ids, 1) for branch in self._open.values()]):
+                self._open = {}
+
+
+def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "model": path,
+        "dtype": config.dtype,
+        "max_model_len": context_tokens,
+        "max_logprobs": _MOST_LOGPROBS,
+        "enable_prefix_caching": True,
+        "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
+        # What is left free need not hold more than that: two models of a cascade lie on one device.
+        "gpu_memory_utilization": 0.01,
+        "trust_remote_code": False,
+        "logits_processors": [_BLANKS],
+        "disable_log_stats": True,
+    }
+    given = {"max_num_seqs": config.max_rows, "max_num_batched_tokens": config.prefill_tokens}
+    return options | {name: value for name, value in given.items() if value is not None}
+
+
+def _read(output: Any, index: int, tells_tops: bool) -> _News:
+    tokens: list[tuple[int, float, Top | None]] = []
+    for one in output.outputs:
+        for token, row in zip(one.token_ids, one.logprobs or (), strict=True):
+            tokens.append((token, row[token].logprob, _top(row) if tells_tops else None))
+    return _News(
+        index, tokens, output.finished, None, output.num_cached_tokens or 0, getattr(output, "prompt_logprobs", None)
+    )
+
+
+def _top(row: Mapping[int, Any]) -> Top:
+    return tuple((token, entry.logprob) for token, entry in row.items())
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.run_until_complete(_end_tasks())
+    loop.close()
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _end(engine: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    engine.shutdown()
+    _stop(loop, thread)
+
+
+def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
+    loop.call_soon_threadsafe(loop.stop)
+    if thread is not threading.current_thread():  # where the last reference was let go
+        thread.join(timeout=_STOP_S)

@@ -47,7 +47,12 @@ def small_tokenizer() -> Tokenizer:
 
 
 def save_model(
-    folder: Path, architecture: str = "gpt_neo", seed: int = 0, window: int = 64, spread: float = 0.3
+    folder: Path,
+    architecture: str = "gpt_neo",
+    seed: int = 0,
+    window: int = 64,
+    spread: float = 0.3,
+    hidden_size: int = 32,
 ) -> str:
     """A random model of some thousand parameters, with the small tokenizer, as `folder`.
 
@@ -78,7 +83,8 @@ def save_model(
         shape |= {"num_key_value_heads": 2, "sliding_window": 8, "max_position_embeddings": window}
         model = MistralForCausalLM(MistralConfig(**shape, **ends))
     else:
-        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape = {"intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"hidden_size": hidden_size}  # of a Llama alone
         model = LlamaForCausalLM(LlamaConfig(**shape, **ends, max_position_embeddings=window))
     for parameter in model.parameters():  # far enough from uniform that greedy has no ties
         torch.nn.init.normal_(parameter, std=spread)

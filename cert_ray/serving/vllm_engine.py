@@ -280,6 +280,10 @@ def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dic
         "logits_processors": [_BLANKS],
         "disable_log_stats": True,
     }
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        # A prompt that is read in parts draws a token that is not kept, and vLLM 0.32 then turns the seeded generator
+        # back, which it cannot on a CPU: its worker ends, and with it all requests.
+        options["enable_chunked_prefill"] = False
     given = {"max_num_seqs": config.max_rows, "max_num_batched_tokens": config.prefill_tokens}
     return options | {name: value for name, value in given.items() if value is not None}
 

@@ -66,7 +66,7 @@ def main() -> None:
     given = _arguments()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
-    prompts = _prompts(given.benchmarks, given.seed)
+    prompts = read_prompts(given.benchmarks, given.seed)
     ours, peer = _Ours(given), _Peer(given)
     taken = iter(range(0, len(prompts), 1))
 
@@ -141,7 +141,8 @@ def _row(name: str, mine: Rate, other: Rate) -> list[str]:
     ]
 
 
-def _prompts(folder: Path, seed: int) -> list[str]:
+def read_prompts(folder: Path, seed: int) -> list[str]:
+    """The prompts of both benchmarks, in an order that `seed` decides."""
     prompts = []
     for name in ("PandasEval", "NumpyEval"):
         with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:

@@ -73,12 +73,14 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeLLM, str]
     folder = save_model(tmp_path, "llama")
     llm = FakeLLM(Tokenizer.from_file(f"{folder}/tokenizer.json"))
     vllm, engine = ModuleType("vllm"), ModuleType("vllm.v1.engine.async_llm")
+    platforms = ModuleType("vllm.platforms")
+    platforms.current_platform = SimpleNamespace(is_cpu=lambda: True)  # type: ignore[attr-defined]
     vllm.AsyncEngineArgs = SimpleNamespace  # type: ignore[attr-defined]
     vllm.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
     vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(DELTA=1))  # type: ignore[attr-defined]
     engine.AsyncLLM = SimpleNamespace(from_engine_args=lambda _: llm)  # type: ignore[attr-defined]
-    for name, module in (("vllm", vllm), ("vllm.v1.engine.async_llm", engine)):
-        monkeypatch.setitem(sys.modules, name, module)
+    for module in (vllm, engine, platforms):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return llm, folder
 
 

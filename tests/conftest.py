@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.register_profile("search", max_examples=2_000, deadline=None)
 hypothesis.settings.load_profile("same")
+
+
+def pytest_configure() -> None:
+    # Of a crash in native code, the thread that it happened in: pytest's own plugin shows all, the newest first, and
+    # what is kept of a long log ends before the one that matters. A copy, since pytest puts files in stderr's place.
+    faulthandler.enable(os.dup(2), all_threads=False)
 
 
 @pytest.fixture(scope="session")

@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cert_ray.serving.answering import load_engine
+from cert_ray.serving.engines import EngineConfig, Work
 from cert_ray.tokens.vocabulary import save_tokenizer
 from cert_ray.training.presets import preset_config
 from tests.serving.builders import small_tokenizer
+from tests.serving.test_vllm_engine import runs_vllm
+
+SOURCE = "import numpy as np\nx = np.zeros(3)\n"
 
 
-def test_ctranslate2_gives_the_logits_of_a_llama_export(tmp_path: Path) -> None:
-    ctranslate2 = pytest.importorskip("ctranslate2")
+@pytest.fixture
+def export(tmp_path: Path) -> tuple[str, list[int], torch.Tensor]:
+    """A Llama export, tokens of a text, and transformers' logits [T, V] for them."""
     tokenizer = small_tokenizer()
     torch.manual_seed(0)
     config = preset_config("modern-tiny", tokenizer.get_vocab_size(), 128, 0, 1)
     model = AutoModelForCausalLM.from_config(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    save_tokenizer(tokenizer, str(tmp_path / "model"), 128)
-    converter = ctranslate2.converters.TransformersConverter(str(tmp_path / "model"))
-    converted = converter.convert(str(tmp_path / "converted"))
-    generator = ctranslate2.Generator(converted, device="cpu", compute_type="float32", intra_threads=1)
-    ids = tokenizer.encode("import numpy as np\nx = np.zeros(3)\n").ids
-    found = np.array(generator.forward_batch([[tokenizer.id_to_token(number) for number in ids]]))[0]
+    for parameter in model.parameters():  # far enough from uniform that a wrong rotation shows
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = str(tmp_path / "model")
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder, 128)
+    ids = tokenizer.encode(SOURCE).ids
     with torch.no_grad():
-        expected = model(torch.tensor([ids])).logits[0].numpy()
-    np.testing.assert_allclose(found[:, : expected.shape[1]], expected, atol=1e-4)
+        return folder, ids, model(torch.tensor([ids])).logits[0]
+
+
+def test_ctranslate2_gives_the_logits_of_a_llama_export(
+    tmp_path: Path, export: tuple[str, list[int], torch.Tensor]
+) -> None:
+    ctranslate2 = pytest.importorskip("ctranslate2")
+    folder, ids, expected_TV = export
+    converted = ctranslate2.converters.TransformersConverter(folder).convert(str(tmp_path / "converted"))
+    generator = ctranslate2.Generator(converted, device="cpu", compute_type="float32", intra_threads=1)
+    found = np.array(generator.forward_batch([[small_tokenizer().id_to_token(number) for number in ids]]))[0]
+    np.testing.assert_allclose(found[:, : expected_TV.shape[1]], expected_TV.numpy(), atol=1e-4)
+
+
+@runs_vllm
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; docs/engine.md says how")
+def test_vllm_gives_the_log_probabilities_of_a_llama_export(export: tuple[str, list[int], torch.Tensor]) -> None:
+    folder, ids, logits_TV = export
+    expected = [float(row[token]) for row, token in zip(logits_TV.log_softmax(-1), ids[1:], strict=False)]
+    engine: Any = load_engine(folder, EngineConfig(kind="vllm", kv_cache_gib=0.25))
+    try:
+        scored = engine.draw(Work(tuple(ids), max_tokens=0, logprobs=0, score_prompt=True)).prompt_logprobs
+    finally:
+        engine.close()
+    assert "".join(scored.tokens) == SOURCE
+    assert scored.token_logprobs[1:] == pytest.approx(expected, abs=1e-3)

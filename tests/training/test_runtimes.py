@@ -29,7 +29,7 @@ def export(tmp_path: Path) -> tuple[str, list[int], torch.Tensor]:
     config = preset_config("modern-tiny", tokenizer.get_vocab_size(), 128, 0, 1)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():  # far enough from uniform that a wrong rotation shows
-        torch.nn.init.normal_(parameter, std=0.1)
+        torch.nn.init.normal_(parameter, std=0.5)
     folder = str(tmp_path / "model")
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder, 128)
@@ -46,7 +46,7 @@ def test_ctranslate2_gives_the_logits_of_a_llama_export(
     converted = ctranslate2.converters.TransformersConverter(folder).convert(str(tmp_path / "converted"))
     generator = ctranslate2.Generator(converted, device="cpu", compute_type="float32", intra_threads=1)
     found = np.array(generator.forward_batch([[small_tokenizer().id_to_token(number) for number in ids]]))[0]
-    np.testing.assert_allclose(found[:, : expected_TV.shape[1]], expected_TV.numpy(), atol=1e-4)
+    np.testing.assert_allclose(found[:, : expected_TV.shape[1]], expected_TV.numpy(), atol=1e-3)
 
 
 @runs_vllm

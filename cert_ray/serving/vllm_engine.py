@@ -10,12 +10,13 @@ for CPUs; on a GPU it was not run by this project.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import queue
 import threading
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
@@ -48,6 +49,8 @@ _LOOK_S: Final = 0.02  # between two looks at whether the answer is still wanted
 _MOST_LOGPROBS: Final = 20
 _STOP_S: Final = 10.0  # assumed: enough for a loop that has only to let go
 
+_Scores = Sequence[Mapping[int, Any] | None]  # of a prompt's tokens, by token, the first of which has none
+
 
 @dataclass(frozen=True, slots=True)
 class _News:
@@ -58,7 +61,7 @@ class _News:
     is_last: bool = False
     error: BaseException | None = None
     cached_tokens: int = 0
-    prompt_logprobs: Sequence[Mapping[int, Any] | None] | None = None
+    prompt_logprobs: _Scores | None = None
 
 
 class VllmEngine:
@@ -164,7 +167,7 @@ class VllmEngine:
             output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
         )
 
-    def _tell_prompt(self, prompt: Sequence[int], scores: Sequence[Mapping[int, Any] | None]) -> TokenLogprobs:
+    def _tell_prompt(self, prompt: Sequence[int], scores: _Scores) -> TokenLogprobs:
         rows = [row or {} for row in scores]
         logprobs = [row[token].logprob if token in row else None for token, row in zip(prompt, rows, strict=True)]
         tops = [_top(row) if row else None for row in rows]
@@ -172,7 +175,7 @@ class VllmEngine:
 
 
 class _Request:
-    """The samples of one piece of work, each a request of vLLM's; what is said of them stands in `mailbox`."""
+    """The samples of one piece of work, each a request of vLLM's."""
 
     def __init__(
         self,
@@ -185,7 +188,7 @@ class _Request:
     ) -> None:
         """`asked`: the `SamplingParams` of each sample. `tells_tops`: whether the likeliest tokens are wanted."""
         self._tells_tops = tells_tops
-        self.mailbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
+        self._mailbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
         self._engine, self._loop = engine, loop
         self._name = uuid.uuid4().hex
         self._running: dict[int, Future[None]] = {
@@ -197,9 +200,18 @@ class _Request:
         outputs = self._engine.generate({"prompt_token_ids": prompt}, options, f"{self._name}-{index}")
         try:
             async for output in outputs:
-                self.mailbox.put(_read(output, index, self._tells_tops))
+                self._mailbox.put(_read(output, index, self._tells_tops))
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread that waits raises it
-            self.mailbox.put(_News(index, error=error))
+            self._mailbox.put(_News(index, error=error))
+
+    def news(self) -> list[_News]:
+        """What was said since the last time, of all samples that a step was for; nothing, after a while."""
+        found: list[_News] = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._mailbox.get(timeout=_LOOK_S))
+            while True:
+                found.append(self._mailbox.get_nowait())
+        return found
 
     def end(self, index: int) -> None:
         """Draw no more of a sample: vLLM aborts what nobody listens to."""
@@ -222,21 +234,21 @@ class _Drawing:
         self._open = {index: Branch(np.array([index]), work.start) for index in range(work.n) if work.max_tokens}
         self._samples.branches = list(self._open.values())
         self._cached_tokens = 0
-        self._scores: Sequence[Mapping[int, Any] | None] | None = None
+        self._scores: _Scores | None = None
 
-    def run(self, tell_prompt: Any) -> Drawn:
+    def run(self, tell_prompt: Callable[[_Scores], TokenLogprobs]) -> Drawn:
         """All samples, or as many as are enough."""
         work = self._samples.work
         while self._open or (work.score_prompt and self._scores is None):
             self._hooks.check()
-            try:
-                news = self._request.mailbox.get(timeout=_LOOK_S)
-            except queue.Empty:
-                continue
-            if news.error is not None:
-                raise news.error
-            self._take(news)
-            self._tell()
+            every = self._request.news()
+            for news in every:
+                if news.error is not None:
+                    raise news.error
+                self._take(news)
+            if every:
+                self._samples.branches = list(self._open.values())
+                self._tell()
         told = None if self._scores is None else tell_prompt(self._scores)
         return self._samples.finish(self._cached_tokens, told)
 
@@ -253,7 +265,6 @@ class _Drawing:
             self._open[news.sample] = branch
         if news.sample not in self._open:
             self._request.end(news.sample)
-        self._samples.branches = list(self._open.values())
 
     def _tell(self) -> None:
         hooks, samples = self._hooks, self._samples

@@ -64,7 +64,8 @@ def test_hostile_corpus_reads_the_same_twice_and_in_small_units(
 
 def test_table_without_columns_is_an_error_that_names_them(tmp_path: Path) -> None:
     path = build_table_without_columns(tmp_path)
-    with pytest.raises(MissingColumnsError, match=r"body, label.*preprocess\.sources\.columns\.content, preprocess\.sources\.columns\.path"):
+    columns = r"preprocess\.sources\.columns\.content, preprocess\.sources\.columns\.path"
+    with pytest.raises(MissingColumnsError, match=f"body, label.*{columns}"):
         plan_units(SourceConfig(inputs=(str(path),)))
 
 

@@ -66,12 +66,15 @@ _PASSING_CODES = {"OperationAborted", "ConditionalRequestConflict"}
 
 
 # Packages whose errors need not be ones that Python knows: s3fs passes botocore's on where credentials are missing.
-_STORES = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "adlfs", "requests", "httpx"}
+_STORES = (
+    *("botocore.", "aiobotocore.", "aiohttp.", "requests.", "httpx.", "gcsfs.", "azure.", "adlfs."),
+    *("google.api_core.", "google.auth.", "google.cloud."),
+)
 
 
 def is_of_a_store(error: BaseException) -> bool:
     """Whether `error` is one of a driver of remote storage, or of its client."""
-    return any(kind.__module__.partition(".")[0] in _STORES for kind in type(error).__mro__)
+    return any(f"{kind.__module__}.".startswith(_STORES) for kind in type(error).__mro__)
 
 
 def is_passing(error: BaseException) -> bool:

@@ -144,6 +144,7 @@ def test_what_a_disk_refuses_ends_in_one_line_that_names_the_path(
         (NoCredentialsError(), "Unable to locate credentials. Check"),
         (ConnectionRefusedError(111, "refused"), "[Errno 111] refused. Check"),
         (TimeoutError(), "TimeoutError. Check"),
+        (FileNotFoundError("bucket/x.py"), "FileNotFoundError: bucket/x.py. Check"),
     ],
 )
 def test_what_a_store_refuses_ends_in_one_line(

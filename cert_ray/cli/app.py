@@ -99,7 +99,13 @@ def _told_by_storage(error: Exception) -> str | None:
         place = error.filename if error.filename2 is None else error.filename2
         return f"{place}: {error.strerror}. Check the path, and who may read and write there."
     if isinstance(error, OSError) or is_of_a_store(error):
-        said = " ".join(str(error).split()) or type(error).__name__
+        if type(error).__module__.startswith("ray."):
+            return None  # its TimeoutError is an OSError, too
+        kind, said = type(error).__name__, " ".join(str(error).split())
+        if not said:
+            said = kind
+        elif isinstance(error, OSError) and error.errno is None:  # as fsspec's, whose text may be the path alone
+            said = f"{kind}: {said}"
         return f"{said.rstrip('.')}. Check the disk, or the network and the credentials for the store."
     return None
 

@@ -11,7 +11,7 @@ import typer
 
 from cert_ray import retries
 from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
-from cert_ray.errors import CertRayError, ConfigError, InputError
+from cert_ray.errors import ConfigError, InputError
 
 _ANSWERS_S = 5.0  # assumed: who asks for a cluster's health wants to know when it has none
 
@@ -50,9 +50,9 @@ def _storage_asked_once(run: str) -> Iterator[None]:
     try:
         with retries.asked_once():
             yield
-    except CertRayError:
-        raise
     except Exception as error:
+        if not (isinstance(error, OSError) or retries.is_of_a_store(error)):
+            raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         cure = "Can its storage be reached from here, by this address and with these credentials?"
         raise InputError(run, said.rstrip("."), cure) from error
@@ -74,9 +74,10 @@ def status(
     resolved = load(recipe, overrides, None)
     repeated = [part for assignment in overrides or () for part in ("--set", assignment)]
     with _storage_asked_once(resolved.run):
-        for line in read_story(resolved.run) if story else ():
-            typer.echo(render_line(line))
-        typer.echo(render_status(run_status(resolved), shlex.join([recipe, *repeated]), last_job(resolved.run)))
+        told = [render_line(line) for line in read_story(resolved.run)] if story else []
+        told.append(render_status(run_status(resolved), shlex.join([recipe, *repeated]), last_job(resolved.run)))
+    for text in told:
+        typer.echo(text)
 
 
 @app.command()

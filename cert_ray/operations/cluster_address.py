@@ -14,6 +14,7 @@ from collections.abc import Callable
 from cert_ray.errors import ClusterError, ConfigError
 
 _CONNECTING_S = 5.0  # assumed: for one address of the host; a firewall that drops packets says nothing
+_MOST_PORT = 65_535
 _AGAIN_S = 0.5  # assumed: between two looks
 _IS_IT_UP = "Is the head up, and its port reachable from here? `ray start --head` and `kubectl get raycluster` tell it."
 _WANTED = (
@@ -35,9 +36,9 @@ def find_host(address: str) -> tuple[str, int] | None:
             f"{address!r} is the dashboard's, by which jobs are submitted (`ray job submit --address`): {_WANTED}"
         )
     found = re.fullmatch(r"(?:ray://)?(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^/:]+)):(?P<port>\d{1,5})", address)
-    if found is None:
-        if "://" in address:
-            return None  # of a service that brings its own client
+    if found is None and "://" in address:
+        return None  # of a service that brings its own client
+    if found is None or int(found["port"]) > _MOST_PORT:
         raise ConfigError(f"{address!r} is no address of a Ray cluster: {_WANTED}")
     return found["v6"] or found["host"], int(found["port"])
 
@@ -58,9 +59,9 @@ def wait_for_listener(
     while True:
         try:
             socket.create_connection((host, port), timeout=_CONNECTING_S).close()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for what can be no host's name
             if clock() + _AGAIN_S > ends_s:
-                reason = error.strerror or str(error)
+                reason = getattr(error, "strerror", None) or str(error)
                 raise ClusterError(f"{host}:{port}", f"nobody answers ({reason.lower()})", _IS_IT_UP) from error
             wait(_AGAIN_S)
         else:

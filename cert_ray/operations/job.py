@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cert_ray.errors import CertRayError, ConfigError
+from cert_ray.errors import CertRayError, ConfigError, InputError
 from cert_ray.operations.on_ray import ray_session
 from cert_ray.operations.recipe import Recipe, load_recipe
 from cert_ray.telemetry import logs
@@ -26,7 +26,7 @@ def run_job(stage: Callable[[Recipe], Any]) -> None:
             result = stage(recipe)
     except CertRayError as error:
         _tell({"outcome": "failed", "error": str(error)})
-        raise SystemExit(2 if isinstance(error, ConfigError) else 1) from error
+        raise SystemExit(2 if isinstance(error, ConfigError | InputError) else 1) from error
     except Exception as error:
         _tell({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})
         raise  # with its traceback on standard error, and status 1

@@ -242,7 +242,7 @@ def _yaml(text: str, where: str, cure: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(where, f"not YAML: {place}{error.problem or error.context}", cure) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that there is not
         raise InputError(where, f"not YAML: {' '.join(str(error).split())}", cure) from error
 
 

@@ -62,12 +62,13 @@ def train_models(recipe: Recipe) -> dict[str, TrainResult]:
 
     check_claim(recipe)
     wanted = seeded(recipe)
-    for start in wanted.outside_bases:
+    names = models_to_train(wanted)
+    used = wanted.model_copy(update={"models": {name: wanted.models[name] for name in names}})
+    for start in (wanted if wanted.adopts_tokenizer else used).outside_bases:
         check_there(start, "start")  # before hours of preprocessing, which want no base
     pipeline.run_preprocess(wanted)
     pipeline.run_tokenizer(wanted)
-    names = models_to_train(wanted)
-    pipeline.run_views(wanted.model_copy(update={"models": {name: wanted.models[name] for name in names}}))
+    pipeline.run_views(used)
     return {name: pipeline.run_train(wanted, name) for name in names}
 
 

@@ -70,6 +70,8 @@ def _lines(url: str) -> Iterator[Line]:
             fields = json.loads(text)
         except ValueError:
             continue  # cut short
+        if not isinstance(fields, dict):
+            continue  # another's
         about = {name: str(fields.get(name, "")) for name in ("time", "level", "verb", "stage", "shard", "message")}
         yield Line(**about, log=_log_of(url), fields=fields)
 

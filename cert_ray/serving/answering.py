@@ -297,8 +297,8 @@ class AnswerCache:
             return replace(answer, from_cache=True)
 
     def keep(self, prompt: str, sampling: Sampling, answer: CascadeAnswer) -> None:
-        """Keep `answer`; the least recently used goes."""
-        if self._most == 0:
+        """Keep `answer`, unless there is no room for it alone; the least recently used go."""
+        if self._most == 0 or _weight(answer) > self._most * _ANSWER_TOKENS:
             return
         with self._lock:
             replaced = self._kept.pop((prompt, sampling), None)

@@ -23,8 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cert_ray.errors import RequestError
-from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, step_sizes
+from cert_ray.serving.engines import Drawn, EngineConfig, FinishReason, Hooks, TokenLogprobs, not_finite, step_sizes
 from cert_ray.serving.joint import JointSamples, Top, distinct_in_order, likeliest, tell_logprobs
 from cert_ray.serving.kept_prompts import KeptPrompts, Pin
 from cert_ray.serving.packed_attention import Feed
@@ -35,11 +34,6 @@ _log = logging.getLogger(__name__)
 # Up to so many rows a step takes hardly longer than with one: reading the weights decides. Measured (SmolLM2-135M, one
 # core of a Xeon with AMX, bf16, a step): 48 ms for 1 row, 54 for 8, 68 for 32, 109 for 90.
 _IDLE_ROWS = 16
-# Every token drawn then would be the same one, whatever the prompt. Told to whoever asks: another prompt may do.
-_NOT_FINITE = (
-    "The model's numbers for this prompt are not finite, so nothing can be drawn. Whoever runs the server: its weights "
-    "may be damaged, or too large for engine.dtype=float16; take bfloat16 or float32."
-)
 _KEPT_ROWS = 64  # of logits, where no request runs; assumed
 
 
@@ -327,6 +321,7 @@ class Batch:
     def _score(self, request: Request, logits_QV: torch.Tensor) -> None:
         known = request.prompt[len(request.prompt_logprobs) + 1 :][: len(logits_QV)]
         totals_Q1 = log_totals(logits_QV.float())
+        request.samples.is_lost |= not bool(torch.isfinite(totals_Q1).all())
         for place, token in enumerate(known):
             logits_V, total = logits_QV[place].float(), float(totals_Q1[place])
             top = likeliest(logits_V, total, request.samples.work.logprobs or 0)
@@ -349,7 +344,7 @@ class Batch:
     def _finish(self, request: Request) -> None:
         if request.samples.is_lost:
             _log.error("the model gives numbers that are not finite behind a prompt of %d tokens", len(request.prompt))
-            self._end(request, _Told(error=RequestError(500, _NOT_FINITE, None, "not_finite")))
+            self._end(request, _Told(error=not_finite()))
             return
         self.counted.drafted_tokens += request.samples.drafted
         self.counted.accepted_tokens += request.samples.accepted

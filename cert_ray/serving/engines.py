@@ -207,3 +207,17 @@ def check_length(prompt_tokens: int, context_tokens: int, param: str = "prompt")
             param,
             "context_length_exceeded",
         )
+
+
+def not_finite() -> RequestError:
+    """What a prompt is refused with (500) behind which a model's numbers are NaN or too large: another one may do.
+
+    Every token drawn then would be the same one, whatever the prompt.
+    """
+    return RequestError(
+        500,
+        "The model's numbers for this prompt are not finite, so nothing can be drawn. Whoever runs the server: its "
+        "weights may be damaged, or too large for engine.dtype=float16; take bfloat16 or float32.",
+        None,
+        "not_finite",
+    )

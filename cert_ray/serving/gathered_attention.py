@@ -49,8 +49,8 @@ _NONE: SlotNumbers = np.empty(0, np.int64)
 class Arena:
     """Slots for the keys and values of one token each, in every layer; counts who uses a slot.
 
-    It grows as needed, by half, and gives back when most of it holds nothing. `used`, `capacity` and `forget` are for
-    any thread, all else for the one that steps.
+    It grows as needed, by half, and gives back when most of it holds nothing. `capacity` and `forget` are for any
+    thread, all else for the one that steps.
     """
 
     def __init__(self) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import math
+import os
 import queue
 import threading
 import uuid
@@ -37,6 +39,7 @@ from cert_ray.serving.engines import (
     TokenLogprobs,
     Work,
     check_length,
+    not_finite,
 )
 from cert_ray.serving.joint import Branch, JointSamples, Top, tell_logprobs
 from cert_ray.serving.model_folders import end_ids, find_infill, generation_config, window
@@ -44,9 +47,13 @@ from cert_ray.sketching import prompt_format
 
 START: Final = "cert_ray_start"  # of a request's `extra_args`: the blanks that its text must begin with
 _BLANKS: Final = "cert_ray.serving.vllm_blanks:StartsWithBlanks"
+# vLLM's processes inherit it. Its second model runner, GPUs' default, takes logits processors of another interface than
+# `vllm_blanks.py` has (vLLM 0.32); and it reports to its makers what it is run on.
+_ENVIRONMENT: Final = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
 _NEVER: Final = -100.0  # what is added to the logit of a token that must not be drawn: as little as vLLM takes
 _LOOK_S: Final = 0.02  # between two looks at whether the answer is still wanted
 _MOST_LOGPROBS: Final = 20
+_CLOSED: Final = "this engine was closed"
 _STOP_S: Final = 10.0  # assumed: enough for a loop that has only to let go
 
 _Scores = Sequence[Mapping[int, Any] | None]  # of a prompt's tokens, by token, the first of which has none
@@ -76,6 +83,8 @@ class VllmEngine:
         """
         if not storage.is_local(folder):
             raise InputError(folder, "vLLM wants a local folder", "Copy the model to this machine.")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         try:
             engine_module = importlib.import_module("vllm.v1.engine.async_llm")
             self._vllm = importlib.import_module("vllm")
@@ -135,7 +144,7 @@ class VllmEngine:
         if work.template is not None:
             raise RequestError(400, "mode constrained: vLLM's engine cannot; ask for cascade.", "mode", "unsupported")
         if not self._end.alive:
-            raise RuntimeError("this engine was closed")
+            raise RuntimeError(_CLOSED)
         prompt = work.prompt or (min(self._end_ids, default=0),)  # a text begins after an end of text
         check_length(len(prompt), self._context_tokens)
         samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
@@ -159,6 +168,7 @@ class VllmEngine:
             top_p=work.top_p,
             seed=seed,
             stop_token_ids=sorted(self._end_ids | work.stop_token_ids),
+            ignore_eos=True,  # the tokenizer's own: as with the other engine, what ends a text a configuration names
             logit_bias=dict.fromkeys(refused, _NEVER) if refused else None,
             logprobs=work.logprobs or 0,
             prompt_logprobs=work.logprobs or 0 if work.score_prompt and index == 0 else None,
@@ -201,6 +211,9 @@ class _Request:
         try:
             async for output in outputs:
                 self._mailbox.put(_read(output, index, self._tells_tops))
+        except asyncio.CancelledError:  # by `end`, and nobody hears it; or the engine was closed
+            self._mailbox.put(_News(index, error=RuntimeError(_CLOSED)))
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread that waits raises it
             self._mailbox.put(_News(index, error=error))
 
@@ -212,6 +225,10 @@ class _Request:
             while True:
                 found.append(self._mailbox.get_nowait())
         return found
+
+    def is_running(self, index: int) -> bool:
+        """Whether more of a sample is wanted."""
+        return index in self._running
 
     def end(self, index: int) -> None:
         """Draw no more of a sample: vLLM aborts what nobody listens to."""
@@ -233,7 +250,7 @@ class _Drawing:
         work = samples.work
         self._open = {index: Branch(np.array([index]), work.start) for index in range(work.n) if work.max_tokens}
         self._samples.branches = list(self._open.values())
-        self._cached_tokens = 0
+        self._cached_tokens: int | None = None
         self._scores: _Scores | None = None
 
     def run(self, tell_prompt: Callable[[_Scores], TokenLogprobs]) -> Drawn:
@@ -243,20 +260,25 @@ class _Drawing:
             self._hooks.check()
             every = self._request.news()
             for news in every:
-                if news.error is not None:
+                if news.error is None:
+                    self._take(news)
+                elif self._request.is_running(news.sample):
                     raise news.error
-                self._take(news)
             if every:
                 self._samples.branches = list(self._open.values())
                 self._tell()
         told = None if self._scores is None else tell_prompt(self._scores)
-        return self._samples.finish(self._cached_tokens, told)
+        return self._samples.finish(self._cached_tokens or 0, told)
 
     def _take(self, news: _News) -> None:
-        self._cached_tokens = max(self._cached_tokens, news.cached_tokens)
+        # All samples but the first to be read find the prompt's blocks of that one.
+        cached = news.cached_tokens
+        self._cached_tokens = cached if self._cached_tokens is None else min(self._cached_tokens, cached)
         self._scores = self._scores or news.prompt_logprobs
         branch = self._open.pop(news.sample, None)
         for token, logprob, top in news.tokens:
+            if not math.isfinite(logprob):
+                raise not_finite()
             if branch is not None:
                 branch = self._samples.grow(branch, token, branch.samples, logprob, top)
         if branch is not None and news.is_last:
@@ -278,6 +300,11 @@ class _Drawing:
 
 
 def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dict[str, Any]:
+    """vLLM's `AsyncEngineArgs`.
+
+    Raises:
+        ConfigError: when `prefill_tokens` is less than vLLM needs.
+    """
     options: dict[str, Any] = {
         "model": path,
         "dtype": config.dtype,
@@ -295,6 +322,12 @@ def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dic
         # A prompt that is read in parts draws a token that is not kept, and vLLM 0.32 then turns the seeded generator
         # back, which it cannot on a CPU: its worker ends, and with it all requests.
         options["enable_chunked_prefill"] = False
+        least = max(context_tokens, config.max_rows or 0)
+        if config.prefill_tokens is not None and config.prefill_tokens < least:
+            raise ConfigError(
+                f"engine.prefill_tokens={config.prefill_tokens} with kind='vllm' on a CPU, where it reads prompts "
+                f"whole: give {least} or more (the model's window, and max_rows), or leave it out."
+            )
     given = {"max_num_seqs": config.max_rows, "max_num_batched_tokens": config.prefill_tokens}
     return options | {name: value for name, value in given.items() if value is not None}
 
@@ -302,6 +335,8 @@ def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dic
 def _read(output: Any, index: int, tells_tops: bool) -> _News:
     tokens: list[tuple[int, float, Top | None]] = []
     for one in output.outputs:
+        if one.finish_reason in ("abort", "error"):  # by vLLM itself: what we abort is not listened to
+            return _News(index, error=RuntimeError(f"vLLM gave a request up: {one.finish_reason}"))
         for token, row in zip(one.token_ids, one.logprobs or (), strict=True):
             tokens.append((token, row[token].logprob, _top(row) if tells_tops else None))
     return _News(
@@ -327,8 +362,10 @@ async def _end_tasks() -> None:
 
 
 def _end(engine: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    engine.shutdown()
-    _stop(loop, thread)
+    try:
+        engine.shutdown()
+    finally:
+        _stop(loop, thread)
 
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -44,7 +44,7 @@ def check(config: TrainConfig) -> Checked:
     config = _with_absolute_paths(config)
     pack = PackedTokens.open(config.tokens).manifest
     digest = xxhash.xxh3_128(pack.model_dump_json().encode())
-    digest.update(_describe(config.base).encode())
+    digest.update(_describe(config.base).encode(errors="surrogateescape"))  # names of files need not be text
     if config.tokenizer is not None:
         digest.update(_tokenizer_bytes(config.tokenizer))
     inputs_digest = digest.hexdigest()

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
-from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
+from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.tokens.encoding import MODEL_VIEW
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+
+_REFUSED = (401, 403, 404)  # the hub's answers that another start of the run would get, too
 
 
 class PackFacts(Protocol):
@@ -212,8 +214,7 @@ def check_there(name: str, option: str) -> None:
         raise ConfigError(
             f"{option}: there is no folder {name!r}; `cert-ray fetch-base {fetched} --output {name}` makes it."
         )
-    first = name.partition("/")[0]
-    if "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1 or storage.is_folder(first):
+    if "://" in name or name.startswith((".", "/", "~")) or name.count("/") != 1:
         known = f"a preset ({', '.join(PRESETS)}), " if option in ("base", "start") else ""
         raise ConfigError(
             f"{option}: {name!r} is not a folder; give {known}a folder that exists, or a hub id like org/name."
@@ -221,16 +222,23 @@ def check_there(name: str, option: str) -> None:
 
 
 def _hub_folder(name: str, option: str, patterns: list[str]) -> Path:
-    """Where the hub's files of these patterns lie: downloaded now or before. Without the hub that is told at once."""
+    """Where the hub's files of these patterns lie: downloaded now or before. Without the hub that is told at once.
+
+    Raises:
+        ConfigError: when the hub has no such model, or not for us, or is not to be asked.
+        CertRayError: when it does not answer, which may pass.
+    """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        why = str(error).strip().splitlines()[0].rstrip(".")
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         asked = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else why
-        raise ConfigError(
+        refused = isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSED
+        lasts = constants.HF_HUB_OFFLINE or refused or isinstance(error, HFValidationError)
+        raise (ConfigError if lasts else CertRayError)(
             f"{option}: {name!r} is no folder here, and the hub does not give it: {asked}. "
             "Check the spelling, the network and HF_TOKEN; or download it elsewhere and give its folder; or use what "
             f"needs no hub: {', '.join(BASES)}, by `cert-ray fetch-base`."

@@ -73,6 +73,7 @@ def main() -> None:
             asked = [prompts[(taken + place) % len(prompts)] for place in range(count)]
             taken += count
             for contender, draw in contenders.items():
+                _forget_prompts(vllm)  # or it would have read them for the contender before
                 runs[contender].append(_measure(draw, asked, n, temperature))
         figures[name] = runs
         rows += _rows(name, runs)
@@ -136,6 +137,10 @@ def _plainly(vllm: Any, prompts: Sequence[tuple[int, ...]], n: int, temperature:
         return sum(await asyncio.gather(*(one(place, prompt) for place, prompt in enumerate(prompts))))
 
     return asyncio.run_coroutine_threadsafe(every(), vllm._loop).result()
+
+
+def _forget_prompts(vllm: Any) -> None:
+    asyncio.run_coroutine_threadsafe(vllm._engine.reset_prefix_cache(), vllm._loop).result()
 
 
 def _measure(draw: Draw, prompts: Sequence[tuple[int, ...]], n: int, temperature: float) -> Taken:

@@ -47,7 +47,7 @@ def test_addresses_that_ray_takes(address: str, host: tuple[str, int] | None) ->
 
 
 @pytest.mark.parametrize(
-    "address", ["http://head:8265", "https://head", "10.0.0.1", "10.0.0.1:", "head:six", "", "::1"]
+    "address", ["http://head:8265", "https://head", "10.0.0.1", "10.0.0.1:", "head:six", "", "::1", "head:99999"]
 )
 def test_what_is_no_address_of_a_cluster_says_what_is(address: str) -> None:
     with pytest.raises(ConfigError, match="HOST:PORT of the head, 6379"):
@@ -60,7 +60,7 @@ def test_a_listener_is_found_at_once(listener: int) -> None:
     assert clock.now_s == 0
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "nowhere.invalid", "no..name"])
 def test_an_address_where_nobody_listens_is_given_up_within_the_patience_for_it(host: str) -> None:
     clock, port = Clock(), free_port()
     with pytest.raises(

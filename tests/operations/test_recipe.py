@@ -144,6 +144,7 @@ def test_files_that_are_no_recipe_are_refused(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "none.yaml"))
     for text, message in (
         ("a: [", "not YAML"),
+        ("a: 2026-02-30", "not YAML: day is out of range"),
         ("[" * 20_000, "nested too deeply"),
         ("- a\n- b\n", "not a YAML mapping"),
     ):

@@ -129,6 +129,17 @@ def test_storage_that_does_not_answer_is_one_line_and_a_failure(
     assert told.startswith(f"{recipe.run}: ConnectionRefusedError: could not connect to the endpoint. Can its storage")
 
 
+def test_a_fault_of_ours_is_not_told_as_the_storages(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str) -> bool:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(manifests, "is_finished", fail)
+    result = CliRunner().invoke(cli.app, ["status", str(tmp_path / "recipe.yaml")])
+    assert isinstance(result.exception, KeyError)
+
+
 def test_the_last_job_stands_above_what_is_next(recipe: Recipe) -> None:
     *_, last, what_next = render_status(run_status(recipe), "recipe.yaml", "pack on h, failed").splitlines()
     assert (last, what_next) == ("last job: pack on h, failed", "next: cert-ray preprocess recipe.yaml")

@@ -113,11 +113,11 @@ def test_long_answers_are_kept_as_many_as_take_the_room_of_short_ones() -> None:
     assert kept(cache) == ["a", "c", "d"]  # the longest was the least recently used, too
     cache.keep("c", SAMPLING, answer(1, 100, TokenLogprobs((), (), (), ())))
     assert kept(cache) == ["c", "d"]
-    cache.keep("d", SAMPLING, answer(200, 1_000))
-    assert kept(cache) == []
+    cache.keep("b", SAMPLING, answer(200, 1_000))  # more than there is room for at all
+    assert kept(cache) == ["c", "d"]
     same = answer(1, 1_000).choices * 200
-    cache.keep("d", SAMPLING, CascadeAnswer(same, Route.MODEL))
-    assert kept(cache) == ["d"]
+    cache.keep("d", SAMPLING, CascadeAnswer(same, Route.MODEL))  # of which there is one
+    assert kept(cache) == ["c", "d"]
 
 
 def test_events_of_several_prompts_come_in_order_for_each(answerer: Answerer) -> None:

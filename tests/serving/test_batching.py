@@ -131,8 +131,9 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_own_request(
         refused, *others = pool.map(draw, works)
     assert others == alone
     assert (refused.status, refused.code) == (500, "not_finite")
-    with pytest.raises(RequestError, match="not finite"):
-        lost.draw(replace(works[0], max_tokens=1, temperature=0.0))
+    for tokens in (1, 0):  # also where the prompt is only scored
+        with pytest.raises(RequestError, match="not finite"):
+            lost.draw(replace(works[0], max_tokens=tokens, temperature=0.0, logprobs=0, score_prompt=tokens == 0))
 
 
 class ByHand(Turns):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib.util
+import os
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from tokenizers import Tokenizer
 from cert_ray.errors import ConfigError, RequestCancelledError, RequestError
 from cert_ray.serving import vllm_engine
 from cert_ray.serving.answering import load_engine
+from cert_ray.serving.constraints import Template
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import save_model
@@ -43,29 +45,50 @@ class FakeLLM:
         self.aborted: list[str] = []
         self.is_shut_down = False
         self.error: Exception | None = None
+        self.logprob = -0.5
+        self.options: Any = None  # what it was started with
+        self.finish: str | None = None  # what a request is said to have ended by behind its tokens; None: it goes on
         self.slow: frozenset[int] = frozenset()  # samples that get no further than their first token
         self._ids = prompt_format.encode_code(tokenizer, " df\n#")
 
     async def generate(self, prompt: Any, options: Any, request_id: str) -> AsyncIterator[Any]:
         self.asked.append((prompt, options))
+        sample = int(request_id.rpartition("-")[2])
+        scores = None
+        if options.prompt_logprobs is not None:
+            scores = [
+                None,
+                *({token: SimpleNamespace(logprob=-float(token))} for token in prompt["prompt_token_ids"][1:]),
+            ]
         try:
             for token in self._ids:
                 await asyncio.sleep(0)
-                yield self._said([token], [0.5])
-                if int(request_id.rpartition("-")[2]) in self.slow:
+                yield self._said([token], sample, scores)
+                scores = None
+                if sample in self.slow:
                     await asyncio.sleep(3600)
             if self.error is not None:
                 raise self.error
+            if self.finish is not None:
+                yield self._said([], sample, None, self.finish)
+                return
             await asyncio.sleep(3600)  # until nobody listens
         except (asyncio.CancelledError, GeneratorExit):
             self.aborted.append(request_id)
             raise
 
-    @staticmethod
-    def _said(ids: Sequence[int], logprobs: Sequence[float]) -> Any:
-        rows = [{token: SimpleNamespace(logprob=-value)} for token, value in zip(ids, logprobs, strict=True)]
-        one = SimpleNamespace(index=0, token_ids=ids, logprobs=rows, finish_reason=None)
-        return SimpleNamespace(outputs=[one], num_cached_tokens=3, finished=False, prompt_logprobs=None)
+    def _said(self, ids: Sequence[int], sample: int, scores: Any, finish: str | None = None) -> Any:
+        rows = [{token: SimpleNamespace(logprob=self.logprob)} for token in ids]
+        one = SimpleNamespace(index=0, token_ids=ids, logprobs=rows, finish_reason=finish)
+        cached = 1 if sample == 0 else 3  # all but the first find the first one's blocks
+        return SimpleNamespace(
+            outputs=[one], num_cached_tokens=cached, finished=finish is not None, prompt_logprobs=scores
+        )
+
+    def start(self, options: Any) -> FakeLLM:
+        """As `AsyncLLM.from_engine_args`."""
+        self.options = options
+        return self
 
     def shutdown(self) -> None:
         self.is_shut_down = True
@@ -81,9 +104,12 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[FakeLLM, str]
     vllm.AsyncEngineArgs = SimpleNamespace  # type: ignore[attr-defined]
     vllm.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
     vllm.sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(DELTA=1))  # type: ignore[attr-defined]
-    engine.AsyncLLM = SimpleNamespace(from_engine_args=lambda _: llm)  # type: ignore[attr-defined]
+    engine.AsyncLLM = SimpleNamespace(from_engine_args=llm.start)  # type: ignore[attr-defined]
     for module in (vllm, engine, platforms):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("VLLM_USE_V2_MODEL_RUNNER", "VLLM_NO_USAGE_STATS"):
+        monkeypatch.setenv(name, "")  # so that it is taken away again
+        monkeypatch.delenv(name)
     return llm, folder
 
 
@@ -107,7 +133,7 @@ def test_samples_are_cut_and_vllm_draws_no_more_of_them(fake: tuple[FakeLLM, str
     assert first.mean_logprob == -0.5
     assert first.logprobs is not None
     assert "".join(first.logprobs.tokens) == " df"
-    assert drawn.cached_tokens == 3
+    assert drawn.cached_tokens == 1  # by the sample that was read first
     assert [prompt for prompt, _ in llm.asked] == [{"prompt_token_ids": [5, 6]}] * 3
     assert {options.max_tokens for _, options in llm.asked} == {62}
     engine.draw(Work((5, 6), stop=("\n#",)))  # what was aborted is, when another was answered
@@ -170,6 +196,53 @@ def test_what_ends_vllm_is_raised(fake: tuple[FakeLLM, str], engine: Any) -> Non
         engine.draw(Work((5,)))
 
 
+@pytest.mark.parametrize("finish", ["abort", "error"])
+def test_what_vllm_gives_up_is_no_answer(fake: tuple[FakeLLM, str], engine: Any, finish: str) -> None:
+    fake[0].finish = finish
+    with pytest.raises(RuntimeError, match=finish):
+        engine.draw(Work((5,)))
+
+
+def test_what_vllm_ends_at_the_limit_is_an_answer(fake: tuple[FakeLLM, str], engine: Any) -> None:
+    fake[0].finish = "length"
+    (sample,) = engine.draw(Work((5,))).samples
+    assert (sample.text, sample.finish_reason) == (" df\n#", "length")
+
+
+def test_numbers_that_are_not_finite_are_an_error(fake: tuple[FakeLLM, str], engine: Any) -> None:
+    fake[0].logprob = float("nan")
+    with pytest.raises(RequestError, match="not finite"):
+        engine.draw(Work((5,)))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_a_prompt_is_scored_once(fake: tuple[FakeLLM, str], engine: Any, max_tokens: int) -> None:
+    work = Work((5, 6, 7), n=2, max_tokens=max_tokens, logprobs=0, score_prompt=True)
+    scored = engine.draw(work).prompt_logprobs
+    assert scored.token_logprobs == (None, -6.0, -7.0)
+    assert [options.prompt_logprobs for _, options in fake[0].asked][:2] == [0, None][: 2 if max_tokens else 1]
+
+
+def test_work_of_an_engine_that_is_closed_fails(fake: tuple[FakeLLM, str], engine: Any) -> None:
+    def close(*_: object) -> None:
+        engine.close()
+
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.draw(Work((5,)), Hooks(on_text=close, streams_text=True))
+
+
+def test_vllm_is_started_as_the_project_needs_it(fake: tuple[FakeLLM, str]) -> None:
+    llm, folder = fake
+    config = EngineConfig(kind="vllm", dtype="bfloat16", kv_cache_gib=0.5, max_rows=7, prefill_tokens=64)
+    load_engine(folder, config).close()  # type: ignore[attr-defined]
+    asked = llm.options
+    assert (asked.dtype, asked.kv_cache_memory_bytes, asked.max_model_len) == ("bfloat16", 1 << 29, 64)
+    assert (asked.max_num_seqs, asked.max_num_batched_tokens, asked.enable_chunked_prefill) == (7, 64, False)
+    assert (os.environ["VLLM_USE_V2_MODEL_RUNNER"], os.environ["VLLM_NO_USAGE_STATS"]) == ("0", "1")
+    with pytest.raises(ConfigError, match=r"engine.prefill_tokens=32 .* give 64 or more"):
+        load_engine(folder, EngineConfig(kind="vllm", prefill_tokens=32))
+
+
 def test_vllm_ends_with_its_engine(fake: tuple[FakeLLM, str]) -> None:
     llm, folder = fake
     engine = load_engine(folder, EngineConfig(kind="vllm"))
@@ -187,6 +260,8 @@ def test_vllm_ends_with_its_engine(fake: tuple[FakeLLM, str]) -> None:
 def test_what_it_cannot_do_is_refused(engine: Any) -> None:
     with pytest.raises(RequestError, match="64 tokens"):
         engine.draw(Work(tuple(range(64))))
+    with pytest.raises(RequestError, match="constrained"):
+        engine.draw(Work((5,), template=Template(("a", "b"), ("number",), 0.001)))
 
 
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")

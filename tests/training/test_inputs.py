@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from cert_ray import manifests
@@ -32,3 +34,10 @@ def test_a_base_is_the_same_wherever_it_was_trained(make_config, tmp_path, noted
 def test_a_run_that_waits_for_nodes_says_for_what(make_config, options, cluster, told):
     found = inputs.waits_for(make_config(**options), cluster)
     assert found is None if told is None else told in found
+
+
+def test_a_base_may_hold_a_file_whose_name_is_no_text(make_config, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"")
+    assert inputs.check(make_config(base=str(base))).inputs_digest

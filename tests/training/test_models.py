@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cert_ray import storage
-from cert_ray.errors import ConfigError, InputError, TokenizerMismatchError
+from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import FusedSelfAttention
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training import models
@@ -140,14 +142,12 @@ def test_a_hub_id_that_cannot_be_had_says_so(make_config):
         ("/absent/model", "is not a folder"),
         ("~/models/absent", "is not a folder"),
         ("runs/first/models/xl", "is not a folder"),
-        ("here/absent", "is not a folder"),
         ("memory://absent/model", "is not a folder"),
     ],
 )
 def test_a_folder_that_is_not_there_is_told_without_asking_the_hub(name, message, make_config, tmp_path, monkeypatch):
     asked = []
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "here").mkdir()
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: asked.append(name))
     for use in (lambda: models.base_shape(name, 100, 16), lambda: models.local_folder(name, "base")):
         with pytest.raises(ConfigError, match=message):
@@ -168,12 +168,31 @@ def test_the_shape_of_a_hub_id_takes_its_config_alone_and_one_question(tmp_path,
     monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     assert models.base_shape("org/there", 100, 16).hidden_size == 192
-    with pytest.raises(ConfigError, match=r"service not known\. Check the spelling.*smollm2-135m, by `cert-ray fetch"):
+    with pytest.raises(
+        CertRayError, match=r"service not known\. Check the spelling.*smollm2-135m, by `cert-ray fetch"
+    ) as no:
         models.base_shape("org/absent", 100, 16)
+    assert not isinstance(no.value, ConfigError)  # it may pass: a run starts again
     assert asked == [("org/there", ["config.json"]), ("org/absent", ["config.json"])]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         models.base_shape("org/absent", 100, 16)
+
+
+@pytest.mark.parametrize(("status", "lasts"), [(404, True), (401, True), (429, False), (503, False)])
+def test_what_the_hub_refuses_for_good_is_told_apart_from_what_may_pass(status, lasts, tmp_path, monkeypatch):
+    request = httpx.Request("GET", "https://hub/org/absent")
+
+    def ask(name, allow_patterns):
+        raise HfHubHTTPError("no", response=httpx.Response(status, request=request))
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()  # is no folder of that model
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(CertRayError, match="the hub does not give it: no") as refused:
+        models.base_shape("org/absent", 100, 16)
+    assert isinstance(refused.value, ConfigError) == lasts
 
 
 def test_the_shape_of_a_remote_folder_takes_its_config_alone(tmp_path):

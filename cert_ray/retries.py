@@ -72,8 +72,10 @@ _STORES = (
 )
 
 
-def is_of_a_store(error: BaseException) -> bool:
-    """Whether `error` is one of a driver of remote storage, or of its client."""
+def is_of_storage(error: BaseException) -> bool:
+    """Whether `error` is one of a disk, the network, a driver of remote storage, or its client."""
+    if isinstance(error, OSError):
+        return not type(error).__module__.startswith("ray.")  # whose TimeoutError is an OSError, too
     return any(f"{kind.__module__}.".startswith(_STORES) for kind in type(error).__mro__)
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from cert_ray import __version__, storage
 from cert_ray.errors import CertRayError, ConfigError, InputError
-from cert_ray.retries import is_of_a_store
+from cert_ray.retries import is_of_storage
 from cert_ray.telemetry import logs
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def _told_by_storage(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         place = error.filename if error.filename2 is None else error.filename2
         return f"{place}: {error.strerror}. Check the path, and who may read and write there."
-    if isinstance(error, OSError) or is_of_a_store(error):
-        if type(error).__module__.startswith("ray."):
-            return None  # its TimeoutError is an OSError, too
+    if is_of_storage(error):
         kind, said = type(error).__name__, " ".join(str(error).split())
         if not said:
             said = kind

@@ -51,7 +51,7 @@ def _storage_asked_once(run: str) -> Iterator[None]:
         with retries.asked_once():
             yield
     except Exception as error:
-        if not (isinstance(error, OSError) or retries.is_of_a_store(error)):
+        if not retries.is_of_storage(error):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())
         cure = "Can its storage be reached from here, by this address and with these credentials?"

@@ -21,7 +21,18 @@ import jinja2
 from cert_ray import manifests, storage
 from cert_ray.evaluation.report import percent, points, template_engine
 from cert_ray.evaluation.statistics import Counts, compare, score_interval
-from cert_ray.operations.claim import SYSTEMS, Mode, Part, check_claim, model_name, parts, seeded, trained_models
+from cert_ray.manifests import Manifest
+from cert_ray.operations.claim import (
+    SYSTEMS,
+    Mode,
+    Part,
+    Trained,
+    check_claim,
+    model_name,
+    parts,
+    seeded,
+    trained_models,
+)
 from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.reproduce import PART_FILE, claim_folder, is_finished
@@ -76,7 +87,8 @@ def build_report(recipe: Recipe) -> dict[str, Any]:
     table = read_counts(recipe)
     benchmarks = list(dict.fromkeys(part.benchmark_name for part in parts(claim)))
     modes: list[Mode] = ["greedy"] if claim.n is None else ["greedy", "sampled"]
-    models, told = _models(recipe), _told(recipe)
+    trained, told = _trained(recipe), _told(recipe)
+    models = _models(recipe, trained)
     return {
         "libraries": list(recipe.libraries or ()),
         "base": _base(recipe),
@@ -89,7 +101,7 @@ def build_report(recipe: Recipe) -> dict[str, Any]:
         "scores": [row for mode in modes for row in _scores(table, mode, benchmarks)],
         "comparisons": [row for mode in modes for row in _comparisons(table, mode, benchmarks)],
         "cost": _cost(models, told),
-        "machines": _machines(recipe, told),
+        "machines": _machines(trained, told),
     }
 
 
@@ -159,12 +171,18 @@ def _dataset(recipe: Recipe) -> dict[str, Any]:
     return {"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped}
 
 
-def _models(recipe: Recipe) -> list[dict[str, Any]]:
+def _trained(recipe: Recipe) -> dict[Trained, Manifest]:
+    """The models that are compared, with their manifests."""
+    folders = RunFolders(recipe.run)
+    compared = trained_models(seeded(recipe))
+    return {model: manifests.read_manifest(folders.model(model.name), "model", "train") for model in compared}
+
+
+def _models(recipe: Recipe, compared: Mapping[Trained, Manifest]) -> list[dict[str, Any]]:
     """What each trained model learned from, and its losses in nats per token."""
     folders, rows = RunFolders(recipe.run), []
-    for trained in trained_models(seeded(recipe)):
+    for trained, manifest in compared.items():
         folder = folders.model(trained.name)
-        manifest = manifests.read_manifest(folder, "model", "train")
         steps = records.from_json_lines(storage.read_text(storage.join(folder, "loss.jsonl")), folder)
         before = [0, *(step.tokens for step in steps[:-1])]
         seconds = sum((step.tokens - past) / step.tokens_per_s for step, past in zip(steps, before, strict=True))
@@ -201,10 +219,9 @@ def _cost(models: Sequence[dict[str, Any]], told: Mapping[Part, dict[str, Any]])
     return {"training_s": training, "evaluating_s": evaluating, "parts": seconds}
 
 
-def _machines(recipe: Recipe, told: Mapping[Part, dict[str, Any]]) -> dict[str, list[str]]:
+def _machines(compared: Mapping[Trained, Manifest], told: Mapping[Part, dict[str, Any]]) -> dict[str, list[str]]:
     """Where the models were trained, where they answered, and where their programs ran, as far as it was noted."""
-    folders = [RunFolders(recipe.run).model(trained.name) for trained in trained_models(seeded(recipe))]
-    notes = [manifests.read_manifest(folder, "model", "train").notes for folder in folders]
+    notes = [manifest.notes for manifest in compared.values()]
     # Earlier versions noted the last machine of worker 0 alone.
     trained_on = [machine for noted in notes for machine in noted.get("machines") or [noted.get("machine")]]
     answered_on = [machine for noted in told.values() for machine in noted.get("answered_on", ())]

@@ -333,11 +333,7 @@ class Batch:
             news = samples.settled_text()
             if news:
                 request.mailbox.put(_Told(news=news))
-        if samples.ended and samples.branches and hooks.enough is not None:
-            ended = [(completion, len(numbers)) for completion, numbers in samples.ended]
-            begun = [(branch.ids, len(branch.samples)) for branch in samples.branches]
-            if hooks.enough(ended, begun):
-                samples.branches = []
+        samples.leave(hooks.enough)
         if not samples.branches:
             self._finish(request)
 

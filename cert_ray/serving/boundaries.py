@@ -105,10 +105,10 @@ class FirstTokens:
         """The text of one token; empty for special tokens and for those that the tokenizer does not know."""
         return self._texts[token] if token < len(self._texts) else ""
 
-    def left_after(self, start: str, token: int) -> str:
-        """What of the blanks `start` an answer must still begin with after `token`; nothing where it does not fit."""
+    def left_after(self, start: str, token: int) -> str | None:
+        """What of the blanks `start` an answer must still begin with after `token`; None where that is none of them."""
         text = self.text_of(token)
-        return start[len(text) :] if text and start.startswith(text) else ""
+        return start[len(text) :] if text and start.startswith(text) else None
 
     def refused(self, start: str) -> torch.Tensor | None:
         """Tokens that cannot begin an answer beginning with the blanks `start`, bool [V]; None if that would be all."""

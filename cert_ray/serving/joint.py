@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from cert_ray.serving.boundaries import FirstTokens, StopWatch, cut_at, drop_start, settled
 from cert_ray.serving.constraints import Course
 from cert_ray.serving.drafts import Expected
-from cert_ray.serving.engines import Completion, Drawn, FinishReason, TokenLogprobs, Work
+from cert_ray.serving.engines import Completion, Drawn, Enough, FinishReason, TokenLogprobs, Work
 from cert_ray.serving.sampling import Streams, log_totals
 from cert_ray.sketching import prompt_format
 
@@ -219,15 +219,12 @@ class JointSamples:
             self.end(last, ended=True)
             return None
         tops = branch.tops if top is None else (*branch.tops, top)
-        start_left, blanks = branch.start_left, branch.blanks
-        text = self._first_tokens.text_of(token) if start_left else ""
-        if text and start_left.startswith(text):
-            blanks, start_left = blanks + 1, self._first_tokens.left_after(start_left, token)
-        else:
+        left = self._first_tokens.left_after(branch.start_left, token) if branch.start_left else None
+        if left is None:  # also where no token fits
             self._tokens += len(samples)
-            start_left = ""  # also where no token fits
+        blanks = branch.blanks + (left is not None)
         course = None if branch.course is None else branch.course.after(token)
-        child = Branch(samples, start_left, course, (*branch.ids, token), logprobs, tops, blanks=blanks)
+        child = Branch(samples, left or "", course, (*branch.ids, token), logprobs, tops, blanks=blanks)
         ended = self._watch.seen(child.ids) or self._is_whole(child)
         if not ended and self._left(child) > 0:
             return child
@@ -266,6 +263,14 @@ class JointSamples:
             told = tell_logprobs(self._tokenizer, ids, logprobs, tops, start, len(text))
         completion = Completion(branch.ids, text, reason, mean, told, keeps, branch.blanks)
         self.ended.append((completion, branch.samples))
+
+    def leave(self, enough: Enough | None) -> None:
+        """Draw no more of the samples that have not ended, where `enough` says so of those that have."""
+        if enough is None or not self.ended or not self.branches:
+            return
+        ended = [(completion, len(numbers)) for completion, numbers in self.ended]
+        if enough(ended, [(branch.ids, len(branch.samples)) for branch in self.branches]):
+            self.branches = []
 
     def settled_text(self) -> list[tuple[int, str, FinishReason | None]]:
         """Sample, text that was not told yet and will stay, and how it ended if it did; each is told once."""

@@ -40,7 +40,7 @@ class StartsWithBlanks(AdapterLogitsProcessor):  # type: ignore[misc]
     def _restrict(self, start: str, drawn: Sequence[int], logits_V: torch.Tensor) -> torch.Tensor:
         left = start
         for token in drawn:
-            left = self._first_tokens.left_after(left, token)
+            left = self._first_tokens.left_after(left, token) or ""
             if not left:
                 return logits_V
         refused_V = self._first_tokens.refused(left)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import math
 import os
@@ -148,34 +149,38 @@ class VllmEngine:
         prompt = work.prompt or (min(self._end_ids, default=0),)  # a text begins after an end of text
         check_length(len(prompt), self._context_tokens)
         samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
-        asked = {index: self._options(work, index, len(prompt)) for index in range(work.n)}
-        if work.max_tokens == 0:  # one token is drawn beside the prompt's scores, and not told
-            asked = {0: asked[0]}
+        asked = self._options(work, len(prompt))
         request = _Request(self._engine, self._loop, list(prompt), asked, tells_tops=work.logprobs is not None)
         try:
             return _Drawing(samples, request, hooks).run(lambda scores: self._tell_prompt(prompt, scores))
         finally:
             request.end_others()
 
-    def _options(self, work: Work, index: int, prompt_tokens: int) -> Any:
-        stream = index % (work.streams or work.n)
-        seed = xxhash.xxh3_64_intdigest(repr((work.seed, work.prompt, stream)).encode()) >> 1  # it takes 63 bits
+    def _options(self, work: Work, prompt_tokens: int) -> dict[int, Any]:
+        """The `SamplingParams` of each sample; where the prompt alone is scored, of one, whose token is not told."""
         refused = prompt_format.marker_ids(self._tokenizer) if work.code_only else ()
         room = self._context_tokens - prompt_tokens
-        return self._vllm.SamplingParams(
+        make = functools.partial(
+            self._vllm.SamplingParams,
             max_tokens=max(1, min(work.max_tokens + len(work.start), room)),  # blanks do not count
             temperature=work.temperature,
             top_p=work.top_p,
-            seed=seed,
             stop_token_ids=sorted(self._end_ids | work.stop_token_ids),
             ignore_eos=True,  # the tokenizer's own: as with the other engine, what ends a text a configuration names
             logit_bias=dict.fromkeys(refused, _NEVER) if refused else None,
             logprobs=work.logprobs or 0,
-            prompt_logprobs=work.logprobs or 0 if work.score_prompt and index == 0 else None,
             detokenize=False,
             extra_args={START: work.start} if work.start else None,
             output_kind=self._vllm.sampling_params.RequestOutputKind.DELTA,
         )
+        told = f"{work.seed!r}, {work.prompt!r}"
+        asked = {}
+        for index in range(work.n if work.max_tokens else 1):
+            stream = index % (work.streams or work.n)
+            seed = xxhash.xxh3_64_intdigest(f"({told}, {stream})".encode()) >> 1  # it takes 63 bits
+            scores = work.logprobs or 0 if work.score_prompt and index == 0 else None
+            asked[index] = make(seed=seed, prompt_logprobs=scores)
+        return asked
 
     def _tell_prompt(self, prompt: Sequence[int], scores: _Scores) -> TokenLogprobs:
         rows = [row or {} for row in scores]
@@ -293,10 +298,9 @@ class _Drawing:
         if hooks.streams_text:
             for index, text, reason in samples.settled_text():
                 hooks.on_text(index, text, reason)
-        if samples.ended and self._open and hooks.enough is not None:
-            ended = [(completion, len(numbers)) for completion, numbers in samples.ended]
-            if hooks.enough(ended, [(branch.ids, 1) for branch in self._open.values()]):
-                self._open = {}
+        samples.leave(hooks.enough)
+        if not samples.branches:
+            self._open = {}
 
 
 def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dict[str, Any]:

@@ -133,19 +133,24 @@ def _run(
 
 def _everywhere(work: Callable[[], _T]) -> _T:
     """Each rank's own `work`; an error of ours on one of them is raised on all, so that none waits for it in vain."""
-    errors: list[CertRayError | None] = [None] * torch.distributed.get_world_size()
+    found: Any = None
     mine: CertRayError | None = None
-    found: list[_T] | None = None
     try:
-        found = [work()]
+        found = work()
     except CertRayError as error:
         mine = error
-    torch.distributed.all_gather_object(errors, mine)
-    raised = [error for error in (mine, *errors) if error is not None]  # its own first
-    if raised:
-        raise raised[0]
-    assert found is not None
-    return found[0]
+    for raised in (mine, *_gathered(mine)):  # its own first
+        if raised is not None:
+            raise raised
+    result: _T = found
+    return result
+
+
+def _gathered(mine: _T) -> list[_T]:
+    """What every rank gives, by rank."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
@@ -195,7 +200,7 @@ class _Rank:
         self._started_at = len(self.records)
         if rank == 0:
             self._tell_epochs()
-        self._here = described(self._gather(machine()))
+        self._here = described(_gathered(machine()))
 
     @property
     def machines(self) -> dict[str, int]:
@@ -407,7 +412,7 @@ class _Rank:
 
     def _load_from_others(self, engine_folder: Path, converted: Path) -> None:
         """Load the state of another number of workers, converted once per machine."""
-        places = self._gather((socket.gethostname(), str(converted)))
+        places = _gathered((socket.gethostname(), str(converted)))
         shared = Path(next(path for host, path in places if host == socket.gethostname()))
         if shared == converted:
             universal_state(engine_folder, converted)
@@ -418,12 +423,6 @@ class _Rank:
         self._engine = Engine(self._loaded.model, self._config, universal=True)
         self._engine.load(shared)
         torch.distributed.barrier()  # it lies in the folder of the first of them
-
-    def _gather(self, mine: _T) -> list[_T]:
-        """What every rank gives, by rank."""
-        found: list[Any] = [None] * self._world_size
-        torch.distributed.all_gather_object(found, mine)
-        return found
 
 
 class _Lines:

@@ -209,6 +209,11 @@ def check_length(prompt_tokens: int, context_tokens: int, param: str = "prompt")
         )
 
 
+NOT_FINITE_CURE: Final = (
+    "its weights may be damaged, or too large for engine.dtype=float16: copy it again, or take bfloat16 or float32."
+)
+
+
 def not_finite() -> RequestError:
     """What a prompt is refused with (500) behind which a model's numbers are NaN or too large: another one may do.
 
@@ -216,8 +221,8 @@ def not_finite() -> RequestError:
     """
     return RequestError(
         500,
-        "The model's numbers for this prompt are not finite, so nothing can be drawn. Whoever runs the server: its "
-        "weights may be damaged, or too large for engine.dtype=float16; take bfloat16 or float32.",
+        "The model's numbers for this prompt are not finite, so nothing can be drawn. Whoever runs the server: "
+        f"{NOT_FINITE_CURE}",
         None,
         "not_finite",
     )

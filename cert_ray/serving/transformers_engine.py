@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from cert_ray.errors import InputError
 from cert_ray.serving import packed_attention
 from cert_ray.serving.batching import Batch, Counted, Request, Turns
 from cert_ray.serving.boundaries import FirstTokens
 from cert_ray.serving.constraints import Courses
-from cert_ray.serving.engines import DEFAULT_HOOKS, Drawn, EngineConfig, Hooks, Work, check_length
+from cert_ray.serving.engines import DEFAULT_HOOKS, NOT_FINITE_CURE, Drawn, EngineConfig, Hooks, Work, check_length
 from cert_ray.serving.gathered_attention import Arena, GatheredStep, Slots
 from cert_ray.serving.joint import JointSamples
 from cert_ray.serving.model_folders import Described, end_ids, find_infill, load_model, window
 from cert_ray.serving.packed_attention import Feed, Kept, Part, Tree
 from cert_ray.serving.packed_linear import pack_linear_layers
+from cert_ray.serving.sampling import log_totals
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,8 @@ class TransformersEngine:
         Engines that share cores should share `turns`.
 
         Raises:
-            InputError: when it is no such folder, or holds no safetensors or no tokenizer.json.
+            InputError: when it is no such folder, holds no safetensors or no tokenizer.json, or a model whose numbers
+                are not finite.
             SchemaVersionError: when its manifest is of another version, or not that of a model.
             ConfigError: when it lacks the `infill` tokens of the configuration.
         """
@@ -68,7 +71,8 @@ class TransformersEngine:
         self._end_ids = end_ids(model.config, model.generation_config, self._tokenizer)
         self._first_tokens = FirstTokens(self._tokenizer, model.get_input_embeddings().num_embeddings)
         self._courses = Courses(self._tokenizer, model.get_input_embeddings().num_embeddings, self._end_ids)
-        self.is_packed = _pack(model, self._context_tokens, self.config)
+        ids, expected_TV = _tried(model, self._context_tokens, folder)
+        self.is_packed = _pack(model, ids, expected_TV, self.config)
         self._model = model
         forward_pass = _Packed(model, self._tokenizer) if self.is_packed else _OneByOne(model, self._tokenizer)
         self._batch = Batch(forward_pass, self.config, turns or Turns(), model.device.type)
@@ -187,11 +191,19 @@ class _OneByOne:
 
 
 @torch.inference_mode()
-def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
-    """Let `model` attend packed, if that gives what its own forward pass gives, and lay its weights out."""
+def _tried(model: Any, context_tokens: int, folder: str) -> tuple[list[int], torch.Tensor]:
+    """Some tokens, and the logits of the model's own forward pass behind each; `InputError` unless they are finite."""
     vocab_size = model.get_input_embeddings().num_embeddings
     ids = [(7 * place + 3) % vocab_size for place in range(min(12, context_tokens))]
-    expected_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+    logits_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
+    if not bool(log_totals(logits_TV).isfinite().all()):
+        raise InputError(folder, "its model answers with numbers that are not finite", NOT_FINITE_CURE.capitalize())
+    return ids, logits_TV
+
+
+@torch.inference_mode()
+def _pack(model: Any, ids: list[int], expected_TV: torch.Tensor, config: EngineConfig) -> bool:
+    """Let `model` attend packed, if that gives what its own forward pass gives, and lay its weights out."""
     before = model.config._attn_implementation
     if config.packed_weights:
         pack_linear_layers(model)
@@ -206,7 +218,7 @@ def _pack(model: Any, context_tokens: int, config: EngineConfig) -> bool:
     rows = list(range(len(ids) - len(logits), len(ids)))
     error = float((torch.stack(logits).float() - expected_TV[rows]).abs().max())
     allowed = _SAME_SHARE[model.dtype] * float(expected_TV.max() - expected_TV.min())
-    if error > allowed:
+    if not error <= allowed:  # as NaN is not
         _log.warning("%s attends packed with error %.2g: each request is run by itself", type(model).__name__, error)
         model.set_attn_implementation(before)
         return False

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import safetensors.torch
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from cert_ray.errors import InputError, RequestError
 from cert_ray.gpt_neo import FusedSelfAttention
+from cert_ray.serving import packed_attention
 from cert_ray.serving.engines import Completion, EngineConfig, Work
 from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.sketching import prompt_format
@@ -160,3 +162,37 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     tokenizer.save(f"{folder}/tokenizer.json")
     with pytest.raises(InputError, match="tokenizer has"):
         TransformersEngine(folder)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize(("factor", "dtype"), [(float("nan"), "float32"), (1e5, "float16")])
+def test_a_model_whose_numbers_are_not_finite_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    dtype: Literal["float32", "float16"],
+    is_packed: bool,
+) -> None:
+    folder = save_model(tmp_path, "llama")
+    weights = safetensors.torch.load_file(f"{folder}/model.safetensors")
+    weights = {name: tensor * factor for name, tensor in weights.items()}
+    safetensors.torch.save_file(weights, f"{folder}/model.safetensors", {"format": "pt"})
+    if not is_packed:
+        monkeypatch.setattr(packed_attention, "enable", lambda _: False)
+    with pytest.raises(
+        InputError, match=r"not finite\. Its weights may be damaged, or too large for .*float16"
+    ) as refused:
+        TransformersEngine(folder, EngineConfig(dtype=dtype))
+    assert str(refused.value).startswith(folder)
+
+
+def test_a_model_that_is_finite_only_by_itself_is_run_by_itself(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = packed_attention.forward
+
+    def lost(*args: Any) -> list[torch.Tensor]:
+        return [logits * torch.nan for logits in forward(*args)]
+
+    monkeypatch.setattr(packed_attention, "forward", lost)
+    engine = TransformersEngine(folder)
+    assert not engine.is_packed
+    assert len(generate(engine, PROMPTS[0])[0]) == 4

@@ -28,12 +28,14 @@ COST_ONLY = _CostOnly()
 
 
 class Config(pydantic.BaseModel):
-    """Frozen options with validated values; unknown names are refused.
+    """Frozen options with validated values; unknown names are refused, and so are numbers that are not finite.
 
     One that may be given a secret is declared with `hide_input_in_errors=True`: no error shows its values.
     """
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str) -> Self:

@@ -75,12 +75,12 @@ class Costs(Config):
 class PlanConfig(Config):
     """What is planned: a corpus and a cluster of equal nodes."""
 
-    files: pydantic.FiniteFloat = pydantic.Field(gt=0)
-    size_bytes: pydantic.FiniteFloat = pydantic.Field(gt=0)
+    files: float = pydantic.Field(gt=0)
+    size_bytes: float = pydantic.Field(gt=0)
     nodes: int = pydantic.Field(default=1, ge=1)
     cores: int = pydantic.Field(ge=1)  # of each node
     storage_bytes_per_s: float = pydantic.Field(default=200e6, gt=0)  # each node's, reads and writes; assumed
-    node_hour_price: pydantic.FiniteFloat | None = pydantic.Field(default=None, gt=0)  # in any currency
+    node_hour_price: float | None = pydantic.Field(default=None, gt=0)  # in any currency
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ _NOT_OF_THE_RESULT = {
 }
 
 
-class TrainConfig(Config, allow_inf_nan=False):
+class TrainConfig(Config):
     """One training run: which model, on which packed tokens, how, and into which folder.
 
     A step reads `micro_batch * gradient_accumulation * workers` rows; runs with the same product read the same rows,

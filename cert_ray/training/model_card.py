@@ -41,7 +41,7 @@ class Score(Config):
     problems: int
 
 
-class ModelFacts(Config):
+class ModelFacts(Config, allow_inf_nan=True):  # measured
     """What a card tells."""
 
     name: str

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from cert_ray.config import Config
 
 
-class StepRecord(Config):
+class StepRecord(Config, allow_inf_nan=True):  # measured, not chosen: in fp16 a step's gradients may overflow
     """One step: what was learned from, and how well it was predicted before the update."""
 
     step: int  # steps done, so the first is 1

@@ -19,7 +19,7 @@ from cert_ray.config import Config
 _DEVIATION_PER_MAD = 1.4826
 
 
-class SpikePolicy(Config, allow_inf_nan=False):
+class SpikePolicy(Config):
     """When a step's loss counts as a spike, and what is done about it.
 
     Window and deviations are those with which OLMo-core's SkipStepOptimizer leaves a step out. Median and median

@@ -38,6 +38,11 @@ def test_records_survive_the_file():
     assert from_json_lines(to_json_lines([FIRST, SECOND]), "loss.jsonl") == [FIRST, SECOND]
 
 
+def test_gradients_that_overflowed_in_fp16_are_recorded():
+    overflowed = StepRecord(**FIRST.model_dump() | {"gradient_norm": float("inf")})
+    assert from_json_lines(to_json_lines([overflowed]), "loss.jsonl") == [FIRST]  # JSON knows no infinity
+
+
 def test_machines_are_told_with_how_many_workers_and_the_steps_that_they_did():
     assert described(["B", "A", "B"]) == "A + 2 x B"
     first = steps_by_machines({}, "A", 40)

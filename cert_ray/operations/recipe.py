@@ -5,6 +5,7 @@ In: a YAML mapping. Out: a checked `Recipe`, and the folders of a run. Nothing i
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
@@ -79,9 +80,10 @@ class Recipe(Config):
     @classmethod
     def _check_libraries(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in names or ():
-            if not name.isidentifier():
+            if not name.isidentifier() or keyword.iskeyword(name):
                 raise ValueError(
-                    f"no file imports {name!r} by that name; give the top-level package, as sklearn of scikit-learn"
+                    f"no file can import {name!r}; give the name behind `import`, of the top-level package alone: "
+                    "sklearn for scikit-learn, acme for acme.ledger"
                 )
         return names
 

@@ -79,8 +79,11 @@ def test_a_base_from_outside_brings_the_tokenizer_unless_a_preset_needs_one_of_i
         ({"models": {"b": {"start": "tiny", "view": "base", "train": {"output": "x"}}}}, "output are worked out"),
         ({"run": ""}, "run: "),
         ({"libraries": "polars"}, r"libraries: should be a list, as \[a, b\] \(got 'polars'\)"),
-        ({"libraries": ["scikit-learn"]}, "no file imports 'scikit-learn' by that name; .* as sklearn"),
-        ({"libraries": ["polars", ""]}, "no file imports '' by that name"),
+        ({"libraries": ["scikit-learn"]}, "no file can import 'scikit-learn'; .* sklearn for scikit-learn"),
+        ({"libraries": ["acme.ledger"]}, "no file can import 'acme.ledger'; .* top-level package"),
+        ({"libraries": ["polars", ""]}, "no file can import ''"),
+        ({"libraries": ["import"]}, "no file can import 'import'"),
+        ({"libraries": ["None"]}, "no file can import 'None'"),
         (
             {"models": {"../up": {"start": "tiny", "view": "base", "train": {}}}},
             "models: '../up' is to be a folder's name",

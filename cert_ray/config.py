@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
@@ -55,8 +55,12 @@ class Config(pydantic.BaseModel):
 
     def decides_as(self, options: Mapping[str, Any], but: Iterable[str] = ()) -> bool:
         """Whether `options`, as a manifest holds them, decide the same result as these; those in `but` may differ."""
+        return not self.differing(options, but)
+
+    def differing(self, options: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
+        """The dotted names of those that decide the result and are not what they are in `options`, a manifest's."""
         excluded = {**self._cost_only(), **dict.fromkeys(but, True)}
-        return _without(options, excluded) == self.model_dump(mode="json", exclude=excluded)
+        return list(_differing(_without(options, excluded), self.model_dump(mode="json", exclude=excluded)))
 
     def _cost_only(self) -> dict[str, Any]:
         """The fields that change no bytes, also inside of others, as pydantic excludes them."""
@@ -77,6 +81,15 @@ def _without(options: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[st
         if inner is not True:
             kept[name] = _without(value, inner) if inner and isinstance(value, Mapping) else value
     return kept
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
+    for name in {**one, **other}:
+        values = one.get(name), other.get(name)
+        if all(isinstance(value, Mapping) for value in values):
+            yield from (f"{name}.{inner}" for inner in _differing(*values))
+        elif values[0] != values[1] or (name in one) != (name in other):
+            yield name
 
 
 _received = reprlib.Repr()  # a recipe may hold anything, and is not to be printed whole for one wrong value

@@ -34,8 +34,17 @@ class Plan:
     units: list[WorkUnit]
     generations: tuple[int, ...]
     problems: ProblemIndex | None
-    inputs_digest: str  # of everything that is read
     options_digest: str  # of what decides a unit's outcome beside the unit: not which other inputs there are
+
+    @property
+    def inputs_digest(self) -> str:
+        """Of everything that is read."""
+        return self.digest_of(len(self.generations))
+
+    def digest_of(self, generations: int) -> str:
+        """Of everything that the first so many generations read."""
+        read = inputs_digest(self.units[: sum(self.generations[:generations])])
+        return read if self.problems is None else f"{read}-{_checksums(self.problems)}"
 
 
 def plan_documents(config: DocumentsConfig) -> Plan:
@@ -52,10 +61,11 @@ def plan_documents(config: DocumentsConfig) -> Plan:
         counts.append(len(planned))
     options = units_digest(config)
     problems = ProblemIndex.read(config.decontaminate) if config.decontaminate.problems else None
-    if problems is None:
-        return Plan(units, tuple(counts), None, inputs_digest(units), options)
-    checksums = "-".join(problems.checksums.values())
-    return Plan(units, tuple(counts), problems, f"{inputs_digest(units)}-{checksums}", f"{options}-{checksums}")
+    return Plan(units, tuple(counts), problems, options if problems is None else f"{options}-{_checksums(problems)}")
+
+
+def _checksums(problems: ProblemIndex) -> str:
+    return "-".join(problems.checksums.values())
 
 
 def units_digest(config: DocumentsConfig) -> str:

@@ -132,12 +132,15 @@ def preprocess(
         apply_removals(output)
     inputs = plan.inputs_digest
     documents = storage.join(output, DOCUMENTS_STAGE)
-    manifest = None
-    if any(was_rewritten(unit, documents) for unit in plan.units):
+    folder, manifest = storage.join(output, STAGE), None
+    rewritten = any(was_rewritten(unit, documents) for unit in plan.units)
+    if not rewritten:
+        manifest = manifests.finished_manifest(folder, STAGE, "preprocess", config, inputs)
+    if manifest is None and manifests.is_finished(folder):
+        _tell_of_replacing(folder, config, plan, rewritten=rewritten)
+    if rewritten:
         # At once: when the documents are made anew and this run dies, nothing would tell that the dataset is old.
-        storage.remove(storage.join(output, STAGE, manifests.MANIFEST_NAME))
-    else:
-        manifest = manifests.finished_manifest(storage.join(output, STAGE), STAGE, "preprocess", config, inputs)
+        storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
     else:
@@ -145,6 +148,25 @@ def preprocess(
     if intermediates == "remove":
         _remove_intermediates(output, manifest)
     return manifest
+
+
+def _tell_of_replacing(folder: str, config: PreprocessConfig, plan: Plan, *, rewritten: bool) -> None:
+    """Warn that the finished dataset in `folder` is another one than is wanted, and goes; not where it only grows."""
+    before = manifests.read_manifest(folder, STAGE, "preprocess")
+    differ = config.differing(before.config, but=("dedup_quality",))  # which changes a note and no row
+    earlier = before.config.get("appended", [])
+    if differ == ["appended"] and config.model_dump(mode="json")["appended"][: len(earlier)] == earlier:
+        differ = []
+    names = [f"preprocess.{name}" for name in differ]
+    if not differ and (rewritten or before.inputs_digest != plan.digest_of(1 + len(earlier))):
+        names = ["contents of the inputs or problem files"]
+    if names:
+        logger.warning(
+            "dataset: %s holds a finished dataset, made with other %s: it is replaced. Give each a `run` of its own to "
+            "keep both.",
+            folder,
+            ", ".join(names),
+        )
 
 
 def _remove_intermediates(output: str, manifest: Manifest) -> None:

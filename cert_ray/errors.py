@@ -11,6 +11,7 @@
     |-- ShardCorruptError       a shard that disagrees with its manifest
     |-- SupersededError         a task of a run whose folder another run has taken over
     |-- StorageFullError        a disk with too little room for what is to be written
+    |-- DiskFullError           a disk that filled up while a checkpoint or a model was written
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
     |-- CheckpointError         a checkpoint that belongs to another run
@@ -120,6 +121,10 @@ class StorageFullError(CertRayError):
             f"{self.uri}: {self.needed_bytes / 1e6:,.0f} MB are to be written, reserve included, and the disk has "
             f"{self.free_bytes / 1e6:,.0f} MB left. Free some, or give another `run`; what is finished is reused."
         )
+
+
+class DiskFullError(CertRayError):
+    """A disk filled up while a checkpoint or a model was written: says what each disk has left."""
 
 
 class ConservationError(CertRayError):

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
+from safetensors import SafetensorError
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import CheckpointError, ConfigError, DamagedCheckpointError
+from cert_ray.errors import CheckpointError, ConfigError, DamagedCheckpointError, DiskFullError
 from cert_ray.manifests import WrittenFile
 
 _log = logging.getLogger(__name__)
@@ -77,26 +78,34 @@ def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage
 
 
 @contextmanager
-def full_disk_told(name: str, output: str) -> Iterator[None]:
-    """The block writes a part of the checkpoint `name`: below TMPDIR, then below `output`.
+def full_disk_told(what: str, output: str, cure: str) -> Iterator[None]:
+    """The block writes `what`: below TMPDIR, then below `output`. It reads nothing that torch saved.
 
     Raises:
-        CheckpointError: saying how much room is where, when a disk is full.
+        DiskFullError: saying how much room is where, and `cure`, when a disk is full.
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) not in _FULL and _TORCH_CANNOT_WRITE not in str(error):
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_of_a_full_disk(error):
             raise
         places = {"TMPDIR": Path(tempfile.gettempdir())}
         if storage.is_local(output):
             places["the output"] = storage.local_path(output)
         free = [f"{path} ({what}) has {_free_bytes(path) / 1e6:,.0f} MB" for what, path in places.items()]
-        raise CheckpointError(
-            f"{name} cannot be written, a disk is full: {'; '.join(free)} left. Each worker puts its part together "
-            "below TMPDIR, then copies it below the output. Free some, set TMPDIR, or lower keep_checkpoints, and run "
-            "the same again: it goes on from the checkpoint before."
+        raise DiskFullError(
+            f"{what} cannot be written, a disk is full: {'; '.join(free)} left. It is put together below TMPDIR, then "
+            f"copied below the output. {cure}"
         ) from error
+
+
+def _is_of_a_full_disk(error: Exception) -> bool:
+    said = str(error)
+    return (
+        getattr(error, "errno", None) in _FULL
+        or _TORCH_CANNOT_WRITE in said
+        or any(f"(os error {number})" in said for number in _FULL)  # as safetensors tells it
+    )
 
 
 def _free_bytes(path: Path) -> int:

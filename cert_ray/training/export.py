@@ -7,9 +7,10 @@ the returned files: it may be written anew when more is known. The manifest is n
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +23,7 @@ from cert_ray.training.records import from_json_lines
 
 ENGINE_FOLDER, MODEL_FOLDER, TOKENIZER_FOLDER = "engine", "model", "tokenizer"
 RECORDS_NAME = "records.jsonl"
+_NO_ROOM: Final = "Free some, or set TMPDIR, and run the same again: the checkpoint stays."
 
 
 def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
@@ -29,23 +31,26 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
 
     Raises:
         CheckpointError: when a file of the checkpoint is missing or damaged.
+        DiskFullError, StorageFullError: when a disk is full.
     """
     part = checkpoints.verify(checkpoint)
+    told = functools.partial(checkpoints.full_disk_told, "the exported model", output, _NO_ROOM)
     with tempfile.TemporaryDirectory(prefix="cert-ray-export-") as temporary:
-        source = local_copy(checkpoint, Path(temporary) / "checkpoint")
+        with told():
+            source = local_copy(checkpoint, Path(temporary) / "checkpoint")
         target = Path(temporary) / "model"
         shape = AutoConfig.from_pretrained(source / MODEL_FOLDER, trust_remote_code=False)
         with torch.device("meta"):  # no weights to make only to replace them
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         model.load_state_dict(fp32_weights(source / ENGINE_FOLDER, part.zero_stage), assign=True)
         model.tie_weights()
-        model.save_pretrained(target)
-        for file in sorted((source / TOKENIZER_FOLDER).iterdir()):
-            (target / file.name).write_bytes(file.read_bytes())
-        storage.write_text(
-            storage.join(output, model_card.CARD_NAME), model_card.render_card(_facts(output, model, source, part.step))
-        )
-        return tuple(_upload(file, output) for file in sorted(target.iterdir()))
+        card = model_card.render_card(_facts(output, model, source, part.step))
+        with told():
+            model.save_pretrained(target)
+            for file in sorted((source / TOKENIZER_FOLDER).iterdir()):
+                (target / file.name).write_bytes(file.read_bytes())
+            storage.write_text(storage.join(output, model_card.CARD_NAME), card)
+            return tuple(_upload(file, output) for file in sorted(target.iterdir()))
 
 
 def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.ModelFacts:

@@ -26,8 +26,10 @@ from cert_ray import manifests, storage
 from cert_ray.errors import (
     CertRayError,
     ConfigError,
+    DiskFullError,
     InputError,
     NotFinishedError,
+    StorageFullError,
     TokenizerMismatchError,
     TrainingDivergedError,
     TrainingFailedError,
@@ -44,6 +46,8 @@ _log = logging.getLogger(__name__)
 
 # What `worker` raises on every worker, and would again.
 _LASTING = (TrainingDivergedError, ConfigError, InputError, TokenizerMismatchError, NotFinishedError)
+# What it raises on one of them, while the others wait for it, and would again.
+_LASTING_OF_ONE = (DiskFullError, StorageFullError)
 
 METRICS_NAME = "loss.jsonl"
 PICTURE_NAME = "loss.png"
@@ -74,6 +78,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         ConfigError, InputError, NotFinishedError, ...: before any worker starts, when an input cannot be used.
         CheckpointError: when every checkpoint is damaged, or they are another run's.
         TrainingDivergedError: when the loss stops being finite, or spikes for longer than `config.on_spike` allows.
+        DiskFullError, StorageFullError: when a disk is full: nothing is tried again.
         TrainingFailedError: when workers died more than `config.max_failures` times.
     """
     checked = inputs.check(config)
@@ -110,6 +115,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         len(ray.nodes()) == 1 and config.min_workers is None
     ):  # one process less to start; a node that goes away takes everything with it here
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    verdict = ray.remote(num_cpus=0)(_Verdict).remote()
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -117,6 +123,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
             "run_digest": checked.run_digest,
             "after_step": after_step,
             "log": logs.inherited(),
+            "verdict": verdict,
         },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -141,6 +148,27 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
     if isinstance(returned.get("error"), CertRayError):
         raise returned["error"]
     return returned
+
+
+class _Verdict:
+    """An actor that remembers what ended one worker for good: all that Ray Train starts then ask before they work."""
+
+    def __init__(self) -> None:
+        self._error: CertRayError | None = None
+
+    def pass_on(self, error: CertRayError) -> None:
+        self._error = self._error or error
+
+    def passed(self) -> CertRayError | None:
+        return self._error
+
+
+def _passed(verdict: Any) -> CertRayError | None:
+    try:
+        found: CertRayError | None = ray.get(verdict.passed.remote())
+    except ray.exceptions.RayActorError:  # gone with its node
+        return None
+    return found
 
 
 @contextmanager
@@ -181,6 +209,8 @@ def _last_line(error: BaseException) -> str:
 def _work(options: dict[str, Any]) -> dict[str, Any]:
     """Entry point of a worker process: what needs torch and DeepSpeed is imported here, after the choice of device."""
     config = TrainConfig.model_validate(options["config"])
+    if (passed := _passed(options["verdict"])) is not None:
+        return {"error": passed}
     if not config.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if config.compile:
@@ -210,6 +240,12 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
             )
     except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}
+    except _LASTING_OF_ONE as error:
+        if context.get_world_size() == 1:
+            return {"error": error}
+        # Raised, or the others would wait for ever; Ray Train starts all of them again, and they are told.
+        ray.get(options["verdict"].pass_on.remote(error))
+        raise
     return {
         "records": outcome.records,
         "parameters": outcome.parameters,

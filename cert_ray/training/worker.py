@@ -49,6 +49,9 @@ _log = logging.getLogger(__name__)
 
 _EPOCHS = "epochs.json"  # where in the run's rows each epoch ends
 _MACHINES = "machines.json"  # how many of the steps so far which machines did
+_NO_ROOM = (
+    "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
+)
 _T = TypeVar("_T")
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
@@ -85,8 +88,8 @@ def run(
             cannot be used on one of them.
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
         TrainingMemoryError: on the rank whose memory does not suffice.
-        CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from; on one
-            rank, when a disk is full.
+        CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
+        DiskFullError, StorageFullError: on one rank, when its disk, or that of the output, is full.
     """
     torch.set_num_threads(config.cpus_per_worker)
     with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as copies:  # gigabytes, where the base is a remote one
@@ -322,7 +325,7 @@ class _Rank:
         self._decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
         with (
             tempfile.TemporaryDirectory(prefix="cert-ray-checkpoint-") as temporary,
-            checkpoints.full_disk_told(name, config.output),
+            checkpoints.full_disk_told(name, config.output, _NO_ROOM),
         ):
             folder = Path(temporary)
             self._engine.save(folder / export.ENGINE_FOLDER)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GPTNeoForCausalLM
 from typer.testing import CliRunner
 
 from cert_ray import cli
-from cert_ray.errors import CheckpointError
+from cert_ray.errors import CheckpointError, DiskFullError
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training import checkpoints, export
 from cert_ray.training.deepspeed_engine import Engine
@@ -66,6 +68,33 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     with pytest.raises(CheckpointError, match=states.name):
         export.export_checkpoint(str(checkpoint), str(tmp_path / "model"))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),  # safetensors 0.8
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_a_disk_that_fills_is_told_as_one(trained, tmp_path, monkeypatch, error):
+    def fills(*_, **__):
+        raise error
+
+    _, checkpoint = trained
+    monkeypatch.setattr(GPTNeoForCausalLM, "save_pretrained", fills)
+    with pytest.raises(DiskFullError, match=r"the exported model cannot be written, a disk is full: .*TMPDIR\) has "):
+        export.export_checkpoint(str(checkpoint), str(tmp_path / "model"))
+
+
+def test_another_error_of_the_disk_stays_what_it_is(trained, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+
+    _, checkpoint = trained
+    monkeypatch.setattr(GPTNeoForCausalLM, "save_pretrained", fails)
+    with pytest.raises(SafetensorError, match="os error 5"):
+        export.export_checkpoint(str(checkpoint), str(tmp_path / "model"))
 
 
 def test_a_dry_run_names_the_step_and_writes_nothing(trained, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +20,10 @@ from cert_ray import manifests
 from cert_ray.errors import (
     CheckpointError,
     ConfigError,
+    DiskFullError,
     InputError,
     NotFinishedError,
+    StorageFullError,
     TokenizerMismatchError,
     TrainingFailedError,
 )
@@ -90,10 +93,64 @@ def test_what_no_further_start_can_mend_is_not_tried_again(monkeypatch, make_con
     def refuses(*_, **__):
         raise error
 
-    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=int, get_world_size=int))
+    options = _options_of_a_worker(monkeypatch, make_config, 2)
     monkeypatch.setattr(worker, "run", refuses)
-    options = {"config": make_config().model_dump(), "run_digest": "", "after_step": None, "log": logs.inherited()}
     assert on_ray._work(options) == {"error": error}
+
+
+class _Verdict:
+    """As the actor is asked."""
+
+    def __init__(self) -> None:
+        verdict = on_ray._Verdict()
+        self.passed, self.pass_on = SimpleNamespace(remote=verdict.passed), SimpleNamespace(remote=verdict.pass_on)
+
+
+def _options_of_a_worker(monkeypatch, make_config, world_size):
+    context = SimpleNamespace(get_world_rank=int, get_world_size=lambda: world_size)
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    options = {"config": make_config().model_dump(), "run_digest": "", "after_step": None, "log": logs.inherited()}
+    return options | {"verdict": _Verdict()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("error", [DiskFullError("full"), StorageFullError("u", 2, 1)])
+def test_a_full_disk_of_one_worker_ends_it_and_is_told_to_those_started_again(
+    monkeypatch, make_config, error, world_size
+):
+    """Returned, it would leave the others waiting for this worker: so it is raised, but where there are none."""
+    begun = []
+
+    def fills(*_, **__):
+        begun.append(1)
+        raise error
+
+    options = _options_of_a_worker(monkeypatch, make_config, world_size)
+    monkeypatch.setattr(worker, "run", fills)
+    if world_size > 1:
+        with pytest.raises(type(error)):
+            on_ray._work(options)
+    assert on_ray._work(options) == {"error": error}
+    assert len(begun) == 1
+
+
+class _FillsUp:
+    """The disk of worker 1 is full after step 2; `folder` holds a file for each time that it came there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, step: int, rank: int) -> None:
+        if rank == 1 and step == 2:
+            (self._folder / f"{time.monotonic_ns()}").touch()
+            raise DiskFullError("step-000002 cannot be written, a disk is full")
+
+
+def test_workers_are_not_trained_again_for_a_full_disk(ray_cluster, make_config, tmp_path):
+    with pytest.raises(DiskFullError, match="step-000002 cannot be written"):
+        train(make_config(**OPTIONS, max_failures=3), after_step=_FillsUp(tmp_path))
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_workers_learn_and_leave_a_model(undisturbed):

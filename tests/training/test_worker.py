@@ -17,6 +17,7 @@ from cert_ray.errors import (
     CheckpointError,
     ConfigError,
     DamagedCheckpointError,
+    DiskFullError,
     InputError,
     TrainingDivergedError,
     TrainingMemoryError,
@@ -288,14 +289,14 @@ def test_a_full_disk_is_told_by_name_and_the_run_goes_on_once_there_is_room(make
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch 2.13's
 
     monkeypatch.setattr(worker.Engine, "save", full)
-    with pytest.raises(CheckpointError, match=r"step-000004 .* full: .*TMPDIR\) has .* run the same again"):
+    with pytest.raises(DiskFullError, match=r"step-000004 .* full: .*TMPDIR\) has .* run the same again"):
         _run(config, copy_report)
     monkeypatch.setattr(worker.Engine, "save", written)
 
     def report_into_full(metrics, part, name):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(CheckpointError, match=r"step-000004 cannot be written"):
+    with pytest.raises(DiskFullError, match=r"step-000004 cannot be written"):
         worker.run(config, "digest", 0, 1, report_into_full)
     seen: list[int] = []
     assert len(_run(config, copy_report, lambda step, rank: seen.append(step)).records) == 6

@@ -8,7 +8,6 @@ the returned files: it may be written anew when more is known. The manifest is n
 from __future__ import annotations
 
 import functools
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +19,7 @@ from cert_ray.manifests import WrittenFile
 from cert_ray.training import checkpoints, model_card
 from cert_ray.training.deepspeed_engine import fp32_weights
 from cert_ray.training.records import from_json_lines
+from cert_ray.training.scratch import scratch_folder
 
 ENGINE_FOLDER, MODEL_FOLDER, TOKENIZER_FOLDER = "engine", "model", "tokenizer"
 RECORDS_NAME = "records.jsonl"
@@ -35,10 +35,10 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
     """
     part = checkpoints.verify(checkpoint)
     told = functools.partial(checkpoints.full_disk_told, "the exported model", output, _NO_ROOM)
-    with tempfile.TemporaryDirectory(prefix="cert-ray-export-") as temporary:
+    with scratch_folder("export") as temporary:
         with told():
-            source = local_copy(checkpoint, Path(temporary) / "checkpoint")
-        target = Path(temporary) / "model"
+            source = local_copy(checkpoint, temporary / "checkpoint")
+        target = temporary / "model"
         shape = AutoConfig.from_pretrained(source / MODEL_FOLDER, trust_remote_code=False)
         with torch.device("meta"):  # no weights to make only to replace them
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)

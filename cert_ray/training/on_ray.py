@@ -8,13 +8,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import shutil
 import signal
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,7 @@ from cert_ray.tokens.encoding import SKETCH_VIEWS
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.records import StepRecord
+from cert_ray.training.scratch import scratch_folder
 
 _log = logging.getLogger(__name__)
 
@@ -261,9 +260,9 @@ def _compile_into_own_folder() -> None:
     then fails on it ("file too short", seen with torch 2.13).
     """
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="cert-ray-compiled-")
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        stack = ExitStack()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(stack.enter_context(scratch_folder("compiled")))
+        atexit.register(stack.close)
 
 
 def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:

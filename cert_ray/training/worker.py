@@ -12,7 +12,6 @@ import logging
 import math
 import shutil
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -42,6 +41,7 @@ from cert_ray.training.records import (
     to_json_lines,
 )
 from cert_ray.training.schedule import learning_rate
+from cert_ray.training.scratch import remove_left, scratch_folder
 from cert_ray.training.stability import spike_limit, spiking_steps
 from cert_ray.training.utilization import flops_per_token, peak_flops, utilization
 
@@ -92,8 +92,9 @@ def run(
         DiskFullError, StorageFullError: on one rank, when its disk, or that of the output, is full.
     """
     torch.set_num_threads(config.cpus_per_worker)
-    with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as copies:  # gigabytes, where the base is a remote one
-        return _run(config, run_digest, rank, world_size, report, after_step, count, Path(copies))
+    remove_left()
+    with scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
+        return _run(config, run_digest, rank, world_size, report, after_step, count, copies)
 
 
 def _run(
@@ -323,11 +324,7 @@ class _Rank:
         folder_url = storage.join(checkpoints.folder_of(config.output), name)
         # Left by a kill, it may hold parts of more workers than there are now.
         self._decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
-        with (
-            tempfile.TemporaryDirectory(prefix="cert-ray-checkpoint-") as temporary,
-            checkpoints.full_disk_told(name, config.output, _NO_ROOM),
-        ):
-            folder = Path(temporary)
+        with checkpoints.full_disk_told(name, config.output, _NO_ROOM), scratch_folder("checkpoint") as folder:
             self._engine.save(folder / export.ENGINE_FOLDER)
             if self._rank == 0:
                 self._save_shared(folder)
@@ -390,13 +387,13 @@ class _Rank:
         step, url = found
         part = checkpoints.verify(url, self._run_digest, only_rank=0)
         checkpoints.verify(url, only_rank=self._rank if part.world_size == self._world_size else None)
-        with tempfile.TemporaryDirectory(prefix="cert-ray-resume-") as temporary:
-            folder = export.local_copy(url, Path(temporary) / "checkpoint")
+        with scratch_folder("resume") as temporary:
+            folder = export.local_copy(url, temporary / "checkpoint")
             if part.world_size == self._world_size or config.zero_stage == 0:
                 self._engine = Engine(self._loaded.model, config)
                 self._engine.load(folder / export.ENGINE_FOLDER)
             else:
-                self._load_from_others(folder / export.ENGINE_FOLDER, Path(temporary) / "universal")
+                self._load_from_others(folder / export.ENGINE_FOLDER, temporary / "universal")
             self.records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
             ends = json.loads((folder / _EPOCHS).read_text())
             if (noted := folder / _MACHINES).is_file():  # earlier versions did not

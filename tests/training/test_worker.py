@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import sysconfig
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -388,3 +389,14 @@ def test_a_pack_of_held_out_documents_only_is_refused(make_config, tmp_path, tok
     config = make_config(tokens=str(tmp_path / "pack"))
     with pytest.raises(InputError, match="none of its 1 documents"):
         batches.training_rows(PackedTokens.open(config.tokens), config)
+
+
+def test_what_a_killed_worker_left_below_tmpdir_is_removed_first(make_config, monkeypatch, tmp_path):
+    left = tmp_path / "cert-ray-training-checkpoint-x"
+    (left / "files").mkdir(parents=True)
+    (left / "lock").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(worker, "_run", lambda *_: list(tmp_path.iterdir()))
+    (own,) = worker.run(make_config(), "digest", 0, 1, lambda *_: None)
+    assert own.name.startswith("cert-ray-training-base-")
+    assert not list(tmp_path.iterdir())

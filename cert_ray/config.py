@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_args
+from typing import Any, Self, get_args, get_origin
 
 import pydantic
 import xxhash
@@ -124,7 +124,10 @@ def _known_options(cls: type[Config], path: Iterable[int | str]) -> list[str]:
     """The options of what stands at `path` inside of `cls`; numbers and keys of a mapping are passed over."""
     annotation: Any = cls
     for part in path:
-        annotation = _options_of(annotation).get(str(part), annotation)
+        if get_origin(annotation) is dict:  # whose keys may be called like an option
+            annotation = get_args(annotation)[1]
+        else:
+            annotation = _options_of(annotation).get(str(part), annotation)
     return sorted(_options_of(annotation))
 
 

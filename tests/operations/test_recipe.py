@@ -107,9 +107,10 @@ def test_an_unknown_option_is_shown_those_of_its_own_place() -> None:
     changes: list[dict[str, Any]] = [
         {"preprocess": {"sources": {"input": ["/d"], "inputs": ["/d"]}}},
         {"models": {"base": {"begin": "tiny", "start": "tiny", "view": "base", "train": {"steps": 2_000}}}},
+        {"models": {"train": {"begin": "tiny", "start": "tiny", "view": "base", "train": {"steps": 2_000}}}},
         {"evaluation": {"problems": ["human-eval"], "model": "base", "execution": {"timeout": 3}}},
     ]
-    for change, known in zip(changes, (SourceConfig, ModelRecipe, ExecutionConfig), strict=True):
+    for change, known in zip(changes, (SourceConfig, ModelRecipe, ModelRecipe, ExecutionConfig), strict=True):
         with pytest.raises(ConfigError) as refused:
             recipe(**change)
         assert str(refused.value).endswith(f"unknown option; known are {', '.join(sorted(known.model_fields))}")

@@ -64,10 +64,11 @@ def train_models(recipe: Recipe) -> dict[str, TrainResult]:
     wanted = seeded(recipe)
     names = models_to_train(wanted)
     used = wanted.model_copy(update={"models": {name: wanted.models[name] for name in names}})
-    for start in (wanted if wanted.adopts_tokenizer else used).outside_bases:
+    for start in used.outside_bases:
         check_there(start, "start")  # before hours of preprocessing, which want no base
     pipeline.run_preprocess(wanted)
-    pipeline.run_tokenizer(wanted)
+    # Whether the run has a tokenizer of its own is for all models to say; where not, it is that of those trained here.
+    pipeline.run_tokenizer(used if wanted.adopts_tokenizer else wanted)
     pipeline.run_views(used)
     return {name: pipeline.run_train(wanted, name) for name in names}
 

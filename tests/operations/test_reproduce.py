@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from cert_ray import cli, storage
 from cert_ray.errors import ConfigError
 from cert_ray.evaluation.execution import ExecutionConfig
-from cert_ray.operations import reproduce
+from cert_ray.operations import pipeline, reproduce
 from cert_ray.operations.claim import Part
 from cert_ray.operations.claim_report import missing_parts, write_report
-from cert_ray.operations.recipe import Recipe, recipe_from
+from cert_ray.operations.recipe import ModelRecipe, Recipe, recipe_from
 from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.tokens.encoding import View
@@ -79,6 +79,25 @@ def _recipe(folder: Path) -> Recipe:
         },
         "test",
     )
+
+
+@pytest.mark.parametrize("start", ["absent", "tiny"])
+def test_a_model_that_is_not_compared_needs_no_base_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    """But it has a say in whether the run's tokenizer is one of its own: a preset needs that."""
+    asked: dict[str, Recipe] = {}
+    for stage in ("run_preprocess", "run_tokenizer", "run_views"):
+        monkeypatch.setattr(pipeline, stage, lambda recipe, stage=stage: asked.setdefault(stage, recipe))
+    monkeypatch.setattr(pipeline, "run_train", lambda recipe, name: name)
+    (tmp_path / "start").mkdir()
+    given = _recipe(tmp_path)
+    base = str(tmp_path / start) if start == "absent" else start
+    other = ModelRecipe(start=base, view=View.CONTEXT_FIRST, train=given.models["xl"].train)
+    reproduce.train_models(given.model_copy(update={"models": {**given.models, "both": other}}))
+    assert asked["run_tokenizer"].adopts_tokenizer is (start == "absent")
+    assert asked["run_tokenizer"].outside_bases == [str(tmp_path / "start")]
+    assert View.CONTEXT_FIRST not in asked["run_views"].views
 
 
 def test_every_system_reads_the_documentation_and_another_one_is_another_evaluation(

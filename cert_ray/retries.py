@@ -12,10 +12,12 @@ import functools
 import logging
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from typing import ParamSpec, TypeVar
 
 from cert_ray.errors import CertRayError, InputError
@@ -160,6 +162,28 @@ def asked_once() -> Iterator[None]:
         yield
     finally:
         _ONCE.reset(token)
+
+
+def answered_within(limit_s: float, call: Callable[[], R]) -> R:
+    """What `call` returns, or raises, in a thread of its own, which is left alone where it does not come back in time.
+
+    For storage that takes connections and says nothing: its client waits for minutes.
+
+    Raises:
+        TimeoutError: when that took longer than `limit_s`.
+    """
+    answer: Future[R] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(call())
+        except Exception as error:  # noqa: BLE001 - whoever waits gets it
+            answer.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=[ask], name="cert-ray-asking", daemon=True).start()
+    if not wait([answer], limit_s).done:
+        raise TimeoutError(f"it does not answer within {limit_s:.0f} s")
+    return answer.result()
 
 
 def _wait(seconds: float) -> None:

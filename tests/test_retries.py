@@ -7,6 +7,7 @@ import http.client
 import importlib
 import io
 import tarfile
+import threading
 import urllib.error
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from cert_ray import retries
 from cert_ray.errors import InputError, RequestError, StorageFullError, SupersededError
-from cert_ray.retries import is_passing, tried_again
+from cert_ray.retries import answered_within, asked_once, is_passing, tried_again
 
 
 class ReadTimeoutError(Exception):
@@ -335,3 +336,17 @@ def test_what_does_not_pass_comes_at_once(waits: list[float]) -> None:
     with pytest.raises(FileNotFoundError):
         call()
     assert waits == []
+
+
+def test_what_comes_back_in_time_is_as_it_was_and_what_does_not_is_left_alone() -> None:
+    def refuse() -> int:
+        raise ConnectionRefusedError("no")
+
+    released = threading.Event()
+    with asked_once():
+        assert answered_within(60, retries._ONCE.get)
+    with pytest.raises(ConnectionRefusedError):
+        answered_within(60, refuse)
+    with pytest.raises(TimeoutError, match="does not answer within 0 s"):
+        answered_within(0.1, lambda: released.wait(60))
+    released.set()

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from cert_ray import retries
+from cert_ray import retries, storage
 from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
 from cert_ray.errors import ConfigError, InputError
 
 _ANSWERS_S = 5.0  # assumed: who asks for a cluster's health wants to know when it has none
+_STORE_ANSWERS_S = 10.0  # assumed: clients that are refused try again for some seconds, and tell why
 
 
 @app.command()
@@ -46,9 +47,11 @@ def doctor(
 
 @contextmanager
 def _storage_asked_once(run: str) -> Iterator[None]:
-    """Storage that does not answer is one line, after what its client tries by itself."""
+    """Storage that refuses is one line, after what its client tries by itself; so is one that says nothing."""
     try:
         with retries.asked_once():
+            storage.resolve(run)  # which may import a driver
+            retries.answered_within(_STORE_ANSWERS_S, lambda: storage.exists(run))
             yield
     except Exception as error:
         if not retries.is_of_storage(error):

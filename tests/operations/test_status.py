@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from cert_ray import cli, manifests, retries, storage
+from cert_ray.cli import operations
 from cert_ray.config import Config
 from cert_ray.errors import InputError
 from cert_ray.manifests import ShardReport
@@ -127,6 +129,23 @@ def test_storage_that_does_not_answer_is_one_line_and_a_failure(
     assert isinstance(result.exception, InputError)
     told = str(result.exception)
     assert told.startswith(f"{recipe.run}: ConnectionRefusedError: could not connect to the endpoint. Can its storage")
+
+
+def test_storage_that_takes_the_question_and_says_nothing_is_not_waited_for(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, exists = threading.Event(), storage.exists
+    monkeypatch.setattr(operations, "_STORE_ANSWERS_S", 0.2)
+    monkeypatch.setattr(storage, "exists", lambda url: released.wait(60) if url == recipe.run else exists(url))
+    monkeypatch.setattr(manifests, "is_finished", lambda _: pytest.fail("it is asked further"))
+    try:
+        result = CliRunner().invoke(cli.app, ["status", str(tmp_path / "recipe.yaml")])
+    finally:
+        released.set()
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception).startswith(
+        f"{recipe.run}: TimeoutError: it does not answer within 0 s. Can its storage be"
+    )
 
 
 def test_a_fault_of_ours_is_not_told_as_the_storages(

@@ -10,7 +10,6 @@ What a request is answered depends on its `Work` alone (`joint.py`); when, on wh
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import traceback
@@ -280,10 +279,12 @@ class Batch:
 
     def _take(self, fed: list[Request], feeds: list[Feed], logits: list[torch.Tensor]) -> None:
         drawing: list[tuple[Request, torch.Tensor]] = []
+        begun: list[Request] = []
         for request, feed, logits_QV in zip(fed, feeds, logits, strict=True):
             if feed.parents is not None:
                 drawing.append((request, logits_QV))
             elif self._read_prompt(request, feed, logits_QV):
+                begun.append(request)
                 drawing.append((request, logits_QV[-1 - feed.drafted :]))
         if not drawing:
             return
@@ -298,6 +299,8 @@ class Batch:
                 for one in request.samples.drawing
             ]
             _draw([request.samples for request, _ in drawing], _pick(logits_RV, places), scratch_RV[: len(places)])
+        for request in begun:
+            self._keep_prompt(request)
         for request, _ in drawing:
             self._advance(request)
 
@@ -310,13 +313,20 @@ class Batch:
             return False
         if request.samples.work.comes_again:
             request.pin = self._prompts.pin(request.prompt)
-        # What is not finite reaches the tokens before it, since a masked NaN is one: nobody else may begin with them.
-        if self._prompts.wants(request.prompt) and math.isfinite(logits_QV[-1].float().logsumexp(0).item()):
-            self._prompts.add(request.prompt, request.kept)
-        if not request.samples.branches:  # no token was asked for: the prompt was to be scored
+        if not request.samples.branches:  # no token was asked for: the prompt was to be scored, or only echoed
+            if feed.all_logits:
+                self._keep_prompt(request)
             self._finish(request)
             return False
         return True
+
+    def _keep_prompt(self, request: Request) -> None:
+        """Keep a prompt for others, once the numbers behind it have been looked at.
+
+        What is not finite reaches the tokens before it, since a masked NaN is one: nobody else may begin with them.
+        """
+        if not request.samples.is_lost and self._prompts.wants(request.prompt):
+            self._prompts.add(request.prompt, request.kept)
 
     def _score(self, request: Request, logits_QV: torch.Tensor) -> None:
         known = request.prompt[len(request.prompt_logprobs) + 1 :][: len(logits_QV)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cert_ray.errors import RequestCancelledError, RequestError
-from cert_ray.serving import packed_attention
+from cert_ray.serving import batching, packed_attention, sampling
 from cert_ray.serving.answering import check_wanted
 from cert_ray.serving.batching import Turns
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
@@ -134,6 +134,30 @@ def test_numbers_that_are_not_finite_are_an_error_of_their_own_request(
     for tokens in (1, 0):  # also where the prompt is only scored
         with pytest.raises(RequestError, match="not finite"):
             lost.draw(replace(works[0], max_tokens=tokens, temperature=0.0, logprobs=0, score_prompt=tokens == 0))
+    lost.draw(replace(works[0], max_tokens=0))  # nobody looks at its numbers
+    kept = list(lost._batch._prompts._kept)
+    assert kept
+    assert not any(poison in prompt for prompt in kept)
+
+
+def test_logits_behind_a_prompt_that_is_kept_are_summed_once(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = TransformersEngine(folder)
+    asked = work(engine, TEXTS[0], max_tokens=1)
+    summed = []
+
+    def once_more(*_: object) -> torch.Tensor:
+        raise AssertionError("summed once more")  # in the stepping thread: whoever draws gets it
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", once_more)
+
+    def log_totals(logits_DV: torch.Tensor, *scratch: torch.Tensor) -> torch.Tensor:
+        summed.append(len(logits_DV))
+        return sampling.log_totals(logits_DV, *scratch)
+
+    monkeypatch.setattr(batching, "log_totals", log_totals)
+    engine.draw(asked)
+    assert summed == [1]
+    assert engine.draw(asked).cached_tokens == len(asked.prompt) - 1
 
 
 class ByHand(Turns):

@@ -50,6 +50,7 @@ def examine(folder: str = ".") -> list[Finding]:
         _python,
         *(lambda name=name: _package(name) for name in _PACKAGES),
         _accelerator,
+        _cpu,
         _memory,
         _shared_memory,
         lambda: _disk(folder),
@@ -85,6 +86,18 @@ def _accelerator() -> Finding:
         "accelerator", Level.WARN, "none that CUDA sees",
         "Fine for `demo` and preprocessing. Training a 110M model wants a GPU and `use_gpu: true`.",
     )  # fmt: skip
+
+
+def _cpu() -> Finding:
+    """How fast one thread multiplies. Not a fault of a machine, so never a warning."""
+    if importlib.util.find_spec("torch") is None:
+        return Finding("cpu", Level.OK, "not measured without torch")
+    from cert_ray.training import cpu_speed
+
+    measured = cpu_speed.measure()
+    speeds = ", ".join(f"{name} {flops / 1e9:.0f}" for name, flops in measured.items())
+    faster = max(measured, key=measured.__getitem__)
+    return Finding("cpu", Level.OK, f"{speeds} GFLOP/s a thread: {faster} trains faster")
 
 
 def _memory() -> Finding:

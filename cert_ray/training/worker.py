@@ -27,7 +27,7 @@ from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingMemoryE
 from cert_ray.manifests import WrittenFile
 from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
-from cert_ray.training import checkpoints, export, memory, models
+from cert_ray.training import checkpoints, cpu_speed, export, memory, models
 from cert_ray.training.batches import Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
@@ -93,8 +93,20 @@ def run(
     """
     torch.set_num_threads(config.cpus_per_worker)
     remove_left()
+    if rank == 0 and config.precision == "bf16" and not config.use_gpu:
+        _warn_of_slow_bf16()
     with scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
         return _run(config, run_digest, rank, world_size, report, after_step, count, copies)
+
+
+def _warn_of_slow_bf16() -> None:
+    speed = cpu_speed.measure()
+    if speed["bf16"] < speed["fp32"]:
+        _log.warning(
+            "precision bf16: this CPU multiplies %.0f GFLOP/s a thread in bf16 and %.0f in fp32, so fp32 trains faster",
+            speed["bf16"] / 1e9,
+            speed["fp32"] / 1e9,
+        )
 
 
 def _run(

@@ -1,6 +1,6 @@
 """Training speed of one worker beside Hugging Face Trainer and a plain PyTorch loop, on this CPU.
 
-The same 12.5M Llama (`SHAPE`), rows, batch, bf16 and fused AdamW for all. In: nothing but random ids. Ours: the
+The same 12.5M Llama (`SHAPE`), rows, batch, precision and fused AdamW for all. In: nothing but random ids. Ours: the
 DeepSpeed engine in a plain process, eager and compiled, and the whole of `train` on a Ray of its own, compiled. Peers:
 the Trainer as it comes and with torch_compile, the plain loop as it is and compiled. Each run is a process; the
 contenders take turns. Out: tokens/s by the clock, tokens per CPU-second of the training process (on a machine that does
@@ -76,12 +76,12 @@ def main() -> None:
         for name in chosen
     ]
     headers = ["contender", "tokens/s", f"{chosen[0]} is", "tokens per CPU-s", f"{chosen[0]} is", "first step, s"]
-    sizes = f"{given.rows} x {given.context} tokens, {given.threads} threads, {given.steps} steps per run after "
+    sizes = f"{given.rows} x {given.context} tokens, {given.precision}, {given.threads} threads, {given.steps} steps "
     publish(
         given.output,
         "training",
         "python -m tests.bench.bench_training " + " ".join(sys.argv[1:]),
-        [markdown(headers, rows), f"{sizes}{given.warmup_steps} of warm-up."],
+        [markdown(headers, rows), f"{sizes}per run after {given.warmup_steps} of warm-up."],
         {"tokens_per_s": rates, "tokens_per_cpu_s": cpu_rates, "first_step_s": starts},
     )
 
@@ -99,6 +99,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help="of all contenders")
     parser.add_argument("--seed", type=int, default=0, help="of the ids")
     parser.add_argument("--child", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -155,9 +156,10 @@ def _run(name: str, given: argparse.Namespace) -> list[tuple[float, float]]:
     if name.startswith("trainer"):
         command = [str(given.peers), str(TRAINER), str(given.folder), *options]
         command += ["--compile"] if name == "trainer-compiled" else []
+        command += ["--fp32"] if given.precision == "fp32" else []
     else:
         command = [sys.executable, "-m", "tests.bench.bench_training", "--child", name, *options]
-        command += ["--contender", name, f"--context={given.context}"]
+        command += ["--contender", name, f"--context={given.context}", f"--precision={given.precision}"]
         command += [f"--folder={given.folder}", f"--output={given.output}"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(given.threads), "DS_ACCELERATOR": "cpu"}
     # Every run compiles anew: the first step's time is a cold one, and a broken cache of others does no harm.
@@ -174,9 +176,9 @@ def _config(given: argparse.Namespace, output: str, *, compiled: bool) -> Any:
     from cert_ray.training.config import TrainConfig
 
     return TrainConfig(
-        base=str(given.folder), tokens=str(given.folder / "pack"), output=output, precision="bf16", zero_stage=1,
-        steps=given.warmup_steps + given.steps, warmup_steps=0, micro_batch=given.rows, gradient_accumulation=1,
-        cpus_per_worker=given.threads, compile=compiled,
+        base=str(given.folder), tokens=str(given.folder / "pack"), output=output, precision=given.precision,
+        zero_stage=1, steps=given.warmup_steps + given.steps, warmup_steps=0, micro_batch=given.rows,
+        gradient_accumulation=1, cpus_per_worker=given.threads, compile=compiled,
     )  # fmt: skip
 
 
@@ -257,7 +259,7 @@ def plain(given: argparse.Namespace, *, compiled: bool = False) -> list[tuple[fl
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(ids: Any) -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=given.precision == "bf16"):
             logits = forward(input_ids=ids[:, :-1], use_cache=False).logits
         cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

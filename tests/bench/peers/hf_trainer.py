@@ -1,4 +1,4 @@
-"""Hugging Face Trainer's side: a causal language model on rows of token ids, bf16 autocast, fused AdamW.
+"""Hugging Face Trainer's side: a causal language model on rows of token ids, bf16 autocast or fp32, fused AdamW.
 
 Imports nothing of cert-ray; wants torch, transformers and accelerate. In: a folder with config.json and rows.npy
 [rows, context + 1]. Out: one JSON line, clock and CPU-seconds at the start and after each step.
@@ -39,6 +39,7 @@ def main():
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fp32", action="store_true", help="in place of bf16 autocast")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(given.threads)
@@ -50,8 +51,9 @@ def main():
     with tempfile.TemporaryDirectory() as output:
         options = TrainingArguments(
             output_dir=output, max_steps=given.warmup_steps + given.steps, per_device_train_batch_size=given.rows,
-            bf16=True, use_cpu=True, optim="adamw_torch_fused", learning_rate=5e-4, weight_decay=0.1, adam_beta2=0.95,
-            torch_compile=given.compile, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
+            bf16=not given.fp32, use_cpu=True, optim="adamw_torch_fused", learning_rate=5e-4, weight_decay=0.1,
+            adam_beta2=0.95, torch_compile=given.compile, logging_strategy="no", save_strategy="no", report_to=[],
+            disable_tqdm=True,
         )  # fmt: skip
         Trainer(model=model, args=options, train_dataset=rows, callbacks=[clock]).train()
     print(json.dumps(clock.ticks))

@@ -50,6 +50,11 @@ _WORKER_ENVIRONMENT = {
     # Serve gives up a proxy that was not up at three looks of 5 s, which a busy machine's start takes; the whole start
     # has a minute.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
+    # Serve's processes ask each other by gRPC and not by actor calls, which cost more (docs/serving.md). On one machine
+    # nothing is lost by that: a host that vanishes, which Ray would notice sooner, takes all of them with it. The bound
+    # on a message is gRPC's highest; by default an answer of more than 4 MiB would fail.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1),
 }
 
 

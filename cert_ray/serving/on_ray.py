@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
+import grpc
 import ray
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
@@ -51,6 +52,9 @@ _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kill
 _REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
 # With an engine's node goes what it answered, too, if that is more than Ray sends with the call (100 KB).
 _GONE = (RayActorError, ObjectLostError, NodeDiedError)
+# Where Serve's processes speak gRPC, an engine that stops cancels the calls that it has not begun, or has open; Serve
+# tells one that is gone as Ray does, and passes all other statuses on as they are.
+_GONE_STATUS = grpc.StatusCode.CANCELLED
 _FAILED = frozenset({DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY})
 
 
@@ -104,7 +108,7 @@ class HandleBackend:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except (RayError, RayServeException) as error:
+            except (RayError, RayServeException, grpc.RpcError) as error:
                 _retry_or_raise(error, attempt)
             else:
                 return answers
@@ -127,7 +131,7 @@ class HandleBackend:
             except ContradictedError as error:
                 problem = "The engine died, and another one answers otherwise: ask again."
                 raise RequestError(503, problem, None, "unavailable") from error
-            except (RayError, RayServeException) as error:
+            except (RayError, RayServeException, grpc.RpcError) as error:
                 _retry_or_raise(error, attempt)
             finally:
                 response.cancel()  # does nothing to what has ended
@@ -142,12 +146,16 @@ def _retry_or_raise(error: Exception, attempt: int) -> None:
         raise RequestError(503, "The server is busy: try again.", None, "overloaded") from error
     if isinstance(error, RayTaskError) and isinstance(error.cause, RequestError):
         raise error.cause from None
-    if not isinstance(error, (*_GONE, DeploymentUnavailableError)):
+    if not (isinstance(error, (*_GONE, DeploymentUnavailableError)) or _is_cancelled_call(error)):
         _log.error("the engine failed", exc_info=error)
         raise RequestError(500, "The engine failed; its log says why.", None, "engine_failed") from error
     _log.warning("attempt %d: an engine died or is not there: %s", attempt, error)
     if attempt == _ATTEMPTS or isinstance(error, DeploymentUnavailableError):
         raise RequestError(503, "The engine is restarting: try again.", None, "unavailable") from error
+
+
+def _is_cancelled_call(error: Exception) -> bool:
+    return isinstance(error, grpc.RpcError) and error.code() == _GONE_STATUS
 
 
 def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:

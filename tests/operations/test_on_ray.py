@@ -36,6 +36,7 @@ def test_a_private_ray_tells_its_processes_so_when_they_start(monkeypatch: pytes
     (options,) = asked
     assert options["address"] == "local"
     assert options["runtime_env"]["worker_process_setup_hook"] is on_ray.know_own_cluster
+    assert options["runtime_env"]["env_vars"]["RAY_SERVE_USE_GRPC_BY_DEFAULT"] == "1"
 
 
 def test_a_private_ray_does_not_tell_of_the_token_that_it_is_meant_to_have(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import pydantic
@@ -337,10 +338,16 @@ class Handle:
         yield Told((), tuple(await self))
 
 
+def ended(status: grpc.StatusCode) -> grpc.aio.AioRpcError:
+    """What a call by gRPC ends in, where Serve does not say it as Ray would."""
+    return grpc.aio.AioRpcError(status, grpc.aio.Metadata(), grpc.aio.Metadata(), "a secret of the engine")
+
+
 @pytest.mark.parametrize(
     ("outcome", "status", "code"),
     [
         (BackPressureError(3, 2), 503, "overloaded"),
+        (ended(grpc.StatusCode.RESOURCE_EXHAUSTED), 500, "engine_failed"),
         (RayTaskError("answer", "trace", ValueError("a secret of the engine")), 500, "engine_failed"),
         (RayTaskError("answer", "trace", RequestError(400, "too long", "prompt", "c")), 400, "c"),
     ],
@@ -358,7 +365,10 @@ def test_failures_behind_the_front_door_become_refusals(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("gone", [RayActorError(), NodeDiedError("gone"), ObjectLostError("1", None, "")])
+@pytest.mark.parametrize(
+    "gone",
+    [RayActorError(), NodeDiedError("gone"), ObjectLostError("1", None, ""), ended(grpc.StatusCode.CANCELLED)],
+)
 def test_a_request_whose_engine_or_answer_is_lost_is_given_to_another(gone: Exception, stream: bool) -> None:
     answers = [CascadeAnswer((), Route.MODEL)]
     handle = Handle(gone, gone, answers)

@@ -23,7 +23,7 @@ from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.schema import DeploymentStatus
 
 from cert_ray import storage
@@ -52,8 +52,7 @@ _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kill
 _REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
 # With an engine's node goes what it answered, too, if that is more than Ray sends with the call (100 KB).
 _GONE = (RayActorError, ObjectLostError, NodeDiedError)
-# Where Serve's processes speak gRPC, an engine that stops cancels the calls that it has not begun, or has open; Serve
-# tells one that is gone as Ray does, and passes all other statuses on as they are.
+# Where Serve's processes speak gRPC, an engine that is gone is told as Ray tells it; one that stops cancels its calls.
 _GONE_STATUS = grpc.StatusCode.CANCELLED
 _FAILED = frozenset({DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY})
 
@@ -108,7 +107,9 @@ class HandleBackend:
             except asyncio.CancelledError:
                 response.cancel()
                 raise
-            except (RayError, RayServeException, grpc.RpcError) as error:
+            except RequestError:
+                raise
+            except Exception as error:  # noqa: BLE001 - by gRPC, whatever the engine raised comes as it is
                 _retry_or_raise(error, attempt)
             else:
                 return answers
@@ -131,7 +132,9 @@ class HandleBackend:
             except ContradictedError as error:
                 problem = "The engine died, and another one answers otherwise: ask again."
                 raise RequestError(503, problem, None, "unavailable") from error
-            except (RayError, RayServeException, grpc.RpcError) as error:
+            except RequestError:
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
                 _retry_or_raise(error, attempt)
             finally:
                 response.cancel()  # does nothing to what has ended

@@ -348,6 +348,8 @@ def ended(status: grpc.StatusCode) -> grpc.aio.AioRpcError:
     [
         (BackPressureError(3, 2), 503, "overloaded"),
         (ended(grpc.StatusCode.RESOURCE_EXHAUSTED), 500, "engine_failed"),
+        (ValueError("a secret of the engine"), 500, "engine_failed"),  # by gRPC
+        (RequestError(400, "too long", "prompt", "c"), 400, "c"),
         (RayTaskError("answer", "trace", ValueError("a secret of the engine")), 500, "engine_failed"),
         (RayTaskError("answer", "trace", RequestError(400, "too long", "prompt", "c")), 400, "c"),
     ],

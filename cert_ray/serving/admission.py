@@ -1,7 +1,12 @@
 """Which requests are taken at all: those that can be answered in time. The others are refused at once.
 
-In: the moments at which requests begin and end. Out: admission, or a 503 that says when to come back. No queue stands
-in here: what is admitted waits elsewhere, and there is never more of it than `max_in_flight`.
+In: the moments at which requests begin and end, and how. Out: admission, or a 503 that says when to come back. No queue
+stands in here: what is admitted waits elsewhere, and there is never more of it than `max_in_flight`.
+
+Two things are learned. Of answers while requests wait, the time from one to the next, and so how long one more would
+wait; this holds where as many are worked on together as are said to be. Of missed deadlines, how many may be here at
+all: where requests share an engine's time, or fewer engines run than may, all can be late before any wait is seen. A
+request counts as one, whatever it asks for.
 """
 
 from __future__ import annotations
@@ -11,10 +16,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from cert_ray.errors import RequestError
+from cert_ray.errors import DeadlineError, RequestError
 
 # The rate is that of the last requests, each counting less than the next. Assumed: sixteen are steady enough.
 _WEIGHT = 1 / 16
+# A larger share of late ones among the last says that too many are here; a smaller one, that those ask for too much.
+# Assumed: three in a row are needed after none.
+_TOLERATED = 1 / 8
+# As large a part of what can be answered by a deadline is let in after that. Assumed: with all of it, answers would
+# come just in time, and what takes longer than most late.
+_LET_IN = 3 / 4
 
 
 class Admission:
@@ -30,6 +41,9 @@ class Admission:
         # Since when as many are here as are worked on together, or since the last of them ended; None: fewer are here.
         self._full_since: float | None = None
         self._answered_last = False  # what ended last was an answer
+        self._answers = 0
+        self._late_share = 0.0  # of the last requests that were answered or late, since the limit was last lowered
+        self._limit = float(max_in_flight)  # so many may be in flight
 
     @contextmanager
     def admit(self) -> Iterator[None]:
@@ -39,7 +53,7 @@ class Admission:
             RequestError: 503, when there is no place, or the wait would outlast the deadline.
         """
         wait_s = self.expected_wait_s()
-        if self.in_flight >= self._max_in_flight:
+        if self.in_flight >= int(self._limit):
             raise _overloaded("The server is busy: try again.", self._gap_s or 1.0)
         if wait_s > self._timeout_s:
             problem = f"The wait is {wait_s:.0f} s now, the limit {self._timeout_s:g} s: try again."
@@ -47,10 +61,15 @@ class Admission:
         self.in_flight += 1
         if self.in_flight == self._at_once:
             self._full_since = self._clock()
-        answered = False
+        began, answers_before, answered = self._clock(), self._answers, False
         try:
             yield
+        except DeadlineError:
+            self._lower_limit(self._answers - answers_before)
+            raise
+        else:
             answered = True
+            self._raise_limit(self._clock() - began)
         finally:
             self._end(answered)
 
@@ -59,6 +78,23 @@ class Admission:
         if self._gap_s is None or self.in_flight < self._at_once:
             return 0.0
         return self._gap_s * (self.in_flight + 1)
+
+    def _raise_limit(self, took_s: float) -> None:
+        """After an answer, let a part of a request more in: at most one after as many answers as there are places.
+
+        Less of it the nearer the deadline was, which is so approached and not run into.
+        """
+        self._answers += 1
+        self._late_share -= _WEIGHT * self._late_share
+        slack = max(0.0, 1 - took_s / self._timeout_s)
+        self._limit = min(self._max_in_flight, self._limit + slack / self._limit)
+
+    def _lower_limit(self, answers: int) -> None:
+        """If too many are late, let in no more than can be in time: `answers` came in the time that this one had."""
+        self._late_share += _WEIGHT * (1 - self._late_share)
+        if self._late_share > _TOLERATED:
+            self._limit = max(1.0, min(self._limit, _LET_IN * answers))
+            self._late_share = 0.0
 
     def _end(self, answered: bool) -> None:
         """Count out one request, and measure the gap: the time since the last answer in which all were at work.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 
 import pytest
 
-from cert_ray.errors import RequestError
+from cert_ray.errors import DeadlineError, RequestError
 from cert_ray.serving.admission import Admission
 
 
@@ -26,6 +28,66 @@ def serve(admission: Admission, clock: Clock, requests: int, gap_s: float) -> No
     for place in places:
         clock.now += gap_s
         place.close()
+
+
+def miss_deadline(place: ExitStack) -> None:
+    with suppress(DeadlineError), place:
+        raise DeadlineError(504, "late", None, "timeout")
+
+
+@dataclass
+class Held:
+    place: ExitStack
+    came_s: float
+    work_s: float
+
+
+@dataclass
+class Engines:
+    """Engines of `places` each, first come, first served; what waits or is worked on for `timeout_s` is given up."""
+
+    admission: Admission
+    clock: Clock
+    places: int
+    work_s: float  # of a request alone
+    timeout_s: float
+    shared: bool = False  # an engine's requests share its time; else each is as quick as it would be alone
+    held: list[Held] = field(default_factory=list)
+
+    def run(self, seconds: float, load: float, engines: int = 1) -> Counter[str]:
+        """How requests ended, of which `load` times as many come as the engines can answer."""
+        ended: Counter[str] = Counter()
+        step_s, owed = 0.1, 0.0
+        per_s = engines * (1 if self.shared else self.places) / self.work_s
+        for _ in range(round(seconds / step_s)):
+            self.clock.now += step_s
+            owed += load * max(per_s, 1 / self.work_s) * step_s
+            while owed >= 1:
+                owed -= 1
+                ended.update(self._come())
+            worked_on = self.held[: engines * self.places]
+            for one in worked_on:
+                one.work_s -= step_s * (min(1, engines / len(worked_on)) if self.shared else 1)
+            for one in list(self.held):
+                if one.work_s <= 0:
+                    one.place.close()
+                    ended["answered"] += 1
+                elif self.clock.now - one.came_s >= self.timeout_s:
+                    miss_deadline(one.place)
+                    ended["late"] += 1
+                else:
+                    continue
+                self.held.remove(one)
+        return ended
+
+    def _come(self) -> list[str]:
+        place = ExitStack()
+        try:
+            place.enter_context(self.admission.admit())
+        except RequestError:
+            return ["refused"]
+        self.held.append(Held(place, self.clock.now, self.work_s))
+        return []
 
 
 def test_there_are_never_more_than_the_bound() -> None:
@@ -101,3 +163,60 @@ def test_an_hour_without_requests_is_no_hour_of_waiting(at_once: int) -> None:
             assert admission.expected_wait_s() <= at_once + 2
         for place in places:
             place.close()
+
+
+@pytest.mark.parametrize(("places", "work_s"), [(16, 5), (16, 3), (8, 10)])
+def test_requests_that_share_an_engine_are_answered_however_many_come(places: int, work_s: float) -> None:
+    clock = Clock()
+    engines = Engines(Admission(places + 64, places, 60, clock), clock, places, work_s, timeout_s=60, shared=True)
+    first, second = (engines.run(300, load=10) for _ in range(2))
+    assert first["answered"] + second["answered"] >= 600 / work_s / 2
+    assert first["late"] <= places + 64  # what was taken before anything was known
+    assert second["late"] <= second["answered"] / 8
+
+
+def test_after_an_overload_all_are_answered_again() -> None:
+    clock = Clock()
+    engines = Engines(Admission(80, 16, 60, clock), clock, places=16, work_s=5, timeout_s=60, shared=True)
+    engines.run(600, load=10)
+    engines.run(120, load=0.9)
+    after = engines.run(1_000, load=0.9)
+    assert after.keys() == {"answered"}
+    assert after["answered"] == pytest.approx(180, abs=2)
+
+
+def test_fewer_engines_than_there_may_be_get_no_more_than_they_can_answer_and_more_when_there_are_more() -> None:
+    clock = Clock()
+    engines = Engines(Admission(8 * 8 + 64, 8 * 8, 60, clock), clock, places=8, work_s=10, timeout_s=60)
+    first, second = (engines.run(300, load=10) for _ in range(2))
+    assert first["late"] <= 8 * 8 + 64
+    assert second["late"] <= second["answered"] / 8
+    assert second["answered"] >= 0.9 * 300 * 8 / 10
+    engines.run(600, load=2, engines=8)
+    scaled = engines.run(300, load=2, engines=8)
+    assert scaled["answered"] >= 0.9 * 300 * 8 * 8 / 10
+    assert scaled["late"] <= scaled["answered"] / 8
+
+
+def test_engines_that_stood_still_are_fully_used_again() -> None:
+    clock = Clock()
+    engines = Engines(Admission(80, 16, 60, clock), clock, places=16, work_s=10, timeout_s=60)
+    engines.run(200, load=10)
+    assert engines.run(200, load=10, engines=0)["answered"] == 0
+    engines.run(300, load=10)
+    assert engines.run(300, load=10)["answered"] >= 0.9 * 300 * 16 / 10
+
+
+def test_faults_and_a_late_request_now_and_then_take_no_places_away() -> None:
+    clock = Clock()
+    admission = Admission(20, 4, 60, clock)
+    for _ in range(10):
+        for _ in range(3):
+            with suppress(ZeroDivisionError), admission.admit():
+                clock.now += 60
+                raise ZeroDivisionError
+        place = ExitStack()
+        place.enter_context(admission.admit())
+        clock.now += 60
+        miss_deadline(place)
+        serve(admission, clock, 20, gap_s=0.1)  # all of them are taken

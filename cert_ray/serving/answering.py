@@ -160,6 +160,8 @@ class ModelConfig(Config):
 class Answerer:
     """Completes prompts with models that are loaded once. Safe to call from several threads."""
 
+    turns: Turns | None = None  # what steps the models; None where nothing of this process does, as with vLLM
+
     def __init__(
         self,
         sketcher: Engine | None,
@@ -199,8 +201,11 @@ class Answerer:
         kept = (config.cascade, config.answer_cache, config.prompts_at_once, retriever)
         if config.model is not None:
             is_both = described["model"].view == View.CONTEXT_FIRST
-            return cls(None, engines["model"], *kept, context_first=is_both)
-        return cls(engines["sketcher"], engines["generator"], *kept)
+            answerer = cls(None, engines["model"], *kept, context_first=is_both)
+        else:
+            answerer = cls(engines["sketcher"], engines["generator"], *kept)
+        answerer.turns = turns if config.engine.kind == "transformers" else None
+        return answerer
 
     @property
     def cache_hits(self) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 import traceback
 import weakref
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ _log = logging.getLogger(__name__)
 # core of a Xeon with AMX, bf16, a step): 48 ms for 1 row, 54 for 8, 68 for 32, 109 for 90.
 _IDLE_ROWS = 16
 _KEPT_ROWS = 64  # of logits, where no request runs; assumed
+# Between two looks of a waiting thread at whether the answer is still wanted. Assumed: seldom, since the stepping
+# thread asks before every token, unless its step hangs.
+_LOOK_S = 5.0
 
 
 class ForwardPass(Protocol):
@@ -104,7 +108,11 @@ class Request:
 
     def _wait(self) -> Drawn:
         while True:
-            told = self.mailbox.get()
+            try:
+                told = self.mailbox.get(timeout=_LOOK_S)
+            except queue.Empty:
+                self.hooks.check()
+                continue
             for index, text, reason in told.news:
                 self.hooks.on_text(index, text, reason)
             drawn, error = told.drawn, told.error
@@ -128,6 +136,13 @@ class Turns:
         self._changed = threading.Condition()
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
+        self._step_began_s: float | None = None  # of the step that runs, by `time.monotonic`
+
+    @property
+    def step_s(self) -> float:
+        """How long the step that runs now has taken so far; 0 between two steps."""
+        began_s = self._step_began_s
+        return 0.0 if began_s is None else time.monotonic() - began_s
 
     def join(self, batch: Batch) -> None:
         """Step `batch` from now on."""
@@ -156,7 +171,9 @@ class Turns:
                     return
                 batches = [batch for batch in self._batches if batch.has_work]
             while batches:
+                self._step_began_s = time.monotonic()
                 batches.pop().step()  # and no reference to it is left while this waits
+                self._step_began_s = None
 
 
 @dataclass(slots=True)

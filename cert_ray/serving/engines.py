@@ -98,7 +98,8 @@ Enough = Callable[[Sequence[tuple[Completion, int]], Sequence[tuple[tuple[int, .
 class Hooks:
     """Who waits for some work. They are called while it is done, and must be quick."""
 
-    check: Callable[[], None] = lambda: None  # raises what ends the work; asked before every token
+    # Raises what ends the work. Asked before every token, and now and then by the thread that waits.
+    check: Callable[[], None] = lambda: None
     # Called by the thread that waits, with a sample's number and more of its text that nothing takes back.
     on_text: Callable[[int, str, FinishReason | None], None] = _ignore_text
     streams_text: bool = False  # whether `on_text` wants the text as it is drawn

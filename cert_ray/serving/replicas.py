@@ -8,6 +8,7 @@ damaged folder stops no other model. No Ray in here: resources, and which models
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,11 +20,15 @@ from cert_ray.errors import RequestError
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.backends import Bridge, Told
+from cert_ray.serving.batching import Turns
 from cert_ray.serving.deployment import ServeConfig, ServedModel
 from cert_ray.serving.sampling import Sampling
 from cert_ray.serving.unfit_models import UnfitModels
 
 _FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
+# A step that takes longer hangs, and its engine is started anew. Assumed: loading is no step, and one reads a part of a
+# long prompt; 256 tokens of a model of 7B parameters take a CPU of 0.1 TFLOP/s 36 s.
+_HANGS_S = 120.0
 
 
 class Engines:
@@ -41,6 +46,7 @@ class Engines:
         # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
         self._bridge = Bridge(2 * config.max_ongoing_requests)
         self._failures = 0
+        self._turns: weakref.WeakSet[Turns] = weakref.WeakSet()  # their threads hold them, though a model was dropped
         self._only: Answerer | None = None
         self._unfit = UnfitModels()
         self._loading: dict[str, asyncio.Future[Answerer]] = {}
@@ -48,7 +54,7 @@ class Engines:
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="loading")
         if len(self._models) == 1:  # now, so that the replica is ready when it says so
             (model,) = self._models.values()
-            self._only = self.load_now(model)
+            self._only = self._watched(self.load_now(model))
         else:
             self._look_at_all()
 
@@ -89,11 +95,18 @@ class Engines:
 
     async def _load(self, name: str) -> Answerer:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._loads, self.load_now, self._models[name])
+            load = asyncio.get_running_loop().run_in_executor(self._loads, self.load_now, self._models[name])
+            return self._watched(await load)
         except Exception as error:
             raise self._unfit.add(name, error) from error
         finally:
             del self._loading[name]
+
+    def _watched(self, answerer: Answerer) -> Answerer:
+        """`answerer`, whose steps `check_health` looks at from now on."""
+        if answerer.turns is not None:
+            self._turns.add(answerer.turns)
+        return answerer
 
     async def _answerer(self, name: str) -> Answerer:
         """The answerer of the model `name`.
@@ -143,6 +156,9 @@ class Engines:
         self._failures = 0
 
     def check_health(self) -> None:
-        """Raise when this engine fails at whatever it is asked; Serve then starts another in its place."""
+        """Raise when this engine fails at whatever it is asked, or hangs; Serve then starts another in its place."""
         if self._failures >= _FAILURES:
             raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
+        step_s = max((turns.step_s for turns in self._turns), default=0.0)
+        if step_s > _HANGS_S:
+            raise RuntimeError(f"the engine hangs: its step takes {step_s:.0f} s so far")

@@ -246,8 +246,7 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
         _log_as_serve_does()
         config = ServeConfig.from_mapping(options, "front door")
         address = _running_address()
-        if address is not None:
-            config.check_exposure(address[0])
+        config.check_exposure(None if address is None else address[0])
         handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
         return create_app(
             HandleBackend(handle, config.served),

@@ -75,3 +75,10 @@ def test_an_open_server_wants_keys() -> None:
     ServerConfig.from_mapping({"model": "m", "host": "0.0.0.0", "without_keys": True}, "test")
     for host in ("127.0.0.1", "::1", "localhost"):
         ServerConfig.from_mapping({"model": "m", "host": host}, "test")
+
+
+def test_a_server_that_may_be_open_wants_keys() -> None:
+    with pytest.raises(ConfigError, match=r"not known.*api_keys_file"):
+        config(model="m").check_exposure(None)
+    config(model="m", api_keys_file="keys").check_exposure(None)
+    config(model="m", without_keys=True).check_exposure(None)

@@ -10,8 +10,9 @@ import socket
 import warnings
 from collections.abc import AsyncIterator, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -302,6 +303,29 @@ def test_the_builder_takes_what_serve_run_passes(config: ServerConfig) -> None:
     assert build_app({"model": str(folder_of(config)), "replicas": "2", "num_cpus": "0.5"})
     with pytest.raises(ConfigError, match="unknown option"):
         build_app({"model": str(folder_of(config)), "modle": "x"})
+
+
+@pytest.mark.parametrize(
+    ("address", "without_keys", "problem"),
+    [
+        (None, False, "is not known"),
+        (None, True, None),
+        (("0.0.0.0", 8000), False, "could reach"),
+        (("0.0.0.0", 8000), True, None),
+        (("127.0.0.1", 8000), False, None),
+    ],
+)
+def test_a_front_door_that_others_may_reach_does_not_start_without_keys(
+    monkeypatch: pytest.MonkeyPatch, address: tuple[str, int] | None, without_keys: bool, problem: str | None
+) -> None:
+    """Also below `serve deploy` and `serve run`, where nobody else looks."""
+    monkeypatch.setattr(on_ray, "_running_address", lambda: address)
+    monkeypatch.setattr(on_ray, "_log_as_serve_does", lambda: None)
+    monkeypatch.setattr(on_ray.serve, "get_replica_context", lambda: SimpleNamespace(app_name="app"))
+    monkeypatch.setattr(on_ray.serve, "get_deployment_handle", lambda *_, **__: Handle())
+    build = on_ray._front_door({"models": {"cert": {"model": "m"}}, "without_keys": without_keys})
+    with nullcontext() if problem is None else pytest.raises(ConfigError, match=problem):
+        assert build()
 
 
 class Handle:

@@ -49,6 +49,7 @@ from cert_ray.serving.resolving import resolve
 from cert_ray.serving.sampling import Sampling
 
 _SHOWN_VALUE_CHARACTERS = 80
+_BODY_S = 10.0  # for a body to come; assumed: the longest, 1 MiB by default, takes 8.4 s at 1 Mbit/s
 _PAGE = {"/": "index.html", **{f"/{name}": name for name in ("playground.js", "playground.css", "playground.svg")}}
 _MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 _PUBLIC = frozenset({"/health", *_PAGE})  # the page holds no secret: it asks for a key where one is wanted
@@ -92,7 +93,8 @@ def create_app(
     app = FastAPI(
         title="cert-ray", docs_url=None, redoc_url=None, redirect_slashes=False
     )  # those pages load scripts from elsewhere
-    app.add_middleware(BodyLimit, max_body_bytes=config.limits.max_body_bytes)
+    body_s = min(_BODY_S, config.request_timeout_s)
+    app.add_middleware(BodyLimit, max_body_bytes=config.limits.max_body_bytes, timeout_s=body_s)
     if keys is not None:
         app.add_middleware(Keys, keys=keys, rates=RateLimiter(config.rate), public=_PUBLIC)
     app.add_middleware(SecurityHeaders)

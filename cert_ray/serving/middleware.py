@@ -1,10 +1,11 @@
-"""What stands before every route: the bound on a body, the key, its rate, and headers that tell browsers what is safe.
+"""What stands before every route: the bounds on a body, the key, its rate, and headers that tell browsers what is safe.
 
 ASGI in, ASGI out. What is refused here never reaches a route, and is OpenAI's error object, too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Collection
 
@@ -41,11 +42,10 @@ def request_path(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """413 as soon as a body is known to be too long, by its header or by its bytes."""
+    """413 as soon as a body is known to be too long, by its header or its bytes; 408 when it does not come in time."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
+    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_body_bytes, self._timeout_s = app, max_body_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,19 +53,17 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._max_body_bytes:
-            await self._refuse(scope, receive, send)
+            await self._too_long()(scope, receive, send)
             return
-        messages: list[Message] = []
-        received_bytes = 0
-        while True:  # at most max_body_bytes are held; bodies of this endpoint are read whole anyway
-            message = await receive()
-            messages.append(message)
-            received_bytes += len(message.get("body", b""))
-            if received_bytes > self._max_body_bytes:
-                await self._refuse(scope, receive, send)
-                return
-            if not message.get("more_body", False):
-                break
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                messages = await self._read(receive)
+        except TimeoutError:
+            await self._too_slow()(scope, receive, send)
+            return
+        if messages is None:
+            await self._too_long()(scope, receive, send)
+            return
         replay = iter(messages)
 
         async def receive_again() -> Message:
@@ -73,9 +71,26 @@ class BodyLimit:
 
         await self._app(scope, receive_again, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _read(self, receive: Receive) -> list[Message] | None:
+        """The messages that hold the body, or None if it is too long. Bodies here are read whole anyway."""
+        messages: list[Message] = []
+        received_bytes = 0
+        while not messages or messages[-1].get("more_body", False):
+            messages.append(await receive())
+            received_bytes += len(messages[-1].get("body", b""))
+            if received_bytes > self._max_body_bytes:
+                return None
+        return messages
+
+    def _too_long(self) -> JSONResponse:
         problem = f"The body is longer than this server's {self._max_body_bytes} bytes."
-        await error_response(RequestError(413, problem, None, "body_too_large"))(scope, receive, send)
+        return error_response(RequestError(413, problem, None, "body_too_large"))
+
+    def _too_slow(self) -> JSONResponse:
+        problem = f"The body was not there within {self._timeout_s:g} s."
+        response = error_response(RequestError(408, problem, None, "body_timeout"))
+        response.headers["Connection"] = "close"  # or the server would wait for the rest of it
+        return response
 
 
 class Keys:

@@ -187,6 +187,23 @@ def test_an_oversized_body_is_refused_by_header_and_by_bytes() -> None:
     assert send("GET", "/v1/models", config=config).status_code == 200
 
 
+def test_a_body_that_trickles_in_is_refused_and_its_connection_closed() -> None:
+    async def chunks():  # type: ignore[no-untyped-def]
+        yield b'{"model": "org/cert", '
+        await asyncio.sleep(2)
+        yield b'"prompt": "x ="}'
+
+    def ask(timeout_s: float) -> httpx.Response:
+        config, headers = FrontDoorConfig(request_timeout_s=timeout_s), {"Content-Type": "application/json"}
+        return send("POST", "/v1/completions", config=config, content=chunks(), headers=headers)
+
+    response = ask(0.1)
+    assert response.status_code == 408
+    assert (error_of(response)["type"], error_of(response)["code"]) == ("timeout", "body_timeout")
+    assert response.headers["Connection"] == "close"
+    assert ask(60).status_code == 200
+
+
 @pytest.mark.parametrize("status", [400, 503, 504])
 def test_a_refusal_of_the_backend_is_passed_on(status: int) -> None:
     response = complete(ScriptedBackend(RequestError(status, "no", "prompt", "because")))

@@ -48,8 +48,9 @@ def run_cascade(
 
     `ahead` is documentation that both models read first, if both windows have room for it and an answer.
 
-    Where the sketcher's samples are the answer, those that voted for the winner come first. A function of its arguments
-    alone, timings and cached tokens apart, if the engines are.
+    Where the sketcher's samples are the answer, those that voted for the winner come first, and, unless `routing` is
+    `released`, none that holds a placeholder is given beside a winner that holds none. A function of its arguments alone,
+    timings and cached tokens apart, if the engines are.
 
     Raises:
         RequestError: 400, when the context does not fit a model's window, or for what a cascade cannot do.
@@ -249,7 +250,8 @@ class _Cascade:
         return Template.of(self._blanks, text, held, self._config.least_share, is_cut=is_cut)
 
     def _answer_with_sketches(self, answer: CascadeAnswer, ballot: Ballot, route: Route) -> CascadeAnswer:
-        choices = ballot.samples(self._sampling.n)
+        code_only = route is Route.SKETCHER and self._config.routing != "released"
+        choices = ballot.samples(self._sampling.n, code_only=code_only)
         Teller(self._listener, self._sampling, self._config).finish(choices)
         tokens = sum(choice.tokens for choice in choices)
         return replace(answer, choices=tuple(choices), route=route, completion_tokens=tokens)

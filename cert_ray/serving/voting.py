@@ -32,6 +32,11 @@ class Sketch:
         """What makes two sketches the same: a placeholder is not the word that spells it."""
         return self.text, self.placeholders
 
+    @property
+    def is_code(self) -> bool:
+        """Whether it is an answer as it stands."""
+        return bool(self.text.strip()) and not self.placeholders
+
 
 def read_sketch(tokenizer: Tokenizer, sample: Completion, blanks: str, stops: Sequence[str]) -> Sketch:
     """The sample's tokens as text and placeholder spans, cut; the blanks that the prompt ended in are not its own."""
@@ -122,9 +127,16 @@ class Ballot:
             self._wanted - self._counted,
         )
 
-    def samples(self, n: int) -> list[Completion]:
-        """`n` of the samples, the winner's first; repeated when fewer were counted."""
+    def samples(self, n: int, *, code_only: bool = False) -> list[Completion]:
+        """`n` of the samples: the winner's, then the others as they were drawn.
+
+        With `code_only` no sample is given that holds a placeholder or nothing, for a winner that holds neither. Where
+        there are fewer than `n`, the winner's come again, or without `code_only` all of them.
+        """
         elected = self.winner.key
-        ordered = sorted(self._sketches, key=lambda entry: entry[0].key != elected)
-        drawn = [sketch.completion for sketch, votes in ordered for _ in range(votes)]
-        return [drawn[place % len(drawn)] for place in range(n)]
+        known = [entry for entry in self._sketches if not code_only or entry[0].is_code]
+        known.sort(key=lambda one: one[0].key != elected)
+        drawn = [sketch.completion for sketch, votes in known for _ in range(votes)]
+        again = drawn[: self._votes[elected]] if code_only else drawn
+        assert again, "only a winner that is code is given as code"
+        return [*drawn, *(again[place % len(again)] for place in range(n - len(drawn)))][:n]

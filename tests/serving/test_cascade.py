@@ -100,6 +100,28 @@ def test_a_sketch_without_placeholders_returns_the_samples_the_winners_first() -
     assert generator.prompts == []
 
 
+UNLIKE = [" df.head()", " df.head(<|number|>)", " df.head()", " df.tail()", " df.head()", "\n# <|number|>"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unfilled_placeholder_is_no_answer(stream: bool) -> None:
+    told: list[Event] = []
+    sketcher = engine(UNLIKE)
+    listener = Listener(tell=told.append if stream else None)
+    answer = run_cascade(CONTEXT, asking(6), sketcher, engine([]), listener=listener)
+    assert answer.route is Route.SKETCHER
+    assert texts(answer) == [" df.head()"] * 3 + [" df.tail()"] + [" df.head()"] * 2
+    assert len(sketcher.prompts) == 1  # nothing is drawn again
+    drawn = [event.text for event in told if isinstance(event, TextDrawn)]
+    assert drawn == (texts(answer) if stream else [])
+
+
+def test_the_released_way_and_sketch_only_give_all_samples() -> None:
+    given = [" df.head()"] * 3 + [" df.head(number)", " df.tail()", ""]
+    assert texts(cascade(UNLIKE, routing="released")[0]) == given
+    assert texts(cascade(UNLIKE, mode=Mode.SKETCH_ONLY)[0]) == given
+
+
 def test_the_sketcher_sees_the_sketch_of_the_context_and_the_generator_the_context() -> None:
     _, sketcher, generator = cascade([" df + <|number|>"])
     assert sketcher.prompts == ["import pandas as pd\ndf = pd.DataFrame([<|number|>])\nx ="]

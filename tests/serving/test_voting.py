@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cert_ray.serving.engines import Completion
 from cert_ray.serving.voting import Ballot, Sketch, read_beginning, read_sketch
-from cert_ray.sketching import prompt_format
+from cert_ray.sketching import Placeholder, prompt_format
 from tests.serving.builders import small_tokenizer
 
 
@@ -100,3 +101,13 @@ def test_samples_that_agree_count_at_once() -> None:
     told = ballot.result()
     assert (told.votes, told.sketches, told.undecided, told.vote_share) == (6, 10, 3, 6 / 10)
     assert [sample.text for sample in ballot.samples(8)] == ["a"] * 6 + ["b", "a"]
+
+
+def test_beside_a_winner_that_is_code_only_code_is_given() -> None:
+    ballot = Ballot(9)
+    for name in ("x", "b", "", "a", "x", "a", "x", "a"):
+        ballot.add(replace(sketch(name), placeholders=(Placeholder(0, 1, "number"),) if name == "x" else ()))
+    assert ballot.winner.text == "x"
+    ballot.add(sketch("a"))
+    assert [sample.text for sample in ballot.samples(7, code_only=True)] == ["a"] * 4 + ["b"] + ["a"] * 2
+    assert [sample.text for sample in ballot.samples(11)] == [*"aaaaxb", "", *"xxaa"]

@@ -24,7 +24,7 @@ from cert_ray.serving import drafts
 from cert_ray.serving.answers import NOBODY, CascadeAnswer, Listener, Route, unsupported
 from cert_ray.serving.boundaries import first_stop, split_trailing_blanks
 from cert_ray.serving.cascade_config import CascadeConfig
-from cert_ray.serving.choices import Teller, choices_of, has_room, work_for
+from cert_ray.serving.choices import Teller, are_ranked, choices_of, has_room, work_for
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.engines import Completion, Drawn, Engine, Hooks, check_length
 from cert_ray.serving.events import SketchChosen
@@ -49,8 +49,8 @@ def run_cascade(
     `ahead` is documentation that both models read first, if both windows have room for it and an answer.
 
     Where the sketcher's samples are the answer, those that voted for the winner come first, and, unless `routing` is
-    `released`, none that holds a placeholder is given beside a winner that holds none. A function of its arguments alone,
-    timings and cached tokens apart, if the engines are.
+    `released`, none that holds a placeholder is given beside a winner that holds none. A function of its arguments
+    alone, timings and cached tokens apart, if the engines are.
 
     Raises:
         RequestError: 400, when the context does not fit a model's window, or for what a cascade cannot do.
@@ -251,7 +251,8 @@ class _Cascade:
 
     def _answer_with_sketches(self, answer: CascadeAnswer, ballot: Ballot, route: Route) -> CascadeAnswer:
         code_only = route is Route.SKETCHER and self._config.routing != "released"
-        choices = ballot.samples(self._sampling.n, code_only=code_only)
+        ranked = are_ranked(self._sampling, self._config)
+        choices = ballot.samples(self._sampling.n, code_only=code_only, ranked=ranked)
         Teller(self._listener, self._sampling, self._config).finish(choices)
         tokens = sum(choice.tokens for choice in choices)
         return replace(answer, choices=tuple(choices), route=route, completion_tokens=tokens)

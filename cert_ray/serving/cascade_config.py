@@ -26,6 +26,7 @@ class CascadeConfig(Config):
     routing: Literal["special_tokens", "released"] = "special_tokens"
     # Draw the same samples again after so many, as the authors' code did after 50. None: every sample its own.
     reseed_every: int | None = pydantic.Field(default=None, ge=1)
+    # Where sketches are the answers, those of the one that won come first in either order.
     rank: Literal["drawn", "likelihood"] = "drawn"  # answers in the order drawn, or the likeliest per token first
     # Unless a request asks otherwise.
     mode: Literal[Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE

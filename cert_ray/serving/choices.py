@@ -51,10 +51,14 @@ def choices_of(
     """The samples that are given: of more than are asked for the likeliest, in the order that the operator chose."""
     drawn = [sample for sample in samples if sample is not None]
     assert len(drawn) == len(samples), "only a vote may leave samples undrawn"
-    ranked = sorted(drawn, key=lambda sample: -sample.mean_logprob)[: sampling.n]
-    if len(drawn) > sampling.n or (config is not None and config.rank == "likelihood"):
-        return ranked
+    if are_ranked(sampling, config):
+        return sorted(drawn, key=lambda sample: -sample.mean_logprob)[: sampling.n]
     return drawn
+
+
+def are_ranked(sampling: Sampling, config: CascadeConfig | None) -> bool:
+    """Whether choices are given the likeliest first, so that which is which is known only at the end."""
+    return sampling.drawn > sampling.n or (config is not None and config.rank == "likelihood")
 
 
 class Teller:
@@ -65,9 +69,7 @@ class Teller:
     ) -> None:
         """With `holds_blanks`, nothing is told before some text is more than blanks."""
         self._listener = listener
-        ranked = config is not None and config.rank == "likelihood"
-        # Which samples will be given, and in what order, is known only at the end.
-        self._streams = listener.tell is not None and sampling.drawn == sampling.n and not ranked
+        self._streams = listener.tell is not None and not are_ranked(sampling, config)
         self._holds = holds_blanks
         self._held: list[TextDrawn] = []
         self._ended: set[int] = set()

@@ -60,7 +60,9 @@ class CompletionRequest(BaseModel):
     model: str
     prompt: str | Annotated[list[str], Field(min_length=1)]
     n: _Count | None = Field(default=None, ge=1)
-    best_of: _Count | None = Field(default=None, ge=1, description="drawn; the n likeliest of them are given")
+    best_of: _Count | None = Field(
+        default=None, ge=1, description="drawn; the n likeliest are given, of sketches those of the one that won first"
+    )
     temperature: _Number | None = Field(default=None, ge=0, le=2)
     top_p: _Number | None = Field(default=None, ge=0, le=1)
     max_tokens: _Count | None = Field(default=None, ge=0, description="0 only with echo: the prompt is scored")

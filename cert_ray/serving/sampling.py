@@ -50,6 +50,7 @@ class Sampling(Config):
     """What a request asks for, in OpenAI's terms and with its defaults; only the seed is never left open."""
 
     n: int = pydantic.Field(default=1, ge=1)
+    # Where a cascade's sketches are the answers, the winner's come first, likely or not.
     best_of: int | None = pydantic.Field(default=None, ge=1)  # drawn; the n likeliest per token are given. None: n
     max_tokens: int = pydantic.Field(default=16, ge=0)  # 0 only with echo: score the prompt
     temperature: float = pydantic.Field(default=1.0, ge=0, le=2)  # 0 is greedy

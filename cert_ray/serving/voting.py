@@ -127,15 +127,15 @@ class Ballot:
             self._wanted - self._counted,
         )
 
-    def samples(self, n: int, *, code_only: bool = False) -> list[Completion]:
-        """`n` of the samples: the winner's, then the others as they were drawn.
+    def samples(self, n: int, *, code_only: bool = False, ranked: bool = False) -> list[Completion]:
+        """`n` of the samples: the winner's, then the others as they were drawn, or `ranked` the likeliest first.
 
         With `code_only` no sample is given that holds a placeholder or nothing, for a winner that holds neither. Where
         there are fewer than `n`, the winner's come again, or without `code_only` all of them.
         """
         elected = self.winner.key
         known = [entry for entry in self._sketches if not code_only or entry[0].is_code]
-        known.sort(key=lambda one: one[0].key != elected)
+        known.sort(key=lambda one: (one[0].key != elected, -one[0].completion.mean_logprob if ranked else 0.0))
         drawn = [sketch.completion for sketch, votes in known for _ in range(votes)]
         again = drawn[: self._votes[elected]] if code_only else drawn
         assert again, "only a winner that is code is given as code"

@@ -335,6 +335,15 @@ def test_the_likeliest_of_best_of_are_given() -> None:
     assert texts(answer) == [" b", " c", " a"]
 
 
+def test_behind_the_sketch_that_won_the_likeliest_come_first() -> None:
+    voted = [(" c()", -3.0), (" a()", -2.0), (" b()", -0.1), (" a()", -2.0)]
+    assert texts(cascade(voted)[0]) == [" a()", " a()", " c()", " b()"]
+    assert texts(cascade(voted, rank="likelihood")[0]) == [" a()", " a()", " b()", " c()"]
+    for n, given in ((1, [" a()"]), (3, [" a()", " a()", " b()"])):
+        answer = run_cascade(CONTEXT, asking(n, best_of=4), engine(voted), engine([]))
+        assert (answer.route, texts(answer)) == (Route.SKETCHER, given)
+
+
 def test_the_generator_alone_sees_the_context_and_the_sketcher_nothing() -> None:
     sketcher, generator = engine([" a()"]), engine([" df\n\n\nx"])
     answer = run_cascade(CONTEXT, asking(mode=Mode.GENERATOR_ONLY), sketcher, generator)

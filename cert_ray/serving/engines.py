@@ -76,7 +76,7 @@ class Work:
     stop_token_ids: frozenset[int] = frozenset()
     start: str = ""  # blanks that each sample must begin with, and which are then taken off its text
     code_only: bool = False  # no placeholder is drawn: code has none
-    logprobs: int | None = None
+    logprobs: int | None = None  # alternatives told per token; unless `code_only`, placeholders are told as their words
     score_prompt: bool = False  # tell the log-probabilities of the prompt's own tokens, too
     # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again (PAPER.md).
     streams: int | None = None

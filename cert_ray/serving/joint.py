@@ -260,7 +260,11 @@ class JointSamples:
         if self.work.logprobs is not None:
             start = self.work.start[len(self._tokenizer.decode(list(branch.ids[: branch.blanks]))) :]
             ids, tops = branch.ids[branch.blanks :], branch.tops[branch.blanks :]
-            told = tell_logprobs(self._tokenizer, ids, logprobs, tops, start, len(text))
+            is_sketch, shown = not self.work.code_only, len(text)
+            if is_sketch:  # as `voting.read_sketch` reads it
+                spelled = drop_start(prompt_format.decode_sketch(self._tokenizer, branch.ids).text, self.work.start)
+                shown = len(cut_at(spelled, self.work.stop))
+            told = tell_logprobs(self._tokenizer, ids, logprobs, tops, start, shown, is_sketch=is_sketch)
         completion = Completion(branch.ids, text, reason, mean, told, keeps, branch.blanks)
         self.ended.append((completion, branch.samples))
 
@@ -321,11 +325,17 @@ def tell_logprobs(
     tops: Sequence[Top | None],
     start: str,
     characters: int,
+    *,
+    is_sketch: bool = False,
 ) -> TokenLogprobs:
-    """Log-probabilities of the tokens in which the first `characters` of their text, `start` apart, begin."""
-    text = prompt_format.decode_code(tokenizer, ids)
+    """Log-probabilities of the tokens in which the first `characters` of their text, `start` apart, begin.
+
+    Of a sketch, placeholders are told as the words that stand for them in its text.
+    """
+    text = _decode(tokenizer, ids, is_sketch=is_sketch)
     dropped = len(text) - len(drop_start(text, start))
-    offsets = [max(0, length - dropped) for length in _text_lengths(tokenizer, ids)]
+    offsets = [max(0, length - dropped) for length in _text_lengths(tokenizer, ids, is_sketch=is_sketch)]
+    offsets[-1] = len(text) - dropped  # half a character at the end stays as it is
     text = text[dropped:]
     kept = sum(offset < characters for offset in offsets[:-1])
     tokens = tuple(text[offsets[place] : offsets[place + 1]] for place in range(kept))
@@ -337,12 +347,19 @@ def tell_logprobs(
             continue
         alternatives = {token: logprob}
         for number, value in top:
-            alternatives.setdefault(tokenizer.decode([number], skip_special_tokens=False), value)
+            word = _decode(tokenizer, [number], is_sketch=is_sketch)
+            alternatives.setdefault(word or tokenizer.decode([number], skip_special_tokens=False), value)
         shown.append(alternatives)
     return TokenLogprobs(tokens, tuple(logprobs[:kept]), tuple(shown), tuple(offsets[:kept]))
 
 
-def _text_lengths(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+def _decode(tokenizer: Tokenizer, ids: Sequence[int], *, is_sketch: bool) -> str:
+    if is_sketch:
+        return prompt_format.decode_sketch(tokenizer, ids).text
+    return prompt_format.decode_code(tokenizer, ids)
+
+
+def _text_lengths(tokenizer: Tokenizer, ids: Sequence[int], *, is_sketch: bool) -> list[int]:
     """Characters that no further token changes in the text of the first 0, 1, 2, ... tokens.
 
     Of each beginning only the end is decoded, together with the tokens before it, on which a decoder may let it depend:
@@ -352,10 +369,10 @@ def _text_lengths(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     first = read = 0  # where the decoded end begins, and its part that no further token changes
     before = shown = 0  # characters of the first `read` tokens, and of those from `first` on
     for count in range(1, len(ids) + 1):
-        text = prompt_format.decode_code(tokenizer, ids[first:count])
+        text = _decode(tokenizer, ids[first:count], is_sketch=is_sketch)
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")
         lengths.append(max(lengths[-1], before + len(whole) - shown))
         if whole == text or count - read >= _MOST_APART:
             before, first, read = before + len(text) - shown, read, count
-            shown = len(prompt_format.decode_code(tokenizer, ids[first:read]))
+            shown = len(_decode(tokenizer, ids[first:read], is_sketch=is_sketch))
     return lengths

@@ -22,6 +22,7 @@ from cert_ray.serving.engines import Completion, Work
 from cert_ray.serving.joint import JointSamples, tell_logprobs
 from cert_ray.serving.sampling import Streams, log_totals
 from cert_ray.serving.transformers_engine import TransformersEngine
+from cert_ray.serving.voting import read_sketch
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import TEXTS, save_model, small_tokenizer
 
@@ -138,11 +139,13 @@ def test_logprobs_are_those_of_a_full_forward_pass_and_their_tokens_spell_the_te
         free = len(start)  # the first token is drawn among those that begin with the blank
         expected = [float(rows[place, token]) for place, token in enumerate(sample.ids[:count])]
         assert list(told.token_logprobs)[free:] == pytest.approx(expected[free:], abs=1e-4)
-        assert "".join(told.tokens) == sample.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        spelled = prompt_format.decode_sketch(engine.tokenizer, sample.ids).text
+        assert "".join(told.tokens) == drop_start(spelled, start)
         assert list(told.text_offset) == [len("".join(told.tokens[:place])) for place in range(count)]
         for place, top in enumerate(told.top_logprobs[free:], free):
             assert top is not None
-            assert max(top.values()) == pytest.approx(float(rows[place].max()), abs=1e-4)
+            if told.tokens[place] != "\N{REPLACEMENT CHARACTER}":  # any token of no whole character is called so
+                assert max(top.values()) == pytest.approx(float(rows[place].max()), abs=1e-4)
             assert len(top) <= 4
 
 
@@ -171,7 +174,8 @@ def test_blanks_that_an_answer_must_begin_with_are_no_tokens_of_it(engine: Trans
         texts = [engine.tokenizer.decode(list(sample.ids[: place + 1])) for place in range(len(sample.ids))]
         counted.append(sum(not start.startswith(text) for text in texts))
         assert sample.tokens == counted[-1] >= len(sample.logprobs.tokens)
-        assert "".join(sample.logprobs.tokens) == sample.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        spelled = prompt_format.decode_sketch(engine.tokenizer, sample.ids).text
+        assert "".join(sample.logprobs.tokens) == drop_start(spelled, start)
         if sample.finish_reason == "length":
             assert counted[-1] == max_tokens
     assert any(sample.finish_reason == "length" for sample in drawn.samples if sample)
@@ -235,19 +239,27 @@ def metaspace_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-@pytest.mark.parametrize("tokenizer", [small_tokenizer(), metaspace_tokenizer()], ids=["bytes", "spaces"])
+@pytest.mark.parametrize(
+    ("tokenizer", "is_sketch"),
+    [(small_tokenizer(), False), (small_tokenizer(), True), (metaspace_tokenizer(), False)],
+    ids=["bytes", "sketches", "spaces"],
+)
 @hypothesis.given(data=st.data(), start=st.sampled_from(["", "\n  ", " x"]))
-def test_tokens_are_told_as_the_text_grows_by_them(tokenizer: Tokenizer, data: st.DataObject, start: str) -> None:
+def test_tokens_are_told_as_the_text_grows_by_them(
+    tokenizer: Tokenizer, is_sketch: bool, data: st.DataObject, start: str
+) -> None:
     """Held against decoding every beginning: halves of characters, bytes that spell none, special tokens."""
     drawn = st.integers(0, tokenizer.get_vocab_size() - 1)
     spelled = st.text("ab é\N{REPLACEMENT CHARACTER}\N{SNAKE}\n").map(lambda text: tokenizer.encode(text).ids)
     ids = sum(data.draw(st.lists(st.lists(drawn, max_size=5) | spelled, max_size=6)), tokenizer.encode(start).ids)[:60]
-    told = tell_logprobs(tokenizer, ids, [-0.5] * len(ids), [()] * len(ids), start, 1 << 62)
+    told = tell_logprobs(tokenizer, ids, [-0.5] * len(ids), [()] * len(ids), start, 1 << 62, is_sketch=is_sketch)
     texts = []
     for count in range(len(ids) + 1):
-        text = prompt_format.decode_code(tokenizer, ids[:count]).rstrip("\N{REPLACEMENT CHARACTER}")
-        texts.append(drop_start(text, start))
-    if prompt_format.decode_code(tokenizer, ids).startswith(start):
+        text = prompt_format.decode_code(tokenizer, ids[:count])
+        if is_sketch:
+            text = prompt_format.decode_sketch(tokenizer, ids[:count]).text
+        texts.append(drop_start(text if count == len(ids) else text.rstrip("\N{REPLACEMENT CHARACTER}"), start))
+    if text.startswith(start):
         assert told.text_offset == tuple(map(len, texts[:-1]))
         assert told.tokens == tuple(after[len(before) :] for before, after in itertools.pairwise(texts))
     assert "".join(told.tokens) == texts[-1]
@@ -261,4 +273,23 @@ def test_tokens_of_a_long_text_are_told_at_the_price_of_reading_it(monkeypatch: 
         ids, before = tokenizer.encode(text).ids, sum(decoded)
         told = tell_logprobs(tokenizer, ids, [-0.5] * len(ids), [()] * len(ids), "", 1 << 62)
         assert sum(decoded) - before <= 200 * len(ids)
-        assert "".join(told.tokens) == text.rstrip("\N{REPLACEMENT CHARACTER}") or "x" not in text
+        assert "".join(told.tokens) == text
+
+
+def test_tokens_of_a_sketch_spell_it_with_the_words_of_its_placeholders() -> None:
+    tokenizer = small_tokenizer()
+    number, ends = tokenizer.token_to_id("<|number|>"), tokenizer.encode(" )").ids
+    ids = [*tokenizer.encode(" f(").ids, number, *ends, number]
+    work = Work((1,), max_tokens=99, start=" ", stop=("STOP",), logprobs=1)
+    drawn = JointSamples(work, 512, tokenizer, frozenset({0}), FirstTokens(tokenizer, tokenizer.get_vocab_size()))
+    branch = drawn.branches.pop()
+    for token in ids:
+        branch = drawn.grow(branch, token, branch.samples, -0.5, ((number, -0.25),))
+    drawn.end(branch, ended=True)
+    ((sample, _),) = drawn.ended
+    read = read_sketch(tokenizer, sample, " ", ("STOP",))
+    assert sample.logprobs is not None
+    assert "".join(sample.logprobs.tokens) == read.completion.text == "f(number )number"
+    told = zip(ids[sample.blank_tokens :], sample.logprobs.text_offset, strict=True)
+    assert [offset for token, offset in told if token == number] == [2, 10]
+    assert sample.logprobs.top_logprobs[0] == {sample.logprobs.tokens[0]: -0.5, "number": -0.25}

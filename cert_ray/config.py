@@ -85,10 +85,10 @@ def _without(options: Mapping[str, Any], excluded: Mapping[str, Any]) -> dict[st
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str]:
     for name in {**one, **other}:
-        values = one.get(name), other.get(name)
-        if all(isinstance(value, Mapping) for value in values):
-            yield from (f"{name}.{inner}" for inner in _differing(*values))
-        elif values[0] != values[1] or (name in one) != (name in other):
+        mine, others = one.get(name), other.get(name)
+        if isinstance(mine, Mapping) and isinstance(others, Mapping):
+            yield from (f"{name}.{inner}" for inner in _differing(mine, others))
+        elif mine != others or (name in one) != (name in other):
             yield name
 
 

@@ -59,7 +59,7 @@ class ModelConfig(Config):
     generator: str | None = None
     cascade: CascadeConfig = CascadeConfig()
     engine: EngineConfig = EngineConfig()
-    answer_cache: int = pydantic.Field(default=1024, ge=0)  # answers kept for requests that come again, seed and all
+    answer_cache: int = pydantic.Field(default=1024, ge=0)  # answers kept for requests that come again
     prompts_at_once: int = pydantic.Field(default=16, ge=1)  # of calls with several prompts
     retrieve: RetrieveConfig | None = None  # documentation of a library that the models were trained to read
 
@@ -279,8 +279,10 @@ class Answerer:
 
 
 class AnswerCache:
-    """The answers given last, by prompt and options, seed included: the same request is the same answer.
+    """The answers given last, by prompt and options: the same request is the same answer.
 
+    The seed is one of the options, but for greedy answers, which it does not change. What was drawn by a seed that
+    nobody named is not kept: only who was told that seed could ask for it.
     Long ones count for several: 200 samples of 1,000 tokens with their log-probabilities take 170 MB.
     """
 
@@ -294,23 +296,32 @@ class AnswerCache:
     def find(self, prompt: str, sampling: Sampling) -> CascadeAnswer | None:
         """The answer that was given to this request, marked as such; counted."""
         with self._lock:
-            answer = self._kept.get((prompt, sampling))
+            key = (prompt, _options(sampling))
+            answer = self._kept.get(key)
             if answer is None:
                 return None
             self.hits += 1
-            self._kept.move_to_end((prompt, sampling))
+            self._kept.move_to_end(key)
             return replace(answer, from_cache=True)
 
     def keep(self, prompt: str, sampling: Sampling, answer: CascadeAnswer) -> None:
         """Keep `answer`, unless there is no room for it alone; the least recently used go."""
-        if self._most == 0 or _weight(answer) > self._most * _ANSWER_TOKENS:
+        comes_again = sampling.is_seeded or sampling.temperature == 0
+        if self._most == 0 or not comes_again or _weight(answer) > self._most * _ANSWER_TOKENS:
             return
+        key = (prompt, _options(sampling))
         with self._lock:
-            replaced = self._kept.pop((prompt, sampling), None)
-            self._kept[prompt, sampling] = answer
+            replaced = self._kept.pop(key, None)
+            self._kept[key] = answer
             self._tokens += _weight(answer) - (0 if replaced is None else _weight(replaced))
             while len(self._kept) > self._most or self._tokens > self._most * _ANSWER_TOKENS:
                 self._tokens -= _weight(self._kept.popitem(last=False)[1])
+
+
+def _options(sampling: Sampling) -> Sampling:
+    """Of the options, those that an answer depends on."""
+    seed = 0 if sampling.temperature == 0 else sampling.seed
+    return sampling.model_copy(update={"seed": seed, "is_seeded": True})
 
 
 def _weight(answer: CascadeAnswer) -> int:

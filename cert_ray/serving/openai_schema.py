@@ -165,6 +165,7 @@ def read_request(request: CompletionRequest, limits: RequestLimits) -> tuple[lis
             top_p=1.0 if request.top_p is None else max(request.top_p, _LEAST_TOP_P),
             # 53 bits survive JSON in every language
             seed=secrets.randbits(53) if request.seed is None else request.seed,
+            is_seeded=request.seed is not None,
             stop=tuple(stop for stop in stops if stop),
             stop_token_ids=stop_token_ids,
             logprobs=request.logprobs,

@@ -56,6 +56,7 @@ class Sampling(Config):
     temperature: float = pydantic.Field(default=1.0, ge=0, le=2)  # 0 is greedy
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
     seed: int = 0
+    is_seeded: bool = True  # False: the seed was made up for a request that named none, and so does not come again
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # each ends a sample as the end of text does, and is not part of it
     logprobs: int | None = pydantic.Field(default=None, ge=0, le=5)  # alternatives told per token; None: nothing

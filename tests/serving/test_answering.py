@@ -8,6 +8,8 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from cert_ray.serving.answers import CascadeAnswer, Route
 from cert_ray.serving.cascade_config import CascadeConfig
 from cert_ray.serving.engines import DEFAULT_HOOKS, Completion, Drawn, Hooks, TokenLogprobs, Work
 from cert_ray.serving.events import Event, TextDrawn
+from cert_ray.serving.openai_schema import CompletionRequest, RequestLimits, read_request
 from cert_ray.serving.sampling import Mode, Sampling
 from cert_ray.sketching import prompt_format
 from cert_ray.sketching.prompt_format import encode_code
@@ -118,6 +121,28 @@ def test_long_answers_are_kept_as_many_as_take_the_room_of_short_ones() -> None:
     same = answer(1, 1_000).choices * 200
     cache.keep("d", SAMPLING, CascadeAnswer(same, Route.MODEL))  # of which there is one
     assert kept(cache) == ["c", "d"]
+
+
+def test_greedy_answers_are_kept_whatever_the_seed_and_drawn_ones_if_it_was_given() -> None:
+    answer = CascadeAnswer((Completion((1,), "x", "stop", 0.0),), Route.MODEL)
+    cache = AnswerCache(2)
+    greedy, drawn = Sampling(temperature=0, seed=1, is_seeded=False), Sampling(seed=1)
+    cache.keep("a", greedy, answer)
+    for seed in range(4):
+        cache.keep("b", Sampling(seed=seed, is_seeded=False), answer)
+    cache.keep("a", drawn, answer)
+    assert cache.find("b", Sampling(seed=3)) is None
+    assert cache.find("a", Sampling(temperature=0, seed=2)) == replace(answer, from_cache=True)
+    assert cache.find("a", drawn) is not None
+    assert cache.find("a", Sampling(seed=2)) is None
+    assert cache.find("a", Sampling(temperature=0, n=2)) is None
+
+
+def test_a_greedy_request_without_a_seed_is_answered_once(answerer: Answerer) -> None:
+    read = partial(read_request, CompletionRequest(model="cert", prompt="y = df", temperature=0), RequestLimits())
+    first, again = (answerer.answer(*read())[0] for _ in range(2))
+    assert (first.from_cache, again.from_cache) == (False, True)
+    assert again.choices == first.choices
 
 
 def test_events_of_several_prompts_come_in_order_for_each(answerer: Answerer) -> None:

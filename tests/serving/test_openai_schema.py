@@ -29,7 +29,8 @@ def test_defaults_are_openais() -> None:
 
 def test_a_request_without_a_seed_gets_a_fresh_one() -> None:
     assert read()[1].seed != read()[1].seed
-    assert read(seed=0)[1].seed == 0
+    assert not read()[1].is_seeded
+    assert (read(seed=0)[1].seed, read(seed=0)[1].is_seeded) == (0, True)
     assert read(temperature=0)[1].temperature == 0
 
 

@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 
 # A line that imports, as far as it can be told in a prompt that ends anywhere and so seldom parses.
 # Possessive: a long word without `import` behind it is not tried again letter by letter, 40 s for 20 KB of it.
-_FROM = re.compile(r"^[ \t]*from[ \t]+(\w++)[\w.]*+[ \t]+import\b", re.MULTILINE)
-_IMPORT = re.compile(r"^[ \t]*import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
+_BEGIN = r"(?:^[ \t]*+(?:>>>[ \t]*+)?(?:try[ \t]*+:[ \t]*+)?|;[ \t]*+)"  # of a statement that may import
+_FROM = re.compile(_BEGIN + r"from[ \t]+(\w++)[\w.]*+[ \t]+import\b", re.MULTILINE)
+_IMPORT = re.compile(_BEGIN + r"import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
 _USE = re.compile(r"\b(\w+)\.")
 _PART = re.compile(r"(\w+)(?:\.\w+)*(?:\s+as\s+(\w+))?")
 

@@ -28,6 +28,13 @@ def test_imports_count_with_the_uses_of_the_name_they_bind() -> None:
     assert imported_libraries("import pandas as pd, os.path\npd.DataFrame(pd.x)\nos.path\n") == {"pandas": 3, "os": 2}
 
 
+def test_imports_behind_a_semicolon_a_prompt_of_python_or_try_count() -> None:
+    for code in ("import sys; import numpy as np\n", "try: import numpy as np\n", ">>> import numpy as np\n>>> "):
+        assert imported_libraries(code + "np.zeros(2)")["numpy"] == 2
+    assert imported_libraries("x = 1; from numpy import zeros\n") == {"numpy": 1}
+    assert imported_libraries(";" * 500_000 + " \t" * 250_000) == {}
+
+
 @hypothesis.given(
     st.lists(
         st.sampled_from(

@@ -49,7 +49,9 @@ _WARNINGS_ALONE = {"log_level": "WARNING"}
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
 _ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
-_REFUSALS = 64  # at the same moment; assumed: a few milliseconds each
+# That a front door holds, and as many wait for it: a burst comes faster than it is refused, at a few milliseconds each,
+# and what finds no room here Serve refuses as plain text. Assumed: some hundreds at once, a few KB each.
+_REFUSALS = 512
 # With an engine's node goes what it answered, too, if that is more than Ray sends with the call (100 KB).
 _GONE = (RayActorError, ObjectLostError, NodeDiedError)
 # Where Serve's processes speak gRPC, an engine that is gone is told as Ray tells it; one that stops cancels its calls.

@@ -185,6 +185,22 @@ def test_more_requests_than_the_queue_holds_are_refused_and_the_others_answered(
             assert response.headers["Retry-After"]
 
 
+def test_a_burst_is_refused_in_openais_words(served: ServedApp) -> None:
+    body = {"model": "cert-test", "prompt": PROMPT, "n": 8, "max_tokens": 60}
+
+    async def burst() -> list[httpx.Response]:
+        options = {"headers": {"Authorization": f"Bearer {KEY}"}, "timeout": 120}
+        async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None), **options) as client:  # type: ignore[arg-type]
+            url = f"{served.base_url}/v1/completions"
+            return await asyncio.gather(*[client.post(url, json=body) for _ in range(400)])
+
+    responses = asyncio.run(burst())
+    assert {response.status_code for response in responses} == {200, 503}
+    refused = [response for response in responses if response.status_code == 503]
+    assert {response.headers["Content-Type"] for response in refused} == {"application/json"}
+    assert {response.json()["error"]["code"] for response in refused} == {"overloaded"}
+
+
 def test_a_missing_model_folder_is_named_at_once(ray_cluster: None, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="absent: it cannot be the model: no such model folder"):
         start_server(ServerConfig(model=str(tmp_path / "absent")))

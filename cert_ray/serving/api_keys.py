@@ -11,7 +11,8 @@ A key file has one key per line, `#` begins a comment line:
 KEY is the key itself, or `sha256:` and the hexadecimal SHA-256 of it, so that the file gives nobody access. Keys are
 taken to be random and long (`openssl rand -hex 32`), for which an unsalted digest is enough; passwords are not keys.
 
-Rates are counted in this process: `n` front doors allow up to `n` times the rate. Requests are counted, not tokens.
+Rates are counted in this process: each of `n` front doors allows an `n`th of the rate, and at least one request.
+Requests are counted, not tokens.
 """
 
 from __future__ import annotations
@@ -67,8 +68,12 @@ class KeyRing:
 class RateLimiter:
     """Counts the requests of each key in a moving window."""
 
-    def __init__(self, default_rate: str | None) -> None:
-        """`default_rate` is for keys without one of their own; None lets these ask as often as they like."""
+    def __init__(self, default_rate: str | None, front_doors: int = 1) -> None:
+        """`default_rate` is for keys without one of their own; None lets these ask as often as they like.
+
+        One of `front_doors` counts here, and allows its share.
+        """
+        self._front_doors = front_doors
         self._default_rate = default_rate
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
@@ -82,6 +87,7 @@ class RateLimiter:
         if rate is None:
             return None
         limit = parse_rate(rate)
+        limit = type(limit)(max(1, limit.amount // self._front_doors), limit.multiples)
         allowed = self._limiter.hit(limit, key.name)
         reset_at, remaining = self._limiter.get_window_stats(limit, key.name)
         quota = Quota(limit.amount, remaining, max(0.0, reset_at - time.time()))

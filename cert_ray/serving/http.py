@@ -80,12 +80,14 @@ def create_app(
     any_library: str | None = None,
     keys: KeyRing | None = None,
     admission: Admission | None = None,
+    front_doors: int = 1,
     observe: Callable[[Served], None] | None = None,
 ) -> FastAPI:
     """The application over `backend`.
 
     `any_library` is a model name that stands for all: see `resolving`. With `keys`, every path but `/health` and the
-    page wants one as a bearer token. `observe` is called once for every completion request that was understood.
+    page wants one as a bearer token, and this one of `front_doors` allows its share of a rate.
+    `observe` is called once for every completion request that was understood.
     """
     config = config or FrontDoorConfig()
     any_library = any_library or next(iter(backend.served))
@@ -96,7 +98,7 @@ def create_app(
     body_s = min(_BODY_S, config.request_timeout_s)
     app.add_middleware(BodyLimit, max_body_bytes=config.limits.max_body_bytes, timeout_s=body_s)
     if keys is not None:
-        app.add_middleware(Keys, keys=keys, rates=RateLimiter(config.rate), public=_PUBLIC)
+        app.add_middleware(Keys, keys=keys, rates=RateLimiter(config.rate, front_doors), public=_PUBLIC)
     app.add_middleware(SecurityHeaders)
     _add_error_handlers(app)
     _add_models(app, backend, any_library)

@@ -261,6 +261,7 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
                 math.ceil(config.at_once / config.front_doors),
                 config.request_timeout_s,
             ),
+            front_doors=config.front_doors,
             observe=_count,
         )
 

@@ -51,6 +51,13 @@ def test_a_file_that_cannot_be_used_is_refused_without_showing_keys(tmp_path: Pa
     assert "SECRET" not in str(refused.value)
 
 
+def test_a_front_door_allows_its_share_of_a_rate() -> None:
+    for rate, front_doors, share in (("10/hour", 3, 3), ("2/hour", 3, 1), ("10/2 hour", 2, 5)):
+        quota = RateLimiter(rate, front_doors).count(ApiKey("key", b"1"))
+        assert quota is not None
+        assert (quota.limit, quota.remaining) == (share, share - 1)
+
+
 def test_each_key_has_a_rate_of_its_own() -> None:
     rates = RateLimiter("2/hour")
     often, seldom = ApiKey("often", b"1", "100/hour"), ApiKey("seldom", b"2")

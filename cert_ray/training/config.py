@@ -70,7 +70,7 @@ class TrainConfig(Config):
     resize_check_s: float = pydantic.Field(default=60.0, gt=0)  # with min_workers: between looks for more nodes
     use_gpu: bool = False  # one GPU per worker and NCCL; else gloo
     cpus_per_worker: int = pydantic.Field(default=1, gt=0)  # reserved in Ray, and PyTorch's threads
-    checkpoint_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step
+    checkpoint_every_steps: int | None = pydantic.Field(default=1_000, gt=0)  # None: only after the last step
     keep_checkpoints: int = pydantic.Field(default=2, gt=0)  # the newest
     keep_best_checkpoint: bool = True  # beside them, the one with the lowest held-out loss, where it was measured
     eval_every_steps: int | None = pydantic.Field(default=None, gt=0)  # None: only after the last step

@@ -114,7 +114,8 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         len(ray.nodes()) == 1 and config.min_workers is None
     ):  # one process less to start; a node that goes away takes everything with it here
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    verdict = ray.remote(num_cpus=0)(_Verdict).remote()
+    # One worker alone returns what ended it, and needs no further process.
+    verdict = ray.remote(num_cpus=0)(_Verdict).remote() if config.workers > 1 else None
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -162,7 +163,9 @@ class _Verdict:
         return self._error
 
 
-def _passed(verdict: Any) -> CertRayError | None:
+def _passed(verdict: Any | None) -> CertRayError | None:
+    if verdict is None:
+        return None
     try:
         found: CertRayError | None = ray.get(verdict.passed.remote())
     except ray.exceptions.RayActorError:  # gone with its node

@@ -111,7 +111,7 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     options = {"config": make_config().model_dump(), "run_digest": "", "after_step": None, "log": logs.inherited()}
-    return options | {"verdict": _Verdict()}
+    return options | {"verdict": _Verdict() if world_size > 1 else None}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -1,8 +1,11 @@
 """What Ray Serve costs: the same front door over the same engine, behind Serve and behind bare uvicorn.
 
-Both sides answer in turn, on the same cores, to a client with a process of its own. Engines: `paced`, which waits a
-fixed time for each token and uses no processor, and `llama`, a random Llama of about 110M parameters, whose decoding
-takes what it takes. Figures: the median latency of one client, and the requests per second of several.
+All sides answer in turn, on the same cores, to a client with a process of its own. Engines: `paced`, which waits a
+fixed time for each token and uses no processor, and `llama`, a random Llama of about 110M parameters on one thread,
+whose decoding takes what it takes. Figures: the median latency of one client, and the requests per second of several.
+
+Serve's sides: `serve`, as `cert-ray serve` starts it; `calls`, as on a cluster that nobody set up otherwise;
+`haproxy`, as on a cluster with the settings of docs/serving.md.
 """
 
 from __future__ import annotations
@@ -10,13 +13,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +33,18 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 15  # of an answer, as PAPER.md's cut leaves it
 AT_ONCE = 8  # requests that an engine works on together
 PORT = 18_531
+THREADS = 1  # of the Llama's engine, on every side: Ray gives an engine of one CPU one, PyTorch takes all cores
+# What is set for a side before its Ray starts, beside what `cert-ray serve` sets itself.
+SIDES: dict[str, dict[str, str]] = {
+    "uvicorn": {},
+    "serve": {},
+    "calls": {},
+    "haproxy": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
+    },
+}
 
 
 def save_llama(folder: Path) -> str:
@@ -64,48 +81,51 @@ def serve_bare(folder: str, paced: bool) -> None:
     from cert_ray.serving.http import create_app
     from tests.serving.paced import PacedAnswerer
 
-    answerer = PacedAnswerer(float(Path(folder).name)) if paced else Answerer.load(ModelConfig(model=folder))
+    config = ModelConfig.from_mapping({"model": folder, "engine": {"threads": THREADS}}, "benchmark")
+    answerer = PacedAnswerer(float(Path(folder).name)) if paced else Answerer.load(config)
     app = create_app(LocalBackend({"cert": (None, answerer)}))
     uvicorn.run(app, host="127.0.0.1", port=PORT, log_level="error")
 
 
-@contextmanager
-def bare(folder: str, paced: bool) -> Iterator[str]:
-    """A URL that uvicorn answers."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.bench.bench_serve_overhead",
-        "--bare",
-        folder,
-        *(["--paced"] if paced else []),
-    ]
-    process = subprocess.Popen(command, cwd=ROOT)
-    try:
-        yield wait_for(f"http://127.0.0.1:{PORT}")
-    finally:
-        process.terminate()
-        process.wait()
-
-
-@contextmanager
-def served(folder: str, paced: bool) -> Iterator[str]:
-    """A URL that Ray Serve answers."""
+def serve_on_ray(side: str, folder: str, paced: bool) -> None:
+    """A Ray, Serve on it, and the application, until the input ends."""
     warnings.simplefilter("ignore")
     import ray
 
+    from cert_ray.operations.on_ray import ray_session
     from cert_ray.serving.deployment import ServerConfig
     from cert_ray.serving.on_ray import Engines, start_server
     from tests.serving.paced import PacedEngines
 
-    config = ServerConfig.from_mapping({"model": folder, "max_ongoing_requests": AT_ONCE}, "benchmark")
-    with tempfile.TemporaryDirectory(prefix="bs") as short:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=short, log_to_driver=False)
-        try:
-            with start_server(config, PacedEngines if paced else Engines) as app:
-                yield wait_for(app.base_url)
-        finally:
-            ray.shutdown()
+    options = {"model": folder, "engine": {"threads": THREADS}, "max_ongoing_requests": AT_ONCE, "port": PORT}
+    config = ServerConfig.from_mapping(options, "benchmark")
+    with ExitStack() as stack:
+        if side == "serve":
+            stack.enter_context(ray_session())
+        else:
+            short = stack.enter_context(tempfile.TemporaryDirectory(prefix="bs"))
+            ray.init(address="local", include_dashboard=True, _temp_dir=short, log_to_driver=False)
+            stack.callback(ray.shutdown)
+        stack.enter_context(start_server(config, PacedEngines if paced else Engines))
+        sys.stdin.read()
+
+
+@contextmanager
+def answering(side: str, folder: str, paced: bool) -> Iterator[str]:
+    """A URL that `side` answers, in processes of its own."""
+    command = [sys.executable, "-m", "tests.bench.bench_serve_overhead", "--side", side, "--folder", folder]
+    environment = {**os.environ, **SIDES[side]}
+    process = subprocess.Popen(
+        command + ["--paced"] * paced, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdin is not None
+    try:
+        yield wait_for(f"http://127.0.0.1:{PORT}")
+    finally:
+        process.stdin.close()
+        if side == "uvicorn":
+            process.terminate()
+        process.wait()
 
 
 def wait_for(url: str) -> str:
@@ -154,23 +174,24 @@ def measure(url: str, clients: int, seconds: float) -> tuple[float, float]:
     return 1e3 * latencies[len(latencies) // 2], len(latencies) / seconds
 
 
-def compare(name: str, folder: str, paced: bool, clients: int, runs: int, seconds: float) -> list[list[object]]:
-    """Rows of one engine: both sides take turns."""
-    figures: dict[str, list[tuple[float, float]]] = {"uvicorn": [], "Serve": []}
+def compare(
+    name: str, folder: str, paced: bool, sides: list[str], clients: int, runs: int, seconds: float
+) -> list[list[object]]:
+    """Rows of one engine: the sides take turns."""
+    figures: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for _ in range(runs):
-        for side, start in (("uvicorn", bare), ("Serve", served)):
-            with start(folder, paced) as url:
+        for side in sides:
+            with answering(side, folder, paced) as url:
                 p50_ms, _ = measure(url, 1, seconds)
                 _, rate = measure(url, clients, seconds)
                 figures[side].append((p50_ms, rate))
-    latency = {side: Spread.of([p50 for p50, _ in of_side]) for side, of_side in figures.items()}
-    rate = {side: Spread.of([rate for _, rate in of_side]) for side, of_side in figures.items()}
-    extra_ms = latency["Serve"].median - latency["uvicorn"].median
-    lost = 1 - rate["Serve"].median / rate["uvicorn"].median
-    return [
-        [name, "p50 of one client, ms", latency["uvicorn"], latency["Serve"], f"{extra_ms:+.1f} ms"],
-        [name, f"requests/s of {clients} clients", rate["uvicorn"], rate["Serve"], f"{-lost:+.0%}"],
-    ]
+    rows: list[list[object]] = []
+    bare = [statistics.median(figure) for figure in zip(*figures["uvicorn"], strict=True)]
+    for side in sides:
+        latency, rate = (Spread.of(figure) for figure in zip(*figures[side], strict=True))
+        extra_ms, lost = latency.median - bare[0], 1 - rate.median / bare[1]
+        rows.append([name, side, latency, f"{extra_ms:+.1f} ms", rate, f"{-lost:+.0%}"])
+    return rows
 
 
 def main() -> None:
@@ -181,17 +202,22 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--token-ms", type=float, nargs="*", default=[5.0, 20.0], help="of paced engines")
     parser.add_argument("--no-llama", action="store_true")
-    parser.add_argument("--bare", help=argparse.SUPPRESS)
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES)[1:], default=["serve"], help="beside bare uvicorn")
+    parser.add_argument("--side", choices=list(SIDES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--paced", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--ask", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.bare is not None:
-        serve_bare(arguments.bare, arguments.paced)
+    if arguments.side == "uvicorn":
+        serve_bare(arguments.folder, arguments.paced)
+        return
+    if arguments.side is not None:
+        serve_on_ray(arguments.side, arguments.folder, arguments.paced)
         return
     if arguments.ask is not None:
         print(json.dumps(asyncio.run(ask(arguments.ask, arguments.clients, arguments.seconds))))
         return
-    timing = (arguments.clients, arguments.runs, arguments.seconds)
+    timing = (["uvicorn", *arguments.sides], arguments.clients, arguments.runs, arguments.seconds)
     rows = []
     with tempfile.TemporaryDirectory() as work:
         for token_ms in arguments.token_ms:
@@ -201,7 +227,8 @@ def main() -> None:
         if not arguments.no_llama:
             (Path(work) / "llama").mkdir()
             rows += compare("Llama, 110M, random", save_llama(Path(work) / "llama"), False, *timing)
-    table = markdown(["engine", "figure", "bare uvicorn", "Ray Serve", "Serve's cost"], rows)
+    several = f"requests/s of {arguments.clients} clients"
+    table = markdown(["engine", "side", "p50 of one client, ms", "its cost", several, "its cost"], rows)
     publish(arguments.output, "serve_overhead", " ".join(["python -m tests.bench.bench_serve_overhead", *sys.argv[1:]]),
             [table], {"rows": rows})  # fmt: skip
 

@@ -253,7 +253,7 @@ class _Rank:
             _log.warning("%s, and each reads rows again: lower micro_batch, or pack more documents", told)
 
     def _spikes(self) -> bool:
-        """Whether the last step's loss is part of a spike; raises once the policy's patience is over."""
+        """Whether the last step's loss is part of a spike; raises once the policy's patience, or the run, is over."""
         policy = self._config.on_spike
         if policy is None:
             return False
@@ -263,10 +263,11 @@ class _Rank:
             return False
         step = len(self.records)
         limit = spike_limit(losses[:-1], policy)
-        if count == policy.patience_steps and policy.action == "stop":
+        if policy.action == "stop" and (count == policy.patience_steps or step == self._config.steps):
+            spiking = f"losses of {count} steps in a row, the last" if count > 1 else "loss of the run's last step,"
             raise self._diverged(
-                f"step {step}: the losses of {count} steps in a row, the last {losses[-1]:.4f} nats/token, are above "
-                f"the limit ({limit:.4f}) that the {policy.window_steps} steps before set",
+                f"step {step}: the {spiking} {losses[-1]:.4f} nats/token, {'are' if count > 1 else 'is'} above the "
+                f"limit ({limit:.4f}) that the {policy.window_steps} steps before set",
                 "To let the run go on from there as it is, set on_spike.action to warn.",
             )
         if self._rank == 0 and count in (1, policy.patience_steps):

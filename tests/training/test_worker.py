@@ -257,6 +257,28 @@ def test_a_spike_that_stays_stops_the_run_and_names_the_last_good_checkpoint(
     assert 20 not in [step for step, _ in checkpoints.complete_checkpoints(folder)]
 
 
+@pytest.mark.parametrize(
+    ("steps", "told"), [(16, "step 16: the loss of the run's last"), (17, "step 17: the losses of 2")]
+)
+def test_a_run_that_ends_in_a_spike_exports_nothing_and_keeps_the_last_good_checkpoint(
+    make_config, copy_report, monkeypatch, steps, told
+):
+    """As above, but the run ends before the patience does."""
+    monkeypatch.setattr(worker, "learning_rate", lambda step, *_: 3e-3 if step < 14 else 3.0)
+    policy = {"window_steps": 8, "patience_steps": 3, "minimum_rise_nats": 1.0}
+    kept = {"checkpoint_every_steps": 5, "keep_checkpoints": 1, "keep_best_checkpoint": False}
+    config = make_config(steps=steps, on_spike=policy, **kept)
+    folder = checkpoints.folder_of(config.output)
+    for _ in range(2):  # resumed, it decides alike
+        with pytest.raises(TrainingDivergedError, match=rf"{told} .*checkpoints/step-000015"):
+            _run(config, copy_report)
+        assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [15]
+        assert not Path(config.output, "model.safetensors").exists()
+    warned = config.model_copy(update={"on_spike": config.on_spike.model_copy(update={"action": "warn"})})
+    assert len(_run(warned, copy_report).records) == steps
+    assert Path(config.output, "model.safetensors").exists()
+
+
 def test_a_checkpoint_that_a_spike_put_off_is_written_when_the_loss_has_fallen(make_config, copy_report, monkeypatch):
     found = iter([0] * 3 + [1, 2] + [0] * 3)
     monkeypatch.setattr(worker, "spiking_steps", lambda losses, policy: next(found))

@@ -3,7 +3,8 @@
 In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the
 folder of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
 vocabulary is kept: special tokens may have been added behind it, and start as `warm_start` says. The model's config
-names the view that it is trained on (`MODEL_VIEW`), and so does every export: serving asks for that.
+names the view that it is trained on (`MODEL_VIEW`) and the pack's end and padding tokens, and so does every export:
+serving asks for that.
 """
 
 from __future__ import annotations
@@ -155,6 +156,8 @@ def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: Pa
     )
     added = range(_base_vocabulary(config, base, tokenizer_folder), pack.vocab_size)
     add_tokens(model, added, load_tokenizer(str(tokenizer_folder)))
+    for named in (model.config, model.generation_config):  # the base's may be another, such as the end of a chat's turn
+        named.eos_token_id, named.pad_token_id = pack.end_id, pack.pad_id
     return fuse_attention(model)
 
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
@@ -211,3 +211,20 @@ def test_the_config_says_the_view_that_a_model_read_last(tmp_path, make_config, 
     assert json.loads((tmp_path / "base" / "config.json").read_text())["cert_ray_view"] == "context_first"
     continued = models.load(make_config(base=str(tmp_path / "base"), tokenizer=None), _pack(tokenizer)).model
     assert continued.config.cert_ray_view == "xl"
+
+
+def test_a_model_ends_where_the_packs_documents_do(tmp_path, make_config):
+    """The base ends with other tokens, in its config and, as chat models do, in a generation config of its own."""
+    made = AutoModelForCausalLM.from_config(preset_config("modern-tiny", VOCABULARY, 16, 2, 2))
+    made.generation_config.eos_token_id = [2, 5]
+    made.save_pretrained(tmp_path / "base")
+    tokenizer = write_tokenizer(tmp_path / "base")
+    loaded = models.load(make_config(base=str(tmp_path / "base"), tokenizer=None), _pack(tokenizer)).model
+    loaded.save_pretrained(tmp_path / "saved")
+    loaded.config.save_pretrained(tmp_path / "model")  # what a checkpoint keeps, and an export is made from
+    exported = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "model"))
+    exported.save_pretrained(tmp_path / "export")
+    for folder in ("saved", "export"):
+        for name in ("config.json", "generation_config.json"):
+            told = json.loads((tmp_path / folder / name).read_text())
+            assert (told["eos_token_id"], told["pad_token_id"]) == (0, 1), (folder, name)

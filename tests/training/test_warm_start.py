@@ -64,6 +64,31 @@ def test_placeholders_start_as_their_words(tied: bool, padding: int) -> None:
     assert made.config.vocab_size == len(tables[0]) >= total
 
 
+@pytest.mark.parametrize("padding", [0, 40])
+def test_a_heads_bias_starts_as_the_words_too(padding: int) -> None:
+    """Pre-training lowers the bias of rows that no token has: kept, it would bar the new tokens."""
+    tokenizer = plain_tokenizer()
+    known = tokenizer.get_vocab_size()
+    shape = CodeGenConfig(
+        vocab_size=known + padding, n_positions=64, n_ctx=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    made = AutoModelForCausalLM.from_config(shape)
+    before = torch.randn(known, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        made.lm_head.bias[:known], made.lm_head.bias[known:] = before, -12.0
+    add_special_tokens(tokenizer)
+    total = tokenizer.get_vocab_size()
+    warm_start.add_tokens(made, range(known, total), tokenizer)
+    bias = made.lm_head.bias
+    assert torch.equal(bias[:known], before)
+    for word in ("number", "string"):
+        ids = tokenizer.encode(word, add_special_tokens=False).ids
+        torch.testing.assert_close(bias[tokenizer.token_to_id(f"<|{word}|>")], before[ids].mean())
+    torch.testing.assert_close(bias[tokenizer.token_to_id("<|pad|>")], before.mean())
+    torch.testing.assert_close(bias[total:], before.mean().expand(len(bias) - total))
+
+
 def test_nothing_is_touched_when_no_token_is_new() -> None:
     tokenizer = small_tokenizer()
     made = model(tokenizer.get_vocab_size(), tied=True)

@@ -25,6 +25,8 @@ CONTEXT_TOKENS = 32
 WORDS = 60
 END, PAD = "<|endoftext|>", "<|pad|>"
 
+Document = tuple[list[int], float, bool]  # token ids, weight, whether it is held out
+
 
 class _PackConfig(Config):
     view: str = "base"
@@ -45,23 +47,29 @@ def write_tokenizer(folder: Path, words: int = WORDS, added: tuple[str, ...] = (
 def write_pack(folder: Path, tokenizer: tokenizers.Tokenizer, documents: int = 60, seed: int = 3) -> None:
     """Documents that mostly count upwards from a random word, every tenth held out, some with weight 0."""
     rng = np.random.default_rng(seed)
-    tokens: list[int] = []
-    rows: dict[str, list[Any]] = {name: [] for name in schemas.PIECES.names}
+    made: list[Document] = []
     for document in range(documents):
         length = int(rng.integers(20, 90))
         words = (rng.integers(WORDS) + np.arange(length)) % WORDS + 2
         words[rng.random(length) < 0.05] = 2
-        for name, entry in zip(
-            schemas.PIECES.names,
-            (document, len(tokens), length + 1, 0.0 if document % 7 == 3 else 1.0, document % 10 == 0, False),
-            strict=True,
-        ):
+        made.append((words.tolist(), 0.0 if document % 7 == 3 else 1.0, document % 10 == 0))
+    write_documents(folder, tokenizer, made)
+
+
+def write_documents(folder: Path, tokenizer: tokenizers.Tokenizer, documents: list[Document]) -> None:
+    """A pack of these documents, an end token behind each."""
+    tokens: list[int] = []
+    rows: dict[str, list[Any]] = {name: [] for name in schemas.PIECES.names}
+    for number, (words, weight, held_out) in enumerate(documents):
+        piece = (number, len(tokens), len(words) + 1, weight, held_out, False)
+        for name, entry in zip(schemas.PIECES.names, piece, strict=True):
             rows[name].append(entry)
-        tokens += [*words.tolist(), 0]
+        tokens += [*words, 0]
     pieces = pa.table(rows, schema=schemas.PIECES)
     unigrams = UNIGRAMS.empty_table()
     files = write_shard(str(folder), "shard-00000", np.array(tokens, "<u2"), pieces, unigrams)
-    report = ShardReport(shard="shard-00000", unit_digest="0", files=files, rows_read=documents, rows_kept=documents)
+    count = len(documents)
+    report = ShardReport(shard="shard-00000", unit_digest="0", files=files, rows_read=count, rows_kept=count)
     notes = {
         "vocab_size": tokenizer.get_vocab_size(),
         "tokenizer_digest": tokenizer_digest(tokenizer),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cert_ray import storage
 from cert_ray.errors import (
@@ -25,7 +26,8 @@ from cert_ray.errors import (
 )
 from cert_ray.tokens.vocabulary import load_tokenizer
 from cert_ray.training import batches, checkpoints, worker
-from tests.training.conftest import write_pack
+from cert_ray.training.presets import preset_config
+from tests.training.conftest import CONTEXT_TOKENS, WORDS, write_pack, write_tokenizer
 
 pytestmark = [
     pytest.mark.slow,
@@ -132,6 +134,27 @@ def test_a_run_cut_short_goes_on_to_the_same_losses(make_config, copy_report, tm
     seen: list[int] = []
     resumed = _run(config, copy_report, lambda step, rank: seen.append(step))
     assert seen == [4, 5, 6, 7, 8]
+    assert _losses(resumed) == _losses(undisturbed)
+    assert [file.checksum for file in resumed.files] == [file.checksum for file in undisturbed.files]
+
+
+def test_dropout_falls_alike_in_a_run_cut_short(make_config, copy_report, tmp_path):
+    """What drops out follows from the step's number, not from what was drawn before it in this process."""
+    shape = preset_config("tiny", WORDS + 2, CONTEXT_TOKENS, 0, 1)
+    shape.embed_dropout = shape.resid_dropout = 0.3
+    AutoModelForCausalLM.from_config(shape).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    options = {"base": str(tmp_path / "base"), "tokenizer": None, "checkpoint_every_steps": 2, "steps": 5}
+    undisturbed = _run(make_config(**options, output=str(tmp_path / "whole")), copy_report)
+
+    def kill(step: int, rank: int) -> None:
+        if step == 3:
+            raise _KilledError
+
+    config = make_config(**options, output=str(tmp_path / "cut"))
+    with pytest.raises(_KilledError):
+        _run(config, copy_report, kill)
+    resumed = _run(config, copy_report)
     assert _losses(resumed) == _losses(undisturbed)
     assert [file.checksum for file in resumed.files] == [file.checksum for file in undisturbed.files]
 

@@ -6,7 +6,8 @@ before it, and are the same on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,19 @@ class Batches:
             ids, mask = self._rows.read(row)
             batches.append(_tensors(ids, mask & of_step[:, None]))
         return batches
+
+    def read_ahead(self, first: int, last: int) -> Generator[tuple[int, list[Batch]]]:
+        """Epoch and `of_step` of each step from `first` up to before `last`; close it, and its thread ends.
+
+        While the caller works on a step, the thread reads the next one's rows; what fails there is raised at that step.
+        """
+        with ThreadPoolExecutor(1, "rows") as reader:
+            coming: Future[list[Batch]] | None = None
+            for step in range(first, last):
+                batches = self.of_step(step) if coming is None else coming.result()
+                epoch = self.epoch_of(step)  # before the thread goes on: both may plan an epoch
+                coming = reader.submit(self.of_step, step + 1) if step + 1 < last else None
+                yield epoch, batches
 
     def epoch_of(self, step: int) -> int:
         """The epoch of the first row of `step`."""

@@ -13,8 +13,8 @@ import math
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from cert_ray.manifests import WrittenFile
 from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training import checkpoints, cpu_speed, export, memory, models
-from cert_ray.training.batches import Batches
+from cert_ray.training.batches import Batch, Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.loggers import Tell, step_loggers
@@ -128,7 +128,8 @@ def _run(
         tells = _tells(config, run_digest, rank, len(trainer.records))
         with ExitStack() as stack:
             tell = _everywhere(lambda: stack.enter_context(tells))
-            for record in trainer.steps():
+            rows = stack.enter_context(closing(trainer.rows()))
+            for record in trainer.steps(rows):
                 tell(record)
                 if count is not None and rank == 0:
                     count(record)
@@ -223,13 +224,17 @@ class _Rank:
         """Steps by the machines that did them; those that a kill took, and others did again, count for these."""
         return steps_by_machines(self._earlier, self._here, len(self.records) - self._started_at)
 
-    def steps(self) -> Iterator[StepRecord]:
-        """Train to the last step; a record per step, after its checkpoint where it has one."""
+    def rows(self) -> Generator[tuple[int, list[Batch]]]:
+        """What the steps up to the last one read, with their epochs; to be closed."""
+        return self._batches.read_ahead(len(self.records), self._config.steps)
+
+    def steps(self, rows: Iterator[tuple[int, list[Batch]]]) -> Iterator[StepRecord]:
+        """Train on `rows` to the last step; a record per step, after its checkpoint where it has one."""
         config = self._config
         lines = _Lines(config, self.records[-1].tokens if self.records else 0, self._utilization)
         owed = False  # a checkpoint that a spike put off
         for step in range(len(self.records), config.steps):
-            record = self._step(step)
+            record = self._step(step, rows)
             done = step + 1
             if done == config.steps or (config.eval_every_steps and done % config.eval_every_steps == 0):
                 record = record.model_copy(update={"held_out_loss": self._held_out_loss()})
@@ -290,7 +295,7 @@ class _Rank:
             f"precision fp32 or bf16 (now {config.precision}). {last} {more}".rstrip()
         )
 
-    def _step(self, step: int) -> StepRecord:
+    def _step(self, step: int, rows: Iterator[tuple[int, list[Batch]]]) -> StepRecord:
         config = self._config
         started = time.perf_counter()
         rate = learning_rate(
@@ -303,7 +308,8 @@ class _Rank:
             config.decay_share,
         )
         torch.manual_seed((config.seed << 40) ^ (step * self._world_size + self._rank))  # dropout, where a base has it
-        loss, tokens, norm = self._engine.train_step(self._batches.of_step(step), rate)
+        epoch, batches = next(rows)
+        loss, tokens, norm = self._engine.train_step(batches, rate)
         if not math.isfinite(loss):
             raise self._diverged(f"step {step + 1}: the loss is {loss}", "")
         # In fp16 a step whose gradients overflow is left out, and the next one is scaled down.
@@ -313,7 +319,7 @@ class _Rank:
         speed = tokens / (time.perf_counter() - started)
         return StepRecord(
             step=step + 1,
-            epoch=self._batches.epoch_of(step),
+            epoch=epoch,
             loss=loss,
             learning_rate=rate,
             gradient_norm=norm,

@@ -7,6 +7,7 @@ import os
 import shutil
 import sysconfig
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -157,6 +158,43 @@ def test_dropout_falls_alike_in_a_run_cut_short(make_config, copy_report, tmp_pa
     resumed = _run(config, copy_report)
     assert _losses(resumed) == _losses(undisturbed)
     assert [file.checksum for file in resumed.files] == [file.checksum for file in undisturbed.files]
+
+
+def test_the_rows_of_the_next_step_are_read_while_a_step_runs(make_config, copy_report, monkeypatch):
+    """Each step waits for them, but the last: nothing is read behind it. The thread ends with the run."""
+    read, learn, arrived = worker.Batches.of_step, worker.Engine.train_step, [threading.Event() for _ in range(5)]
+    learned = []
+
+    def of_step(batches, step):
+        arrived[step].set()
+        return read(batches, step)
+
+    def train_step(engine, batches, rate):
+        learned.append(rate)
+        if len(learned) < 4:
+            assert arrived[len(learned)].wait(10), "read only after the step"
+        return learn(engine, batches, rate)
+
+    monkeypatch.setattr(worker.Batches, "of_step", of_step)
+    monkeypatch.setattr(worker.Engine, "train_step", train_step)
+    _run(make_config(steps=4), copy_report)
+    assert not arrived[4].is_set()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
+
+
+def test_rows_that_cannot_be_read_end_the_run_at_their_own_step(make_config, copy_report, monkeypatch):
+    read, seen = worker.Batches.of_step, []
+
+    def of_step(batches, step):
+        if step == 2:
+            raise OSError("the disk is gone")
+        return read(batches, step)
+
+    monkeypatch.setattr(worker.Batches, "of_step", of_step)
+    with pytest.raises(OSError, match="the disk is gone"):
+        _run(make_config(steps=4), copy_report, lambda step, rank: seen.append(step))
+    assert seen == [1, 2]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
 
 
 def test_a_run_names_every_machine_that_trained_it_with_its_steps(make_config, copy_report, monkeypatch):

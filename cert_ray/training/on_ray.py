@@ -31,6 +31,7 @@ from cert_ray.errors import (
     TokenizerMismatchError,
     TrainingDivergedError,
     TrainingFailedError,
+    TrainingMemoryError,
 )
 from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.telemetry import logs
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 # What `worker` raises on every worker, and would again.
 _LASTING = (TrainingDivergedError, ConfigError, InputError, TokenizerMismatchError, NotFinishedError)
 # What it raises on one of them, while the others wait for it, and would again.
-_LASTING_OF_ONE = (DiskFullError, StorageFullError)
+_LASTING_OF_ONE = (DiskFullError, StorageFullError, TrainingMemoryError)
 
 METRICS_NAME = "loss.jsonl"
 PICTURE_NAME = "loss.png"
@@ -78,6 +79,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         CheckpointError: when every checkpoint is damaged, or they are another run's.
         TrainingDivergedError: when the loss stops being finite, or spikes for longer than `config.on_spike` allows.
         DiskFullError, StorageFullError: when a disk is full: nothing is tried again.
+        TrainingMemoryError: when the memory of a worker does not suffice: nothing is tried again.
         TrainingFailedError: when workers died more than `config.max_failures` times.
     """
     checked = inputs.check(config)

@@ -178,7 +178,8 @@ def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> Abstra
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)  # GPU, CPU
+    # By its words: torch.OutOfMemoryError is torch's allocator's; the driver's and NCCL's are of other classes.
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # GPU, CPU
 
 
 def _memory_bytes(config: TrainConfig) -> float:

@@ -26,6 +26,7 @@ from cert_ray.errors import (
     StorageFullError,
     TokenizerMismatchError,
     TrainingFailedError,
+    TrainingMemoryError,
 )
 from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
@@ -115,8 +116,8 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("error", [DiskFullError("full"), StorageFullError("u", 2, 1)])
-def test_a_full_disk_of_one_worker_ends_it_and_is_told_to_those_started_again(
+@pytest.mark.parametrize("error", [DiskFullError("full"), StorageFullError("u", 2, 1), TrainingMemoryError("m")])
+def test_a_full_disk_or_memory_of_one_worker_ends_it_and_is_told_to_those_started_again(
     monkeypatch, make_config, error, world_size
 ):
     """Returned, it would leave the others waiting for this worker: so it is raised, but where there are none."""

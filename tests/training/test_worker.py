@@ -439,6 +439,20 @@ def test_running_out_of_memory_says_what_to_lower(make_config, copy_report, monk
     assert "CUDA out of memory" in str(raised.value.__cause__)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        torch.distributed.DistBackendError("NCCL error: unhandled cuda error: Cuda failure 2 'out of memory'"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000 bytes."),
+    ],
+)
+def test_running_out_of_memory_is_known_whoever_tells_it(error):
+    assert worker._is_out_of_memory(error)
+    assert not worker._is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
 def test_activation_checkpointing_gives_the_same_losses(make_config, copy_report, tmp_path):
     options = {"steps": 4, "base": "modern-tiny"}
     plain = _run(make_config(**options, output=str(tmp_path / "plain")), copy_report)

@@ -49,7 +49,6 @@ _LASTING = (TrainingDivergedError, ConfigError, InputError, TokenizerMismatchErr
 # What it raises on one of them, while the others wait for it, and would again.
 _LASTING_OF_ONE = (DiskFullError, StorageFullError, TrainingMemoryError)
 
-METRICS_NAME = "loss.jsonl"
 PICTURE_NAME = "loss.png"
 
 
@@ -293,7 +292,7 @@ def _finish(checked: inputs.Checked, returned: dict[str, Any]) -> Manifest:
     """Write the losses and the picture, and last the manifest."""
     config, steps = checked.config, list(returned["records"])
     view = checked.pack.config.get("view")
-    storage.write_text(storage.join(config.output, METRICS_NAME), records.to_json_lines(steps))
+    storage.write_text(storage.join(config.output, records.METRICS_NAME), records.to_json_lines(steps))
     title = f"{config.base if '/' not in config.base else storage.name_of(config.base)}: {view}"
     picture = records.draw_losses(steps, title, checked.pack.notes.get("held_out_unigram_entropy_nats"))
     storage.write_bytes(storage.join(config.output, PICTURE_NAME), picture)
@@ -341,6 +340,6 @@ def _result(config: TrainConfig, manifest: Manifest, *, reused: bool) -> TrainRe
         steps=config.steps,
         tokens=manifest.counts["tokens"],
         parameters=manifest.counts["parameters"],
-        metrics=storage.join(config.output, METRICS_NAME),
+        metrics=storage.join(config.output, records.METRICS_NAME),
         reused=reused,
     )

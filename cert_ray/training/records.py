@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from cert_ray.config import Config
 
+METRICS_NAME = "loss.jsonl"  # below a run's output
+
 
 class StepRecord(Config, allow_inf_nan=True):  # measured, not chosen: in fp16 a step's gradients may overflow
     """One step: what was learned from, and how well it was predicted before the update."""

@@ -33,6 +33,7 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.records import (
+    METRICS_NAME,
     StepRecord,
     described,
     from_json_lines,
@@ -135,6 +136,13 @@ def _run(
                     count(record)
                 if after_step is not None:
                     after_step(record.step, rank)
+    except TrainingDivergedError:
+        if rank == 0 and trainer is not None:
+            try:
+                trainer.write_losses()
+            except (OSError, CertRayError) as error:  # what the run ends with is the divergence
+                _log.warning("the losses cannot be written: %s", error)
+        raise
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if not _is_out_of_memory(error):
             raise
@@ -248,6 +256,10 @@ class _Rank:
                 self._save(done)
                 owed = False
             yield record
+
+    def write_losses(self) -> None:
+        """Write the records so far to the output, as the finished run does with all."""
+        storage.write_text(storage.join(self._config.output, METRICS_NAME), to_json_lines(self.records))
 
     def _tell_epochs(self) -> None:
         config, epoch = self._config, self._batches.rows_of_an_epoch
@@ -367,6 +379,7 @@ class _Rank:
         checkpoint = storage.join(folder, name)
         checkpoints.verify(checkpoint)
         checkpoints.mark_complete(checkpoint, self._world_size)
+        self.write_losses()
         losses = {record.step: record.held_out_loss for record in self.records if record.held_out_loss is not None}
         checkpoints.prune(folder, config.keep_checkpoints, losses if config.keep_best_checkpoint else None)
 

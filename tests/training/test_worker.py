@@ -419,6 +419,20 @@ def test_weights_that_a_broken_gradient_spoiled_are_never_a_checkpoint(
     assert [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))] == [1]
 
 
+def test_the_losses_so_far_are_written_at_a_checkpoint_and_when_the_run_diverges(make_config, copy_report, monkeypatch):
+    monkeypatch.setattr(worker, "learning_rate", lambda step, *_: float("nan") if step == 4 else 1e-3)
+    config, lines = make_config(steps=8, checkpoint_every_steps=2, on_spike=None), []
+
+    def after(step, rank):
+        losses = Path(config.output) / "loss.jsonl"
+        lines.append(len(losses.read_text().splitlines()) if losses.exists() else 0)
+
+    with pytest.raises(TrainingDivergedError, match="step 6: "):
+        _run(config, copy_report, after)
+    assert lines == [0, 2, 2, 4, 4]
+    assert len((Path(config.output) / "loss.jsonl").read_text().splitlines()) == 5  # written again at the end
+
+
 def test_a_step_of_more_rows_than_there_are_is_told(make_config, copy_report, caplog):
     with caplog.at_level("INFO", logger=worker.__name__):
         _run(make_config(steps=3), copy_report)

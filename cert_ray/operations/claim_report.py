@@ -37,6 +37,7 @@ from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.reproduce import PART_FILE, claim_folder, is_finished
 from cert_ray.training import records
+from cert_ray.training.inputs import origin_of
 from cert_ray.training.model_card import Score
 
 POOLED = "pooled"
@@ -163,7 +164,10 @@ def _base(recipe: Recipe) -> dict[str, Any]:
     notes: Mapping[str, Any] = {}
     if storage.is_folder(folder) and manifests.is_finished(folder):
         notes = manifests.read_manifest(folder, "model", "train").notes
-    return {"name": notes.get("base", storage.name_of(start)), "dequantised_from": notes.get("dequantised_from")}
+    return {
+        "name": notes.get("base", storage.name_of(start)),
+        "dequantised_from": origin_of(folder).get("dequantised_from"),
+    }
 
 
 def _dataset(recipe: Recipe) -> dict[str, Any]:

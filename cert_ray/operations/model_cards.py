@@ -15,6 +15,7 @@ from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.tokens.shards import STAGE as TOKENS
 from cert_ray.training import records
 from cert_ray.training.config import TrainConfig
+from cert_ray.training.inputs import origin_of
 from cert_ray.training.model_card import CARD_NAME, ModelFacts, Score, losses_of, render_card
 from cert_ray.training.models import base_shape
 from cert_ray.training.presets import PRESETS
@@ -69,11 +70,7 @@ def _base(recipe: Recipe, name: str) -> dict[str, Any]:
     if first in PRESETS:
         return {"base": start if start in recipe.models else f"{first}, from scratch"}
     known = _manifest_of(first)
-    told = (
-        {"dequantised_from": known.notes.get("dequantised_from"), "licence": known.config.get("licence")}
-        if known
-        else {}
-    )
+    told = origin_of(RunFolders(recipe.run).model(name)) or origin_of(first)  # the first may be gone by now
     is_hub_id = not storage.is_folder(first)
     shown = start if start in recipe.models or is_hub_id else storage.name_of(first)
     if known and start == first:

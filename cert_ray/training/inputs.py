@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import xxhash
 
 from cert_ray import manifests, storage
-from cert_ray.errors import ConfigError
+from cert_ray.errors import CertRayError, ConfigError
 from cert_ray.manifests import Manifest
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training.config import TrainConfig
@@ -20,6 +20,7 @@ from cert_ray.training.loggers import check_installed
 STAGE = "model"
 VERB = "train"
 _TOKENIZER = "tokenizer.json"
+_OF_THE_BASE = ("dequantised_from", "licence")
 _NOT_OF_THE_WEIGHTS = ("machine", "machines")  # notes: the first is that of earlier versions
 
 
@@ -31,6 +32,7 @@ class Checked:
     inputs_digest: str
     run_digest: str  # of the inputs and of the options that the weights depend on
     pack: Manifest
+    origin: dict[str, str]  # `origin_of` the base
 
 
 def check(config: TrainConfig) -> Checked:
@@ -49,7 +51,7 @@ def check(config: TrainConfig) -> Checked:
         digest.update(_tokenizer_bytes(config.tokenizer))
     inputs_digest = digest.hexdigest()
     run_digest = xxhash.xxh3_128_hexdigest(f"{inputs_digest} {config.result_digest()}".encode())
-    return Checked(config, inputs_digest, run_digest, pack)
+    return Checked(config, inputs_digest, run_digest, pack, origin_of(config.base))
 
 
 def waits_for(config: TrainConfig, cluster: Mapping[str, float]) -> str | None:
@@ -91,6 +93,28 @@ def finished(checked: Checked) -> Manifest | None:
     for file in manifest.files:
         manifests.check_file(output, file, VERB)
     return manifest
+
+
+def origin_of(base: str) -> dict[str, str]:
+    """What is known of the pre-trained model that `base` is, or was trained from: `dequantised_from`, `licence`.
+
+    A fetched base has them in its notes and options, a trained model in its notes; of one that earlier versions
+    trained, what it started from is asked, where that is still at hand.
+    """
+    asked: set[str] = set()
+    try:
+        while base not in asked and storage.is_folder(base) and manifests.is_finished(base):
+            asked.add(base)
+            manifest = manifests.read_manifest(base, STAGE, VERB)
+            facts = {**manifest.config, **manifest.notes}
+            found = {name: facts[name] for name in _OF_THE_BASE if facts.get(name)}
+            if found or "run_digest" not in manifest.notes:  # the latter: not trained here
+                return found
+            base = manifest.notes["base"]
+    except (CertRayError, OSError):
+        if not asked:
+            raise
+    return {}
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -321,6 +321,7 @@ def _notes(checked: inputs.Checked, steps: list[StepRecord], view: str, machines
         "run_digest": checked.run_digest,
         "machines": machines,  # of all workers, with the steps that they did
         "base": checked.config.base,
+        **checked.origin,
         "view": view,
         "placeholders": view in SKETCH_VIEWS,  # whether it has met sketches
         "context_tokens": checked.pack.config["context_tokens"],

@@ -9,6 +9,9 @@ import pytest
 from cert_ray import manifests
 from cert_ray.config import Config
 from cert_ray.training import inputs
+from cert_ray.training.bases import Origin
+from cert_ray.training.on_ray import _notes
+from cert_ray.training.records import StepRecord
 
 
 @pytest.mark.parametrize("noted", [{"machine": "one GPU"}, {"machines": {"one GPU": 3, "two cores": 5}}])
@@ -41,3 +44,12 @@ def test_a_base_may_hold_a_file_whose_name_is_no_text(make_config, tmp_path):
     base.mkdir()
     (base / os.fsdecode(b"caf\xe9.txt")).write_bytes(b"")
     assert inputs.check(make_config(base=str(base))).inputs_digest
+
+
+def test_a_model_takes_over_what_is_known_of_its_base(make_config, tmp_path):
+    base = Origin(base="a", model="A", quantisation="Q4_1", licence="mit", file_sha256="")
+    manifest = manifests.summarize(inputs.STAGE, base, "inputs", [], {"base": "a", "dequantised_from": "Q4_1"})
+    manifests.write_manifest(str(tmp_path), manifest)
+    step = StepRecord(**{name: 1 for name, field in StepRecord.model_fields.items() if field.is_required()})
+    notes = _notes(inputs.check(make_config(base=str(tmp_path))), [step], "base", {})
+    assert (notes["dequantised_from"], notes["licence"]) == ("Q4_1", "mit")

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 
 from cert_ray.dataset.on_ray import preprocess
-from cert_ray.errors import ConfigError, TokenizerMismatchError
+from cert_ray.errors import CertRayError, ConfigError, TokenizerMismatchError
 from cert_ray.evaluation.on_ray import execute_on_ray
 from cert_ray.evaluation.run import EvaluateConfig
+from cert_ray.evaluation.runs import read_runs
 from cert_ray.manifests import Manifest
 from cert_ray.operations.evaluating import evaluate
 from cert_ray.operations.model_cards import write_card
@@ -20,6 +21,7 @@ from cert_ray.telemetry import logs
 from cert_ray.tokens.encoding import PackConfig, View
 from cert_ray.tokens.on_ray import pack_dataset
 from cert_ray.tokens.vocabulary import adopt_tokenizer, load_tokenizer, tokenizer_digest, train_on_dataset
+from cert_ray.training.model_card import Score
 from cert_ray.training.on_ray import TrainResult, train
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,8 @@ def run_train(recipe: Recipe, name: str) -> TrainResult:
 def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Trained models to pass@k, below RUN/evaluation; sampling is one task, programs are tasks of their own.
 
+    The scores go into the models' cards, too, unless the recipe has a claim, whose scores stand there.
+
     Raises:
         ConfigError: for a recipe without an evaluation.
         CertRayError: as `evaluating.evaluate`.
@@ -101,7 +105,28 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
     sampling = {"max_tokens": wanted.max_tokens, "seed": wanted.seed}
     warn_of_unprotected_nodes(wanted.execution.unsafe, wanted.execution.unfiltered)
     given = (config, wanted.problems, wanted.temperatures, sampling, execute_on_ray)
-    return run_on_worker(lambda: evaluate(*given, reuse=True), wanted.cpus, wanted.gpus)
+    found = run_on_worker(lambda: evaluate(*given, reuse=True), wanted.cpus, wanted.gpus)
+    if recipe.claim is None:
+        scores = _card_scores(folders.evaluation, "model" if wanted.model else "cascade")
+        for name in names.values():
+            try:
+                write_card(recipe, name, scores)
+            except CertRayError as error:  # what the card tells of the run is gone; the scores are there
+                logger.warning("the card of %s does not tell its scores: %s", name, error)
+    return found
+
+
+def _card_scores(evaluation: str, system: str) -> list[Score]:
+    """The scores of a finished evaluation; of several temperatures, those of each benchmark's best."""
+    scores = []
+    for run in read_runs(evaluation):
+        mode = "greedy" if run.temperature == 0 else f"sampled at temperature {run.temperature}"
+        for k in run.ks:
+            interval = run.interval(k)
+            told = {"value": interval.value, "low": interval.low, "high": interval.high}
+            problems = len(run.counts)
+            scores.append(Score(benchmark=run.benchmark, system=system, mode=mode, k=k, problems=problems, **told))
+    return scores
 
 
 def _adopt(bases: list[str], output: str, context_tokens: int) -> Manifest:

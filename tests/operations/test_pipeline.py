@@ -18,6 +18,7 @@ from cert_ray.retrieval.library_docs import write_docs
 from cert_ray.retrieval.retriever import RetrieveConfig
 from cert_ray.serving.answering import Answerer, ModelConfig
 from cert_ray.telemetry import logs
+from cert_ray.training.model_card import Score
 from tests.evaluation.builders import die_before, in_this_process, write_problems
 from tests.ray_marks import RAY_DATA
 from tests.retrieval.builders import DOCS
@@ -80,6 +81,28 @@ def test_models_are_scored_with_the_documentation_that_they_were_trained_to_read
         return
     assert config.retrieve == RetrieveConfig(docs=str(tmp_path / "docs.jsonl"), top=1).pinned()
     assert Source.from_mapping(written, "test").retrieve == RetrieveConfig(docs="docs.jsonl", top=1)
+
+
+@pytest.mark.parametrize("temperatures", [(0.0,), (0.2, 0.8)])
+def test_the_scores_go_into_the_cards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, temperatures: tuple[float, ...]
+) -> None:
+    problems = write_problems(tmp_path / "p.jsonl", 2)
+    options = {"problems": [problems], "max_tokens": 2, "n": 1, "temperatures": temperatures, "requirements": []}
+    recipe = recipe_of(tmp_path, options)
+    for name in recipe.models:
+        save_model(tmp_path / "run" / "models" / name)
+    cards: dict[str, list[Score]] = {}
+    monkeypatch.setattr(pipeline, "write_card", lambda recipe, name, scores: cards.update({name: scores}))
+    monkeypatch.setattr(pipeline, "run_on_worker", lambda work, cpus, gpus: work())
+    monkeypatch.setattr(pipeline, "execute_on_ray", in_this_process)
+    monkeypatch.setattr(pipeline, "warn_of_unprotected_nodes", lambda unsafe, unfiltered: None)
+    found = pipeline.run_evaluate(recipe)
+    assert set(cards) == {"sketcher", "generator"}
+    (score,) = cards["sketcher"]
+    assert (score.system, score.k, score.problems) == ("cascade", 1, 2)
+    assert score.mode.startswith("greedy" if temperatures == (0.0,) else "sampled at temperature 0.")
+    assert [score.value] == [each["pass@1"] for each in found.values()]
 
 
 class TestOnRay:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
 from cert_ray.manifests import WrittenFile
+from cert_ray.tokens.vocabulary import load_tokenizer, vocabulary_size
 from cert_ray.training import checkpoints, model_card
 from cert_ray.training.deepspeed_engine import fp32_weights
 from cert_ray.training.records import from_json_lines
@@ -61,7 +62,7 @@ def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.M
         name=storage.name_of(output),
         architecture=type(model).__name__,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        vocab_size=model.get_input_embeddings().num_embeddings,
+        vocab_size=vocabulary_size(load_tokenizer(str(checkpoint / TOKENIZER_FOLDER))),  # the table's rows are padded
         steps=step,
         tokens=steps[-1].tokens if steps else None,
         losses=model_card.losses_of(steps),

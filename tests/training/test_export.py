@@ -33,7 +33,7 @@ pytestmark = [
 def trained(make_config, tmp_path) -> tuple[torch.nn.Module, Path]:
     """A model after one step, and its checkpoint."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(preset_config("tiny", 62, 16, 0, 1))
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 64, 16, 0, 1))  # the tokenizer has 62
     engine = Engine(model, make_config())
     ids = torch.randint(0, 62, (4, 17))
     engine.train_step([(ids, torch.ones_like(ids, dtype=torch.bool))], 1e-2)
@@ -57,6 +57,9 @@ def test_logits_of_the_export_equal_those_of_the_engine(trained, tmp_path):
     assert tokenizer_digest(load_tokenizer(str(tmp_path / "model"))) == tokenizer_digest(
         write_tokenizer(tmp_path / "t")
     )
+    tokens = load_tokenizer(str(tmp_path / "model")).get_vocab_size()
+    assert tokens != model.get_input_embeddings().num_embeddings
+    assert f"| tokens of the tokenizer | {tokens} |" in (tmp_path / "model" / "README.md").read_text()
     stored = safetensors.torch.load_file(tmp_path / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 

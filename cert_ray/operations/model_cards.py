@@ -73,7 +73,7 @@ def _base(recipe: Recipe, name: str) -> dict[str, Any]:
     told = origin_of(RunFolders(recipe.run).model(name)) or origin_of(first)  # the first may be gone by now
     is_hub_id = not storage.is_folder(first)
     shown = start if start in recipe.models or is_hub_id else storage.name_of(first)
-    if known and start == first:
+    if known and start == first and "run_digest" not in known.notes:  # fetched, not trained: it has a name
         shown = known.notes.get("base") or shown
     return {"base": shown, "base_is_hub_id": is_hub_id and start == first, **told}
 

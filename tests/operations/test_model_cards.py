@@ -53,6 +53,7 @@ def test_what_is_known_of_a_base_survives_training_in_another_run(tmp_path: Path
     recipe = recipe_of(tmp_path, first)
     card = model_cards._base(recipe, "xl")
     assert {name: card[name] for name in ORIGIN} == ORIGIN
+    assert card["base"] == "first"  # no path
     assert claim_report._base(recipe)["dequantised_from"] == "Q4_1"
 
 

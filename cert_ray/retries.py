@@ -167,7 +167,7 @@ def asked_once() -> Iterator[None]:
 def answered_within(limit_s: float, call: Callable[[], R]) -> R:
     """What `call` returns, or raises, in a thread of its own, which is left alone where it does not come back in time.
 
-    For storage that takes connections and says nothing: its client waits for minutes.
+    For what takes connections and says nothing, storage or a cluster's head: their clients wait for long.
 
     Raises:
         TimeoutError: when that took longer than `limit_s`.

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -27,6 +25,7 @@ from cert_ray.operations.nodes import (
     tell_unprotected,
     versions_here,
 )
+from cert_ray.retries import answered_within
 from cert_ray.telemetry import logs
 
 logger = logging.getLogger(__name__)
@@ -145,20 +144,17 @@ def _greet(target: str, gcs: str, patience_s: float) -> None:
         ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the client would abort this process
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(target, _REFUSED, _TOKEN) from error
-    answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
 
-    def ask() -> None:
+    def ask() -> Exception | None:
         try:
             GcsClient(address=gcs)
         except Exception as error:  # noqa: BLE001 - it is told to the thread that waits
-            answers.put(error)
-        else:
-            answers.put(None)
+            return error
+        return None
 
-    threading.Thread(target=ask, daemon=True).start()  # it cannot be ended, and may wait for 40 s
     try:
-        refusal = answers.get(timeout=patience_s)
-    except queue.Empty:
+        refusal = answered_within(patience_s, ask)  # it cannot be ended, and may wait for 40 s
+    except TimeoutError:
         problem = (
             f"somebody listens there, and does not answer as a head of Ray {ray.__version__} within {patience_s:g} s"
         )

@@ -15,6 +15,7 @@ import math
 import socket
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -82,10 +83,14 @@ class HandleBackend:
 
     A request whose engine dies is given to another one. Its seed makes the second answer the first one's equal, so a
     stream goes on where it stopped; where it is not equal after all (16-bit weights), the stream ends in an error.
+
+    At most `at_once` are with the engines. The others wait here, first come, first served: Serve's router has each that
+    finds all engines full come back at times of its own, so engines idle meanwhile and some wait past their deadline.
     """
 
-    def __init__(self, handle: Any, served: Mapping[str, str | None]) -> None:
+    def __init__(self, handle: Any, served: Mapping[str, str | None], at_once: int) -> None:
         self._handle, self._served = handle, served
+        self._places = asyncio.Semaphore(at_once)
 
     @property
     def served(self) -> Mapping[str, str | None]:
@@ -100,7 +105,12 @@ class HandleBackend:
         Raises:
             RequestError: what the engine refuses; 503 when the queue is full or no engine is up.
         """
-        ends, options = time.monotonic() + timeout_s, sampling.model_dump(mode="json")
+        ends = time.monotonic() + timeout_s
+        async with self._places:
+            return await self._answer(model, prompts, sampling, ends)
+
+    async def _answer(self, model: str, prompts: Sequence[str], sampling: Sampling, ends: float) -> list[CascadeAnswer]:
+        options = sampling.model_dump(mode="json")
         for attempt in range(1, _ATTEMPTS + 1):
             left_s = max(0.0, ends - time.monotonic())
             response = self._handle_of(model).answer.remote(model, list(prompts), options, left_s)
@@ -121,7 +131,15 @@ class HandleBackend:
         self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
     ) -> AsyncGenerator[Told, None]:
         """The same, told while it is drawn."""
-        ends, options, retelling = time.monotonic() + timeout_s, sampling.model_dump(mode="json"), Retelling()
+        ends = time.monotonic() + timeout_s
+        async with self._places, aclosing(self._stream(model, prompts, sampling, ends)) as batches:
+            async for told in batches:
+                yield told
+
+    async def _stream(
+        self, model: str, prompts: Sequence[str], sampling: Sampling, ends: float
+    ) -> AsyncGenerator[Told, None]:
+        options, retelling = sampling.model_dump(mode="json"), Retelling()
         for attempt in range(1, _ATTEMPTS + 1):
             left_s = max(0.0, ends - time.monotonic())
             retelling.begin_again()
@@ -251,7 +269,7 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
         config.check_exposure(None if address is None else address[0])
         handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
         return create_app(
-            HandleBackend(handle, config.served),
+            HandleBackend(handle, config.served, math.ceil(config.at_once / config.front_doors)),
             config,
             any_library=config.model_name,
             keys=None if config.api_keys_file is None else read_key_file(config.api_keys_file),

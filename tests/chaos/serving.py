@@ -7,7 +7,8 @@ are counted by themselves. Each round has one of `KINDS`, in seeded order. Engin
 (`tests.serving.paced`).
 
 A proxy is where clients connect to. The proxies of all nodes share one port here, and the kernel spreads connections
-over those that are alive, as a load balancer does on a cluster.
+over those that are alive, as a load balancer does on a cluster. With `--haproxy` HAProxy stands in their place, on
+the head alone, since two of them on one machine take each other's ports; it is not killed.
 
 `--overload-s 60` measures ten times the capacity instead, from a client with a process of its own.
 """
@@ -44,6 +45,12 @@ TITLES = {
     "front door": "ServeReplica:cert-ray:front-door",
     "controller": "ServeController",
     "proxy": "ProxyActor",
+}
+# As docs/serving.md, "What Serve costs", sets it for a cluster.
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
 }
 WHOLE_S = 400  # assumed: several times the slowest start of a replica, on a machine that does other things, too
 QUIET_S = 3.0  # of load before and after a fault
@@ -85,8 +92,13 @@ def deploy(config: ServeConfig) -> None:
     from cert_ray.serving.on_ray import application
     from tests.serving.paced import PacedEngines
 
-    serve.start(proxy_location="EveryNode", http_options={"host": HOST, "port": PORT})
+    place = "HeadOnly" if _is_haproxy() else "EveryNode"
+    serve.start(proxy_location=place, http_options={"host": HOST, "port": PORT})
     serve.run(application(config, PacedEngines), name="cert-ray", route_prefix="/", blocking=False)
+
+
+def _is_haproxy() -> bool:
+    return HAPROXY.items() <= os.environ.items()
 
 
 @contextmanager
@@ -274,6 +286,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("chaos-serving"))
     parser.add_argument("--overload-s", type=float, default=None)
+    parser.add_argument("--haproxy", action="store_true", help="HAProxy instead of Serve's own proxies")
     parser.add_argument("--client", type=float, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.client is not None:
@@ -282,6 +295,9 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # 30 by default, which a busy machine's start takes
+    if arguments.haproxy:
+        os.environ |= HAPROXY
+        TITLES["proxy"] = "HAProxyManager"
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="cs") as short, connected(Path(short)) as nodes:
         if arguments.overload_s is not None:
@@ -289,7 +305,7 @@ def main() -> None:
             (arguments.output / "overload.md").write_text(table)
             print(table)
             sys.exit(0 if good else 1)
-        kinds = [kind for kind in KINDS for _ in range(arguments.rounds)]
+        kinds = [kind for kind in KINDS for _ in range(arguments.rounds) if not (arguments.haproxy and kind == "proxy")]
         chance.shuffle(kinds)
         faults = []
         with (arguments.output / "faults.jsonl").open("w") as log:

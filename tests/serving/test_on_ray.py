@@ -426,7 +426,7 @@ def test_a_stream_whose_engine_dies_goes_on_where_it_stopped(second: str, error:
     handle = Handle(died, died_again, [CascadeAnswer((), Route.MODEL)])
 
     async def texts() -> str:
-        stream = HandleBackend(handle, {"cert": None}).stream("cert", ["x"], Sampling(), 60)
+        stream = HandleBackend(handle, {"cert": None}, 8).stream("cert", ["x"], Sampling(), 60)
         return "".join([event.text async for told in stream for _, event in told.events])
 
     if error is None:
@@ -463,8 +463,67 @@ def test_whoever_stops_waiting_cancels_the_engines_work(stream: bool) -> None:
     assert handle.cancelled
 
 
+class Doors:
+    """A deployment handle whose calls wait to be let through, each by its prompt."""
+
+    def __init__(self) -> None:
+        self.answer, self.stream = self, self
+        self.inside: dict[str, asyncio.Event] = {}
+
+    def options(self, **_: object) -> Doors:
+        return self
+
+    def remote(self, _model: str, prompts: list[str], *_: object) -> Handle:
+        let = self.inside[prompts[0]] = asyncio.Event()
+
+        class Waiting(Handle):
+            def __await__(self) -> Generator[Any, None, list[CascadeAnswer]]:
+                yield from let.wait().__await__()
+                return [CascadeAnswer((), Route.MODEL)]
+
+        return Waiting([])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_engines_are_given_as_many_as_they_work_on_and_the_others_in_order(stream: bool) -> None:
+    doors = Doors()
+
+    async def watch() -> list[list[str]]:
+        backend = HandleBackend(doors, {"cert": None}, 2)
+
+        async def one(prompt: str) -> None:
+            if stream:
+                async for _ in backend.stream("cert", [prompt], Sampling(), 60):
+                    pass
+            else:
+                await backend.answer("cert", [prompt], Sampling(), 60)
+
+        tasks = {prompt: asyncio.ensure_future(one(prompt)) for prompt in "abcdef"}
+        seen = []
+        for ends in ("b", "a", None):
+            await _settle()
+            seen.append(list(doors.inside))
+            if ends is not None:
+                doors.inside[ends].set()
+        tasks["e"].cancel()  # while it waits
+        tasks["c"].cancel()  # while it is answered
+        await _settle()
+        seen.append(list(doors.inside))
+        for let in doors.inside.values():
+            let.set()
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
+        return seen
+
+    assert asyncio.run(watch()) == [[*"ab"], [*"abc"], [*"abcd"], [*"abcdf"]]
+
+
+async def _settle() -> None:
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
 async def ask(handle: Handle, stream: bool) -> list[CascadeAnswer]:
-    backend = HandleBackend(handle, {"cert": None})
+    backend = HandleBackend(handle, {"cert": None}, 8)
     if not stream:
         return await backend.answer("cert", ["x"], Sampling(), 60)
     async with aclosing(backend.stream("cert", ["x"], Sampling(), 60)) as told:

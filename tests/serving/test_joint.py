@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -16,6 +17,7 @@ from scipy.stats import chisquare
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM
 
+from cert_ray.serving import packed_attention
 from cert_ray.serving.boundaries import FirstTokens, drop_start
 from cert_ray.serving.constraints import Courses, Template
 from cert_ray.serving.engines import Completion, Work
@@ -110,6 +112,29 @@ def test_samples_that_begin_alike_share_their_forward_passes(engine: Transformer
 
     rows(1)
     assert rows(50) == rows(1) == 20  # one token of the prompt, which is kept, and 19 drawn
+
+
+def test_branches_that_went_apart_attend_by_groups_and_draw_the_same(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"n": 21, "max_tokens": 24, "temperature": 1.2, "seed": 3, "logprobs": 0}
+    together = samples(engine, **options)
+    looks: list[int] = []
+    apart = packed_attention._apart
+
+    def noted(*given: Any) -> Iterator[packed_attention.Look]:
+        found = list(apart(*given))
+        looks.append(len(found))
+        yield from found
+
+    monkeypatch.setattr(packed_attention, "_MANY_SEEN", 1)
+    monkeypatch.setattr(packed_attention, "_TOGETHER", 4)
+    monkeypatch.setattr(packed_attention, "_apart", noted)
+    found = samples(engine, **options)
+    assert max(looks) > 4  # of up to 21 branches
+    assert [one.ids for one in found] == [one.ids for one in together]
+    for one, other in zip(found, together, strict=True):
+        assert one.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-5)
 
 
 def test_the_first_samples_are_those_of_fewer(engine: TransformersEngine) -> None:

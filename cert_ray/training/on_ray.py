@@ -49,8 +49,6 @@ _LASTING = (TrainingDivergedError, ConfigError, InputError, TokenizerMismatchErr
 # What it raises on one of them, while the others wait for it, and would again.
 _LASTING_OF_ONE = (DiskFullError, StorageFullError, TrainingMemoryError)
 
-PICTURE_NAME = "loss.png"
-
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
@@ -289,13 +287,10 @@ def _report(metrics: dict[str, Any], part: Path, name: str) -> None:
 
 
 def _finish(checked: inputs.Checked, returned: dict[str, Any]) -> Manifest:
-    """Write the losses and the picture, and last the manifest."""
+    """Write the losses, and last the manifest."""
     config, steps = checked.config, list(returned["records"])
+    records.write_losses(config, checked.pack, steps)
     view = checked.pack.config.get("view")
-    storage.write_text(storage.join(config.output, records.METRICS_NAME), records.to_json_lines(steps))
-    title = f"{config.base if '/' not in config.base else storage.name_of(config.base)}: {view}"
-    picture = records.draw_losses(steps, title, checked.pack.notes.get("held_out_unigram_entropy_nats"))
-    storage.write_bytes(storage.join(config.output, PICTURE_NAME), picture)
     rows = config.steps * config.rows_per_step
     shard = ShardReport(
         shard="model",

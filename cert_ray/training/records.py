@@ -1,19 +1,25 @@
 """What a run says about itself: one record per step, as a log line, as JSON Lines, and as a picture.
 
-In: numbers of a step, and what trained it. Out: text with fixed order and units; `loss.png`. Losses are means in nats
-per predicted token.
+In: numbers of a step, and what trained it. Out: text with fixed order and units; `loss.jsonl`, `loss.png`. Losses are
+means in nats per predicted token.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from cert_ray import storage
 from cert_ray.config import Config
+from cert_ray.manifests import Manifest
+from cert_ray.training.config import TrainConfig
 
-METRICS_NAME = "loss.jsonl"  # below a run's output
+_log = logging.getLogger(__name__)
+
+METRICS_NAME, PICTURE_NAME = "loss.jsonl", "loss.png"  # below a run's output
 
 
 class StepRecord(Config, allow_inf_nan=True):  # measured, not chosen: in fp16 a step's gradients may overflow
@@ -69,9 +75,24 @@ def steps_by_machines(earlier: Mapping[str, int], now: str, steps: int) -> dict[
     return {machines: count for machines, count in total.items() if count}
 
 
+def write_losses(config: TrainConfig, pack: Manifest, records: Sequence[StepRecord]) -> None:
+    """Write `records` below the output of `config`, as JSON Lines and as a picture.
+
+    No picture is worth a run: where it cannot be drawn or written, a warning says so.
+    """
+    storage.write_text(storage.join(config.output, METRICS_NAME), to_json_lines(records))
+    title = f"{config.base if '/' not in config.base else storage.name_of(config.base)}: {pack.config.get('view')}"
+    picture = storage.join(config.output, PICTURE_NAME)
+    try:
+        drawn = draw_losses(records, title, pack.notes.get("held_out_unigram_entropy_nats"))
+        storage.write_bytes(picture, drawn)
+    except Exception as error:  # noqa: BLE001 - whatever matplotlib or a store raises
+        _log.warning("%s is not written: %s", picture, error)
+
+
 def draw_losses(records: Sequence[StepRecord], title: str, unigram_nats: float | None = None) -> bytes:
     """A PNG of the losses over tokens; `unigram_nats`, the entropy of single tokens, is the mark to beat."""
-    from matplotlib.figure import Figure  # one second to import, needed once per run
+    from matplotlib.figure import Figure  # one second to import
 
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()

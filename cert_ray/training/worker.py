@@ -33,13 +33,13 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.records import (
-    METRICS_NAME,
     StepRecord,
     described,
     from_json_lines,
     progress_line,
     steps_by_machines,
     to_json_lines,
+    write_losses,
 )
 from cert_ray.training.schedule import learning_rate
 from cert_ray.training.scratch import remove_left, scratch_folder
@@ -259,7 +259,7 @@ class _Rank:
 
     def write_losses(self) -> None:
         """Write the records so far to the output, as the finished run does with all."""
-        storage.write_text(storage.join(self._config.output, METRICS_NAME), to_json_lines(self.records))
+        write_losses(self._config, self._packed.manifest, self.records)
 
     def _tell_epochs(self) -> None:
         config, epoch = self._config, self._batches.rows_of_an_epoch

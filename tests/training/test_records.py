@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from cert_ray import manifests
+from cert_ray.config import Config
+from cert_ray.training import records
 from cert_ray.training.records import (
     StepRecord,
     described,
@@ -10,6 +17,7 @@ from cert_ray.training.records import (
     progress_line,
     steps_by_machines,
     to_json_lines,
+    write_losses,
 )
 
 FIRST = StepRecord(step=10, epoch=0, loss=6.5, learning_rate=5e-4, gradient_norm=None, tokens=20_000, tokens_per_s=1.5)
@@ -55,3 +63,24 @@ def test_the_picture_is_a_png_and_the_same_each_time():
     picture = draw_losses([FIRST, SECOND], "tiny: base", unigram_nats=6.0)
     assert picture.startswith(b"\x89PNG")
     assert picture == draw_losses([FIRST, SECOND], "tiny: base", unigram_nats=6.0)
+
+
+def _unwritable(monkeypatch, output):
+    (output / "loss.png").mkdir()
+
+
+def _undrawable(monkeypatch, output):
+    def fails(*_):
+        raise ValueError("no font")
+
+    monkeypatch.setattr(records, "draw_losses", fails)
+
+
+@pytest.mark.parametrize("spoil", [_unwritable, _undrawable])
+def test_a_picture_that_fails_is_told_and_the_losses_stand(make_config, monkeypatch, caplog, spoil):
+    config = make_config()
+    Path(config.output).mkdir()
+    spoil(monkeypatch, Path(config.output))
+    write_losses(config, manifests.summarize("tokens", Config(), "0", []), [FIRST, SECOND])
+    assert from_json_lines((Path(config.output) / "loss.jsonl").read_text(), "loss.jsonl") == [FIRST, SECOND]
+    assert "model/loss.png is not written: " in caplog.text

@@ -240,6 +240,7 @@ def test_checkpoints_lie_wherever_a_url_reaches(make_config, tmp_path):
     assert seen == [3, 4, 5]
     assert [step for step, _ in checkpoints.complete_checkpoints(f"{output}/checkpoints")] == [4, 5]
     assert storage.exists(f"{output}/model.safetensors")
+    assert storage.read_bytes(f"{output}/loss.png").startswith(b"\x89PNG")
     damaged = f"{output}/checkpoints/step-000005/records.jsonl"
     storage.write_bytes(damaged, b"{}")
     with pytest.raises(DamagedCheckpointError, match=r"step-000005/records\.jsonl has 2 bytes"):
@@ -422,15 +423,19 @@ def test_weights_that_a_broken_gradient_spoiled_are_never_a_checkpoint(
 def test_the_losses_so_far_are_written_at_a_checkpoint_and_when_the_run_diverges(make_config, copy_report, monkeypatch):
     monkeypatch.setattr(worker, "learning_rate", lambda step, *_: float("nan") if step == 4 else 1e-3)
     config, lines = make_config(steps=8, checkpoint_every_steps=2, on_spike=None), []
+    losses, picture = Path(config.output) / "loss.jsonl", Path(config.output) / "loss.png"
+    pictures = []
 
     def after(step, rank):
-        losses = Path(config.output) / "loss.jsonl"
         lines.append(len(losses.read_text().splitlines()) if losses.exists() else 0)
+        pictures.append(picture.read_bytes() if picture.exists() else b"")
 
     with pytest.raises(TrainingDivergedError, match="step 6: "):
         _run(config, copy_report, after)
     assert lines == [0, 2, 2, 4, 4]
-    assert len((Path(config.output) / "loss.jsonl").read_text().splitlines()) == 5  # written again at the end
+    assert len(losses.read_text().splitlines()) == 5  # written again at the end
+    assert [drawn[1:4] for drawn in pictures] == [b"", b"PNG", b"PNG", b"PNG", b"PNG"]
+    assert pictures[1] == pictures[2] != pictures[3] == pictures[4] != picture.read_bytes()
 
 
 def test_a_step_of_more_rows_than_there_are_is_told(make_config, copy_report, caplog):

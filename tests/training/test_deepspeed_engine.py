@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 
@@ -64,3 +65,22 @@ def test_the_norm_tells_of_one_gradient_that_is_not_finite(make_config, zero_sta
     loss, _, norm = engine.train_step([batch], 1e-2)
     assert math.isfinite(loss)
     assert not math.isfinite(norm)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_gradients_are_clipped_to_the_recipes_norm_and_the_norm_before_is_told(make_config, zero_stage):
+    """Adam's first moment, from zero, is a tenth of the first gradient: weights hardly tell, they move by its sign."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(preset_config("tiny", 50, 16, 0, 1))
+    ids = torch.randint(0, 50, (4, 17))
+    batch = (ids, torch.ones_like(ids, dtype=torch.bool))
+    told, learned_from = [], []
+    for most in (None, 0.25):
+        engine = Engine(copy.deepcopy(model), make_config(zero_stage=zero_stage, max_gradient_norm=most))
+        told.append(engine.train_step([batch], 1e-3)[2])
+        optimizer = engine._engine.optimizer
+        moments = [state["exp_avg"] for state in getattr(optimizer, "optimizer", optimizer).state.values()]
+        learned_from.append(10 * math.sqrt(sum(float(moment.square().sum()) for moment in moments)))
+    assert told[1] == pytest.approx(told[0], rel=1e-5)
+    assert told[0] > 1
+    assert learned_from == pytest.approx([told[0], 0.25], rel=1e-4)

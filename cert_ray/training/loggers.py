@@ -8,21 +8,28 @@ In: a `TrainConfig` and `StepRecord`s, on worker 0. Out: events in the tools' ow
 
 A run that goes on from a checkpoint goes on in the same place: TensorBoard drops what came after the checkpoint; the
 other two find their run by its digest, and are not told again what they know: the same steps have the same losses.
-Weights & Biases offline knows of no earlier run, and keeps one a start. Equal options are one run there, whatever their
-output. `loss.jsonl` and `loss.png` are written whatever is named here.
+Weights & Biases offline knows of no earlier run, and keeps a file a start, all of one run's id. Equal options are one
+run there, whatever their output. `loss.jsonl` and `loss.png` are written whatever is named here.
+
+No logger is worth a run: one that cannot begin ends a run at its first step alone; later, what it raises is a warning,
+and it is told no more until the run starts again.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Self
 
 from cert_ray import storage
 from cert_ray.errors import ConfigError
 from cert_ray.training.config import LoggerName, TrainConfig
 from cert_ray.training.records import StepRecord
+
+_log = logging.getLogger(__name__)
 
 Tell = Callable[[StepRecord], None]
 
@@ -51,17 +58,71 @@ def step_loggers(config: TrainConfig, run_digest: str, first_step: int) -> Itera
     """Tell each record of the block to every logger of `config`; `first_step` is the number of the first record.
 
     Raises:
-        ConfigError: when a logger's package is missing, or cannot write where the run writes.
+        ConfigError: when a logger's package is missing, or cannot write where the run writes, or `first_step` is 1 and
+            a logger cannot begin.
     """
     check_installed(config.loggers)
     with ExitStack() as stack:
-        tells = [stack.enter_context(_OPEN[name](config, run_digest, first_step)) for name in config.loggers]
+        tells = [
+            stack.enter_context(_Expendable(name, _OPEN[name](config, run_digest, first_step), first_step > 1))
+            for name in config.loggers
+        ]
 
         def tell(record: StepRecord) -> None:
             for one in tells:
                 one(record)
 
         yield tell
+
+
+class _Expendable:
+    """A logger that ends no run that is under way: what it raises is told once, and it is let go."""
+
+    def __init__(self, name: LoggerName, opens: AbstractContextManager[Tell], under_way: bool) -> None:
+        self._name, self._opens, self._under_way = name, opens, under_way
+        self._tell: Tell | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._tell = self._opens.__enter__()
+        except ConfigError:
+            raise
+        except Exception as error:  # the tool's own, or its server's
+            if not self._under_way:
+                raise ConfigError(
+                    f"loggers: {self._name} cannot begin: {_said(error)}. Set it up, or take it out of the recipe."
+                ) from error
+            self._let_go(error)
+        return self
+
+    def __call__(self, record: StepRecord) -> None:
+        if self._tell is None:
+            return
+        try:
+            self._tell(record)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._let_go(error)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._opens.__exit__(kind, raised, trace)
+        except Exception as error:  # noqa: BLE001 - as above
+            if self._tell is not None:
+                self._let_go(error)
+
+    def _let_go(self, error: Exception) -> None:
+        self._tell = None
+        _log.warning(
+            "loggers: %s fails, and is told no more until the run starts again: %s. loss.jsonl has every step",
+            self._name,
+            _said(error),
+        )
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def scalars(record: StepRecord) -> dict[str, float]:

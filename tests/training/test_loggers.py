@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,19 @@ def tell(config: Any, steps: range, digest: str = "abc") -> None:
 
 
 def test_tensorboard_has_every_step_once_after_a_resume(make_config: Any) -> None:
-    from tensorboardX.proto.event_pb2 import Event
-
     config = make_config(loggers=["tensorboard"])
     tell(config, range(1, 5))
     tell(config, range(3, 6))  # from a checkpoint at step 2
+    seen = _events(config)
+    assert seen["loss_nats_per_token"] == {step: 5.0 - step for step in range(1, 6)}
+    assert seen["held_out_loss_nats_per_token"] == {5: 2.0}
+    assert set(seen) >= {"learning_rate", "tokens", "tokens_per_second", "gradient_norm"}
+
+
+def _events(config: Any) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows: values by name and step."""
+    from tensorboardX.proto.event_pb2 import Event
+
     seen: dict[str, dict[int, float]] = {}
     for file in sorted((Path(config.output) / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         for raw in _records(file.read_bytes()):
@@ -44,9 +53,7 @@ def test_tensorboard_has_every_step_once_after_a_resume(make_config: Any) -> Non
             for value in event.summary.value:
                 assert event.step not in seen.setdefault(value.tag, {})
                 seen[value.tag][event.step] = value.simple_value
-    assert seen["loss_nats_per_token"] == {step: 5.0 - step for step in range(1, 6)}
-    assert seen["held_out_loss_nats_per_token"] == {5: 2.0}
-    assert set(seen) >= {"learning_rate", "tokens", "tokens_per_second", "gradient_norm"}
+    return seen
 
 
 def _records(data: bytes) -> list[bytes]:
@@ -119,3 +126,110 @@ def test_loggers_do_not_make_another_run(make_config: Any) -> None:
 def test_scalars_leave_out_what_was_not_measured() -> None:
     assert "held_out_loss_nats_per_token" not in loggers.scalars(record(1))
     assert loggers.scalars(record(1))["loss_nats_per_token"] == 4.0
+
+
+class _Fails:
+    """A logger whose server is gone at `when`: as it opens, is told step 2 for the first time, or closes."""
+
+    def __init__(self, when: str) -> None:
+        self.when, self.told = when, list[int]()
+
+    @contextmanager
+    def __call__(self, config: Any, run_digest: str, first_step: int) -> Iterator[loggers.Tell]:
+        self._gone_at("opens")
+
+        def tell(record: StepRecord) -> None:
+            self.told.append(record.step)
+            if record.step >= 2:
+                self._gone_at("is told")
+
+        yield tell
+        self._gone_at("closes")
+
+    def _gone_at(self, when: str) -> None:
+        if when == self.when:
+            raise ConnectionError("the server\nis gone")
+
+
+@pytest.mark.parametrize(("when", "told"), [("opens", []), ("is told", [2]), ("closes", [2, 3, 4])])
+def test_a_logger_that_fails_under_way_is_told_of_once_and_let_go(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, when: str, told: list[int]
+) -> None:
+    failing, whole = _Fails(when), _Fails("never")
+    monkeypatch.setattr(loggers, "_OPEN", {"mlflow": failing, "tensorboard": whole})
+    tell(make_config(loggers=["mlflow", "tensorboard"]), range(2, 5))
+    assert (failing.told, whole.told) == (told, [2, 3, 4])
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("loggers: mlflow fails")
+    assert "ConnectionError: the server is gone" in warning
+
+
+def test_a_logger_that_cannot_begin_ends_a_run_before_its_first_step(
+    make_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loggers, "_OPEN", {"wandb": _Fails("opens")})
+    with pytest.raises(
+        ConfigError, match=r"wandb cannot begin: ConnectionError: the server is gone\. .*out of the recipe"
+    ):
+        tell(make_config(loggers=["wandb"]), range(1, 3))
+
+
+class _CutError(Exception):
+    pass
+
+
+TRAINS = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("process_group"),
+    # DeepSpeed 0.19 calls collectives that torch 2.13 renamed; MLflow's own use of SQLAlchemy 2.1.
+    pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),
+]
+
+
+class TestTraining:
+    """Real runs, of five steps."""
+
+    pytestmark = TRAINS
+
+    def test_a_run_cut_short_is_told_to_every_logger_that_is_installed(
+        self, make_config: Any, copy_report: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from cert_ray.training import worker
+
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        packages = loggers._PACKAGES.items()
+        installed = [name for name, package in packages if importlib.util.find_spec(package) is not None]
+        config = make_config(loggers=installed, steps=5, checkpoint_every_steps=2)
+
+        def cut(step: int, rank: int) -> None:
+            if step == 3:
+                raise _CutError
+
+        with pytest.raises(_CutError):
+            worker.run(config, "abc", 0, 1, copy_report(config.output), cut)
+        records = worker.run(config, "abc", 0, 1, copy_report(config.output)).records
+        losses = {record.step: record.loss for record in records}
+        assert list(losses) == [1, 2, 3, 4, 5]
+        assert _events(config)["loss_nats_per_token"] == pytest.approx(losses)
+        if "mlflow" in installed:
+            import mlflow
+
+            (run,) = mlflow.search_runs(experiment_names=["cert-ray"], output_format="list")
+            history = mlflow.MlflowClient().get_metric_history(run.info.run_id, "loss_nats_per_token")
+            assert {entry.step: entry.value for entry in history} == losses
+            assert run.info.status == "FINISHED"
+        if "wandb" in installed:
+            assert len(list((Path(config.output) / "wandb").rglob("run-abc.wandb"))) == 2  # offline: one a start
+
+    def test_a_logger_that_fails_ends_no_run(
+        self, make_config: Any, copy_report: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        from cert_ray.training import worker
+
+        monkeypatch.setitem(loggers._OPEN, "tensorboard", _Fails("is told"))
+        config = make_config(loggers=["tensorboard"], steps=5)
+        assert len(worker.run(config, "abc", 0, 1, copy_report(config.output)).records) == 5
+        assert caplog.text.count("tensorboard fails") == 1
+        assert (Path(config.output) / "model.safetensors").exists()

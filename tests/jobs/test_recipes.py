@@ -12,6 +12,7 @@ from cert_ray import cli
 from cert_ray.operations.claim import check_claim, models_to_train, seeded
 from cert_ray.operations.recipe import load_recipe
 from cert_ray.training.presets import PRESETS
+from cert_ray.training.sampling import micro_batches
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 RECIPES = sorted(path.name for path in JOBS.glob("*.yaml"))
@@ -41,6 +42,19 @@ def test_papers_four_models_at_papers_size(name: str) -> None:
     trained = [recipe.train_config(one) for one in ("xl", "sketcher", "generator")]
     assert len({one.steps * one.rows_per_step for one in trained}) == 1
     assert {one.base for one in trained} == {base.output}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_trains_on_several_gpus_goes_on_with_half_of_them(name: str) -> None:
+    """With half of them, too, every row counts that is computed; and spot nodes go more often than twice."""
+    recipe = load_recipe(str(JOBS / name))
+    for train in [recipe.train_config(model) for model in recipe.models]:
+        if train.use_gpu and train.workers > 1:
+            assert train.min_workers == train.workers // 2
+            passes = micro_batches(train.rows_per_step, train.micro_batch, train.min_workers)
+            assert passes * train.micro_batch * train.min_workers == train.rows_per_step
+            assert train.max_failures >= 20
+            assert train.checkpoint_every_steps is not None
 
 
 def test_certg_reads_every_file_and_takes_over_the_bases_tokenizer() -> None:

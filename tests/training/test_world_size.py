@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+
+import psutil
 import pytest
 
 from cert_ray.training import worker
@@ -50,3 +53,11 @@ def test_one_worker_goes_on_for_two_and_two_for_one_at_every_stage(make_config, 
         assert went_on == pytest.approx(undisturbed, abs=2e-5)
     for shared, two in folders:
         assert _alone(make_config(**shared, **ROWS, output=two), copy_report) == pytest.approx(undisturbed, abs=2e-5)
+
+
+def test_ranks_that_are_not_done_in_time_are_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(two_ranks, "PATIENCE_S", 0)
+    with pytest.raises(subprocess.TimeoutExpired):
+        two_ranks.start([], tmp_path)
+    left = [child for child in psutil.Process().children() if str(tmp_path / "store") in child.cmdline()]
+    assert left == []

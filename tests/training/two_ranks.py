@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+PATIENCE_S = 240
+
 
 class _CutError(Exception):
     pass
@@ -33,7 +35,12 @@ def start(jobs: list[tuple[dict[str, Any], int | None]], folder: Path) -> list[l
         )
         for rank in range(2)
     ]
-    written = [rank.communicate(timeout=240) for rank in ranks]
+    try:
+        written = [rank.communicate(timeout=PATIENCE_S) for rank in ranks]
+    finally:  # one that waits for another in vain goes on for minutes
+        for rank in ranks:
+            rank.kill()
+            rank.communicate()
     assert [rank.returncode for rank in ranks] == [0, 0], written[0][1][-3000:] + written[1][1][-3000:]
     losses: list[list[float] | None] = json.loads(written[0][0].splitlines()[-1])
     return losses

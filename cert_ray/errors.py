@@ -11,7 +11,7 @@
     |-- ShardCorruptError       a shard that disagrees with its manifest
     |-- SupersededError         a task of a run whose folder another run has taken over
     |-- StorageFullError        a disk with too little room for what is to be written
-    |-- DiskFullError           a disk that filled up while a checkpoint or a model was written
+    |-- DiskFullError           a disk that filled up while a checkpoint or a model was written, or copied to be read
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
     |-- CheckpointError         a checkpoint that belongs to another run
@@ -124,7 +124,7 @@ class StorageFullError(CertRayError):
 
 
 class DiskFullError(CertRayError):
-    """A disk filled up while a checkpoint or a model was written: says what each disk has left."""
+    """A disk filled up while a checkpoint or a model was written, or copied to be read: says what is left where."""
 
 
 class ConservationError(CertRayError):

@@ -78,8 +78,10 @@ def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage
 
 
 @contextmanager
-def full_disk_told(what: str, output: str, cure: str) -> Iterator[None]:
-    """The block writes `what`: below TMPDIR, then below `output`. It reads nothing that torch saved.
+def full_disk_told(what: str, output: str | None, cure: str) -> Iterator[None]:
+    """The block writes `what`: below TMPDIR, then, unless that is None, below `output`.
+
+    What torch saved it reads only where that was verified: of a damaged file torch says the same as of a full disk.
 
     Raises:
         DiskFullError: saying how much room is where, and `cure`, when a disk is full.
@@ -90,13 +92,11 @@ def full_disk_told(what: str, output: str, cure: str) -> Iterator[None]:
         if not _is_of_a_full_disk(error):
             raise
         places = {"TMPDIR": Path(tempfile.gettempdir())}
-        if storage.is_local(output):
+        if output is not None and storage.is_local(output):
             places["the output"] = storage.local_path(output)
         free = [f"{path} ({what}) has {_free_bytes(path) / 1e6:,.0f} MB" for what, path in places.items()]
-        raise DiskFullError(
-            f"{what} cannot be written, a disk is full: {'; '.join(free)} left. It is put together below TMPDIR, then "
-            f"copied below the output. {cure}"
-        ) from error
+        way = "" if output is None else "It is put together below TMPDIR, then copied below the output. "
+        raise DiskFullError(f"{what} cannot be written, a disk is full: {'; '.join(free)} left. {way}{cure}") from error
 
 
 def _is_of_a_full_disk(error: Exception) -> bool:

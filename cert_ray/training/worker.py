@@ -53,6 +53,7 @@ _MACHINES = "machines.json"  # how many of the steps so far which machines did
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
 )
+_NO_ROOM_FOR_COPY = "Free some, or set TMPDIR, and run the same again."
 _T = TypeVar("_T")
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
@@ -90,7 +91,7 @@ def run(
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
         TrainingMemoryError: on the rank whose memory does not suffice.
         CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
-        DiskFullError, StorageFullError: on one rank, when its disk, or that of the output, is full.
+        DiskFullError, StorageFullError: on one rank at least, when its disk, or that of the output, is full.
     """
     torch.set_num_threads(config.cpus_per_worker)
     remove_left()
@@ -120,8 +121,8 @@ def _run(
     count: Tell | None,
     copies: Path,
 ) -> Outcome:
-    packed = _everywhere(lambda: PackedTokens.open(config.tokens, verify=False))  # the caller did, once
-    loaded = _everywhere(lambda: models.load(config, packed, copies))
+    packed = _everywhere(lambda: _open(config))
+    loaded = _everywhere(lambda: _load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
@@ -154,6 +155,16 @@ def _run(
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
     return Outcome(tuple(trainer.records), parameters, trainer.machines, files)
+
+
+def _open(config: TrainConfig) -> PackedTokens:
+    with checkpoints.full_disk_told(f"a copy of {config.tokens}", None, _NO_ROOM_FOR_COPY):
+        return PackedTokens.open(config.tokens, verify=False)  # the caller did, once
+
+
+def _load(config: TrainConfig, packed: PackedTokens, copies: Path) -> models.Loaded:
+    with checkpoints.full_disk_told(f"a copy of {config.base} or its tokenizer", None, _NO_ROOM_FOR_COPY):
+        return models.load(config, packed, copies)
 
 
 def _everywhere(work: Callable[[], _T]) -> _T:
@@ -421,7 +432,8 @@ class _Rank:
         part = checkpoints.verify(url, self._run_digest, only_rank=0)
         checkpoints.verify(url, only_rank=self._rank if part.world_size == self._world_size else None)
         with scratch_folder("resume") as temporary:
-            folder = export.local_copy(url, temporary / "checkpoint")
+            with checkpoints.full_disk_told(f"a copy of {url}", None, _NO_ROOM_FOR_COPY):
+                folder = export.local_copy(url, temporary / "checkpoint")
             if part.world_size == self._world_size or config.zero_stage == 0:
                 self._engine = Engine(self._loaded.model, config)
                 self._engine.load(folder / export.ENGINE_FOLDER)
@@ -448,14 +460,19 @@ class _Rank:
         places = _gathered((socket.gethostname(), str(converted)))
         shared = Path(next(path for host, path in places if host == socket.gethostname()))
         if shared == converted:
-            universal_state(engine_folder, converted)
+            self._convert(engine_folder, converted)
         torch.distributed.barrier()
         if not shared.exists():  # two machines of one name
             shared = converted
-            universal_state(engine_folder, converted)
+            self._convert(engine_folder, converted)
         self._engine = Engine(self._loaded.model, self._config, universal=True)
         self._engine.load(shared)
         torch.distributed.barrier()  # it lies in the folder of the first of them
+
+    def _convert(self, engine_folder: Path, converted: Path) -> None:
+        what = f"the checkpoint of another number of workers than {self._world_size}, converted,"
+        with checkpoints.full_disk_told(what, None, _NO_ROOM_FOR_COPY):
+            universal_state(engine_folder, converted)
 
 
 class _Lines:

@@ -388,6 +388,34 @@ def test_a_full_disk_is_told_by_name_and_the_run_goes_on_once_there_is_room(make
     assert seen == [3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("remote", ["tokens", "tokenizer", "output"])
+def test_a_disk_that_fills_under_a_copy_of_what_is_remote_is_told_as_one(make_config, tmp_path, monkeypatch, remote):
+    """The last one stands for its checkpoint."""
+    url = f"memory://full/{tmp_path.name}"
+
+    def upload(folder, target):
+        for file in (path for path in Path(folder).rglob("*") if path.is_file()):
+            storage.write_bytes(f"{target}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+    def full(url, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = make_config(steps=2, warmup_steps=1)
+    if remote == "output":
+        config = config.model_copy(update={"output": url})
+        worker.run(config, "digest", 0, 1, lambda metrics, part, name: upload(part, f"{url}/checkpoints/{name}"))
+        copied = f"{url}/checkpoints/step-000002"
+    else:
+        copied = url if remote == "tokens" else "tiny or its tokenizer"
+        upload(getattr(config, remote), url)
+        config = config.model_copy(update={remote: url})
+    monkeypatch.setattr(storage, "copy_folder_to_local", full)
+    with pytest.raises(
+        DiskFullError, match=rf"a copy of {copied} cannot be .* has [\d,]+ MB left\. Free some, or set TMP"
+    ):
+        worker.run(config, "digest", 0, 1, lambda *_: None)
+
+
 def test_an_error_of_ours_on_one_rank_is_raised_on_all(monkeypatch):
     def gather(found, mine):
         found[:] = [mine, ConfigError("base: only the second machine lacks it")]

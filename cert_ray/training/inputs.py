@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import xxhash
 
 from cert_ray import manifests, storage
-from cert_ray.errors import CertRayError, ConfigError
+from cert_ray.errors import CertRayError, ConfigError, InputError
 from cert_ray.manifests import Manifest
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training.config import TrainConfig
@@ -45,13 +45,28 @@ def check(config: TrainConfig) -> Checked:
     check_installed(config.loggers)
     config = _with_absolute_paths(config)
     pack = PackedTokens.open(config.tokens).manifest
-    digest = xxhash.xxh3_128(pack.model_dump_json().encode())
+    digest = xxhash.xxh3_128(_pack_bytes(pack))
     digest.update(_describe(config.base).encode(errors="surrogateescape"))  # names of files need not be text
     if config.tokenizer is not None:
         digest.update(_tokenizer_bytes(config.tokenizer))
     inputs_digest = digest.hexdigest()
     run_digest = xxhash.xxh3_128_hexdigest(f"{inputs_digest} {config.result_digest()}".encode())
     return Checked(config, inputs_digest, run_digest, pack, origin_of(config.base))
+
+
+def pack_digest(pack: Manifest) -> str:
+    """Digest of a pack by its manifest, which lists every file's checksum."""
+    return str(xxhash.xxh3_128_hexdigest(_pack_bytes(pack)))
+
+
+def check_same_pack(config: TrainConfig, pack: Manifest, digest: str) -> None:
+    """Raise `InputError` when `pack`, found at `config.tokens`, is not the one of `digest`."""
+    if pack_digest(pack) != digest:
+        raise InputError(
+            config.tokens,
+            "no longer the pack that this run began with",
+            "Pack it again as it was and run the same again, which goes on; or train on this one into another output.",
+        )
 
 
 def waits_for(config: TrainConfig, cluster: Mapping[str, float]) -> str | None:
@@ -135,6 +150,10 @@ def _describe(base: str) -> str:
         notes = {name: note for name, note in manifest.notes.items() if name not in _NOT_OF_THE_WEIGHTS}
         return manifest.model_copy(update={"notes": notes}).model_dump_json()
     return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(base))
+
+
+def _pack_bytes(pack: Manifest) -> bytes:
+    return pack.model_dump_json().encode()
 
 
 def _tokenizer_bytes(folder: str) -> bytes:

@@ -120,6 +120,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         train_loop_config={
             "config": config.model_dump(),
             "run_digest": checked.run_digest,
+            "pack_digest": inputs.pack_digest(checked.pack),
             "after_step": after_step,
             "log": logs.inherited(),
             "verdict": verdict,
@@ -238,6 +239,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 report=_report,
                 after_step=options["after_step"],
                 count=_counter(config),
+                pack_digest=options["pack_digest"],
             )
     except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}

@@ -27,7 +27,7 @@ from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingMemoryE
 from cert_ray.manifests import WrittenFile
 from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
-from cert_ray.training import checkpoints, cpu_speed, export, memory, models
+from cert_ray.training import checkpoints, cpu_speed, export, inputs, memory, models
 from cert_ray.training.batches import Batch, Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
@@ -79,11 +79,13 @@ def run(
     report: Report,
     after_step: AfterStep | None = None,
     count: Tell | None = None,
+    pack_digest: str | None = None,
 ) -> Outcome:
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
     Args:
         count: is told every record on rank 0, beside the loggers of `config`.
+        pack_digest: of the pack that the run began with, which may have been replaced since; None: as it is now.
 
     Raises:
         ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
@@ -98,7 +100,7 @@ def run(
     if rank == 0 and config.precision == "bf16" and not config.use_gpu:
         _warn_of_slow_bf16()
     with scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
-        return _run(config, run_digest, rank, world_size, report, after_step, count, copies)
+        return _run(config, run_digest, rank, world_size, report, after_step, count, pack_digest, copies)
 
 
 def _warn_of_slow_bf16() -> None:
@@ -119,9 +121,10 @@ def _run(
     report: Report,
     after_step: AfterStep | None,
     count: Tell | None,
+    pack_digest: str | None,
     copies: Path,
 ) -> Outcome:
-    packed = _everywhere(lambda: _open(config))
+    packed = _everywhere(lambda: _open(config, pack_digest))
     loaded = _everywhere(lambda: _load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
@@ -157,9 +160,12 @@ def _run(
     return Outcome(tuple(trainer.records), parameters, trainer.machines, files)
 
 
-def _open(config: TrainConfig) -> PackedTokens:
+def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
     with checkpoints.full_disk_told(f"a copy of {config.tokens}", None, _NO_ROOM_FOR_COPY):
-        return PackedTokens.open(config.tokens, verify=False)  # the caller did, once
+        packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
+    if pack_digest is not None:
+        inputs.check_same_pack(config, packed.manifest, pack_digest)
+    return packed
 
 
 def _load(config: TrainConfig, packed: PackedTokens, copies: Path) -> models.Loaded:

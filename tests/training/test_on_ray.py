@@ -111,8 +111,8 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
     context = SimpleNamespace(get_world_rank=int, get_world_size=lambda: world_size)
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
-    options = {"config": make_config().model_dump(), "run_digest": "", "after_step": None, "log": logs.inherited()}
-    return options | {"verdict": _Verdict() if world_size > 1 else None}
+    options = {"config": make_config().model_dump(), "run_digest": "", "pack_digest": "", "after_step": None}
+    return options | {"log": logs.inherited(), "verdict": _Verdict() if world_size > 1 else None}
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -26,7 +26,7 @@ from cert_ray.errors import (
     TrainingMemoryError,
 )
 from cert_ray.tokens.vocabulary import load_tokenizer
-from cert_ray.training import batches, checkpoints, worker
+from cert_ray.training import batches, checkpoints, inputs, worker
 from cert_ray.training.presets import preset_config
 from tests.training.conftest import CONTEXT_TOKENS, WORDS, write_pack, write_tokenizer
 
@@ -505,6 +505,35 @@ def test_activation_checkpointing_gives_the_same_losses(make_config, copy_report
     plain = _run(make_config(**options, output=str(tmp_path / "plain")), copy_report)
     again = make_config(**options, activation_checkpointing=True, output=str(tmp_path / "again"))
     assert _losses(_run(again, copy_report)) == _losses(plain)
+
+
+def test_a_pack_made_anew_half_way_is_never_mixed_with_the_one_before(
+    make_config, copy_report, tokenizer_folder, tmp_path
+):
+    """Neither by workers that start again within a run, nor by the same command again. As it was, it goes on."""
+    tokenizer, folder = load_tokenizer(str(tokenizer_folder)), tmp_path / "pack"
+    write_pack(folder, tokenizer)
+    config = make_config(tokens=str(folder), steps=4, checkpoint_every_steps=2)
+    began = inputs.check(config)
+
+    def start(checked, after_step=None):
+        digest = inputs.pack_digest(began.pack)
+        return worker.run(config, checked.run_digest, 0, 1, copy_report(config.output), after_step, pack_digest=digest)
+
+    def kill(step: int, rank: int) -> None:
+        if step == 3:
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        start(began, kill)
+    write_pack(folder, tokenizer, seed=4)
+    with pytest.raises(InputError, match="no longer the pack that this run began with"):
+        start(began)
+    again = inputs.check(config)
+    with pytest.raises(CheckpointError, match="other options or inputs"):
+        checkpoints.newest_whole(checkpoints.folder_of(config.output), again.run_digest)
+    write_pack(folder, tokenizer)
+    assert [record.step for record in start(inputs.check(config)).records] == [1, 2, 3, 4]
 
 
 def test_another_runs_checkpoint_is_refused(make_config, copy_report):

@@ -30,7 +30,7 @@ from cert_ray.errors import (
 )
 from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
-from cert_ray.training import checkpoints, on_ray, worker
+from cert_ray.training import checkpoints, inputs, on_ray, worker
 from cert_ray.training.on_ray import TrainResult, _interrupts_as_before, train
 
 pytestmark = [
@@ -206,6 +206,33 @@ def test_one_worker_goes_on_from_what_two_wrote(undisturbed, make_config, tmp_pa
     assert _losses(result)[:9] == _losses(undisturbed)[:9]
     assert _losses(result) == pytest.approx(_losses(undisturbed), abs=2e-5)
     assert result.held_out_loss == pytest.approx(undisturbed.held_out_loss, abs=2e-5)
+
+
+class _CutError(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning")
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_two_workers_go_on_from_what_one_wrote_and_one_from_theirs(
+    undisturbed, make_config, process_group, copy_report, tmp_path, zero_stage
+):
+    """The one runs in this process. ZeRO 2 is what `undisturbed` has."""
+    options = OPTIONS | {"zero_stage": zero_stage, "output": str(tmp_path / "model")}
+    alone = make_config(**options | {"workers": 1, "gradient_accumulation": 2})
+    digest, report = inputs.check(alone).run_digest, copy_report(alone.output)
+
+    def cut(step: int, rank: int) -> None:
+        if step == 4:
+            raise _CutError
+
+    with pytest.raises(_CutError):
+        worker.run(alone, digest, 0, 1, report, cut)
+    assert _losses(train(make_config(**options))) == pytest.approx(_losses(undisturbed), abs=2e-5)
+    shutil.rmtree(Path(checkpoints.folder_of(alone.output)) / "step-000010")
+    went_on = [record.loss for record in worker.run(alone, digest, 0, 1, report).records]
+    assert went_on == pytest.approx(_losses(undisturbed), abs=2e-5)
 
 
 def test_a_finished_output_is_reused_or_refused_but_never_replaced(undisturbed, make_config):

@@ -37,8 +37,7 @@ from cert_ray.operations.model_cards import write_card
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.reproduce import PART_FILE, claim_folder, is_finished
 from cert_ray.training import records
-from cert_ray.training.inputs import origin_of
-from cert_ray.training.model_card import Score
+from cert_ray.training.model_card import Score, base_facts
 
 POOLED = "pooled"
 _PAIRS = (("base", "xl"), ("base", "cert"), ("xl", "cert"))
@@ -158,16 +157,10 @@ def _comparisons(table: Table, mode: Mode, benchmarks: list[str]) -> list[dict[s
 
 
 def _base(recipe: Recipe) -> dict[str, Any]:
-    """What the models started from, and what its manifest says of it: a dequantised base must say so."""
+    """What the models started from, named as on their cards; a dequantised base must say so."""
     start = recipe.models["xl"].start
-    folder = start if start not in recipe.models else RunFolders(recipe.run).model(start)
-    notes: Mapping[str, Any] = {}
-    if storage.is_folder(folder) and manifests.is_finished(folder):
-        notes = manifests.read_manifest(folder, "model", "train").notes
-    return {
-        "name": notes.get("base", storage.name_of(start)),
-        "dequantised_from": origin_of(folder).get("dequantised_from"),
-    }
+    known = base_facts(start if start not in recipe.models else RunFolders(recipe.run).model(start))
+    return {"name": known["base"], "dequantised_from": known.get("dequantised_from")}
 
 
 def _dataset(recipe: Recipe) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the returned files: it may be written anew when more is known. The manifest is n
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
 from cert_ray.manifests import WrittenFile
+from cert_ray.tokens.encoding import MODEL_VIEW
 from cert_ray.tokens.vocabulary import load_tokenizer, vocabulary_size
 from cert_ray.training import checkpoints, model_card
 from cert_ray.training.deepspeed_engine import fp32_weights
@@ -24,6 +26,7 @@ from cert_ray.training.scratch import scratch_folder
 
 ENGINE_FOLDER, MODEL_FOLDER, TOKENIZER_FOLDER = "engine", "model", "tokenizer"
 RECORDS_NAME = "records.jsonl"
+FACTS_NAME = "facts.json"  # `model_card.run_facts`
 _NO_ROOM: Final = "Free some, or set TMPDIR, and run the same again: the checkpoint stays."
 
 
@@ -56,17 +59,21 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
 
 def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.ModelFacts:
     """What a checkpoint knows of itself; `operations.model_cards` knows the run around it."""
-    told = checkpoint / RECORDS_NAME
+    told, noted = checkpoint / RECORDS_NAME, checkpoint / FACTS_NAME
     steps = from_json_lines(told.read_text(), str(told)) if told.is_file() else []
-    return model_card.ModelFacts(
-        name=storage.name_of(output),
-        architecture=type(model).__name__,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        vocab_size=vocabulary_size(load_tokenizer(str(checkpoint / TOKENIZER_FOLDER))),  # the table's rows are padded
-        steps=step,
-        tokens=steps[-1].tokens if steps else None,
-        losses=model_card.losses_of(steps),
-    )
+    facts: dict[str, Any] = json.loads(noted.read_text()) if noted.is_file() else {}  # earlier versions did not
+    if not facts:
+        tokens = vocabulary_size(load_tokenizer(str(checkpoint / TOKENIZER_FOLDER)))  # the table's rows are padded
+        facts = {"vocab_size": tokens, "view": getattr(model.config, MODEL_VIEW, None)}
+    facts |= {
+        "name": storage.name_of(output),
+        "architecture": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": step,
+        "tokens": steps[-1].tokens if steps else None,
+        "losses": model_card.losses_of(steps),
+    }
+    return model_card.ModelFacts.from_mapping(facts, str(noted))
 
 
 def local_copy(checkpoint: str, target: Path) -> Path:

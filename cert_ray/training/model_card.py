@@ -1,8 +1,8 @@
 """README.md of an exported model, as the Hugging Face hub reads it: YAML about the model, then a page for people.
 
-In: `ModelFacts`, gathered by whoever exports. Out: text. What is not known is left out; equal facts give equal text, so
-no clock, host or path stands in it. The metadata follows the hub's model card specification (`base_model`,
-`model-index`).
+In: `ModelFacts`, gathered by whoever exports; those that a run knows from its first step on are `run_facts`. Out: text.
+What is not known is left out; equal facts give equal text, so no clock, host or path stands in it. The metadata follows
+the hub's model card specification (`base_model`, `model-index`).
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ import jinja2
 import pydantic
 import yaml
 
+from cert_ray import manifests, storage
 from cert_ray.config import Config
+from cert_ray.manifests import Manifest
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.inputs import STAGE, VERB, origin_of
+from cert_ray.training.presets import PRESETS
 from cert_ray.training.records import StepRecord
 
 CARD_NAME = "README.md"
+# Where things lie, and how a run is operated: no part of what the weights depend on.
+_LEFT_OUT = {"base", "tokenizer", "tokens", "output", "loggers", "log_every_steps", "max_failures", "keep_checkpoints"}
 _WAYS = {
     "base": "trained on whole files",
     "xl": "continually pre-trained on files that use the libraries, without sketches: the control",
@@ -49,7 +56,7 @@ class ModelFacts(Config, allow_inf_nan=True):  # measured
     base_is_hub_id: bool = False
     dequantised_from: str | None = None  # of the base
     licence: str | None = None  # of the base, an SPDX id
-    architecture: str
+    architecture: str | None = None
     parameters: int | None = None
     context_tokens: int | None = None
     vocab_size: int | None = None
@@ -65,6 +72,37 @@ class ModelFacts(Config, allow_inf_nan=True):  # measured
     losses: tuple[tuple[int, float, float | None], ...] = ()  # (tokens, training, held out), some steps
     unigram_nats: float | None = None
     scores: tuple[Score, ...] = ()
+
+
+def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
+    """What is known of a run before its first step. Its paths are absolute, as `inputs.check` makes them."""
+    return ModelFacts(
+        name=storage.name_of(config.output),
+        **base_facts(config.base),
+        context_tokens=pack.config["context_tokens"],
+        vocab_size=pack.notes["vocab_size"],
+        view=pack.config.get("view"),
+        libraries=pack.config.get("libraries") or (),
+        documents=pack.counts.get("documents"),
+        view_tokens=pack.counts.get("tokens"),
+        recipe=config.model_dump(mode="json", exclude=_LEFT_OUT),
+        unigram_nats=pack.notes.get("held_out_unigram_entropy_nats"),
+    )
+
+
+def base_facts(base: str) -> dict[str, Any]:
+    """What a training calls its `base`, and what is known of it: values of `ModelFacts`, never a path."""
+    if base in PRESETS:
+        return {"base": f"{base}, from scratch"}
+    if not storage.is_folder(base):
+        is_hub_id = "://" not in base and not base.startswith("/")  # else a folder that is gone by now
+        return {"base": base if is_hub_id else storage.name_of(base), "base_is_hub_id": is_hub_id}
+    name = storage.name_of(base)
+    if manifests.is_finished(base):
+        notes = manifests.read_manifest(base, STAGE, VERB).notes
+        if "run_digest" not in notes:  # fetched, not trained: it has a name
+            name = notes.get("base") or name
+    return {"base": name, **origin_of(base)}
 
 
 def losses_of(records: list[StepRecord]) -> tuple[tuple[int, float, float | None], ...]:

@@ -32,6 +32,7 @@ from cert_ray.training.batches import Batch, Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.loggers import Tell, step_loggers
+from cert_ray.training.model_card import run_facts
 from cert_ray.training.records import (
     StepRecord,
     described,
@@ -235,6 +236,8 @@ class _Rank:
         self._config, self._run_digest, self._rank, self._world_size = config, run_digest, rank, world_size
         self._loaded, self._report = loaded, report
         self._packed = packed
+        # Now, since a base may be gone by the time a checkpoint is due.
+        self._facts = _everywhere(lambda: run_facts(config, packed.manifest))
         self._token_flops = flops_per_token(loaded.model, packed.context_tokens)  # ZeRO 3 takes the weights apart
         self._peak_flops = peak_flops(config.precision) if config.use_gpu else None
         self.records: list[StepRecord] = []
@@ -422,6 +425,7 @@ class _Rank:
             if source.is_file():
                 shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
         (folder / export.RECORDS_NAME).write_text(to_json_lines(self.records))
+        (folder / export.FACTS_NAME).write_text(self._facts.model_dump_json())
         (folder / _EPOCHS).write_text(json.dumps(self._batches.ends))
         (folder / _MACHINES).write_text(json.dumps(self.machines))
 

@@ -9,10 +9,11 @@ import pytest
 
 from cert_ray import manifests
 from cert_ray.config import Config
-from cert_ray.operations import claim_report, model_cards
+from cert_ray.operations import claim_report
 from cert_ray.operations.recipe import Recipe, RunFolders, recipe_from
 from cert_ray.training.bases import Origin
 from cert_ray.training.inputs import origin_of
+from cert_ray.training.model_card import base_facts
 
 ORIGIN = {"dequantised_from": "Q4_1", "licence": "apache-2.0"}
 
@@ -51,7 +52,7 @@ def test_what_is_known_of_a_base_survives_training_in_another_run(tmp_path: Path
     notes = {"run_digest": "one", "base": fetched} | (ORIGIN if noted else {})
     first = write_model(tmp_path / "first", notes)
     recipe = recipe_of(tmp_path, first)
-    card = model_cards._base(recipe, "xl")
+    card = base_facts(first)
     assert {name: card[name] for name in ORIGIN} == ORIGIN
     assert card["base"] == "first"  # no path
     assert claim_report._base(recipe)["dequantised_from"] == "Q4_1"
@@ -61,7 +62,26 @@ def test_what_is_known_of_a_base_survives_training_in_the_same_recipe(tmp_path: 
     recipe = recipe_of(tmp_path, "base", fetched)
     write_model(RunFolders(recipe.run).model("base"), {"run_digest": "one", "base": fetched})
     assert claim_report._base(recipe)["dequantised_from"] == "Q4_1"
-    assert model_cards._base(recipe, "xl")["licence"] == "apache-2.0"
+    assert base_facts(RunFolders(recipe.run).model("base"))["licence"] == "apache-2.0"
+
+
+def test_the_report_names_a_base_that_the_run_trains_as_cards_do(tmp_path: Path, fetched: str) -> None:
+    recipe = recipe_of(tmp_path, "base", fetched)
+    write_model(RunFolders(recipe.run).model("base"), {"run_digest": "one", "base": fetched} | ORIGIN)
+    assert claim_report._base(recipe) == {"name": "base", "dequantised_from": "Q4_1"}
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "is_hub_id"),
+    [
+        ("tiny", "tiny, from scratch", None),
+        ("org/model", "org/model", True),
+        ("/runs/of/another/machine/base", "base", False),
+    ],
+)
+def test_a_base_is_named_without_a_path(base: str, name: str, is_hub_id: bool | None) -> None:
+    told = base_facts(base)
+    assert (told["base"], told.get("base_is_hub_id")) == (name, is_hub_id)
 
 
 def test_models_trained_from_each_other_end(tmp_path: Path) -> None:

@@ -64,6 +64,12 @@ def test_logits_of_the_export_equal_those_of_the_engine(trained, tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
 
 
+def test_the_card_of_a_checkpoint_of_an_earlier_version_says_what_it_does_not_know(trained, tmp_path):
+    export.export_checkpoint(str(trained[1]), str(tmp_path / "model"))
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| started from | not recorded here, nor whether that was dequantised, nor its licence |" in card
+
+
 def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     _, checkpoint = trained
     states = next((checkpoint / "engine" / "engine").glob("*model_states.pt"))

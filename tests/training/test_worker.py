@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cert_ray import storage
+from cert_ray import manifests, storage
 from cert_ray.errors import (
     CheckpointError,
     ConfigError,
@@ -26,7 +26,8 @@ from cert_ray.errors import (
     TrainingMemoryError,
 )
 from cert_ray.tokens.vocabulary import load_tokenizer
-from cert_ray.training import batches, checkpoints, inputs, worker
+from cert_ray.training import batches, checkpoints, export, inputs, worker
+from cert_ray.training.bases import Origin
 from cert_ray.training.presets import preset_config
 from tests.training.conftest import CONTEXT_TOKENS, WORDS, write_pack, write_tokenizer
 
@@ -245,6 +246,23 @@ def test_checkpoints_lie_wherever_a_url_reaches(make_config, tmp_path):
     storage.write_bytes(damaged, b"{}")
     with pytest.raises(DamagedCheckpointError, match=r"step-000005/records\.jsonl has 2 bytes"):
         checkpoints.verify(f"{output}/checkpoints/step-000005")
+
+
+def test_the_card_of_a_checkpoint_tells_base_licence_and_recipe(make_config, copy_report, tmp_path):
+    base = make_config(steps=2, warmup_steps=1)
+    _run(base, copy_report)
+    origin = Origin(base="a-base", model="A", quantisation="Q4_1", licence="apache-2.0", file_sha256="")
+    notes = {"base": "a-base", "dequantised_from": "Q4_1"}
+    manifests.write_manifest(base.output, manifests.summarize("model", origin, "inputs", [], notes))
+    config = make_config(base=base.output, steps=2, warmup_steps=1, learning_rate=0.00125)
+    _run(config, copy_report)
+    shutil.rmtree(base.output)
+    export.export_checkpoint(f"{config.output}/checkpoints/step-000002", str(tmp_path / "exported"))
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card
+    assert "| started from | a-base |" in card
+    assert "dequantised from Q4_1" in card
+    assert "\nlearning_rate: 0.00125\n" in card
 
 
 def _damage(checkpoint: Path) -> str:

@@ -136,7 +136,8 @@ def plan_train(
         str, typer.Option(help="a100, a100-40gb, a10, h100, h100-nvl, h100-pcie, h200, l4 or rtx4090")
     ] = "h100",
     mfu: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help="share of the GPU's peak; default: 0.4, assumed")
+        float | None,
+        typer.Option(min=0.01, max=1, help="share of the GPU's peak that is reached; default: the range measured"),
     ] = None,
     overrides: Overrides = None,
 ) -> None:

@@ -14,7 +14,7 @@ from cert_ray.training.models import base_shape
 
 
 def render_training(recipe: Recipe, names: Sequence[str], gpu: str, mfu: float | None = None) -> str:
-    """The plan of the models `names` on one `gpu` per worker.
+    """The plan of the models `names` on one `gpu` per worker; `mfu` as for `memory.render`.
 
     Raises:
         ConfigError: for a model or a GPU that is unknown, or a start whose config cannot be read.
@@ -29,7 +29,7 @@ def render_training(recipe: Recipe, names: Sequence[str], gpu: str, mfu: float |
         shape = base_shape(start, recipe.tokenizer.vocab_size, recipe.context_tokens)
         size = memory.measure(shape, config.precision, recipe.context_tokens)
         config = config.model_copy(update={"base": recipe.models[name].start})
-        plans.append(memory.render(name, size, config, gpu, mfu or memory.DEFAULT_MFU))
+        plans.append(memory.render(name, size, config, gpu, mfu))
     return "\n\n".join(plans)
 
 

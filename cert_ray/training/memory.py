@@ -31,8 +31,14 @@ _RESERVED_BYTES = 2 * _GB
 # itself and its gradient, no fp32 copy. Measured on an H100 in bf16: 0.45 to 0.54 with three models.
 _COMPILED_SHARE = 0.55
 _COMPILED_LOGIT_BYTES = 4
-# Share of the peak that training reaches. Measured: 38% to 44% with `modern-110m` on an H100 (docs/training.md).
-DEFAULT_MFU = 0.4
+# Shares of the peak that training reached, least and most, on an H100 in bf16, compiled, one model at a time. What lies
+# between (width, depth, rows a pass, passes a step) was not measured one by one, so a share is not predicted.
+_MEASURED_SHARES = (0.18, 0.44)
+_SHARES_SOURCE = (
+    "measured on one H100 in bf16, compiled: 18% with SmolLM2-135M (30\n"
+    "  layers, 576 wide, 32 rows of 512 a pass), 44% with modern-110m (12 layers, 768 wide, 64 rows of 1,024). Other\n"
+    "  devices were not tried"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,29 +181,46 @@ def explain_shortage(size: ModelSize, config: TrainConfig, memory_bytes: float) 
     )
 
 
-def render(name: str, size: ModelSize, config: TrainConfig, gpu_name: str, mfu: float) -> str:
-    """The plan of one model as text: memory with and without activation checkpointing, time, and what it assumes."""
+def render(name: str, size: ModelSize, config: TrainConfig, gpu_name: str, mfu: float | None = None) -> str:
+    """The plan of one model as text: memory with and without activation checkpointing, time, and what it assumes.
+
+    Args:
+        mfu: the share of the peak that is reached; without it times are told for the least and the most of those
+            measured.
+    """
     gpu = gpu_named(gpu_name)
     both = [config.model_copy(update={"activation_checkpointing": on}) for on in (False, True)]
     found = [estimate(size, variant) for variant in both]
-    seconds = [step_seconds(one, variant, gpu, mfu) for one, variant in zip(found, both, strict=True)]
+    shares = _MEASURED_SHARES if mfu is None else (mfu,)
+    # Per variant: the most seconds first, since the least share comes first.
+    seconds = [
+        [step_seconds(one, variant, gpu, share) for share in shares] for one, variant in zip(found, both, strict=True)
+    ]
     lines = [
         f"{name}: {config.base}, {size.parameters / 1e6:,.1f}M parameters, {config.precision}, "
         f"ZeRO {config.zero_stage}, {config.workers} workers; {config.micro_batch} x {size.context_tokens:,} tokens "
         f"per pass, {config.gradient_accumulation} passes per step",
-        f"  {'GB per worker':24}{'plain':>10}{'activation_checkpointing':>28}",
+        f"  {'GB per worker':24}{'plain':>20}{'activation_checkpointing':>28}",
     ]
     parts = ("weights", "gradients", "optimizer", "buffers", "activations", "logits")
-    lines += [_row(part, [getattr(one, part) / _GB for one in found]) for part in parts]
-    lines.append(_row("reserved (assumed)", [_RESERVED_BYTES / _GB] * 2))
-    lines.append(_row(f"total, of {gpu.memory_bytes / _GB:,.0f} ({gpu_name})", [one.total / _GB for one in found]))
+    lines += [_row(part, [[getattr(one, part) / _GB] for one in found]) for part in parts]
+    lines.append(_row("reserved (assumed)", [[_RESERVED_BYTES / _GB]] * 2))
+    lines.append(_row(f"total, of {gpu.memory_bytes / _GB:,.0f} ({gpu_name})", [[one.total / _GB] for one in found]))
     lines.append(_row("seconds per step", seconds))
-    lines.append(_row(f"hours, {config.steps:,} steps", [one * config.steps / 3600 for one in seconds]))
+    lines.append(
+        _row(f"hours, {config.steps:,} steps", [[one * config.steps / 3600 for one in ends] for ends in seconds])
+    )
     chosen = found[config.activation_checkpointing]
     lines.append(
-        f"  a step: {chosen.tokens_per_step:,} tokens, {chosen.flops_per_step:.2e} FLOPs; "
-        f"assumed: {mfu:.0%} of the peak, no waiting for other workers or storage"
+        f"  a step: {chosen.tokens_per_step:,} tokens, {chosen.flops_per_step:.2e} FLOPs; times are estimates without "
+        "waiting for other workers or storage,"
     )
+    if mfu is None:
+        low, high = _MEASURED_SHARES
+        lines.append(f"  at {low:.0%} to {high:.0%} of the peak, {_SHARES_SOURCE}.")
+        lines.append("  --mfu takes the share that a run of yours has reached: its log tells it as MFU.")
+    else:
+        lines.append(f"  at {mfu:.0%} of the peak, as given.")
     if chosen.total > gpu.memory_bytes:
         lines.append(f"  does not fit. {advice(size, config, gpu.memory_bytes)}")
     return "\n".join(lines)
@@ -244,9 +267,10 @@ def saved_bytes(model: Any) -> Iterator[Saved]:
         handle.remove()
 
 
-def _row(name: str, values: list[float]) -> str:
-    plain, checkpointed = (f"{value:,.2f}" for value in values)
-    return f"  {name:24}{plain:>10}{checkpointed:>28}"
+def _row(name: str, values: list[list[float]]) -> str:
+    """Two columns, each a figure or a range, given from its highest to its lowest."""
+    plain, checkpointed = (" to ".join(f"{value:,.2f}" for value in reversed(ends)) for ends in values)
+    return f"  {name:24}{plain:>20}{checkpointed:>28}"
 
 
 def _gb(size_bytes: float) -> str:

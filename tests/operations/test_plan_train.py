@@ -32,8 +32,22 @@ def test_a_plan_shows_both_ways_and_follows_the_start():
     assert "xl: base, 2.6M parameters, fp32" in text
     assert text.count("total, of 80 (a100)") == 2
     assert "does not fit" not in text
-    assert "40% of the peak" in text
-    assert "25% of the peak" in render_training(_recipe("tiny"), ["base"], "a100", 0.25)
+
+
+def test_times_are_a_range_with_its_source_unless_a_share_is_given():
+    def seconds(text: str) -> list[str]:
+        return next(line for line in text.splitlines() if "seconds per step" in line).split()[3:]
+
+    recipe = _recipe("pycodegpt-110m", micro_batch=64)
+    text = render_training(recipe, ["base"], "h100")
+    assert "estimates" in text
+    assert "18% to 44% of the peak, measured on one H100" in text
+    least, to, most = seconds(text)[:3]
+    assert to == "to"
+    assert float(most) / float(least) == pytest.approx(0.44 / 0.18, rel=0.05)  # of two digits
+    given = render_training(recipe, ["base"], "h100", 0.18)
+    assert seconds(given)[0] == most
+    assert "18% of the peak, as given" in given
 
 
 def test_what_does_not_fit_comes_with_advice():

@@ -181,6 +181,13 @@ def list_folders(url: str) -> list[str]:
     return sorted(name_of(entry["name"]) for entry in filesystem.ls(path, detail=True) if entry["type"] == "directory")
 
 
+@tried_again
+def list_file_names(url: str) -> list[str]:
+    """The names of the files that stand directly in the folder `url`, sorted."""
+    filesystem, path = resolve(url)
+    return sorted(name_of(entry["name"]) for entry in filesystem.ls(path, detail=True) if entry["type"] == "file")
+
+
 @contextmanager
 def open_read(url: str) -> Iterator[IO[bytes]]:
     """Open `url` for reading bytes."""

@@ -121,6 +121,19 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     return str(xxhash.xxh3_128_hexdigest(tokenizer.to_str(pretty=False).encode()))
 
 
+def splits_otherwise(one: Tokenizer, other: Tokenizer) -> list[str]:
+    """What makes two tokenizers split text differently, though their tokens have equal ids: names in their JSON."""
+    parts = [_splitting(tokenizer) for tokenizer in (one, other)]
+    return [name for name in sorted(parts[0] | parts[1]) if parts[0].get(name) != parts[1].get(name)]
+
+
+def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Normaliser, pre-tokeniser, and of the model all but its vocabulary: merges, and what they are applied with."""
+    found = json.loads(tokenizer.to_str())
+    model = {f"model.{name}": value for name, value in found["model"].items() if name != "vocab"}
+    return {name: found[name] for name in ("normalizer", "pre_tokenizer")} | model
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: str, context_tokens: int) -> tuple[WrittenFile, ...]:
     """Write `tokenizer` into `folder` so that `AutoTokenizer.from_pretrained(folder)` loads it without a network."""
     options: dict[str, Any] = {

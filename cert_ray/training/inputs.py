@@ -5,6 +5,7 @@ A finished output of the same run is found here, one of another run refused. Imp
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ STAGE = "model"
 VERB = "train"
 _TOKENIZER = "tokenizer.json"
 _OF_THE_BASE = ("dequantised_from", "licence")
+# What is loaded of a Hugging Face folder.
+MODEL_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model")
 _NOT_OF_THE_WEIGHTS = ("machine", "machines")  # notes: the first is that of earlier versions
 
 
@@ -142,14 +145,22 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _describe(base: str) -> str:
-    """What tells one base from another: a preset's or hub id's name; of a folder its manifest, or names and sizes."""
+    """What tells one base from another: a preset's or hub id's name; of a folder its manifest, or its files' checksums.
+
+    Without a manifest that is one read of the weights.
+    """
     if not storage.is_folder(base):
         return base
     if manifests.is_finished(base):
         manifest = manifests.read_manifest(base, STAGE, VERB)
         notes = {name: note for name, note in manifest.notes.items() if name not in _NOT_OF_THE_WEIGHTS}
         return manifest.model_copy(update={"notes": notes}).model_dump_json()
-    return "\n".join(f"{storage.name_of(entry.url)} {entry.size_bytes}" for entry in storage.list_files(base))
+    names = sorted(filter(_is_loaded, storage.list_file_names(base)))
+    return "\n".join(f"{name} {storage.checksum(storage.join(base, name)).checksum}" for name in names)
+
+
+def _is_loaded(name: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def _pack_bytes(pack: Manifest) -> bytes:

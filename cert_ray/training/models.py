@@ -23,9 +23,10 @@ from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.tokens.encoding import MODEL_VIEW
-from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
+from cert_ray.tokens.vocabulary import load_tokenizer, splits_otherwise, tokenizer_digest
 from cert_ray.training.bases import BASES
 from cert_ray.training.config import TrainConfig
+from cert_ray.training.inputs import MODEL_FILES
 from cert_ray.training.presets import PRESETS, preset_config
 from cert_ray.training.warm_start import add_tokens
 
@@ -130,7 +131,7 @@ def base_shape(base: str, vocab_size: int, context_tokens: int) -> Any:
 def _config_folder(base: str, copy: Path) -> Path:
     """Where the config.json of `base` lies on this machine: of a remote folder no more is copied."""
     if not storage.is_folder(base):
-        return _hub_folder(base, "base", ["config.json"])
+        return _hub_folder(base, "base", ("config.json",))
     if storage.is_local(base):
         return storage.local_path(base)
     (copy / "config.json").write_bytes(storage.read_bytes(storage.join(base, "config.json")))
@@ -171,17 +172,24 @@ def _check_tokenizer(folder: Path, config: TrainConfig, pack: PackFacts) -> None
 
 
 def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) -> int:
-    """How many tokens the base knows; the run's tokenizer must give each the same id."""
-    known = load_tokenizer(str(base)).get_vocab(with_added_tokens=True)
-    given = (
-        known if tokenizer_folder == base else load_tokenizer(str(tokenizer_folder)).get_vocab(with_added_tokens=True)
-    )
-    moved = [token for token, token_id in known.items() if given.get(token) != token_id]
-    if moved:
-        raise TokenizerMismatchError(
-            f"{config.tokenizer} does not extend the tokenizer of {config.base}: {len(moved)} of its {len(known)} "
-            f"tokens have another id or none, {moved[0]!r} among them. Give a tokenizer that only adds tokens to it."
-        )
+    """How many tokens the base knows; the run's tokenizer must give each the same id, and split text as the base's."""
+    theirs = load_tokenizer(str(base))
+    known = theirs.get_vocab(with_added_tokens=True)
+    if tokenizer_folder != base:
+        ours = load_tokenizer(str(tokenizer_folder))
+        given = ours.get_vocab(with_added_tokens=True)
+        moved = [token for token, token_id in known.items() if given.get(token) != token_id]
+        if moved:
+            raise TokenizerMismatchError(
+                f"{config.tokenizer} does not extend the tokenizer of {config.base}: {len(moved)} of its {len(known)} "
+                f"tokens have another id or none, {moved[0]!r} among them. "
+                "Give a tokenizer that only adds tokens to it."
+            )
+        if other := splits_otherwise(theirs, ours):
+            raise TokenizerMismatchError(
+                f"{config.tokenizer} does not extend the tokenizer of {config.base}: tokens have equal ids, but it "
+                f"splits text otherwise ({', '.join(other)}). Give a tokenizer that only adds tokens to it."
+            )
     return 1 + max(known.values(), default=-1)
 
 
@@ -203,7 +211,7 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
         storage.copy_folder_to_local(name, target)
         return target
     check_there(name, option)
-    return _hub_folder(name, option, ["*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model"])
+    return _hub_folder(name, option, MODEL_FILES)
 
 
 def check_there(name: str, option: str) -> None:
@@ -224,7 +232,7 @@ def check_there(name: str, option: str) -> None:
         )
 
 
-def _hub_folder(name: str, option: str, patterns: list[str]) -> Path:
+def _hub_folder(name: str, option: str, patterns: tuple[str, ...]) -> Path:
     """Where the hub's files of these patterns lie: downloaded now or before. Without the hub that is told at once.
 
     Raises:
@@ -235,7 +243,7 @@ def _hub_folder(name: str, option: str, patterns: list[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         asked = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else why

@@ -19,6 +19,7 @@ from cert_ray.tokens.vocabulary import (
     adopt_tokenizer,
     load_tokenizer,
     save_tokenizer,
+    splits_otherwise,
     tokenizer_digest,
     train_on_dataset,
     train_vocabulary,
@@ -152,3 +153,16 @@ def test_a_tokenizer_made_elsewhere_keeps_its_ids(tmp_path: Path) -> None:
     assert manifest.notes["special_tokens_added"] == len(SPECIAL_TOKENS) - 1
     assert manifest.notes["vocab_size"] == vocabulary_size(adopted)
     assert json.loads(storage.read_text(str(tmp_path / "ours" / "tokenizer_config.json")))["model_max_length"] == 64
+
+
+def test_tokenizers_of_equal_ids_and_other_merges_split_otherwise() -> None:
+    vocabulary = {token: number for number, token in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+    first, second = (
+        Tokenizer(models.BPE(vocabulary, merges))
+        for merges in ([("a", "b"), ("b", "c"), ("ab", "c")], [("b", "c"), ("a", "b"), ("ab", "c")])
+    )
+    assert first.encode("abc").ids != second.encode("abc").ids
+    assert splits_otherwise(first, second) == ["model.merges"]
+    second = Tokenizer.from_str(first.to_str())
+    second.add_special_tokens(["<|new|>"])
+    assert splits_otherwise(first, second) == []

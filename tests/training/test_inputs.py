@@ -23,6 +23,20 @@ def test_a_base_is_the_same_wherever_it_was_trained(make_config, tmp_path, noted
     assert digests[0] == digests[1] != digests[2]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_base_without_a_manifest_is_known_by_what_its_files_hold(make_config, tmp_path, name):
+    """Of files of one size; a README is nobody's input."""
+    base = tmp_path / "base"
+    base.mkdir()
+    digests = []
+    for content in ("one", "two"):
+        (base / name).write_text(content)
+        (base / "README.md").write_text(content * 2)
+        digests.append(inputs.check(make_config(base=str(base))).run_digest)
+    (base / "README.md").write_text("other")
+    assert digests[0] != digests[1] == inputs.check(make_config(base=str(base))).run_digest
+
+
 @pytest.mark.parametrize(
     ("options", "cluster", "told"),
     [

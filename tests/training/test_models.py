@@ -18,7 +18,7 @@ from cert_ray.gpt_neo import FusedSelfAttention
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training import models
 from cert_ray.training.presets import preset_config
-from tests.training.conftest import WORDS, write_tokenizer
+from tests.training.conftest import PAD, WORDS, write_tokenizer
 
 VOCABULARY = WORDS + 2
 ADDED = ("<|number|>", "<|string|>")
@@ -99,6 +99,23 @@ def test_gpt_neo_trains_with_fused_attention_from_scratch_and_from_a_folder(tmp_
     continued = models.load(make_config(base=str(tmp_path / "base"), tokenizer=None), _pack(tokenizer)).model
     for model in (scratch, continued):
         assert {type(block.attn.attention) for block in model.transformer.h} == {FusedSelfAttention}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("normalizer", {"type": "Lowercase"}), ("pre_tokenizer", {"type": "WhitespaceSplit"}), ("model.unk_token", PAD)],
+)
+def test_a_tokenizer_of_equal_ids_that_splits_text_otherwise_is_refused(make_config, tmp_path, part, value):
+    AutoModelForCausalLM.from_config(preset_config("tiny", VOCABULARY, 16, 0, 1)).save_pretrained(tmp_path / "base")
+    write_tokenizer(tmp_path / "base")
+    write_tokenizer(tmp_path / "other", added=ADDED)
+    file = tmp_path / "other" / "tokenizer.json"
+    said = json.loads(file.read_text())
+    (said["model"] if part.startswith("model") else said)[part.removeprefix("model.")] = value
+    file.write_text(json.dumps(said))
+    config = make_config(base=str(tmp_path / "base"), tokenizer=str(tmp_path / "other"))
+    with pytest.raises(TokenizerMismatchError, match=f"equal ids, but it splits text otherwise .{part}"):
+        models.load(config, _pack(load_tokenizer(str(tmp_path / "other"))))
 
 
 def test_a_pack_of_another_tokenizer_is_refused(base, make_config, tmp_path):

@@ -20,9 +20,11 @@ from typing import IO, Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.fs
 import pyarrow.parquet as pq
 import xxhash
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from cert_ray.errors import ConfigError, InputError, StorageFullError
 from cert_ray.retries import tried_again
@@ -30,8 +32,18 @@ from cert_ray.retries import tried_again
 _CHECKSUM_BLOCK_BYTES = 4 << 20
 _PARTIAL_SUFFIX = ".partial"
 _ROWS_AT_A_TIME = 128  # of which some are wanted; assumed: a few hundred kilobytes of source
+# What opens a scheme that fsspec alone does not open.
+_DRIVERS = {
+    "s3": "'cert-ray[s3]'",
+    "s3a": "'cert-ray[s3]'",
+    "gs": "'cert-ray[gcs]'",
+    "gcs": "'cert-ray[gcs]'",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+}
 # Left free on a local disk, for logs and for others; assumed.
-_RESERVE_BYTES = 256 << 20
+RESERVE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +72,19 @@ def resolve(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ConfigError(f"{url}: cannot open this kind of URL: {error}. Install its fsspec driver.") from error
+        package = _DRIVERS.get(url.partition("://")[0])
+        cure = f"On every node: pip install {package}" if package else "Install its fsspec driver."
+        raise ConfigError(f"{url}: cannot open this kind of URL: {str(error).rstrip('.')}. {cure}") from error
     return filesystem, path
+
+
+def check_shared(url: str) -> None:
+    """Raise `ConfigError` where other processes would not find what one writes at `url`."""
+    if isinstance(resolve(url)[0], MemoryFileSystem):
+        raise ConfigError(
+            f"{url}: that is this process' own memory, which the other processes of a run do not see. Give a folder, "
+            "or a URL of a store that every node reaches."
+        )
 
 
 def is_local(url: str) -> bool:
@@ -79,6 +102,14 @@ def local_path(url: str) -> Path:
     if not isinstance(filesystem, LocalFileSystem):
         raise ConfigError(f"{url}: a path on a local or shared disk is needed here, not a remote URL.")
     return Path(path)
+
+
+def for_arrow(url: str) -> tuple[str, pa.fs.FileSystem | None]:
+    """`url` as Arrow takes it, with what is to open it: None where Arrow knows the scheme itself."""
+    if is_local(url) or url.startswith(("s3://", "gs://", "gcs://")):
+        return url, None
+    filesystem, path = resolve(url)
+    return path, pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem))
 
 
 def absolute(url: str) -> str:
@@ -240,8 +271,8 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < size_bytes + _RESERVE_BYTES:
-        raise StorageFullError(url, size_bytes + _RESERVE_BYTES, free_bytes)
+    if free_bytes < size_bytes + RESERVE_BYTES:
+        raise StorageFullError(url, size_bytes + RESERVE_BYTES, free_bytes)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_PARTIAL_SUFFIX)
     try:
         with os.fdopen(handle, "wb") as stream:
@@ -423,6 +454,18 @@ def make_folder(url: str) -> None:
     """Make the folder `url`, and its parents."""
     filesystem, path = resolve(url)
     filesystem.makedirs(path, exist_ok=True)
+
+
+@tried_again
+def copy_to_local(url: str, target: Path) -> Written:
+    """Copy the file at `url` to the local path `target`, in blocks; what came is for the caller to compare."""
+    digest = xxhash.xxh3_128()
+    size_bytes = 0
+    with open_read(url) as stream, target.open("wb") as sink:
+        while block := stream.read(_CHECKSUM_BLOCK_BYTES):
+            digest.update(block)
+            size_bytes += sink.write(block)
+    return Written(size_bytes, digest.hexdigest())
 
 
 @tried_again

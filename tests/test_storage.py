@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 
 from cert_ray import retries, storage
-from cert_ray.errors import StorageFullError
+from cert_ray.errors import ConfigError, StorageFullError
 
 
 def test_a_write_that_would_fill_the_disk_is_refused_and_leaves_what_was_there(
@@ -126,3 +126,26 @@ def test_some_rows_take_no_memory_for_the_others(tmp_path: Path) -> None:
     finally:
         pa.set_memory_pool(before)
     assert all_bytes > 8_000_000 > 3_000_000 > few_bytes
+
+
+@pytest.mark.parametrize(
+    ("url", "package"),
+    [("az://c/run", "adlfs"), ("abfs://c@a.dfs.core.windows.net/run", "adlfs"), ("s3://b/run", r"'cert-ray\[s3\]'")],
+)
+def test_a_missing_driver_is_told_by_its_package(monkeypatch, url, package):
+    def without_driver(_):
+        raise ImportError("Install something")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", without_driver)
+    with pytest.raises(ConfigError, match=f"On every node: pip install {package}"):
+        storage.resolve(url)
+
+
+def test_arrow_opens_what_it_does_not_know_through_fsspec():
+    path, filesystem = storage.for_arrow("memory://arrow/run")
+    with filesystem.open_output_stream(f"{path}/part") as stream:
+        stream.write(b"one")
+    assert storage.read_bytes("memory://arrow/run/part") == b"one"
+    storage.remove("memory://arrow")
+    assert storage.for_arrow("/a/run") == ("/a/run", None)
+    assert storage.for_arrow("s3://bucket/run") == ("s3://bucket/run", None)

@@ -87,6 +87,12 @@ class Recipe(Config):
                 )
         return names
 
+    @pydantic.field_validator("run")
+    @classmethod
+    def _check_run(cls, run: str) -> str:
+        storage.check_shared(run)
+        return run
+
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> Self:
         for name, model in self.models.items():

@@ -109,6 +109,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
     if config.use_gpu:
         resources["GPU"] = 1
     storage.make_folder(config.output)
+    path, filesystem = storage.for_arrow(config.output)
     if (
         len(ray.nodes()) == 1 and config.min_workers is None
     ):  # one process less to start; a node that goes away takes everything with it here
@@ -134,7 +135,8 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         ),
         run_config=ray.train.RunConfig(
             name=storage.name_of(folder),
-            storage_path=config.output,
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=ray.train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),  # `worker` removes, after verifying
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # our own lines say what happens

@@ -185,3 +185,10 @@ def test_documentation_stands_in_every_view_that_has_libraries(monkeypatch: pyte
         View.CONTEXT_FIRST,
     ]
     assert packed[View.BASE].retrieve is None
+
+
+def test_a_run_in_the_memory_of_one_process_is_refused() -> None:
+    with pytest.raises(ConfigError, match="own memory, which the other processes of a run do not see"):
+        recipe_from(
+            {"run": "memory://run", "libraries": ["numpy"], "preprocess": {"sources": {"inputs": ["c"]}}}, "test"
+        )

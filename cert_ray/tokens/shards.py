@@ -3,12 +3,14 @@
 In: the tokens and pieces of one dataset shard. Out: `<name>.bin` (little endian, uint16 or uint32),
 `<name>.pieces.parquet` (schemas.PIECES: where each piece of each document lies, its weight, whether it may be cut) and
 `<name>.unigrams.parquet` (how often each token stands in held-out documents). `PackedTokens` opens a finished pack,
-local by memory map, remote through a copy on the local disk, and checks every file against the manifest. It does not
-plan rows: `packing` does.
+local by memory map, remote through a copy on the local disk that later starts find again, and checks every file against
+the manifest. It does not plan rows: `packing` does.
 """
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import pyarrow as pa
 import xxhash
 
 from cert_ray import manifests, schemas, storage
+from cert_ray.errors import DiskFullError, ShardCorruptError
 from cert_ray.manifests import Manifest, WrittenFile
 
 STAGE = "tokens"
@@ -27,6 +30,7 @@ VERB = "pack"
 UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
 _TOKENS_SUFFIX = ".bin"
 _PIECES_SUFFIX = ".pieces.parquet"
+_LOCK = ".lock"  # of a copy
 _UNIGRAMS_SUFFIX = ".unigrams.parquet"
 
 IntArray = npt.NDArray[np.int64]
@@ -114,9 +118,12 @@ class PackedTokens:
     def open(cls, url: str, verify: bool = True) -> PackedTokens:
         """Open the pack at `url`, checking sizes and checksums (one read of every file) unless `verify` is false.
 
+        Of a remote pack they are checked while it is copied, once.
+
         Raises:
             NotFinishedError, SchemaVersionError: when `url` is no finished pack of this version.
             ShardCorruptError: when a file is missing or disagrees with the manifest.
+            DiskFullError: when TMPDIR has no room for a remote one.
         """
         manifest = manifests.read_manifest(url, STAGE, VERB)
         folder = storage.local_path(url) if storage.is_local(url) else _local_copy(url, manifest)
@@ -171,19 +178,64 @@ def _starts_document(shard: pa.Table) -> BoolArray:
     return starts
 
 
+def check_pack(url: str) -> Manifest:
+    """The manifest of the pack at `url`, whose files are there: read and compared, or of a remote one by their sizes.
+
+    Whoever opens a remote one copies it, and compares what arrives.
+
+    Raises:
+        NotFinishedError, SchemaVersionError, ShardCorruptError: as `PackedTokens.open`.
+    """
+    manifest = manifests.read_manifest(url, STAGE, VERB)
+    if storage.is_local(url):
+        for file in manifest.files:
+            manifests.check_file(url, file, VERB)
+        return manifest
+    found = {storage.name_of(entry.url): entry.size_bytes for entry in storage.list_files(url)}
+    for file in manifest.files:
+        if found.get(file.name) != file.size_bytes:
+            told = f"{found[file.name]} bytes" if file.name in found else "no file"
+            raise ShardCorruptError(storage.join(url, file.name), f"{file.size_bytes} bytes", told, VERB)
+    return manifest
+
+
 def _local_copy(url: str, manifest: Manifest) -> Path:
-    """Copy the pack at `url` to this machine's temporary folder, once per pack; it appears under its name whole."""
-    key = xxhash.xxh3_128_hexdigest(f"{url}\n{manifest.model_dump_json()}".encode())
-    target = Path(tempfile.gettempdir()) / "cert-ray-tokens" / key
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        arriving = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{key}."))
-        try:
-            storage.copy_folder_to_local(url, arriving)
-            arriving.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another worker of this machine was first
-                raise
-        finally:
-            shutil.rmtree(arriving, ignore_errors=True)
-    return target
+    """The pack at `url` below this machine's TMPDIR, where it stays: known by its content, for every later start.
+
+    One process of a machine copies, the others wait for it. What a kill cut short is gone on with, file by file.
+
+    Raises:
+        DiskFullError: before anything is copied, when the disk has no room for what is missing.
+        ShardCorruptError: when what arrives is not what the manifest says.
+    """
+    key = xxhash.xxh3_128_hexdigest(manifest.model_dump_json().encode())
+    copies = Path(tempfile.gettempdir()) / f"cert-ray-tokens-{os.getuid()}"
+    folder = copies / key
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (folder / _LOCK).open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it does
+        missing = [file for file in manifest.files if not _has_arrived(folder / file.name, file)]
+        _check_room(url, sum(file.size_bytes for file in missing), copies)
+        for file in missing:
+            arriving = folder / f".{file.name}.partial"
+            written = storage.copy_to_local(storage.join(url, file.name), arriving)
+            if (written.size_bytes, written.checksum) != (file.size_bytes, file.checksum):
+                expected = f"{file.size_bytes} bytes, xxh3 {file.checksum}"
+                found = f"{written.size_bytes} bytes, xxh3 {written.checksum}"
+                raise ShardCorruptError(storage.join(url, file.name), expected, found, VERB)
+            arriving.rename(folder / file.name)
+    return folder
+
+
+def _has_arrived(path: Path, file: WrittenFile) -> bool:
+    return path.is_file() and path.stat().st_size == file.size_bytes
+
+
+def _check_room(url: str, needed_bytes: int, copies: Path) -> None:
+    free_bytes = shutil.disk_usage(copies).free
+    if needed_bytes and free_bytes < needed_bytes + storage.RESERVE_BYTES:
+        raise DiskFullError(
+            f"{url}: to read it, {needed_bytes / 1e9:,.1f} GB more of it are needed below {copies}, and that disk has "
+            f"{free_bytes / 1e9:,.1f} GB left. Remove other packs' copies from there, or set TMPDIR, on every node, to "
+            "a folder of a larger disk."
+        )

@@ -14,7 +14,7 @@ import xxhash
 from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError, ConfigError, InputError
 from cert_ray.manifests import Manifest
-from cert_ray.tokens.shards import PackedTokens
+from cert_ray.tokens.shards import check_pack
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.loggers import check_installed
 
@@ -39,7 +39,7 @@ class Checked:
 
 
 def check(config: TrainConfig) -> Checked:
-    """Read the pack's manifest, verify its files, and digest everything that the weights will depend on.
+    """Read the pack's manifest, check its files (`check_pack`), and digest everything that the weights will depend on.
 
     Raises:
         ConfigError: when a logger's package is missing here.
@@ -47,7 +47,7 @@ def check(config: TrainConfig) -> Checked:
     """
     check_installed(config.loggers)
     config = _with_absolute_paths(config)
-    pack = PackedTokens.open(config.tokens).manifest
+    pack = check_pack(config.tokens)
     digest = xxhash.xxh3_128(_pack_bytes(pack))
     digest.update(_describe(config.base).encode(errors="surrogateescape"))  # names of files need not be text
     if config.tokenizer is not None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import numpy as np
 import pytest
 
-from cert_ray.errors import NotFinishedError, SchemaVersionError, ShardCorruptError
-from cert_ray.tokens.shards import PackedTokens, token_dtype
+from cert_ray import storage
+from cert_ray.errors import DiskFullError, NotFinishedError, SchemaVersionError, ShardCorruptError
+from cert_ray.tokens.shards import PackedTokens, check_pack, token_dtype
 from tests.tokens.packs import write_pack
 
 SHARDS = [
@@ -77,8 +80,74 @@ def test_a_remote_pack_is_copied_once_and_reads_the_same(tmp_path: Path, monkeyp
     for _ in range(2):
         packed = PackedTokens.open("memory://packs/numpy")
         assert packed.tokens(3).tolist() == [16, 17, 18]
-    assert len(list((tmp_path / "cache" / "cert-ray-tokens").iterdir())) == 1
+        for path in remote.find("/packs"):
+            if not path.endswith("manifest.json"):
+                remote.rm(path)
     remote.rm("/packs", recursive=True)
+
+
+@pytest.fixture
+def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A pack in memory, and an empty TMPDIR for its copy."""
+    write_pack(tmp_path / "local", SHARDS)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(tmp_path / "local") + "/", "/packs/numpy/", recursive=True)
+    yield "memory://packs/numpy"
+    filesystem.rm("/packs", recursive=True)
+
+
+def _copies(tmp_path: Path) -> list[str]:
+    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != ".lock")
+
+
+def test_a_copy_that_a_kill_cut_short_is_gone_on_with(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    copied: list[str] = []
+
+    def copy(url: str, target: Path) -> storage.Written:
+        if len(copied) == 2:
+            target.write_bytes(b"a part")
+            raise KeyboardInterrupt
+        copied.append(storage.name_of(url))
+        return copy_to_local(url, target)
+
+    copy_to_local = storage.copy_to_local
+    monkeypatch.setattr(storage, "copy_to_local", copy)
+    with pytest.raises(KeyboardInterrupt):
+        PackedTokens.open(remote)
+    first, copied = copied, []
+    monkeypatch.setattr(storage, "copy_to_local", lambda url, to: (copied.append(url), copy_to_local(url, to))[1])
+    assert PackedTokens.open(remote).tokens(3).tolist() == [16, 17, 18]
+    files = [file.name for file in check_pack(remote).files]
+    assert [*first, *map(storage.name_of, copied)] == files
+    assert _copies(tmp_path) == sorted(files)
+
+
+def test_a_disk_without_room_for_a_remote_pack_is_told_before_it_is_copied(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000))
+    with pytest.raises(DiskFullError, match=r"0\.0 GB more of it are needed below .*, and that disk has 0\.1 GB left"):
+        PackedTokens.open(remote)
+    assert _copies(tmp_path) == []
+
+
+def test_a_remote_pack_is_compared_while_it_is_copied_and_by_sizes_before(remote: str, tmp_path: Path) -> None:
+    file = next(file for file in check_pack(remote).files if file.name.endswith(".bin"))
+    url = storage.join(remote, file.name)
+    content = storage.read_bytes(url)
+    storage.write_bytes(url, b"\xff" * len(content))
+    check_pack(remote)
+    with pytest.raises(ShardCorruptError, match=file.name):
+        PackedTokens.open(remote, verify=False)
+    assert file.name not in _copies(tmp_path)
+    storage.write_bytes(url, content[:-2])
+    with pytest.raises(ShardCorruptError, match=file.name):
+        check_pack(remote)
+    storage.remove(url)
+    with pytest.raises(ShardCorruptError, match="no file"):
+        check_pack(remote)
 
 
 def test_addresses_of_documents_do_not_overlap(tmp_path: Path) -> None:

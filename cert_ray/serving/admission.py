@@ -1,12 +1,13 @@
 """Which requests are taken at all: those that can be answered in time. The others are refused at once.
 
 In: the moments at which requests begin and end, and how. Out: admission, or a 503 that says when to come back. No queue
-stands in here: what is admitted waits elsewhere, and there is never more of it than `max_in_flight`.
+stands in here: what is admitted waits elsewhere, and there are never more requests of it than `max_in_flight`.
 
-Two things are learned. Of answers while requests wait, the time from one to the next, and so how long one more would
-wait; this holds where as many are worked on together as are said to be. Of missed deadlines, how many may be here at
-all: where requests share an engine's time, or fewer engines run than may, all can be late before any wait is seen. A
-request counts as one, whatever it asks for.
+Two things are learned, both by prompts, since each prompt of a list is answered for itself. Of answers while requests
+wait, the time that a prompt takes, and so how long one more would wait; this holds where as many requests are worked on
+together as are said to be. Of missed deadlines, how many prompts may be here at all: where requests share an engine's
+time, or fewer engines run than may, all can be late before any wait is seen. What a prompt asks for (n, tokens) does
+not count: samples are drawn jointly, and few answers are as long as they may be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 
 from cert_ray.errors import DeadlineError, RequestError
 
-# The rate is that of the last requests, each counting less than the next. Assumed: sixteen are steady enough.
+# The rate is that of the last prompts, each counting less than the next. Assumed: sixteen are steady enough.
 _WEIGHT = 1 / 16
 # A larger share of late ones among the last says that too many are here; a smaller one, that those ask for too much.
 # Assumed: three in a row are needed after none.
@@ -37,28 +38,30 @@ class Admission:
         """`at_once` of them are worked on together; each is given up after `timeout_s`."""
         self._max_in_flight, self._at_once, self._timeout_s, self._clock = max_in_flight, at_once, timeout_s, clock
         self.in_flight = 0
-        self._gap_s: float | None = None  # seconds from one answer to the next while requests wait
+        self._prompts = 0  # of the requests in flight
+        self._gap_s: float | None = None  # seconds for each prompt answered while requests wait
         # Since when as many are here as are worked on together, or since the last of them ended; None: fewer are here.
         self._full_since: float | None = None
         self._answered_last = False  # what ended last was an answer
-        self._answers = 0
+        self._answers = 0  # prompts answered
         self._late_share = 0.0  # of the last requests that were answered or late, since the limit was last lowered
-        self._limit = float(max_in_flight)  # so many may be in flight
+        self._limit = math.inf  # while fewer prompts are in flight, one more request is let in, however large
 
     @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Hold one request's place.
+    def admit(self, prompts: int = 1) -> Iterator[None]:
+        """Hold the place of one request of so many prompts. While there is no other, it is always taken.
 
         Raises:
             RequestError: 503, when there is no place, or the wait would outlast the deadline.
         """
-        wait_s = self.expected_wait_s()
-        if self.in_flight >= int(self._limit):
+        wait_s = self.expected_wait_s(prompts)
+        if self.in_flight >= self._max_in_flight or self._prompts > self._limit - 1:
             raise _overloaded("The server is busy: try again.", self._gap_s or 1.0)
         if wait_s > self._timeout_s:
             problem = f"The wait is {wait_s:.0f} s now, the limit {self._timeout_s:g} s: try again."
             raise _overloaded(problem, wait_s - self._timeout_s)
         self.in_flight += 1
+        self._prompts += prompts
         if self.in_flight == self._at_once:
             self._full_since = self._clock()
         began, answers_before, answered = self._clock(), self._answers, False
@@ -69,25 +72,25 @@ class Admission:
             raise
         else:
             answered = True
-            self._raise_limit(self._clock() - began)
+            self._raise_limit(self._clock() - began, prompts)
         finally:
-            self._end(answered)
+            self._end(answered, prompts)
 
-    def expected_wait_s(self) -> float:
+    def expected_wait_s(self, prompts: int = 1) -> float:
         """Until a request that comes now is answered; 0 while it would be worked on at once, or nothing is known."""
         if self._gap_s is None or self.in_flight < self._at_once:
             return 0.0
-        return self._gap_s * (self.in_flight + 1)
+        return self._gap_s * (self._prompts + prompts)
 
-    def _raise_limit(self, took_s: float) -> None:
-        """After an answer, let a part of a request more in: at most one after as many answers as there are places.
+    def _raise_limit(self, took_s: float, prompts: int) -> None:
+        """After an answer, let a part of a prompt more in: at most one after as many answers as there are places.
 
         Less of it the nearer the deadline was, which is so approached and not run into.
         """
-        self._answers += 1
+        self._answers += prompts
         self._late_share -= _WEIGHT * self._late_share
         slack = max(0.0, 1 - took_s / self._timeout_s)
-        self._limit = min(self._max_in_flight, self._limit + slack / self._limit)
+        self._limit += prompts * slack / self._limit
 
     def _lower_limit(self, answers: int) -> None:
         """If too many are late, let in no more than can be in time: `answers` came in the time that this one had."""
@@ -96,7 +99,7 @@ class Admission:
             self._limit = max(1.0, min(self._limit, _LET_IN * answers))
             self._late_share = 0.0
 
-    def _end(self, answered: bool) -> None:
+    def _end(self, answered: bool, prompts: int) -> None:
         """Count out one request, and measure the gap: the time since the last answer in which all were at work.
 
         Other time says how often requests come, not how fast they are answered: after an idle hour an hour is no gap.
@@ -104,10 +107,12 @@ class Admission:
         now = self._clock()
         # What was cancelled or refused says nothing about the rate, and nor does the gap behind it.
         if answered and self._answered_last and self._full_since is not None:
-            gap_s = now - self._full_since
-            self._gap_s = gap_s if self._gap_s is None else self._gap_s + _WEIGHT * (gap_s - self._gap_s)
+            gap_s = (now - self._full_since) / prompts
+            weight = 1 - (1 - _WEIGHT) ** prompts  # that of as many answers
+            self._gap_s = gap_s if self._gap_s is None else self._gap_s + weight * (gap_s - self._gap_s)
         self._answered_last = answered
         self.in_flight -= 1
+        self._prompts -= prompts
         self._full_since = now if self.in_flight >= self._at_once else None
 
 

@@ -243,7 +243,7 @@ class _Completions:
         answers: Sequence[CascadeAnswer] = ()
         status = 499  # unless it comes to another end, the client went away
         try:
-            with self._admission.admit():
+            with self._admission.admit(len(asked.prompts)):
                 answers = await _while_connected(request, _until(ask(), timeout_s))
             status = 200
         except RequestError as error:
@@ -263,7 +263,7 @@ class _Completions:
         status = 499  # unless it comes to another end, the client went away
         timeout_s = self._config.request_timeout_s
         try:
-            with self._admission.admit():
+            with self._admission.admit(len(asked.prompts)):
                 told = self._backend.stream(asked.model, asked.prompts, asked.sampling, timeout_s)
                 async with aclosing(_each_until(told, timeout_s)) as batches:
                     async for batch in batches:

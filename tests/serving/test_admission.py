@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import cycle, repeat
 
 import pytest
 
@@ -20,11 +22,11 @@ class Clock:
         return self.now
 
 
-def serve(admission: Admission, clock: Clock, requests: int, gap_s: float) -> None:
-    """`requests` come together, and are answered one by one, `gap_s` apart."""
+def serve(admission: Admission, clock: Clock, requests: int, gap_s: float, prompts: int = 1) -> None:
+    """`requests` of so many prompts come together, and are answered one by one, `gap_s` apart."""
     places = [ExitStack() for _ in range(requests)]
     for place in places:
-        place.enter_context(admission.admit())
+        place.enter_context(admission.admit(prompts))
     for place in places:
         clock.now += gap_s
         place.close()
@@ -39,6 +41,7 @@ def miss_deadline(place: ExitStack) -> None:
 class Held:
     place: ExitStack
     came_s: float
+    prompts: int
     work_s: float
 
 
@@ -49,13 +52,14 @@ class Engines:
     admission: Admission
     clock: Clock
     places: int
-    work_s: float  # of a request alone
+    work_s: float  # of a prompt alone
     timeout_s: float
-    shared: bool = False  # an engine's requests share its time; else each is as quick as it would be alone
+    shared: bool = False  # an engine's prompts share its time; else each is as quick as it would be alone
+    prompts: Iterator[int] = field(default_factory=lambda: repeat(1))  # of the requests that come
     held: list[Held] = field(default_factory=list)
 
     def run(self, seconds: float, load: float, engines: int = 1) -> Counter[str]:
-        """How requests ended, of which `load` times as many come as the engines can answer."""
+        """How prompts ended, of whose requests `load` times as many come as the engines can answer of one prompt."""
         ended: Counter[str] = Counter()
         step_s, owed = 0.1, 0.0
         per_s = engines * (1 if self.shared else self.places) / self.work_s
@@ -66,27 +70,28 @@ class Engines:
                 owed -= 1
                 ended.update(self._come())
             worked_on = self.held[: engines * self.places]
+            together = sum(one.prompts for one in worked_on)
             for one in worked_on:
-                one.work_s -= step_s * (min(1, engines / len(worked_on)) if self.shared else 1)
+                one.work_s -= step_s * (one.prompts * min(1, engines / together) if self.shared else 1)
             for one in list(self.held):
                 if one.work_s <= 0:
                     one.place.close()
-                    ended["answered"] += 1
+                    ended["answered"] += one.prompts
                 elif self.clock.now - one.came_s >= self.timeout_s:
                     miss_deadline(one.place)
-                    ended["late"] += 1
+                    ended["late"] += one.prompts
                 else:
                     continue
                 self.held.remove(one)
         return ended
 
     def _come(self) -> list[str]:
-        place = ExitStack()
+        place, prompts = ExitStack(), next(self.prompts)
         try:
-            place.enter_context(self.admission.admit())
+            place.enter_context(self.admission.admit(prompts))
         except RequestError:
             return ["refused"]
-        self.held.append(Held(place, self.clock.now, self.work_s))
+        self.held.append(Held(place, self.clock.now, prompts, self.work_s * (prompts if self.shared else 1)))
         return []
 
 
@@ -112,6 +117,18 @@ def test_the_wait_follows_from_the_rate_of_answers() -> None:
         for _ in range(9):
             places.enter_context(admission.admit())
         assert admission.expected_wait_s() == pytest.approx(30)  # the tenth ends after ten gaps
+
+
+@pytest.mark.parametrize("first", [5, 32])
+def test_each_prompt_of_a_list_counts_but_a_request_alone_is_always_taken(first: int) -> None:
+    clock = Clock()
+    admission = Admission(100, 1, 20, clock)
+    serve(admission, clock, 2, gap_s=3, prompts=2)  # 1.5 s for each
+    with admission.admit(first):
+        assert admission.expected_wait_s(3) == pytest.approx((first + 3) * 1.5)
+        with pytest.raises(RequestError, match="The wait is"), admission.admit(9):
+            pass
+        assert (admission.expected_wait_s(8) > 20) == (first > 5)
 
 
 def test_what_would_miss_its_deadline_is_refused_with_the_time_to_come_back() -> None:
@@ -173,6 +190,17 @@ def test_requests_that_share_an_engine_are_answered_however_many_come(places: in
     assert first["answered"] + second["answered"] >= 600 / work_s / 2
     assert first["late"] <= places + 64  # what was taken before anything was known
     assert second["late"] <= second["answered"] / 8
+
+
+@pytest.mark.parametrize(("few", "many", "work_s"), [(9, 16, 1), (3, 8, 1), (19, 32, 1), (3, 8, 3)])
+def test_requests_of_many_prompts_and_of_one_are_answered_in_time(few: int, many: int, work_s: float) -> None:
+    clock, mix = Clock(), cycle([1] * few + [many])
+    admission = Admission(16 + 64, 16, 60, clock)
+    engines = Engines(admission, clock, 16, work_s, timeout_s=60, shared=True, prompts=mix)
+    engines.run(900, load=10)
+    after = engines.run(900, load=10)
+    assert after["answered"] >= 0.8 * 900 / work_s
+    assert after["late"] <= after["answered"] / 8
 
 
 def test_after_an_overload_all_are_answered_again() -> None:

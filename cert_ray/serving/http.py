@@ -20,9 +20,10 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -56,6 +57,12 @@ _PUBLIC = frozenset({"/health", *_PAGE})  # the page holds no secret: it asks fo
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused, in OpenAI's shape"},
     "5XX": {"model": ErrorBody, "description": "Busy, late or failed, in OpenAI's shape"},
+}
+# Where keys are asked for. `Keys` asks; this says so in the OpenAPI document.
+_BEARER = Security(HTTPBearer(auto_error=False, description="One of the server's keys"))
+_KEY_ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"model": ErrorBody, "description": "No valid key"},
+    429: {"model": ErrorBody, "description": "The key's rate is used up; Retry-After says when to come back"},
 }
 _T = TypeVar("_T")
 
@@ -101,28 +108,35 @@ def create_app(
         app.add_middleware(Keys, keys=keys, rates=RateLimiter(config.rate, front_doors), public=_PUBLIC)
     app.add_middleware(SecurityHeaders)
     _add_error_handlers(app)
-    _add_models(app, backend, any_library)
+    _add_health(app)
     if config.playground:
         _add_page(app)
+    routes = APIRouter(responses=_ERRORS)
+    if keys is not None:
+        routes = APIRouter(responses=_ERRORS | _KEY_ERRORS, dependencies=[_BEARER])
+    _add_models(routes, backend, any_library)
     completions = _Completions(backend, config, any_library, admission, observe or (lambda _: None))
-    _add_completions(app, completions)
-    _add_editors(app, completions, any_library)
+    _add_completions(routes, completions)
+    _add_editors(routes, completions, any_library)
+    app.include_router(routes)
     return app
 
 
-def _add_models(app: FastAPI, backend: Backend, any_library: str) -> None:
+def _add_health(app: FastAPI) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/v1/models", responses=_ERRORS)
+
+def _add_models(routes: APIRouter, backend: Backend, any_library: str) -> None:
+    @routes.get("/v1/models")
     async def models() -> ModelList:
         cards = [ModelCard(id=name, library=library) for name, library in backend.served.items()]
         if any_library not in backend.served:
             cards.insert(0, ModelCard(id=any_library))
         return ModelList(data=cards)
 
-    @app.get("/v1/models/{name:path}", responses=_ERRORS)
+    @routes.get("/v1/models/{name:path}")
     async def model(name: str) -> ModelCard:
         resolve(name, (), backend.served, any_library)
         return ModelCard(id=name, library=backend.served.get(name))
@@ -139,36 +153,36 @@ def _file(file: Traversable) -> Callable[[Request], Response]:
     return lambda _: Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
 
-def _add_completions(app: FastAPI, completions: _Completions) -> None:
+def _add_completions(routes: APIRouter, completions: _Completions) -> None:
     events = {"text/event-stream": {"schema": {"type": "string", "description": "with stream=true: OpenAI's chunks"}}}
 
-    @app.post("/v1/completions", response_model=CompletionResponse, responses={200: {"content": events}, **_ERRORS})
+    @routes.post("/v1/completions", response_model=CompletionResponse, responses={200: {"content": events}})
     async def complete(request: Request, body: CompletionRequest) -> Response:
         return await completions.answer(request, body)
 
 
-def _add_editors(app: FastAPI, completions: _Completions, any_library: str) -> None:
+def _add_editors(routes: APIRouter, completions: _Completions, any_library: str) -> None:
     limits = completions.limits
 
-    @app.post("/infill", responses=_ERRORS)
+    @routes.post("/infill")
     async def infill(request: Request, body: editors.InfillRequest) -> editors.InfillResponse:
         if body.n_predict == 0:  # a plugin that warms up
             return editors.nothing_infilled(any_library)
         return editors.write_infill(await completions.fill(request, editors.read_infill(body, any_library, limits)))
 
-    @app.post("/tabby/v1/completions", responses=_ERRORS)
+    @routes.post("/tabby/v1/completions")
     async def tabby(request: Request, body: editors.TabbyRequest) -> editors.TabbyResponse:
         return editors.write_tabby(await completions.fill(request, editors.read_tabby(body, any_library, limits)))
 
-    @app.get("/tabby/v1/health", responses=_ERRORS)
+    @routes.get("/tabby/v1/health")
     async def tabby_health() -> editors.TabbyHealth:
         return editors.TabbyHealth(model=any_library)
 
-    @app.get("/tabby/v1beta/server_setting", responses=_ERRORS)
+    @routes.get("/tabby/v1beta/server_setting")
     async def tabby_settings() -> editors.TabbySettings:
         return editors.TabbySettings()
 
-    @app.post("/tabby/v1/events", responses=_ERRORS, status_code=204)
+    @routes.post("/tabby/v1/events", status_code=204)
     async def tabby_events() -> None:
         """Plugins tell here what was shown and taken; nothing is kept."""
 

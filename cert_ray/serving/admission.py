@@ -33,10 +33,19 @@ class Admission:
     """Counts the requests in flight, and measures how fast they are answered. For one event loop."""
 
     def __init__(
-        self, max_in_flight: int, at_once: int, timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        max_in_flight: int,
+        at_once: int,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`at_once` of them are worked on together; each is given up after `timeout_s`."""
+        """`at_once` of them are worked on together; each is given up after `timeout_s`.
+
+        `observe` is told how many are in flight whenever one begins or ends.
+        """
         self._max_in_flight, self._at_once, self._timeout_s, self._clock = max_in_flight, at_once, timeout_s, clock
+        self._observe = observe
         self.in_flight = 0
         self._prompts = 0  # of the requests in flight
         self._gap_s: float | None = None  # seconds for each prompt answered while requests wait
@@ -64,6 +73,7 @@ class Admission:
         self._prompts += prompts
         if self.in_flight == self._at_once:
             self._full_since = self._clock()
+        self._observe(self.in_flight)
         began, answers_before, answered = self._clock(), self._answers, False
         try:
             yield
@@ -114,6 +124,7 @@ class Admission:
         self.in_flight -= 1
         self._prompts -= prompts
         self._full_since = now if self.in_flight >= self._at_once else None
+        self._observe(self.in_flight)
 
 
 def _overloaded(problem: str, retry_after_s: float) -> RequestError:

@@ -39,7 +39,6 @@ class Served:
     status: int
     seconds: float
     first_s: float | None  # until the first event of a stream
-    in_flight: int  # requests that the front door still has
     answers: tuple[CascadeAnswer, ...] = ()
 
 

@@ -303,8 +303,7 @@ class _Completions:
         self, asked: _Asked, status: int, first_s: float | None = None, answers: Sequence[CascadeAnswer] = ()
     ) -> None:
         seconds = time.perf_counter() - asked.began
-        in_flight = self._admission.in_flight
-        self._observe(Served(asked.model, status, seconds, first_s, in_flight, tuple(answers)))
+        self._observe(Served(asked.model, status, seconds, first_s, tuple(answers)))
         _log.info(
             "completion %d %.3f s model %s key %s prompts %d n %d max_tokens %d route %s%s",
             status,

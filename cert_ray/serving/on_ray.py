@@ -278,6 +278,7 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
                 math.ceil(config.max_in_flight / config.front_doors),
                 math.ceil(config.at_once / config.front_doors),
                 config.request_timeout_s,
+                observe=telemetry.count_in_flight,
             ),
             front_doors=config.front_doors,
             observe=_count,
@@ -295,7 +296,7 @@ def _log_as_serve_does() -> None:
 
 
 def _count(served: Served) -> None:
-    telemetry.count_request(served.model, served.status, served.seconds, served.first_s, served.in_flight)
+    telemetry.count_request(served.model, served.status, served.seconds, served.first_s)
     for answer in served.answers:
         tokens = {
             "prompt": answer.prompt_tokens,

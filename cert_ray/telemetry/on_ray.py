@@ -47,10 +47,14 @@ def count_report(stage: str, report: ShardReport, done: int) -> None:
         _add(metrics.ROWS_DROPPED, rows, stage=stage, reason=reason)
 
 
-def count_request(model: str, status: int, seconds: float, first_event_s: float | None, in_flight: int) -> None:
+def count_in_flight(requests: int) -> None:
+    """Say how many completion requests this front door has, whenever one comes or ends."""
+    _emitter(metrics.IN_FLIGHT).set(requests)
+
+
+def count_request(model: str, status: int, seconds: float, first_event_s: float | None) -> None:
     """Count one completion request that has ended."""
     _add(metrics.COMPLETIONS, 1, model=model, status=str(status))
-    _emitter(metrics.IN_FLIGHT).set(in_flight)
     if status == 200:  # refusals are quick, and would hide how long answers take
         _observe(metrics.COMPLETION_SECONDS, seconds, model=model)
     if first_event_s is not None:

@@ -324,7 +324,18 @@ def test_every_request_is_observed_once(stream: bool) -> None:
         ("org/cert", 503, 0),
     ]
     assert [served.first_s is not None for served in seen] == [stream, False]
-    assert all(served.in_flight == 0 for served in seen)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_in_flight_are_told_when_one_begins_and_when_one_ends(stream: bool) -> None:
+    told: list[int] = []
+    admission = Admission(2, 1, 60, observe=told.append)
+    with admission.admit():
+        assert complete(app={"admission": admission}, stream=stream).status_code == 200
+        assert told == [1, 2, 1]
+        with admission.admit():
+            assert complete(app={"admission": admission}, stream=stream).status_code == 503
+    assert told == [1, 2, 1, 2, 1, 0]
 
 
 @pytest.mark.parametrize("log_prompts", [False, True])

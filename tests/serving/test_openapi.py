@@ -52,10 +52,10 @@ def test_every_answer_is_one_that_the_document_describes(case: schemathesis.Case
 @hypothesis.settings(max_examples=15, suppress_health_check=list(hypothesis.HealthCheck))
 @hypothesis.given(case=cases_of(operations_with_keys), is_known=strategies.booleans())
 def test_so_is_every_answer_where_keys_are_asked_for(case: schemathesis.Case, is_known: bool) -> None:
-    case.headers["Authorization"] = KEY["Authorization"] if is_known else "Bearer another"
-    response = case.call()
+    response = case.call(headers=KEY if is_known else None)
     case.validate_response(response, checks=CHECKS)
-    assert (response.status_code == 401) == (not is_known and case.path != "/health")
+    has_key = response.request.headers.get("Authorization") == KEY["Authorization"]  # cases have headers of their own
+    assert (response.status_code == 401) == (not has_key and case.path != "/health")
 
 
 def test_the_document_says_where_a_key_is_asked_for() -> None:

@@ -18,9 +18,9 @@ import pyarrow.compute as pc
 # A line that imports, as far as it can be told in a prompt that ends anywhere and so seldom parses.
 # Possessive: a long word without `import` behind it is not tried again letter by letter, 40 s for 20 KB of it.
 _BEGIN = r"(?:^[ \t]*+(?:>>>[ \t]*+)?(?:try[ \t]*+:[ \t]*+)?|;[ \t]*+)"  # of a statement that may import
-_FROM = re.compile(_BEGIN + r"from[ \t]+(\w++)[\w.]*+[ \t]+import\b", re.MULTILINE)
+_FROM = re.compile(_BEGIN + r"from[ \t]+(\w++)[\w.]*+[ \t]+import\b[ \t]*+(\([\w\s,]*+|[\w \t,]*+)", re.MULTILINE)
 _IMPORT = re.compile(_BEGIN + r"import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
-_USE = re.compile(r"\b(\w+)\.")
+_USE = re.compile(r"\b(\w++)([.(\[])")
 _PART = re.compile(r"(\w+)(?:\.\w+)*(?:\s+as\s+(\w+))?")
 
 
@@ -43,14 +43,27 @@ def imported_libraries(prompt: str) -> Counter[str]:
 
     Time grows with the prompt's length alone: a prompt may be a megabyte of imports.
     """
-    places: dict[str, list[int]] = defaultdict(list)
+    of_modules: dict[str, list[int]] = defaultdict(list)  # where a name stands before a dot
+    of_names: dict[str, list[int]] = defaultdict(list)  # where one is called, indexed or asked, and is no attribute
     for use in _USE.finditer(prompt):
-        places[use[1]].append(use.start())
+        if use[2] == ".":
+            of_modules[use[1]].append(use.start())
+        if prompt[use.start() - 1 : use.start()] != ".":
+            of_names[use[1]].append(use.start())
     uses: Counter[str] = Counter()
     for match in _FROM.finditer(prompt):
-        uses[match[1]] += 1
+        uses[match[1]] += 1 + sum(_behind(match, of_names.get(name, ())) for name in _bound(match[2]))
     for match in _IMPORT.finditer(prompt):
         for library, alias in _PART.findall(match[1]):
-            used = places.get(alias or library, [])
-            uses[library] += 1 + len(used) - bisect.bisect_left(used, match.end())
+            uses[library] += 1 + _behind(match, of_modules.get(alias or library, ()))
     return uses
+
+
+def _bound(imported: str) -> set[str]:
+    """The names that a list behind `import` binds."""
+    return {alias or name for name, alias in _PART.findall(imported)}
+
+
+def _behind(match: re.Match[str], places: Sequence[int]) -> int:
+    """How many of `places` stand behind the match."""
+    return len(places) - bisect.bisect_left(places, match.end())

@@ -28,6 +28,13 @@ def test_imports_count_with_the_uses_of_the_name_they_bind() -> None:
     assert imported_libraries("import pandas as pd, os.path\npd.DataFrame(pd.x)\nos.path\n") == {"pandas": 3, "os": 2}
 
 
+def test_names_imported_from_a_library_count_where_they_are_used() -> None:
+    for line in ("from numpy import array, zeros as z\n", "from numpy import (\n    array,\n    zeros as z,\n)\n"):
+        assert imported_libraries(line + "z[0] = array(z.T)\ndf.array()\nzeros(3)\n") == {"numpy": 4}
+    assert imported_libraries("from numpy import *\narray(1)\n") == {"numpy": 1}
+    assert imported_libraries("from numpy import (array,") == {"numpy": 1}
+
+
 def test_imports_behind_a_semicolon_a_prompt_of_python_or_try_count() -> None:
     for code in ("import sys; import numpy as np\n", "try: import numpy as np\n", ">>> import numpy as np\n>>> "):
         assert imported_libraries(code + "np.zeros(2)")["numpy"] == 2
@@ -38,7 +45,17 @@ def test_imports_behind_a_semicolon_a_prompt_of_python_or_try_count() -> None:
 @hypothesis.given(
     st.lists(
         st.sampled_from(
-            ["import a", "import a as b", "from c import d", "b.x", "a.b.a()", "xa.y", "import c, a as x", "x.x."]
+            [
+                "import a",
+                "import a as b",
+                "from c import d",
+                "b.x",
+                "a.b.a()",
+                "xa.y",
+                "import c, a as x",
+                "x.x.",
+                "d(d[b.d(1)])",
+            ]
         )
     )
 )
@@ -48,7 +65,7 @@ def test_uses_are_those_behind_the_import(lines: list[str]) -> None:
     for number, line in enumerate(lines):
         behind = "\n".join(["", *lines[number + 1 :]])
         if line == "from c import d":
-            expected["c"] += 1
+            expected["c"] += 1 + len(re.findall(r"(?<!\.)\bd[(\[]", behind))
         elif line.startswith("import "):
             for part in line.removeprefix("import ").split(", "):
                 library, _, alias = part.partition(" as ")

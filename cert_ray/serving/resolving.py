@@ -5,11 +5,16 @@ In: the request's `model`, the prompts, and the names that are served. Out: one 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from cert_ray.errors import RequestError
 from cert_ray.libraries import imported_libraries
+
+# What begins a triple-quoted string, and what may hold those quotes without beginning one. Not the scan of sketches:
+# a front door reads prompts in its event loop, and these alternatives look at each character twice at most.
+_QUOTES = re.compile(r"""("{3}|'{3})|"[^"\\\n]*+"|'[^'\\\n]*+'|\#[^\n]*+""")
 
 
 def resolve(model: str, prompts: Sequence[str], served: Mapping[str, str | None], any_library: str = "cert") -> str:
@@ -27,5 +32,19 @@ def resolve(model: str, prompts: Sequence[str], served: Mapping[str, str | None]
         names = ", ".join([*served, any_library] if served else ["none"])
         problem = f"The model {model!r} does not exist here; this server has {names}."
         raise RequestError(404, problem, "model", "model_not_found")
-    uses = sum((imported_libraries(prompt) for prompt in prompts), Counter[str]())
+    uses = sum((imported_libraries(_without_blocks(prompt)) for prompt in prompts), Counter[str]())
     return max(served, key=lambda name: uses[served[name] or ""])
+
+
+def _without_blocks(prompt: str) -> str:
+    """`prompt` without its triple-quoted strings, one that it ends in included: they are no code."""
+    parts: list[str] = []
+    at = behind = 0
+    while (match := _QUOTES.search(prompt, at)) is not None:
+        at = match.end()
+        if match[1]:
+            end = prompt.find(match[1], at)
+            at = len(prompt) if end < 0 else end + 3
+            parts.append(prompt[behind : match.start()])
+            behind = at
+    return " ".join([*parts, prompt[behind:]])

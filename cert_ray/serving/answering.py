@@ -32,7 +32,7 @@ from cert_ray.serving.answers import CascadeAnswer, Listener
 from cert_ray.serving.batching import Turns
 from cert_ray.serving.cascade import run_cascade, run_context_first
 from cert_ray.serving.cascade_config import CascadeConfig
-from cert_ray.serving.engines import Engine, EngineConfig
+from cert_ray.serving.engines import Engine, EngineConfig, Steps
 from cert_ray.serving.events import Event, TextDrawn
 from cert_ray.serving.model_checks import check_models
 from cert_ray.serving.model_folders import Described, trained_view
@@ -160,7 +160,7 @@ class ModelConfig(Config):
 class Answerer:
     """Completes prompts with models that are loaded once. Safe to call from several threads."""
 
-    turns: Turns | None = None  # what steps the models; None where nothing of this process does, as with vLLM
+    steps: Sequence[Steps] = ()  # what steps the models
 
     def __init__(
         self,
@@ -204,7 +204,7 @@ class Answerer:
             answerer = cls(None, engines["model"], *kept, context_first=is_both)
         else:
             answerer = cls(engines["sketcher"], engines["generator"], *kept)
-        answerer.turns = turns if config.engine.kind == "transformers" else None
+        answerer.steps = (turns, *(engine for engine in engines.values() if isinstance(engine, VllmEngine)))
         return answerer
 
     @property

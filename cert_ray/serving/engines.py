@@ -151,6 +151,15 @@ class Engine(Protocol):
         ...
 
 
+class Steps(Protocol):
+    """What steps models, and can tell when it hangs."""
+
+    @property
+    def step_s(self) -> float:
+        """How long the step that runs now has taken so far; 0 where none runs."""
+        ...
+
+
 # What vLLM decides by itself.
 _TRANSFORMERS_ALONE: Final = ("device", "threads", "prefix_cache_tokens", "draft_tokens", "packed_weights")
 

@@ -20,8 +20,8 @@ from cert_ray.errors import RequestError
 from cert_ray.serving.answering import Answerer
 from cert_ray.serving.answers import CascadeAnswer
 from cert_ray.serving.backends import Bridge, Told
-from cert_ray.serving.batching import Turns
 from cert_ray.serving.deployment import ServeConfig, ServedModel
+from cert_ray.serving.engines import Steps
 from cert_ray.serving.sampling import Sampling
 from cert_ray.serving.unfit_models import UnfitModels
 
@@ -46,7 +46,7 @@ class Engines:
         # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
         self._bridge = Bridge(2 * config.max_ongoing_requests)
         self._failures = 0
-        self._turns: weakref.WeakSet[Turns] = weakref.WeakSet()  # their threads hold them, though a model was dropped
+        self._steps: weakref.WeakSet[Steps] = weakref.WeakSet()  # a thread that hangs holds its own, dropped or not
         self._only: Answerer | None = None
         self._unfit = UnfitModels()
         self._loading: dict[str, asyncio.Future[Answerer]] = {}
@@ -104,8 +104,7 @@ class Engines:
 
     def _watched(self, answerer: Answerer) -> Answerer:
         """`answerer`, whose steps `check_health` looks at from now on."""
-        if answerer.turns is not None:
-            self._turns.add(answerer.turns)
+        self._steps.update(answerer.steps)
         return answerer
 
     async def _answerer(self, name: str) -> Answerer:
@@ -159,6 +158,6 @@ class Engines:
         """Raise when this engine fails at whatever it is asked, or hangs; Serve then starts another in its place."""
         if self._failures >= _FAILURES:
             raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
-        step_s = max((turns.step_s for turns in self._turns), default=0.0)
+        step_s = max((steps.step_s for steps in self._steps), default=0.0)
         if step_s > _HANGS_S:
             raise RuntimeError(f"the engine hangs: its step takes {step_s:.0f} s so far")

@@ -17,9 +17,10 @@ import math
 import os
 import queue
 import threading
+import time
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
@@ -72,6 +73,44 @@ class _News:
     prompt_logprobs: _Scores | None = None
 
 
+class _Silence:
+    """For how long vLLM was waited for since it last said something.
+
+    Waits that were given up count, or a hang would not be seen where requests have a shorter deadline.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting = 0
+        self._since_s = 0.0  # when the wait that goes on began, by `time.monotonic`
+        self._before_s = 0.0  # waits before that one
+
+    @property
+    def seconds(self) -> float:
+        with self._lock:
+            return self._before_s + (time.monotonic() - self._since_s if self._waiting else 0.0)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Somebody waits, beside others or alone."""
+        with self._lock:
+            self._waiting += 1
+            if self._waiting == 1:
+                self._since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._before_s += time.monotonic() - self._since_s
+
+    def broken(self) -> None:
+        """vLLM said something."""
+        with self._lock:
+            self._before_s, self._since_s = 0.0, time.monotonic()
+
+
 class VllmEngine:
     """An `Engine` whose model runs in vLLM, in processes of its own, which end with this object."""
 
@@ -106,6 +145,7 @@ class VllmEngine:
         async def start() -> Any:
             return engine_module.AsyncLLM.from_engine_args(options)
 
+        self._silence = _Silence()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=_run, args=[self._loop], name="cert-ray-vllm", daemon=True)
         thread.start()
@@ -136,6 +176,11 @@ class VllmEngine:
         """Never: vLLM is given no tokens that an answer may hold."""
         return False
 
+    @property
+    def step_s(self) -> float:
+        """How long vLLM's step has taken so far, as far as can be seen from here: it says nothing meanwhile."""
+        return self._silence.seconds
+
     def close(self) -> None:
         """End vLLM's processes. Work that is being done fails."""
         self._end()
@@ -150,11 +195,13 @@ class VllmEngine:
         check_length(len(prompt), self._context_tokens)
         samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
         asked = self._options(work, len(prompt))
-        request = _Request(self._engine, self._loop, list(prompt), asked, tells_tops=work.logprobs is not None)
-        try:
-            return _Drawing(samples, request, hooks).run(lambda scores: self._tell_prompt(prompt, scores))
-        finally:
-            request.end_others()
+        with self._silence.waiting():
+            heard, tells_tops = self._silence.broken, work.logprobs is not None
+            request = _Request(self._engine, self._loop, list(prompt), asked, heard, tells_tops=tells_tops)
+            try:
+                return _Drawing(samples, request, hooks).run(lambda scores: self._tell_prompt(prompt, scores))
+            finally:
+                request.end_others()
 
     def _options(self, work: Work, prompt_tokens: int) -> dict[int, Any]:
         """The `SamplingParams` of each sample; where the prompt alone is scored, of one, whose token is not told."""
@@ -198,11 +245,15 @@ class _Request:
         loop: asyncio.AbstractEventLoop,
         prompt: list[int],
         asked: dict[int, Any],
+        on_word: Callable[[], None],
         *,
         tells_tops: bool,
     ) -> None:
-        """`asked`: the `SamplingParams` of each sample. `tells_tops`: whether the likeliest tokens are wanted."""
-        self._tells_tops = tells_tops
+        """`asked`: the `SamplingParams` of each sample. `on_word`: called whenever vLLM says something.
+
+        `tells_tops`: whether the likeliest tokens are wanted.
+        """
+        self._on_word, self._tells_tops = on_word, tells_tops
         self._mailbox: queue.SimpleQueue[_News] = queue.SimpleQueue()
         self._engine, self._loop = engine, loop
         self._name = uuid.uuid4().hex
@@ -215,6 +266,7 @@ class _Request:
         outputs = self._engine.generate({"prompt_token_ids": prompt}, options, f"{self._name}-{index}")
         try:
             async for output in outputs:
+                self._on_word()
                 self._mailbox.put(_read(output, index, self._tells_tops))
         except asyncio.CancelledError:  # by `end`, and nobody hears it; or the engine was closed
             self._mailbox.put(_News(index, error=RuntimeError(_CLOSED)))

@@ -11,7 +11,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,11 +21,12 @@ import torch
 from scipy.stats import chi2_contingency
 from tokenizers import Tokenizer
 
-from cert_ray.errors import ConfigError, RequestCancelledError, RequestError
+from cert_ray.errors import ConfigError, DeadlineError, RequestCancelledError, RequestError
 from cert_ray.serving import vllm_engine
 from cert_ray.serving.answering import load_engine
 from cert_ray.serving.constraints import Template
 from cert_ray.serving.engines import Completion, Drawn, EngineConfig, Hooks, Work
+from cert_ray.serving.replicas import Engines
 from cert_ray.sketching import prompt_format
 from tests.serving.builders import save_model
 
@@ -49,10 +50,14 @@ class FakeLLM:
         self.options: Any = None  # what it was started with
         self.finish: str | None = None  # what a request is said to have ended by behind its tokens; None: it goes on
         self.slow: frozenset[int] = frozenset()  # samples that get no further than their first token
+        self.hangs: Callable[[], None] | None = None  # called by a request that is told nothing
         self._ids = prompt_format.encode_code(tokenizer, " df\n#")
 
     async def generate(self, prompt: Any, options: Any, request_id: str) -> AsyncIterator[Any]:
         self.asked.append((prompt, options))
+        if self.hangs is not None:
+            self.hangs()
+            await asyncio.sleep(3600)
         sample = int(request_id.rpartition("-")[2])
         scores = None
         if options.prompt_logprobs is not None:
@@ -194,6 +199,36 @@ def test_what_ends_vllm_is_raised(fake: tuple[FakeLLM, str], engine: Any) -> Non
     llm.error = RuntimeError("its process is gone")
     with pytest.raises(RuntimeError, match="process is gone"):
         engine.draw(Work((5,)))
+
+
+def test_a_vllm_that_says_nothing_to_those_who_wait_is_not_healthy(
+    fake: tuple[FakeLLM, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm, folder = fake
+    now_s = 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    monkeypatch.setattr(vllm_engine, "time", SimpleNamespace(monotonic=lambda: now_s), raising=False)
+    engines = Engines({"model": folder, "engine": {"kind": "vllm"}})
+
+    def ask(seed: int, timeout_s: float) -> None:
+        assert asyncio.run(engines.answer("cert", ["x ="], {"max_tokens": 2, "seed": seed}, timeout_s))
+
+    llm.hangs, llm.finish = lambda: advance(70), "length"
+    with pytest.raises(DeadlineError):
+        ask(1, 0.5)
+    advance(1_000)  # in which nobody waited
+    engines.check_health()
+    with pytest.raises(DeadlineError):
+        ask(2, 0.5)
+    with pytest.raises(RuntimeError, match="hangs: its step takes 140 s"):
+        engines.check_health()
+    llm.hangs = None
+    ask(3, 60)
+    engines.check_health()
 
 
 @pytest.mark.parametrize("finish", ["abort", "error"])

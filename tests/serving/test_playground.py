@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from axe_core_python.selenium import Axe
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -67,6 +68,36 @@ class Page:
 
     def wait_for_status(self, text: str) -> None:
         self.wait(lambda: text in self.one("#status").text)
+
+    def type(self, *keys: str) -> None:
+        """Press keys where the focus is."""
+        self.browser.switch_to.active_element.send_keys(*keys)
+
+    def tab_to(self, element_id: str) -> None:
+        """Go there by the tabulator alone."""
+        for _ in range(40):
+            self.type(Keys.TAB)
+            focused = self.browser.switch_to.active_element
+            style = self.browser.execute_script("return getComputedStyle(arguments[0]).outlineStyle", focused)
+            assert style == "solid" or focused.tag_name == "body"  # where the page's end leads to its beginning
+            if focused.get_attribute("id") == element_id:
+                return
+        raise AssertionError(f"no number of tabulators leads to {element_id}")
+
+    def barriers(self) -> list[str]:
+        """What axe-core finds against WCAG 2.1 at AA, in both of the system's colours."""
+        found = []
+        for colours in ("dark", "light"):
+            feature = {"name": "prefers-color-scheme", "value": colours}
+            self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            told = Axe().run(self.browser, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]})
+            assert len(told["passes"]) > 10  # it looked
+            found += [
+                f"{colours}: {rule['id']}: {node['html']}: {node['failureSummary']}"
+                for rule in told["violations"]
+                for node in rule["nodes"]
+            ]
+        return found
 
     def problems(self) -> list[str]:
         """What the browser complains of: errors of the script, files refused by the policy."""
@@ -172,3 +203,50 @@ def test_the_code_shown_is_the_request(browser: webdriver.Chrome) -> None:
     model, prompts, sampling = backend.asked[-1]
     assert (model, prompts, sampling.n, sampling.seed) == ("numpy", ["s = 'it''s \u00e4'\n"], 8, 9)
     assert scope["shown"] == " = 0"
+
+
+def test_no_barrier_is_found_empty_in_work_with_an_answer_or_with_an_error(browser: webdriver.Chrome) -> None:
+    backend = ScriptedBackend(hold=True)
+    with listening(create_app(backend)) as url:
+        page = Page(browser, url)
+        assert page.barriers() == []
+        page.one("#run").click()
+        page.wait_for_status("The sketch is chosen")
+        assert page.barriers() == []
+        backend.release.set()
+        page.wait_for_status("Done.")
+        assert page.find("#sketches .hole, #answers mark")
+        assert page.barriers() == []
+    with listening(create_app(ScriptedBackend(RequestError(503, "The server is busy.", None, "overloaded")))) as url:
+        page = Page(browser, url)
+        page.one("#run").click()
+        page.wait_for_status("The server is busy.")
+        assert page.one("#status").get_attribute("class") == "bad"
+        assert page.barriers() == []
+
+
+def test_the_keyboard_alone_asks_stops_and_reads_the_votes(browser: webdriver.Chrome) -> None:
+    backend = ScriptedBackend(hold=True)
+    with listening(create_app(backend)) as url:
+        page = Page(browser, url)
+        page.tab_to("prompt")
+        page.type(Keys.CONTROL, "a", Keys.NULL, "x")
+        page.tab_to("run")
+        page.type(Keys.ENTER)
+        page.wait_for_status("The sketch is chosen")
+        # What a screen reader is told: the status by itself, the votes as names of what it meets below their heading.
+        assert page.one("#status").aria_role == "status"
+        assert [bar.accessible_name for bar in page.find("#sketches progress")] == ["3 of 4 votes", "1 of 4 votes"]
+        assert page.one("#results section").accessible_name == "Sketches"
+        page.type(Keys.TAB)  # the focus had stayed where it was
+        assert page.browser.switch_to.active_element.get_attribute("id") == "stop"
+        page.type(Keys.ENTER)
+        page.wait_for_status("Stopped.")
+        assert page.browser.switch_to.active_element.get_attribute("id") == "stop"
+        assert backend.ended.wait(10)
+        backend.release.set()
+        page.tab_to("prompt")
+        page.type(Keys.CONTROL, Keys.ENTER)
+        page.wait_for_status("Done.")
+        page.tab_to("python")
+    assert [prompts for _, prompts, _ in backend.asked] == [["x"]] * 2

@@ -287,11 +287,16 @@ async function complete() {
   if (!ended) throw new Error("The answer ended early.");
 }
 
+// Not `disabled`: that takes the focus from the button that was just pressed.
+function showRunning(is) {
+  element("run").setAttribute("aria-disabled", is);
+  element("stop").setAttribute("aria-disabled", !is);
+}
+
 async function run() {
   if (running) return;
   running = new AbortController();
-  element("run").disabled = true;
-  element("stop").disabled = false;
+  showRunning(true);
   element("sketches").replaceChildren();
   element("timing").tBodies[0].replaceChildren();
   element("results").setAttribute("aria-busy", "true");
@@ -304,8 +309,7 @@ async function run() {
     say(stopped ? "Stopped." : error.message, !stopped);
   } finally {
     running = null;
-    element("run").disabled = false;
-    element("stop").disabled = true;
+    showRunning(false);
     element("results").removeAttribute("aria-busy");
   }
 }

@@ -37,19 +37,19 @@ class RequestLimits(Config):
     max_body_bytes: int = Field(default=1 << 20, ge=1)
 
 
+# Numbers in JSON are numbers: neither "3" nor true is one.
+_Count = Annotated[int, Field(strict=True)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Flag = Annotated[bool, Field(strict=True)]
+
+
 class StreamOptions(BaseModel):
     """What a stream carries beside text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    include_usage: bool | None = None
-    include_obfuscation: bool | None = None  # accepted, not done: it hides the length of tokens from eavesdroppers
-
-
-# Numbers in JSON are numbers: neither "3" nor true is one.
-_Count = Annotated[int, Field(strict=True)]
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-_Flag = Annotated[bool, Field(strict=True)]
+    include_usage: _Flag | None = None
+    include_obfuscation: _Flag | None = None  # accepted, not done: it hides the length of tokens from eavesdroppers
 
 
 class CompletionRequest(BaseModel):

@@ -2,23 +2,106 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import openai
 import pytest
+from openai.resources.completions import Completions
 
 from cert_ray.errors import RequestError
 from cert_ray.serving.http import create_app
+from cert_ray.serving.openai_schema import CompletionRequest
+from cert_ray.serving.sampling import Mode
 from tests.serving.front_doors import BUSY, ScriptedBackend, listening
 
 
+class Parameter(NamedTuple):
+    """What comes of a parameter: values that are honoured, with what then arrives, and values that are a 400.
+
+    `arrives` says where: a field of `Sampling`, `model`, `prompts`, or None where nothing has to.
+    """
+
+    arrives: str | None
+    honoured: list[tuple[Any, Any]]
+    refused: list[Any]
+    beside: tuple[str, ...] = ()  # flags that it wants
+
+
+# The table of docs/serving.md, whole.
+PARAMETERS = {
+    "model": Parameter("model", [("numpy", "numpy"), ("cert", "pandas")], [7, None]),
+    "prompt": Parameter("prompts", [("a", ["a"]), (["a", "b"], ["a", "b"])], [[1, 2], [[1], [2]], [], None, 5]),
+    "n": Parameter("n", [(3, 3), (None, 1)], [0, 201, "2", 1.5]),
+    "best_of": Parameter("best_of", [(3, 3), (None, None)], [0, 201, "3"]),
+    "temperature": Parameter("temperature", [(0, 0), (1.5, 1.5), (None, 1)], [-0.1, 2.1, "hot"]),
+    "top_p": Parameter("top_p", [(0.5, 0.5), (None, 1)], [-0.1, 1.1, "all"]),
+    "max_tokens": Parameter("max_tokens", [(7, 7), (None, 16)], [-1, 0, 2049, "7"]),
+    "stop": Parameter("stop", [("\n", ("\n",)), (["a", "b"], ("a", "b")), (None, ())], [["x"] * 17, "x" * 257, 5, [5]]),
+    "seed": Parameter("seed", [(7, 7), (-1, -1)], [2**63, "7", 0.5]),
+    "logprobs": Parameter("logprobs", [(0, 0), (5, 5), (None, None)], [-1, 6, True]),
+    "echo": Parameter("echo", [(True, True), (None, False)], ["yes", 1]),
+    "suffix": Parameter("suffix", [("\n", "\n"), ("", None), (None, None)], [5, ["x"]]),
+    "stream": Parameter(None, [(True, None), (False, None), (None, None)], ["yes", 1]),
+    "stream_options": Parameter(
+        None, [({"include_usage": True}, None)], [{"include_usage": "yes"}, {"other": 1}, 5], ("stream",)
+    ),
+    "user": Parameter(None, [("somebody", None), (None, None)], [5]),
+    "frequency_penalty": Parameter(None, [(0, None), (None, None)], [0.5, -0.5, "0"]),
+    "presence_penalty": Parameter(None, [(0, None), (None, None)], [0.5, -0.5, "0"]),
+    "logit_bias": Parameter(None, [({}, None), (None, None)], [{"5": 1}, 5]),
+    "stop_token_ids": Parameter("stop_token_ids", [([7, 8], (7, 8)), (None, ())], [[-1], ["7"], list(range(17)), 7]),
+    "mode": Parameter("mode", [(mode.value, mode) for mode in Mode], ["guess", 5]),
+}
+
+
+def test_the_table_of_parameters_is_whole() -> None:
+    """A new parameter of the client, of the schema or of the documentation has to be decided on."""
+    of_the_client = inspect.signature(Completions.create).parameters.keys()
+    others = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}  # the client's own
+    assert of_the_client - others == PARAMETERS.keys() - {"stop_token_ids", "mode"}
+    assert CompletionRequest.model_fields.keys() == PARAMETERS.keys()
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    table = text[text.index("| parameter |") : text.index("```python")]
+    rows = [line.split("|")[1] for line in table.splitlines()[2:] if line.startswith("|")]
+    assert sorted(name.strip(" `") for row in rows for name in row.split(",")) == sorted(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_every_parameter_is_honoured_or_refused(name: str, client: openai.OpenAI, backend: ScriptedBackend) -> None:
+    parameter = PARAMETERS[name]
+
+    def ask(value: Any) -> Any:
+        body = {"model": "pandas", "prompt": "x", **dict.fromkeys(parameter.beside, True), name: value}
+        return client.post("/completions", body=body, cast_to=object)
+
+    for value, expected in parameter.honoured:
+        ask(value)
+        model, prompts, sampling = backend.asked[-1]
+        if parameter.arrives is not None:
+            given = {"model": model, "prompts": prompts, **sampling.model_dump()}[parameter.arrives]
+            assert given == expected, f"{name}={value!r}"
+    asked = len(backend.asked)
+    for value in parameter.refused:
+        with pytest.raises(openai.BadRequestError) as refused:
+            ask(value)
+        assert refused.value.param == name, f"{name}={value!r}"
+        assert refused.value.type == "invalid_request_error"
+    assert len(backend.asked) == asked
+
+
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with listening(
-        create_app(ScriptedBackend(served={"pandas": "pandas", "numpy": "numpy"}), any_library="cert")
-    ) as url:
+def backend() -> ScriptedBackend:
+    return ScriptedBackend(served={"pandas": "pandas", "numpy": "numpy"})
+
+
+@pytest.fixture(scope="module")
+def url(backend: ScriptedBackend) -> Iterator[str]:
+    with listening(create_app(backend, any_library="cert")) as url:
         yield url
 
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 
 import httpx
 import openai
-import psutil
 import pydantic
 import pytest
-import ray
 
 from cert_ray.serving.deployment import ServerConfig
 from tests.chaos.serving_load import Clients
+from tests.serving.processes import replicas, wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", pydantic.warnings.PydanticDeprecatedSince20)
@@ -58,25 +57,6 @@ def clients(served: ServedApp) -> Iterator[Clients]:
     clients.start()
     yield clients
     clients.stop()
-
-
-def replicas(name: str) -> set[int]:
-    """Processes of the deployment `name` on this test's Ray."""
-    found = set()
-    for process in psutil.Process().children(recursive=True):
-        try:
-            title = " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        if f"ServeReplica:cert-ray:{name}" in title:
-            found.add(process.pid)
-    return found
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Until `condition`, watched by the test's own time-out."""
-    while not condition():
-        ray.wait([ray.put(0)], timeout=0.1)
 
 
 def test_a_dead_engine_costs_no_request_and_is_replaced(clients: Clients) -> None:

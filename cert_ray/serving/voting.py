@@ -39,20 +39,34 @@ class Sketch:
 
 
 def read_sketch(tokenizer: Tokenizer, sample: Completion, blanks: str, stops: Sequence[str]) -> Sketch:
-    """The sample's tokens as text and placeholder spans, cut; the blanks that the prompt ended in are not its own."""
+    """The sample's tokens as text and placeholder spans, cut; the blanks that the prompt ended in are not its own.
+
+    Stop strings are looked for in the code between placeholders, as while it was drawn: a placeholder is never cut.
+    """
     decoded = prompt_format.decode_sketch(tokenizer, sample.ids)
     start = len(decoded.text) - len(drop_start(decoded.text, blanks))
-    shown = decoded.text[start:]
-    shown = shown[: first_stop(shown, stops)]
+    shown, places = decoded.text[start:], moved(decoded.placeholders, -start)
+    shown = shown[: first_stop(_hidden(shown, places), stops)]
     text = shown.rstrip()  # trailing blanks make no other sketch
-    placeholders = tuple(place for place in moved(decoded.placeholders, -start) if place.end <= len(text))
+    placeholders = tuple(place for place in places if place.end <= len(text))
     return Sketch(text, placeholders, replace(sample, text=shown))
 
 
 def read_beginning(tokenizer: Tokenizer, ids: Sequence[int], blanks: str, stops: Sequence[str]) -> str:
     """The text that a sample's sketch begins with, whatever is drawn behind these first tokens of it."""
-    text = drop_start(prompt_format.decode_sketch(tokenizer, ids).text, blanks)
-    return settled(text, stops).rstrip()
+    decoded = prompt_format.decode_sketch(tokenizer, ids)
+    text = drop_start(decoded.text, blanks)
+    hidden = _hidden(text, moved(decoded.placeholders, len(text) - len(decoded.text)))
+    return text[: len(settled(hidden, stops))].rstrip()
+
+
+def _hidden(text: str, placeholders: Sequence[Placeholder]) -> str:
+    """`text` with a character that no code holds in place of each one of a placeholder's word."""
+    parts, behind = [], 0
+    for place in placeholders:
+        parts += [text[behind : place.start], "\0" * (place.end - place.start)]
+        behind = place.end
+    return "".join([*parts, text[behind:]])
 
 
 class Ballot:

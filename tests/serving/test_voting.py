@@ -83,6 +83,30 @@ def test_a_sketch_begins_with_what_was_read_of_its_first_tokens() -> None:
             assert whole.text.startswith(read_beginning(tokenizer, ids[:known], "  ", stops))
 
 
+def test_a_stop_string_cuts_no_placeholder() -> None:
+    """As while a sample is drawn: its word is one token, and neither it nor what it joins is code that stops."""
+    tokenizer = small_tokenizer()
+    tokenizer.encode_special_tokens = False
+    text = "  x = <|string|>+ring(<|number|>)"
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+    sample = Completion(ids, prompt_format.decode_code(tokenizer, ids), "stop", -1.0)
+    whole = "x = string+ring(number)"
+    for stops, shown, places in (
+        (("tri", "= s", "g+", "(n", "string"), whole, 2),
+        (("ring",), "x = string+", 1),
+        (("num", ")"), "x = string+ring(number", 2),
+    ):
+        read = read_sketch(tokenizer, sample, "  ", stops)
+        assert (read.text, len(read.placeholders)) == (shown, places)
+        assert [read.text[place.start : place.end] for place in read.placeholders] == ["string", "number"][:places]
+        for known in range(len(ids) + 1):
+            assert shown.startswith(read_beginning(tokenizer, ids[:known], "  ", stops))
+    assert (
+        read_beginning(tokenizer, ids[: ids.index(tokenizer.token_to_id("<|string|>")) + 1], "  ", ("gx",))
+        == "x = string"
+    )
+
+
 def test_equals_go_to_the_likeliest_by_its_best_sample() -> None:
     ballot = Ballot(4)
     for name, mean_logprob in (("a", -0.5), ("b", -0.9), ("a", -0.4), ("b", -0.3)):

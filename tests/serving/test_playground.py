@@ -1,12 +1,8 @@
-"""The page at `/` in a real browser: a prompt in, the sketches and the answer out, while they are drawn.
-
-Needs Debian's `chromium` and `chromium-driver`.
-"""
+"""The page at `/` in a real browser: a prompt in, the sketches and the answer out, while they are drawn."""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +17,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from cert_ray.errors import RequestError
 from cert_ray.serving.api_keys import read_key_file
 from cert_ray.serving.http import create_app
+from tests.serving.browsers import MISSING, show_colours, start_chromium
 from tests.serving.front_doors import ScriptedBackend, listening
 
 pytestmark = [
@@ -32,19 +29,11 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        missing = "chromium or chromedriver is missing (apt-get install chromium chromium-driver)"
+    browser = start_chromium(tmp_path_factory.mktemp("chromium"))
+    if browser is None:
         if os.environ.get("CI") == "true":
-            pytest.fail(f"{missing}, and CI=true")
-        pytest.skip(missing)
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "window-size=1280,1000"):
-        options.add_argument(f"--{argument}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+            pytest.fail(f"{MISSING}, and CI=true")
+        pytest.skip(MISSING)
     yield browser
     browser.quit()
 
@@ -88,8 +77,7 @@ class Page:
         """What axe-core finds against WCAG 2.1 at AA, in both of the system's colours."""
         found = []
         for colours in ("dark", "light"):
-            feature = {"name": "prefers-color-scheme", "value": colours}
-            self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+            show_colours(self.browser, colours)
             told = Axe().run(self.browser, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]})
             assert len(told["passes"]) > 10  # it looked
             found += [
@@ -124,7 +112,8 @@ def test_a_prompt_gives_sketches_with_votes_and_an_answer_with_marked_details(br
         backend.release.set()
         page.wait_for_status("Done.")
         assert [answer.text for answer in page.find("#answers pre")] == ["x = 0", "x = 1", "x = 2"]
-        assert "the generator filled in the sketch" in page.one("#answers-note").text
+        route = "Route: the generator filled in the sketch. Filled-in details are marked."
+        assert page.one("#answers-note").text == route
         assert [row.text for row in page.find("#timing th")][:2] == ["Stage: sketch", "Stage: generate"]
         assert page.problems() == []
     _, prompts, sampling = backend.asked[0]

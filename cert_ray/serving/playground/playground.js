@@ -222,9 +222,11 @@ class Answers {
     element("answers").replaceChildren(...shown);
     const more = ordered.length - shown.length;
     const by = trace.model && trace.model !== element("model").value ? ` Answered by ${trace.model}.` : "";
+    const marked = this.sketch?.placeholders.length
+      ? [" Filled-in details are ", make("mark", { textContent: "marked" }), "."] : [];
     element("answers-note").replaceChildren(
-      `Route: ${ROUTES[trace.route] ?? trace.route}.${by} Filled-in details are `, make("mark", { textContent: "marked" }),
-      more > 0 ? `; ${more} rarer answers are not shown.` : ".");
+      `Route: ${ROUTES[trace.route] ?? trace.route}.${by}`, ...marked,
+      more > 0 ? ` ${more} rarer answers are not shown.` : "");
   }
 }
 

@@ -18,6 +18,7 @@ from cert_ray import manifests, schemas
 from cert_ray.config import Config
 from cert_ray.manifests import ShardReport
 from cert_ray.tokens.shards import UNIGRAMS, write_shard
+from cert_ray.training import records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.models import tokenizer_digest
 
@@ -132,6 +133,12 @@ def process_group() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = value
+
+
+@pytest.fixture(autouse=True)
+def undrawn_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands for `loss.png` in this process: one takes 0.15 s to draw, and short runs have many checkpoints."""
+    monkeypatch.setattr(records, "draw_losses", lambda steps, *_: b"\x89PNG" + repr(steps).encode())
 
 
 @pytest.fixture

@@ -229,3 +229,33 @@ def test_peers_without_a_python_are_refused_before_anything_is_measured(tmp_path
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     assert peers_python(str(tmp_path)) == tmp_path / "bin" / "python" == peers_python(str(tmp_path / "bin" / "python"))
+
+
+def test_models_are_compared_at_equal_tokens_or_not_at_all(tmp_path, capsys):
+    from cert_ray import manifests
+    from cert_ray.training.config import TrainConfig
+    from cert_ray.training.records import StepRecord, to_json_lines
+    from tests.bench import compare_models
+
+    def write(name: str, loss: float, steps: int = 2) -> str:
+        folder = tmp_path / name
+        config = TrainConfig(base="tiny", tokens="pack", output=str(folder), steps=steps, warmup_steps=1)
+        report = manifests.ShardReport(
+            shard="model", unit_digest="", files=(), rows_read=0, rows_kept=0, counts={"parameters": 7}
+        )
+        notes = {"machines": {"two cores": steps}}
+        manifests.write_manifest(str(folder), manifests.summarize("model", config, "inputs", [report], notes))
+        step = StepRecord(step=1, epoch=0, loss=9.0, learning_rate=1, gradient_norm=1, tokens=100, tokens_per_s=50)
+        last = step.model_copy(update={"step": 2, "tokens": 200, "held_out_loss": loss})
+        (folder / "loss.jsonl").write_text(to_json_lines([step, last]))
+        return str(folder)
+
+    one, two, longer = write("one", 4.5), write("two", 4.25), write("longer", 4.0, steps=3)
+    compare_models.main([one, two, "--output", str(tmp_path / "out")])
+    said = capsys.readouterr().out
+    assert "| tokens | one | two |" in said
+    assert "| 200 | 4.500 | 4.250 |" in said
+    assert "| seconds of training | 4 | 4 |" in said
+    assert (tmp_path / "out" / "compared.png").stat().st_size > 0
+    with pytest.raises(ValueError, match="cannot be compared"):
+        compare_models.main([one, longer, "--output", str(tmp_path / "out")])

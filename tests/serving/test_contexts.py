@@ -120,3 +120,23 @@ def test_the_sketch_of_a_benchmark_prompt_begins_that_of_its_gold_answer(shared:
             compared += 1
             assert_begins(sketch_context(problem["prompt"]), whole, problem["prompt"])
     assert compared >= 95  # of 101; the others' gold answers are cut off, or do not parse
+
+
+def test_a_prompt_that_is_no_code_is_not_read_again_from_each_of_its_quotes() -> None:
+    prompt = "'\\\"" * 30_000
+    assert len(list(contexts._tokens(prompt))) < 10
+    assert sketch_context(prompt).text == prompt
+
+
+def test_a_long_prompt_is_parsed_a_bounded_number_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "x = [1, 2]\n" * 10_000 + "$ y\n" * 40
+    read: list[int] = []
+    parse = contexts.parse
+
+    def counted(source: str) -> object:
+        read.append(len(source))
+        return parse(source)
+
+    monkeypatch.setattr(contexts, "parse", counted)
+    assert sketch_context(prompt).text == prompt
+    assert sum(read) < 30 * (contexts._MOST_READ + len(prompt))

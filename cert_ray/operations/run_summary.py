@@ -19,9 +19,9 @@ from cert_ray.evaluation.report import template_engine
 from cert_ray.operations.recipe import Recipe, RunFolders
 from cert_ray.operations.status import StageStatus, next_verb, run_status
 from cert_ray.operations.story import attempts, read_story, render_line
+from cert_ray.training.records import PICTURE_NAME
 
 PAGE_NAME = "summary.html"
-PICTURE_NAME = "loss.png"  # as training writes it
 _LINES = 2_000  # of the story, the newest; assumed: what a browser shows at once
 _MODEL = "model"  # what its manifest calls the stage of models/NAME
 _PAGES = (

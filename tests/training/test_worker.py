@@ -428,7 +428,8 @@ def test_a_disk_that_fills_under_a_copy_of_what_is_remote_is_told_as_one(make_co
         upload(getattr(config, remote), url)
         config = config.model_copy(update={remote: url})
     monkeypatch.setattr(storage, "copy_folder_to_local", full)
-    monkeypatch.setattr(storage, "copy_to_local", full)  # each file of a pack
+    monkeypatch.setattr(storage, "copy_to_local", full)  # each file of a pack,
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # which no earlier start has copied here
     with pytest.raises(
         DiskFullError, match=rf"a copy of {copied} cannot be .* has [\d,]+ MB left\. Free some, or set TMP"
     ):

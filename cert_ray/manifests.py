@@ -200,7 +200,11 @@ def check_file(folder: str, file: WrittenFile, verb: str) -> None:
     url = storage.join(folder, file.name)
     if not storage.exists(url):
         raise ShardCorruptError(url, f"{file.size_bytes} bytes", "no file", verb)
-    found = storage.checksum(url)
+    check_same(url, storage.checksum(url), file, verb)
+
+
+def check_same(url: str, found: storage.Written, file: WrittenFile, verb: str) -> None:
+    """Raise `ShardCorruptError` when `found`, read at `url`, is not what the report of `file` says."""
     if (found.size_bytes, found.checksum) != (file.size_bytes, file.checksum):
         expected = f"{file.size_bytes} bytes, xxh3 {file.checksum}"
         raise ShardCorruptError(url, expected, f"{found.size_bytes} bytes, xxh3 {found.checksum}", verb)

@@ -268,15 +268,16 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
         address = _running_address()
         config.check_exposure(None if address is None else address[0])
         handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
+        # Each front door its share: Serve spreads requests over them evenly.
+        at_once = math.ceil(config.at_once / config.front_doors)
         return create_app(
-            HandleBackend(handle, config.served, math.ceil(config.at_once / config.front_doors)),
+            HandleBackend(handle, config.served, at_once),
             config,
             any_library=config.model_name,
             keys=None if config.api_keys_file is None else read_key_file(config.api_keys_file),
             admission=Admission(
-                # Each front door its share: Serve spreads requests over them evenly.
                 math.ceil(config.max_in_flight / config.front_doors),
-                math.ceil(config.at_once / config.front_doors),
+                at_once,
                 config.request_timeout_s,
                 observe=telemetry.count_in_flight,
             ),

@@ -178,6 +178,11 @@ def _starts_document(shard: pa.Table) -> BoolArray:
     return starts
 
 
+def pack_digest(pack: Manifest) -> str:
+    """Digest of a pack by its manifest, which lists every file's checksum."""
+    return str(xxhash.xxh3_128_hexdigest(pack.model_dump_json().encode()))
+
+
 def check_pack(url: str) -> Manifest:
     """The manifest of the pack at `url`, whose files are there: read and compared, or of a remote one by their sizes.
 
@@ -208,9 +213,8 @@ def _local_copy(url: str, manifest: Manifest) -> Path:
         DiskFullError: before anything is copied, when the disk has no room for what is missing.
         ShardCorruptError: when what arrives is not what the manifest says.
     """
-    key = xxhash.xxh3_128_hexdigest(manifest.model_dump_json().encode())
     copies = Path(tempfile.gettempdir()) / f"cert-ray-tokens-{os.getuid()}"
-    folder = copies / key
+    folder = copies / pack_digest(manifest)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / _LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it does
@@ -219,10 +223,7 @@ def _local_copy(url: str, manifest: Manifest) -> Path:
         for file in missing:
             arriving = folder / f".{file.name}.partial"
             written = storage.copy_to_local(storage.join(url, file.name), arriving)
-            if (written.size_bytes, written.checksum) != (file.size_bytes, file.checksum):
-                expected = f"{file.size_bytes} bytes, xxh3 {file.checksum}"
-                found = f"{written.size_bytes} bytes, xxh3 {written.checksum}"
-                raise ShardCorruptError(storage.join(url, file.name), expected, found, VERB)
+            manifests.check_same(storage.join(url, file.name), written, file, VERB)
             arriving.rename(folder / file.name)
     return folder
 

@@ -14,7 +14,7 @@ import xxhash
 from cert_ray import manifests, storage
 from cert_ray.errors import CertRayError, ConfigError, InputError
 from cert_ray.manifests import Manifest
-from cert_ray.tokens.shards import check_pack
+from cert_ray.tokens.shards import check_pack, pack_digest
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.loggers import check_installed
 
@@ -48,18 +48,13 @@ def check(config: TrainConfig) -> Checked:
     check_installed(config.loggers)
     config = _with_absolute_paths(config)
     pack = check_pack(config.tokens)
-    digest = xxhash.xxh3_128(_pack_bytes(pack))
+    digest = xxhash.xxh3_128(pack.model_dump_json().encode())
     digest.update(_describe(config.base).encode(errors="surrogateescape"))  # names of files need not be text
     if config.tokenizer is not None:
         digest.update(_tokenizer_bytes(config.tokenizer))
     inputs_digest = digest.hexdigest()
     run_digest = xxhash.xxh3_128_hexdigest(f"{inputs_digest} {config.result_digest()}".encode())
     return Checked(config, inputs_digest, run_digest, pack, origin_of(config.base))
-
-
-def pack_digest(pack: Manifest) -> str:
-    """Digest of a pack by its manifest, which lists every file's checksum."""
-    return str(xxhash.xxh3_128_hexdigest(_pack_bytes(pack)))
 
 
 def check_same_pack(config: TrainConfig, pack: Manifest, digest: str) -> None:
@@ -161,10 +156,6 @@ def _describe(base: str) -> str:
 
 def _is_loaded(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
-
-
-def _pack_bytes(pack: Manifest) -> bytes:
-    return pack.model_dump_json().encode()
 
 
 def _tokenizer_bytes(folder: str) -> bytes:

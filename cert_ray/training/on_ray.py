@@ -37,6 +37,7 @@ from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_step
 from cert_ray.tokens.encoding import SKETCH_VIEWS
+from cert_ray.tokens.shards import pack_digest
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.records import StepRecord
@@ -121,7 +122,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         train_loop_config={
             "config": config.model_dump(),
             "run_digest": checked.run_digest,
-            "pack_digest": inputs.pack_digest(checked.pack),
+            "pack_digest": pack_digest(checked.pack),
             "after_step": after_step,
             "log": logs.inherited(),
             "verdict": verdict,

@@ -36,6 +36,7 @@ from typing import Any
 import psutil
 
 from cert_ray.serving.deployment import ServeConfig
+from tests.bench.bench_serve_overhead import SIDES
 from tests.chaos.run import ROOT, Nodes, command, send, started_cluster
 
 KINDS = ("engine", "front door", "controller", "node", "update", "proxy")
@@ -46,12 +47,7 @@ TITLES = {
     "controller": "ServeController",
     "proxy": "ProxyActor",
 }
-# As docs/serving.md, "What Serve costs", sets it for a cluster.
-HAPROXY = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",
-}
+HAPROXY = SIDES["haproxy"]
 WHOLE_S = 400  # assumed: several times the slowest start of a replica, on a machine that does other things, too
 QUIET_S = 3.0  # of load before and after a fault
 ENGINES = 2

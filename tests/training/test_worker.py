@@ -25,6 +25,7 @@ from cert_ray.errors import (
     TrainingDivergedError,
     TrainingMemoryError,
 )
+from cert_ray.tokens import shards
 from cert_ray.tokens.vocabulary import load_tokenizer
 from cert_ray.training import batches, checkpoints, export, inputs, worker
 from cert_ray.training.bases import Origin
@@ -537,7 +538,7 @@ def test_a_pack_made_anew_half_way_is_never_mixed_with_the_one_before(
     began = inputs.check(config)
 
     def start(checked, after_step=None):
-        digest = inputs.pack_digest(began.pack)
+        digest = shards.pack_digest(began.pack)
         return worker.run(config, checked.run_digest, 0, 1, copy_report(config.output), after_step, pack_digest=digest)
 
     def kill(step: int, rank: int) -> None:

@@ -89,6 +89,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="also a loop of PyTorch alone")
     parser.add_argument("--profile", action="store_true", help="also write which kernels two steps spend their time in")
     parser.add_argument("--attention", choices=["flash", "cudnn"], help="whose kernels; default: PyTorch's choice")
+    parser.add_argument("--join", action="store_true", help="queries, keys and values as one product; gate and up too")
+    parser.add_argument("--autotune", action="store_true", help="let the compiler try kernels for every product")
     parser.add_argument("--at-once", type=int, default=1, help="processes that compile side by side; default 1")
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument("--child", choices=["engine", "plain"], help=argparse.SUPPRESS)
@@ -152,6 +154,7 @@ def measure(given: argparse.Namespace) -> Measured:
     """One base with one micro batch, in this process, which becomes a process group of one."""
     import psutil
     import torch
+    import torch._inductor.config
 
     gpu = torch.cuda.is_available()
     if not gpu:
@@ -165,10 +168,14 @@ def measure(given: argparse.Namespace) -> Measured:
     from cert_ray.gpt_neo import fuse_attention
     from cert_ray.training.presets import preset_config
     from cert_ray.training.utilization import flops_per_token, peak_flops, utilization
+    from tests.bench import joined_products
 
     if given.attention:
         torch.backends.cuda.enable_flash_sdp(given.attention == "flash")
         torch.backends.cuda.enable_cudnn_sdp(given.attention == "cudnn")
+    if given.join:
+        joined_products.install()
+    torch._inductor.config.max_autotune_gemm = given.autotune
     config = _config(given, gpu)
     torch.manual_seed(0)
     shape = preset_config(config.base, given.vocabulary, given.context, 0, 1)

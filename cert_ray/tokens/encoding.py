@@ -44,7 +44,8 @@ from cert_ray.sketching.anonymize import Placeholder, moved
 from cert_ray.tokens.blocks import PlacedSketch, blocks_of, sketch_of
 from cert_ray.tokens.context_first import Example, examples_of
 from cert_ray.tokens.dataset import uniform_of_hash
-from cert_ray.tokens.shards import UNIGRAMS, BoolArray, token_dtype
+from cert_ray.tokens.index import BoolArray
+from cert_ray.tokens.shards import UNIGRAMS, token_dtype
 from cert_ray.tokens.vocabulary import vocabulary_size
 
 SEGMENT_JOIN = "\n\n\n"  # PAPER.md, "The generator's training text"

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cert_ray.errors import ConfigError
-from cert_ray.tokens.shards import BoolArray, IntArray, PackedTokens
+from cert_ray.tokens.index import BoolArray, IntArray
+from cert_ray.tokens.shards import PackedTokens
 
 LOOK_AHEAD_PIECES = 256  # measured on log-normal pairs (median 120, window 1,024): 16 use 99.2%, 64 99.7%, 256 99.9%
 
@@ -99,8 +100,8 @@ class RowPlan:
         )
 
 
-def plan_rows(packed: PackedTokens, documents: IntArray, context_tokens: int) -> RowPlan:
-    """Plan the rows of one epoch over the document ordinals `documents`, in their order.
+def plan_rows(packed: PackedTokens, documents: IntArray, context_tokens: int, most_rows: int | None = None) -> RowPlan:
+    """Plan the rows over the document ordinals `documents`, in their order; of atomic pieces at most `most_rows`.
 
     Raises:
         ConfigError: when `context_tokens` is not positive, or an atomic piece is longer than a row.
@@ -118,7 +119,8 @@ def plan_rows(packed: PackedTokens, documents: IntArray, context_tokens: int) ->
             f"context_tokens: {context_tokens} is too small for this pack, whose longest pair has {longest} tokens and "
             f"which was made for {packed.context_tokens}; pack the view again with --context-tokens {context_tokens}."
         )
-    return RowPlan(packed, context_tokens, _fit_pieces(packed.pieces.start[pieces], tokens, atomic, row_tokens))
+    fit = _fit_pieces(packed.pieces.start[pieces], tokens, atomic, row_tokens, most_rows)
+    return RowPlan(packed, context_tokens, fit)
 
 
 def _pieces_of(packed: PackedTokens, documents: IntArray) -> IntArray:
@@ -146,10 +148,12 @@ def _cut_stream(start: IntArray, tokens: IntArray, row_tokens: int) -> _Slices:
     )
 
 
-def _fit_pieces(start: IntArray, tokens: IntArray, atomic: BoolArray, row_tokens: int) -> _Slices:
+def _fit_pieces(
+    start: IntArray, tokens: IntArray, atomic: BoolArray, row_tokens: int, most_rows: int | None
+) -> _Slices:
     """Fill rows in order; where the next piece is atomic and too long for the rest, look ahead for the best fit."""
     fitter = _Fitter(tokens, atomic, row_tokens)
-    while fitter.fill_row():
+    while len(fitter.row_first) - 1 != most_rows and fitter.fill_row():
         pass
     piece = np.frombuffer(fitter.piece, np.int64)
     count = np.frombuffer(fitter.count, np.int64)

@@ -13,7 +13,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +23,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from cert_ray import manifests, schemas, storage
+from cert_ray import manifests, storage
 from cert_ray.errors import DiskFullError, ShardCorruptError
 from cert_ray.manifests import Manifest, WrittenFile
+from cert_ray.tokens import index
+from cert_ray.tokens.index import Documents, Pieces
 
 STAGE = "tokens"
 VERB = "pack"
@@ -31,37 +35,17 @@ UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
 _TOKENS_SUFFIX = ".bin"
 _PIECES_SUFFIX = ".pieces.parquet"
 _LOCK = ".lock"  # of a copy
+_COPIES_AT_ONCE = 8  # assumed: one stream of an object store is seldom faster than 100 MB/s
 _UNIGRAMS_SUFFIX = ".unigrams.parquet"
+_INDEX = "index-1"  # below a pack's folder below TMPDIR; the number is its layout's
+_PIECES_IN_MEMORY = 1 << 20  # 13 MB; of a larger pack the processes of a machine share one index
 
 IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
     """The dtype of a shard's tokens: two bytes where they suffice, else four; little endian everywhere."""
     return np.dtype("<u2") if vocab_size < 1 << 16 else np.dtype("<u4")
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """One entry per document, in the order of shards and of rows within them: its ordinal is its index here."""
-
-    weight: npt.NDArray[np.float64]  # sampling weight
-    tokens: IntArray  # tokens of the document, the closing <|endoftext|> included
-    held_out: BoolArray  # never trained on
-
-
-@dataclass(frozen=True, slots=True)
-class Pieces:
-    """One entry per piece; a document's pieces lie next to each other, and so do their tokens.
-
-    Addresses are in one address space over all shards: shard after shard, as if their files were one.
-    """
-
-    first: IntArray  # documents + 1 entries: pieces first[d] to first[d + 1] belong to document d
-    start: IntArray  # address of the piece's first token
-    tokens: IntArray
-    atomic: BoolArray  # must not be cut at a row's border
 
 
 def write_shard(
@@ -107,12 +91,7 @@ class PackedTokens:
             _map(folder / file.name, dtype) for file in manifest.files if file.name.endswith(_TOKENS_SUFFIX)
         ]
         self._shard_ends = np.cumsum([0, *map(len, self._shards)])[1:]
-        tables = [
-            storage.read_parquet(str(folder / file.name))
-            for file in manifest.files
-            if file.name.endswith(_PIECES_SUFFIX)
-        ]
-        self.documents, self.pieces = _columns(tables)
+        self.documents, self.pieces = _index_of(manifest, folder)
 
     @classmethod
     def open(cls, url: str, verify: bool = True) -> PackedTokens:
@@ -154,30 +133,6 @@ def _map(path: Path, dtype: np.dtype[np.unsignedinteger]) -> npt.NDArray[np.unsi
     return np.memmap(path, dtype, mode="r")
 
 
-def _columns(tables: list[pa.Table]) -> tuple[Documents, Pieces]:
-    """Join the shards' pieces: ordinals and addresses go on from one shard to the next."""
-    table = pa.concat_tables([schemas.PIECES.empty_table(), *tables])
-    tokens = table["tokens"].to_numpy().astype(np.int64)
-    new_document = np.concatenate([_starts_document(shard) for shard in tables] or [np.zeros(0, bool)])
-    first = np.flatnonzero(new_document)
-    ends = np.cumsum(tokens)
-    bounds = np.append(first, len(tokens))
-    totals = np.concatenate([[0], ends])
-    documents = Documents(
-        weight=table["weight"].to_numpy()[first],
-        tokens=totals[bounds[1:]] - totals[bounds[:-1]],
-        held_out=table["held_out"].to_numpy(zero_copy_only=False)[first],
-    )
-    atomic = table["atomic"].to_numpy(zero_copy_only=False)
-    return documents, Pieces(first=bounds, start=ends - tokens, tokens=tokens, atomic=atomic)
-
-
-def _starts_document(shard: pa.Table) -> BoolArray:
-    ordinals = shard["document"].to_numpy()
-    starts: BoolArray = np.diff(ordinals, prepend=-1) != 0
-    return starts
-
-
 def pack_digest(pack: Manifest) -> str:
     """Digest of a pack by its manifest, which lists every file's checksum."""
     return str(xxhash.xxh3_128_hexdigest(pack.model_dump_json().encode()))
@@ -213,26 +168,57 @@ def _local_copy(url: str, manifest: Manifest) -> Path:
         DiskFullError: before anything is copied, when the disk has no room for what is missing.
         ShardCorruptError: when what arrives is not what the manifest says.
     """
-    copies = Path(tempfile.gettempdir()) / f"cert-ray-tokens-{os.getuid()}"
-    folder = copies / pack_digest(manifest)
+    with _own_folder(manifest) as folder:
+        missing = [file for file in manifest.files if not _has_arrived(folder / file.name, file)]
+        _check_room(url, sum(file.size_bytes for file in missing), folder)
+        with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
+            copies = [threads.submit(_copy, url, file, folder) for file in missing]
+            try:
+                for copy in copies:
+                    copy.result()
+            except BaseException:
+                threads.shutdown(cancel_futures=True)
+                raise
+    return folder
+
+
+def _copy(url: str, file: WrittenFile, folder: Path) -> None:
+    arriving = folder / f".{file.name}.partial"
+    written = storage.copy_to_local(storage.join(url, file.name), arriving)
+    manifests.check_same(storage.join(url, file.name), written, file, VERB)
+    arriving.rename(folder / file.name)
+
+
+@contextmanager
+def _own_folder(manifest: Manifest) -> Iterator[Path]:
+    """This machine's folder below TMPDIR for what belongs to the pack, for one process at a time."""
+    folder = Path(tempfile.gettempdir()) / f"cert-ray-tokens-{os.getuid()}" / pack_digest(manifest)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (folder / _LOCK).open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it does
-        missing = [file for file in manifest.files if not _has_arrived(folder / file.name, file)]
-        _check_room(url, sum(file.size_bytes for file in missing), copies)
-        for file in missing:
-            arriving = folder / f".{file.name}.partial"
-            written = storage.copy_to_local(storage.join(url, file.name), arriving)
-            manifests.check_same(storage.join(url, file.name), written, file, VERB)
-            arriving.rename(folder / file.name)
-    return folder
+        yield folder
+
+
+def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
+    """The index of the pack whose files lie in `folder`; of a large one, as this machine's processes share it."""
+    files = [file for file in manifest.files if file.name.endswith(_PIECES_SUFFIX)]
+    tables = (storage.read_parquet(str(folder / file.name)) for file in files)
+    pieces = sum(file.rows for file in files)
+    if pieces <= _PIECES_IN_MEMORY:
+        return index.in_memory(tables)
+    with _own_folder(manifest) as own:
+        if not (own / _INDEX).is_dir():
+            _check_room(str(folder), index.size_bytes(pieces, manifest.rows_kept), own)
+            index.write(tables, own / _INDEX)
+    return index.mapped(own / _INDEX)
 
 
 def _has_arrived(path: Path, file: WrittenFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size_bytes
 
 
-def _check_room(url: str, needed_bytes: int, copies: Path) -> None:
+def _check_room(url: str, needed_bytes: int, folder: Path) -> None:
+    copies = folder.parent
     free_bytes = shutil.disk_usage(copies).free
     if needed_bytes and free_bytes < needed_bytes + storage.RESERVE_BYTES:
         raise DiskFullError(

@@ -6,7 +6,8 @@ before it, and are the same on any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import functools
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,10 +15,19 @@ import numpy as np
 import torch
 
 from cert_ray.errors import InputError
-from cert_ray.tokens.packing import plan_rows
+from cert_ray.tokens.packing import LOOK_AHEAD_PIECES, plan_rows
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training.config import TrainConfig
-from cert_ray.training.sampling import IntArray, Rows, RowStream, epoch_documents, shuffled_documents, step_positions
+from cert_ray.training.sampling import (
+    IntArray,
+    Rows,
+    RowStream,
+    epoch_documents,
+    segment,
+    segments_of_an_epoch,
+    shuffled_documents,
+    step_positions,
+)
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # ids and mask, [B, T + 1]
 
@@ -35,18 +45,17 @@ class Batches:
         """
         self._config, self._rank, self._world_size = config, rank, world_size
         self._rows = training_rows(packed, config, ends)
-        self._held_out = held_out_rows(packed)
+        self._held_out = held_out_rows(packed, config.eval_rows)
 
     @property
     def ends(self) -> list[int]:
-        """Where in the run's rows each epoch ends, as far as it was needed."""
+        """Where in the run's rows each segment ends, as far as it was needed."""
         return self._rows.ends
 
     @property
     def rows_of_an_epoch(self) -> int:
-        """How many rows the first epoch has; others differ a little, for documents are drawn anew."""
-        self._rows.locate(0)
-        return self._rows.ends[0]
+        """How many rows the first epoch has, about; others differ a little, for documents are drawn anew."""
+        return self._rows.rows_of_an_epoch
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro batches of `step`; all ranks have as many, some masked where rows do not share out."""
@@ -69,25 +78,23 @@ class Batches:
             coming: Future[list[Batch]] | None = None
             for step in range(first, last):
                 batches = self.of_step(step) if coming is None else coming.result()
-                epoch = self.epoch_of(step)  # before the thread goes on: both may plan an epoch
+                epoch = self.epoch_of(step)  # before the thread goes on: both may plan a segment
                 coming = reader.submit(self.of_step, step + 1) if step + 1 < last else None
                 yield epoch, batches
 
     def epoch_of(self, step: int) -> int:
         """The epoch of the first row of `step`."""
-        return self._rows.locate(step * self._config.rows_per_step)[0]
+        return self._rows.epoch_of(step * self._config.rows_per_step)
 
-    def held_out(self) -> list[Batch]:
-        """This rank's share of the held-out rows; all ranks have as many batches, some masked."""
+    def held_out(self) -> Iterator[Batch]:
+        """This rank's share of the held-out rows, read as they are asked for; all have as many batches, some masked."""
         size, available = self._config.micro_batch, len(self._held_out)
         count = min(available, self._config.eval_rows or available)
-        batches = []
         for first in range(self._rank * size, _round_up(count, size * self._world_size), size * self._world_size):
             indices = np.arange(first, first + size)
             ids, mask = _read(self._held_out, np.minimum(indices, count - 1))
             mask[indices >= count] = False
-            batches.append(_tensors(ids, mask))
-        return batches
+            yield _tensors(ids, mask)
 
 
 def training_rows(packed: PackedTokens, config: TrainConfig, ends: Sequence[int] = ()) -> RowStream:
@@ -96,28 +103,38 @@ def training_rows(packed: PackedTokens, config: TrainConfig, ends: Sequence[int]
     Raises:
         InputError: when there is no such document, or none with a positive weight.
     """
-    ordinals = np.flatnonzero(~packed.documents.held_out)
-    weights = packed.documents.weight[ordinals]
-    if len(ordinals) == 0 or (config.resampling == "weighted" and not np.any(weights > 0)):
+    held_out, cumulative = packed.documents.held_out, packed.documents.cumulative
+    count = len(packed) - int(np.count_nonzero(held_out))
+    if count == 0 or (config.resampling == "weighted" and not cumulative[-1] > 0):
         raise InputError(
             config.tokens,
             f"none of its {len(packed)} documents can be trained on (held out, or without weight)",
             "Pack more documents, or lower the held-out fraction.",
         )
 
-    def plan_epoch(epoch: int) -> Rows:
+    @functools.lru_cache(maxsize=1)
+    def shuffled(epoch: int) -> Any:
+        return shuffled_documents(np.flatnonzero(~held_out).astype(np.uint32), config.seed, epoch)
+
+    def plan_segment(number: int) -> Rows:
+        epoch, draws = segment(count, number)
         if config.resampling == "weighted":
-            drawn = epoch_documents(weights, config.seed, epoch)
+            documents = epoch_documents(cumulative, config.seed, epoch, draws)
         else:
-            drawn = shuffled_documents(len(ordinals), config.seed, epoch)
-        return plan_rows(packed, ordinals[drawn], packed.context_tokens)
+            documents = shuffled(epoch)[draws]
+        return plan_rows(packed, documents, packed.context_tokens)
 
-    return RowStream(plan_epoch, config.seed, ends)
+    return RowStream(plan_segment, config.seed, ends, segments_of_an_epoch(count))
 
 
-def held_out_rows(packed: PackedTokens) -> Rows:
-    """The rows of the held-out documents, each document once, in order."""
-    return plan_rows(packed, np.flatnonzero(packed.documents.held_out), packed.context_tokens)
+def held_out_rows(packed: PackedTokens, most_rows: int | None = None) -> Rows:
+    """The rows of the held-out documents, each document once, in order; of many at least the first `most_rows`."""
+    documents = np.flatnonzero(packed.documents.held_out)
+    if most_rows is not None:  # as many documents as surely fill them, and a window of the fit more
+        enough = most_rows * (packed.context_tokens + 1)
+        sizes = np.cumsum(packed.documents.tokens[documents])
+        documents = documents[: int(np.searchsorted(sizes, enough)) + 1 + LOOK_AHEAD_PIECES]
+    return plan_rows(packed, documents, packed.context_tokens, most_rows)
 
 
 def _read(rows: Rows, indices: IntArray) -> tuple[IntArray, Any]:

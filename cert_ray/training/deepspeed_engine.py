@@ -13,7 +13,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,7 @@ class Engine:
         return torch.nn.utils.get_total_norm(gradients)
 
     @torch.no_grad()
-    def summed_eval_loss(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
+    def summed_eval_loss(self, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, int]:
         """Summed loss in nats and the tokens predicted, over all workers; each must give as many batches."""
         self._engine.eval()
         nats, tokens = torch.zeros((), device=self.device, dtype=torch.float64), 0

@@ -17,6 +17,7 @@ from cert_ray.manifests import Manifest
 from cert_ray.tokens.shards import check_pack, pack_digest
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.loggers import check_installed
+from cert_ray.training.sampling import SEGMENT_DOCUMENTS
 
 STAGE = "model"
 VERB = "train"
@@ -52,6 +53,8 @@ def check(config: TrainConfig) -> Checked:
     digest.update(_describe(config.base).encode(errors="surrogateescape"))  # names of files need not be text
     if config.tokenizer is not None:
         digest.update(_tokenizer_bytes(config.tokenizer))
+    if pack.rows_kept > SEGMENT_DOCUMENTS:  # earlier versions read such packs in another order
+        digest.update(f"segments of {SEGMENT_DOCUMENTS}".encode())
     inputs_digest = digest.hexdigest()
     run_digest = xxhash.xxh3_128_hexdigest(f"{inputs_digest} {config.result_digest()}".encode())
     return Checked(config, inputs_digest, run_digest, pack, origin_of(config.base))

@@ -49,7 +49,7 @@ from cert_ray.training.utilization import flops_per_token, peak_flops, utilizati
 
 _log = logging.getLogger(__name__)
 
-_EPOCHS = "epochs.json"  # where in the run's rows each epoch ends
+_EPOCHS = "epochs.json"  # where in the run's rows each segment ends
 _MACHINES = "machines.json"  # how many of the steps so far which machines did
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."

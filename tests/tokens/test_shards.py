@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import fsspec
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from cert_ray import storage
+from cert_ray import schemas, storage
 from cert_ray.errors import DiskFullError, NotFinishedError, SchemaVersionError, ShardCorruptError
+from cert_ray.tokens import index, shards
 from cert_ray.tokens.shards import PackedTokens, check_pack, token_dtype
 from tests.tokens.packs import write_pack
 
@@ -106,7 +109,7 @@ def test_a_copy_that_a_kill_cut_short_is_gone_on_with(remote: str, tmp_path: Pat
     copied: list[str] = []
 
     def copy(url: str, target: Path) -> storage.Written:
-        if len(copied) == 2:
+        if len(copied) >= 2:
             target.write_bytes(b"a part")
             raise KeyboardInterrupt
         copied.append(storage.name_of(url))
@@ -120,7 +123,7 @@ def test_a_copy_that_a_kill_cut_short_is_gone_on_with(remote: str, tmp_path: Pat
     monkeypatch.setattr(storage, "copy_to_local", lambda url, to: (copied.append(url), copy_to_local(url, to))[1])
     assert PackedTokens.open(remote).tokens(3).tolist() == [16, 17, 18]
     files = [file.name for file in check_pack(remote).files]
-    assert [*first, *map(storage.name_of, copied)] == files
+    assert sorted([*first, *map(storage.name_of, copied)]) == sorted(files)
     assert _copies(tmp_path) == sorted(files)
 
 
@@ -154,3 +157,72 @@ def test_addresses_of_documents_do_not_overlap(tmp_path: Path) -> None:
     packed = PackedTokens.open(write_pack(tmp_path, SHARDS))
     ends = packed.pieces.start + packed.pieces.tokens
     assert np.array_equal(packed.pieces.start[1:], ends[:-1])
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty TMPDIR of a machine that shares the index of every pack."""
+    monkeypatch.setattr(shards, "_PIECES_IN_MEMORY", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache"
+
+
+def test_an_index_that_a_machine_shares_is_that_of_a_process(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = write_pack(tmp_path / "pack", SHARDS)
+    first = PackedTokens.open(url)
+    monkeypatch.setattr("cert_ray.tokens.index.write", None)  # made once
+    again = PackedTokens.open(url)
+    monkeypatch.setattr(shards, "_PIECES_IN_MEMORY", 100)
+    for part in ("documents", "pieces"):
+        alone = getattr(PackedTokens.open(url), part)
+        for name in alone.__slots__:
+            for packed in (first, again):
+                mapped = getattr(getattr(packed, part), name)
+                assert isinstance(mapped, np.memmap)
+                assert mapped.dtype == getattr(alone, name).dtype
+                assert np.array_equal(mapped, getattr(alone, name))
+    assert again.tokens(3).tolist() == [16, 17, 18]
+
+
+def test_an_index_that_a_kill_cut_short_is_written_anew(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = write_pack(tmp_path / "pack", SHARDS)
+    with monkeypatch.context() as patch:
+        patch.setattr("cert_ray.tokens.index.write", lambda *_: _write_a_part(shared))
+        with pytest.raises(KeyboardInterrupt):
+            PackedTokens.open(url)
+    assert PackedTokens.open(url).tokens(3).tolist() == [16, 17, 18]
+
+
+def _write_a_part(shared: Path) -> None:
+    (pack,) = (shared / f"cert-ray-tokens-{os.getuid()}").iterdir()
+    (pack / "index-1.partial").mkdir()
+    (pack / "index-1.partial" / "start").write_bytes(b"a part")
+    raise KeyboardInterrupt
+
+
+def test_a_machine_without_room_for_an_index_says_so(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = write_pack(tmp_path / "pack", SHARDS)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000))
+    with pytest.raises(DiskFullError, match=r"are needed below .*, and that disk has 0\.1 GB left"):
+        PackedTokens.open(url)
+
+
+def test_cumulative_weights_leave_held_out_documents_out(tmp_path: Path) -> None:
+    packed = PackedTokens.open(write_pack(tmp_path, SHARDS))  # weights 1, 2, 1, 2, the twos held out
+    assert packed.documents.cumulative.tolist() == [1.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [1.0, np.nan], [np.inf]])
+def test_weights_that_cannot_be_drawn_from_are_refused(weights: list[float]) -> None:
+    count = len(weights)
+    columns = [range(count), range(count), [1] * count, weights, [False] * count, [False] * count]
+    table = pa.table(dict(zip(schemas.PIECES.names, columns, strict=True)), schema=schemas.PIECES)
+    with pytest.raises(ValueError, match="weights must be finite and not negative"):
+        index.in_memory([table])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.tokens.vocabulary import load_tokenizer
-from cert_ray.training.batches import Batches
+from cert_ray.training import batches as batches_module
+from cert_ray.training import sampling
+from cert_ray.training.batches import Batches, held_out_rows
+from tests.tokens import packs
 from tests.training.conftest import write_documents
 
 EPOCHS = 400
@@ -59,6 +64,36 @@ def test_weighted_epochs_read_documents_in_proportion_and_never_held_out_ones(pa
 def test_uniform_epochs_read_each_document_once_whatever_its_weight(packed, make_config):
     for epoch in _epochs(Batches(packed, make_config(micro_batch=1, resampling="uniform"), 0, 1)):
         assert epoch.tolist() == [0, 1, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("resampling", ["weighted", "uniform"])
+def test_epochs_of_several_segments_read_the_documents_of_epochs_of_one(packed, make_config, monkeypatch, resampling):
+    config = make_config(micro_batch=1, resampling=resampling)
+    whole = [epoch.tolist() for epoch in itertools.islice(_epochs(Batches(packed, config, 0, 1)), 20)]
+    monkeypatch.setattr(sampling, "SEGMENT_DOCUMENTS", 2)
+    parts = Batches(packed, config, 0, 1)
+    assert [epoch.tolist() for epoch in itertools.islice(_epochs(parts), 20)] == whole
+    assert len(parts.ends) >= 2 * 20
+    late = Batches(packed, config, 0, 1, parts.ends[:-1])
+    assert late.of_step(parts.ends[-3])[0][0].tolist() == parts.of_step(parts.ends[-3])[0][0].tolist()
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+def test_some_held_out_rows_are_the_first_of_all(tmp_path, monkeypatch, atomic):
+    """Each of 4,000 documents, of which every second is held out, has two pieces of random lengths."""
+    rng = np.random.default_rng(2)
+    documents = [[([7] * count, atomic) for count in rng.integers(1, 9, 2)] for _ in range(4_000)]
+    packed = PackedTokens.open(packs.write_pack(tmp_path, [documents]))
+    whole, planned = held_out_rows(packed), []
+    plan_rows = batches_module.plan_rows
+    monkeypatch.setattr(
+        batches_module, "plan_rows", lambda *given: (planned.append(len(given[1])), plan_rows(*given))[1]
+    )
+    some = held_out_rows(packed, 100)
+    assert planned[0] < 1_000
+    assert len(some) >= 100
+    for index in range(100):
+        assert all(np.array_equal(one, other) for one, other in zip(some.row(index), whole.row(index), strict=True))
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cert_ray.training.sampling import RowStream, epoch_documents, shuffled_documents, step_positions
+from cert_ray.training import sampling
+from cert_ray.training.sampling import (
+    RowStream,
+    epoch_documents,
+    segment,
+    segments_of_an_epoch,
+    shuffled_documents,
+    step_positions,
+)
 
 
 class _Numbered:
@@ -22,25 +30,45 @@ class _Numbered:
 
 
 def test_documents_are_drawn_in_proportion_to_their_weights():
-    weights = np.array([0.0, 1.0, 3.0, 0.0, 6.0, 0.0])
-    drawn = np.concatenate([epoch_documents(weights, 1, epoch) for epoch in range(5_000)])
+    cumulative = np.cumsum([0.0, 1.0, 3.0, 0.0, 6.0, 0.0])
+    drawn = np.concatenate([epoch_documents(cumulative, 1, epoch, slice(0, 6)) for epoch in range(5_000)])
     shares = np.bincount(drawn, minlength=6) / len(drawn)
     assert shares[[0, 3, 5]].tolist() == [0, 0, 0]
     assert shares[[1, 2, 4]] == pytest.approx([0.1, 0.3, 0.6], abs=0.015)
 
 
 def test_an_epoch_is_a_function_of_seed_and_number():
-    weights = np.arange(1.0, 100)
-    assert epoch_documents(weights, 7, 3).tolist() == epoch_documents(weights, 7, 3).tolist()
-    assert epoch_documents(weights, 7, 3).tolist() != epoch_documents(weights, 7, 4).tolist()
-    assert epoch_documents(weights, 7, 3).tolist() != epoch_documents(weights, 8, 3).tolist()
-    assert sorted(shuffled_documents(50, 7, 3).tolist()) == list(range(50))
+    def drawn(seed: int, epoch: int) -> list[int]:
+        return epoch_documents(np.cumsum(np.arange(1.0, 100)), seed, epoch, slice(0, 99)).tolist()
+
+    assert drawn(7, 3) == drawn(7, 3)
+    assert drawn(7, 3) != drawn(7, 4)
+    assert drawn(7, 3) != drawn(8, 3)
+    assert sorted(shuffled_documents(np.arange(50), 7, 3).tolist()) == list(range(50))
 
 
-@pytest.mark.parametrize("weights", [[0.0, 0.0], [1.0, -1.0], [1.0, np.nan], []])
-def test_refuses_weights_that_cannot_be_drawn_from(weights):
-    with pytest.raises(ValueError, match="weights"):
-        epoch_documents(np.array(weights), 0, 0)
+@pytest.mark.parametrize("documents", [1, 7, 10, 11, 39, 40])
+def test_the_segments_of_an_epoch_have_its_draws_once_each_whatever_their_size(documents, monkeypatch):
+    monkeypatch.setattr(sampling, "SEGMENT_DOCUMENTS", 10)
+    cumulative = np.cumsum(np.arange(1.0, documents + 1))
+    count = segments_of_an_epoch(documents)
+    for epoch in (0, 3):
+        parts = [segment(documents, epoch * count + place) for place in range(count)]
+        assert {found for found, _ in parts} == {epoch}
+        assert max(draws.stop - draws.start for _, draws in parts) <= 10
+        drawn = np.concatenate([epoch_documents(cumulative, 5, epoch, draws) for _, draws in parts])
+        assert drawn.tolist() == epoch_documents(cumulative, 5, epoch, slice(0, documents)).tolist()
+
+
+def test_an_epoch_of_several_segments_has_the_rows_of_each_in_an_order_of_its_own():
+    stream = RowStream(lambda number: _Numbered(number, 30), seed=5, per_epoch=3)
+    ids, _ = stream.read(np.arange(180))
+    parts = [ids[first : first + 30] for first in range(0, 180, 30)]
+    assert [set(part[:, 0].tolist()) for part in parts] == [{number} for number in range(6)]
+    assert all(sorted(part[:, 1].tolist()) == list(range(30)) for part in parts)
+    assert len({tuple(part[:, 1].tolist()) for part in parts}) == 6
+    assert [stream.epoch_of(position) for position in (0, 89, 90, 179)] == [0, 0, 1, 1]
+    assert stream.rows_of_an_epoch == 90
 
 
 @pytest.mark.parametrize(

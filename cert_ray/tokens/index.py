@@ -1,0 +1,126 @@
+"""The index of a pack: where each piece of each document lies, weights, held-out marks; as arrays over all shards.
+
+In: the pieces' tables of a pack's shards, in order (schemas.PIECES). Out: `Documents` and `Pieces`. Those of a large
+pack are gigabytes, so they are written once per machine, shard by shard, into a folder below TMPDIR, and every process
+maps them: the machine holds them once, and a later start finds them. Tokens are `shards`' own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
+
+_OF_A_PIECE = {"start": "<i8", "tokens": "<i4", "atomic": "?"}
+_OF_A_DOCUMENT = {"weight": "<f8", "cumulative": "<f8", "size": "<i8", "held_out": "?", "first": "<i8"}
+_DTYPES = {name: np.dtype(kind) for name, kind in (_OF_A_PIECE | _OF_A_DOCUMENT).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """One entry per document, in the order of shards and of rows within them: its ordinal is its index here."""
+
+    weight: FloatArray  # sampling weight
+    cumulative: FloatArray  # of the weights up to and with it; held-out documents add nothing
+    tokens: IntArray  # tokens of the document, the closing <|endoftext|> included
+    held_out: BoolArray  # never trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """One entry per piece; a document's pieces lie next to each other, and so do their tokens.
+
+    Addresses are in one address space over all shards: shard after shard, as if their files were one.
+    """
+
+    first: IntArray  # documents + 1 entries: pieces first[d] to first[d + 1] belong to document d
+    start: IntArray  # address of the piece's first token
+    tokens: npt.NDArray[np.int32]
+    atomic: BoolArray  # must not be cut at a row's border
+
+
+def in_memory(tables: Iterable[pa.Table]) -> tuple[Documents, Pieces]:
+    """The index as arrays of this process."""
+    parts = list(_parts(tables))
+    return _index({name: np.concatenate([part[name] for part in parts]) for name in _DTYPES})
+
+
+def size_bytes(pieces: int, documents: int) -> int:
+    """What `write` takes of a disk."""
+    each = [(pieces, _OF_A_PIECE), (documents + 1, _OF_A_DOCUMENT)]
+    return sum(count * sum(_DTYPES[name].itemsize for name in names) for count, names in each)
+
+
+def write(tables: Iterable[pa.Table], folder: Path) -> None:
+    """Write the index as `folder`, one file per array, whole or not at all; one process at a time."""
+    arriving = folder.with_suffix(".partial")
+    shutil.rmtree(arriving, ignore_errors=True)
+    arriving.mkdir()
+    files = {name: (arriving / name).open("wb") for name in _DTYPES}
+    try:
+        for part in _parts(tables):
+            for name, values in part.items():
+                files[name].write(values.data)
+    finally:
+        for file in files.values():
+            file.close()
+    arriving.rename(folder)
+
+
+def mapped(folder: Path) -> tuple[Documents, Pieces]:
+    """The index that `write` left, by memory map."""
+    return _index({name: np.memmap(folder / name, dtype, mode="r") for name, dtype in _DTYPES.items()})
+
+
+def _index(arrays: dict[str, npt.NDArray[np.generic]]) -> tuple[Documents, Pieces]:
+    documents = Documents(arrays["weight"], arrays["cumulative"], arrays["size"], arrays["held_out"])  # type: ignore[arg-type]
+    return documents, Pieces(arrays["first"], arrays["start"], arrays["tokens"], arrays["atomic"])  # type: ignore[arg-type]
+
+
+def _parts(tables: Iterable[pa.Table]) -> Iterator[dict[str, npt.NDArray[np.generic]]]:
+    """Every array's part of each shard: ordinals, addresses and sums go on from one shard to the next."""
+    yield {name: np.zeros(1 if name == "first" else 0, dtype) for name, dtype in _DTYPES.items()}
+    pieces, address, weights = 0, 0, 0.0
+    for table in tables:
+        tokens = table["tokens"].to_numpy().astype(np.int64)
+        first = np.flatnonzero(np.diff(table["document"].to_numpy(), prepend=-1))
+        bounds = np.append(first, len(tokens))
+        ends = np.cumsum(tokens)
+        totals = np.append(0, ends)
+        weight = table["weight"].to_numpy()[first]
+        held_out = table["held_out"].to_numpy(zero_copy_only=False)[first]
+        cumulative = _cumulative(np.where(held_out, 0.0, weight), weights)
+        part = {
+            "start": address + ends - tokens,
+            "tokens": tokens,
+            "atomic": table["atomic"].to_numpy(zero_copy_only=False),
+            "weight": weight,
+            "cumulative": cumulative,
+            "size": totals[bounds[1:]] - totals[bounds[:-1]],
+            "held_out": held_out,
+            "first": pieces + bounds[1:],
+        }
+        yield {name: np.ascontiguousarray(values, _DTYPES[name]) for name, values in part.items()}
+        pieces, address = pieces + len(tokens), address + int(totals[-1])
+        weights = float(cumulative[-1]) if len(cumulative) else weights
+
+
+def _cumulative(weights: FloatArray, before: float) -> FloatArray:
+    """Sums that go on from `before`, added one by one: the same however the weights lie in shards.
+
+    Raises:
+        ValueError: when a weight is negative or not finite.
+    """
+    if not np.all(np.isfinite(weights)) or np.any(weights < 0):
+        raise ValueError(f"weights must be finite and not negative (of {len(weights)})")
+    sums: FloatArray = np.cumsum(np.append(before, weights))[1:]
+    return sums

@@ -63,6 +63,7 @@ class TrainConfig(Config):
     decay_share: float = pydantic.Field(default=0.2, gt=0, le=1)  # of the steps, with schedule wsd
     precision: Precision = "fp32"
     compile: bool = False  # by torch.compile: faster steps for a minute's start; the CPU's needs a C++ compiler
+    deterministic: bool = False  # on a GPU too, equal runs end in equal bits; slower: docs/training.md
     activation_checkpointing: bool = False  # keep each layer's input only: less memory, a second forward pass
     zero_stage: Literal[0, 1, 2, 3] = 1
     workers: int = pydantic.Field(default=1, gt=0)  # with min_workers: at most
@@ -114,6 +115,8 @@ class TrainConfig(Config):
         """Digest of the options that the trained weights depend on; where inputs lie does not count, what they hold is
         digested apart."""
         kept = set(type(self).model_fields) - _NOT_OF_THE_RESULT
+        if not self.deterministic:
+            kept.remove("deterministic")  # runs of versions that did not know it go on
         options = self.model_dump(mode="json", include=kept) | {"rows_per_step": self.rows_per_step}
         return Config.digest(_Subset(options=options))
 

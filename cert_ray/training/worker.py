@@ -31,6 +31,7 @@ from cert_ray.training import checkpoints, cpu_speed, export, inputs, memory, mo
 from cert_ray.training.batches import Batch, Batches
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.deepspeed_engine import Engine, universal_state
+from cert_ray.training.determinism import deterministic_kernels
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.model_card import run_facts
 from cert_ray.training.records import (
@@ -91,6 +92,7 @@ def run(
     Raises:
         ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
             cannot be used on one of them.
+        ConfigError: on every rank, when the model cannot be trained as `config.deterministic` asks.
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
         TrainingMemoryError: on the rank whose memory does not suffice.
         CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
@@ -100,7 +102,8 @@ def run(
     remove_left()
     if rank == 0 and config.precision == "bf16" and not config.use_gpu:
         _warn_of_slow_bf16()
-    with scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
+    kernels = deterministic_kernels() if config.deterministic else nullcontext()
+    with kernels, scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
         return _run(config, run_digest, rank, world_size, report, after_step, count, pack_digest, copies)
 
 

@@ -45,6 +45,7 @@ def test_refuses_what_cannot_work(options, named):
         ({"workers": 2, "gradient_accumulation": 2}, True),  # as many rows per step
         ({"workers": 4, "min_workers": 2, "micro_batch": 5, "gradient_accumulation": 2}, True),
         ({"compile": True}, False),
+        ({"deterministic": True}, False),
         ({"learning_rate": 1e-3}, False),
         ({"schedule": "wsd"}, False),
     ],
@@ -53,3 +54,9 @@ def test_the_digest_follows_what_the_weights_depend_on(options, same):
     one = TrainConfig.from_mapping(REQUIRED, "recipe.yaml").result_digest()
     other = TrainConfig.from_mapping(REQUIRED | options, "recipe.yaml").result_digest()
     assert (one == other) is same
+
+
+def test_runs_of_earlier_versions_go_on_where_a_new_option_is_not_used():
+    """Digest of commit cc24adf, which did not know `deterministic`."""
+    digest = TrainConfig.from_mapping(REQUIRED, "recipe.yaml").result_digest()
+    assert digest == "97eb27b7473706b45f5b0b7b1512112f"

@@ -507,6 +507,24 @@ def test_running_out_of_memory_says_what_to_lower(make_config, copy_report, monk
     assert "CUDA out of memory" in str(raised.value.__cause__)
 
 
+def test_a_run_is_deterministic_from_its_first_step_to_its_last_where_asked_for(make_config, copy_report, monkeypatch):
+    """And ends with what to change where the model has an operation that cannot be."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    seen = []
+
+    def after(step, rank):
+        seen.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
+
+    _run(make_config(steps=3, deterministic=True), copy_report, after)
+    assert seen == [(True, ":4096:8")] * 3
+    _run(make_config(steps=3), copy_report, after)
+    assert seen[3:] == [(False, None)] * 3
+    place = torch.zeros(1, dtype=torch.long)
+    monkeypatch.setattr(worker.Engine, "train_step", lambda *_: torch.zeros(3).put_(place, torch.ones(1)))
+    with pytest.raises(ConfigError, match=r"deterministic: .* put_ does not have a .*out of the recipe"):
+        _run(make_config(steps=3, deterministic=True), copy_report)
+
+
 @pytest.mark.parametrize(
     "error",
     [

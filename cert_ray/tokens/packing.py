@@ -110,7 +110,7 @@ def plan_rows(packed: PackedTokens, documents: IntArray, context_tokens: int, mo
         raise ConfigError(f"context_tokens: {context_tokens} is not positive; give the model's window in tokens.")
     row_tokens = context_tokens + 1
     pieces = _pieces_of(packed, np.asarray(documents, np.int64))
-    tokens, atomic = packed.pieces.tokens[pieces], packed.pieces.atomic[pieces]
+    tokens, atomic = packed.pieces.tokens[pieces].astype(np.int64), packed.pieces.atomic[pieces]
     if not atomic.any():
         return RowPlan(packed, context_tokens, _cut_stream(packed.pieces.start[pieces], tokens, row_tokens))
     longest = int(tokens[atomic].max())

@@ -56,7 +56,9 @@ def epoch_documents(cumulative: FloatArray, seed: int, epoch: int, draws: slice)
     places = generator.random(draws.stop - draws.start) * cumulative[-1]
     drawn: IntArray = np.searchsorted(cumulative, places, side="right").astype(np.int64)
     # Rounding may carry a draw to the very end; documents without weight may stand there.
-    return np.minimum(drawn, np.searchsorted(cumulative, cumulative[-1], side="left"))
+    last = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
+    drawn[drawn > last] = last
+    return drawn
 
 
 def shuffled_documents(documents: npt.NDArray[Any], seed: int, epoch: int) -> npt.NDArray[Any]:

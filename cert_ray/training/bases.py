@@ -132,16 +132,19 @@ def finished(output: str) -> Manifest | None:
     return manifest if manifests.are_whole(output, manifest.files, VERB) else None
 
 
-def convert_gguf(gguf: Path, output: str, origin: Origin) -> Manifest:
-    """Write the model of `gguf` into the folder `output`, as fp32, the manifest last.
-
-    Raises:
-        ConfigError: when what reads GGUF is not installed.
-        InputError: when transformers cannot read the file.
-    """
+def check_readers() -> None:
+    """Raise `ConfigError` unless what reads GGUF is installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: needed to read GGUF files: pip install 'cert-ray[bases]'")
+
+
+def convert_gguf(gguf: Path, output: str, origin: Origin) -> Manifest:
+    """Write the model of `gguf` into the folder `output`, as fp32, the manifest last; `check_readers` comes before.
+
+    Raises:
+        InputError: when transformers cannot read the file.
+    """
     storage.remove(storage.join(output, manifests.MANIFEST_NAME))
     with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as temporary:
         folder = Path(temporary)

@@ -66,6 +66,21 @@ def test_a_private_ray_does_not_tell_of_the_token_that_it_is_meant_to_have(monke
     assert missing.startswith("Token authentication is enabled but no token")
 
 
+def test_a_private_ray_that_is_not_up_in_time_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cert_ray.errors import ClusterError
+    from cert_ray.operations import on_ray
+
+    def init(**_: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(on_ray.ray, "init", init)
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ClusterError, match=r"not up in time.*run the same command again"), on_ray.ray_session():
+        pass
+
+
 @pytest.fixture
 def a_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody listens at every address, and Ray is not up here."""

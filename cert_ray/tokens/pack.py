@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import xxhash
 from tokenizers import Tokenizer
@@ -124,13 +124,15 @@ def _parsed(tokenizer_json: str) -> Tokenizer:
 
 def _notes(
     vocabulary: Tokenizer, digest: str, dataset: Dataset, output: str, reports: list[ShardReport]
-) -> dict[str, str | int | float | None]:
+) -> dict[str, Any]:
     vocab_size = vocabulary_size(vocabulary)
     files = [file for report in reports for file in report.files]
+    made = manifests.read_manifest(dataset.url, datasets.STAGE, datasets.VERB)
     return {
         "vocab_size": vocab_size,
         "tokenizer_digest": digest,
         "dataset_digest": dataset.digest,
+        "dataset": {"read": made.rows_read, "kept": made.rows_kept, "dropped": made.dropped},  # files, for cards
         "pad_id": vocabulary.token_to_id(PAD),
         "end_id": vocabulary.token_to_id(END_OF_TEXT),
         "held_out_unigram_entropy_nats": unigram_entropy_nats(held_out_unigrams(output, files, vocab_size)),

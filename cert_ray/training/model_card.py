@@ -76,6 +76,7 @@ class ModelFacts(Config, allow_inf_nan=True):  # measured
 
 def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
     """What is known of a run before its first step. Its paths are absolute, as `inputs.check` makes them."""
+    files = pack.notes.get("dataset")  # packs of earlier versions do not know
     return ModelFacts(
         name=storage.name_of(config.output),
         **base_facts(config.base),
@@ -83,6 +84,8 @@ def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
         vocab_size=pack.notes["vocab_size"],
         view=pack.config.get("view"),
         libraries=pack.config.get("libraries") or (),
+        dataset={"read": files["read"], "kept": files["kept"]} if files else None,
+        dropped=files["dropped"] if files else {},
         documents=pack.counts.get("documents"),
         view_tokens=pack.counts.get("tokens"),
         recipe=config.model_dump(mode="json", exclude=_LEFT_OUT),

@@ -42,6 +42,8 @@ def test_a_pack_opens_with_every_document_and_its_entropy(inputs: tuple[str, str
     held_out = [packed.tokens(int(document)) for document in np.flatnonzero(packed.documents.held_out)]
     entropy = unigram_entropy_nats(np.bincount(np.concatenate(held_out)))
     assert manifest.notes["held_out_unigram_entropy_nats"] == pytest.approx(entropy)
+    files = manifest.notes["dataset"]
+    assert files["kept"] == files["read"] - sum(files["dropped"].values()) > 0
     assert packed.documents.tokens.sum() == manifest.counts["tokens"]
 
 

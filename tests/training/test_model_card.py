@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from cert_ray.training.model_card import ModelFacts, Score, losses_of, render_card
+from cert_ray import manifests
+from cert_ray.training.model_card import ModelFacts, Score, losses_of, render_card, run_facts
 from cert_ray.training.records import StepRecord
 
 FULL: dict[str, Any] = {
@@ -94,3 +95,13 @@ def test_losses_are_the_first_the_last_and_those_that_were_evaluated() -> None:
     ]  # fmt: skip
     assert [tokens for tokens, _, _ in losses_of(steps)] == [100, 300, 500]
     assert losses_of([]) == ()
+
+
+def test_a_run_knows_from_its_pack_which_files_were_dropped(make_config: Any) -> None:
+    """So a checkpoint does, and its card without the dataset at hand."""
+    config = make_config()
+    pack = manifests.read_manifest(config.tokens, "tokens", "pack")
+    assert "files were read" not in render_card(run_facts(config, pack))  # of an earlier version
+    files = {"read": 1000, "kept": 800, "dropped": {"near_duplicate": 200}}
+    told = render_card(run_facts(config, pack.model_copy(update={"notes": pack.notes | {"dataset": files}})))
+    assert "1,000 Python files were read and 800 kept; dropped: near_duplicate 200." in told

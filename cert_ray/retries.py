@@ -78,7 +78,17 @@ def is_of_storage(error: BaseException) -> bool:
     """Whether `error` is one of a disk, the network, a driver of remote storage, or its client."""
     if isinstance(error, OSError):
         return not type(error).__module__.startswith("ray.")  # whose TimeoutError is an OSError, too
+    return _is_of_a_client(error) or _wrapped_by_adlfs(error) is not None
+
+
+def _is_of_a_client(error: BaseException) -> bool:
     return any(f"{kind.__module__}.".startswith(_STORES) for kind in type(error).__mro__)
+
+
+def _wrapped_by_adlfs(error: BaseException) -> BaseException | None:
+    """The client's error of which adlfs made a plain one, as it does where it writes, removes or connects."""
+    cause = error.__cause__
+    return cause if type(error) in (RuntimeError, ValueError) and cause and _is_of_a_client(cause) else None
 
 
 def is_passing(error: BaseException) -> bool:
@@ -98,6 +108,8 @@ def is_passing(error: BaseException) -> bool:
             return False
         # s3fs makes EBUSY of a conflict as of "slow down", and EIO of every code that it does not know.
         return error.__cause__ is None or _is_passing_answer(error.__cause__) is not False
+    if (wrapped := _wrapped_by_adlfs(error)) is not None:
+        return is_passing(wrapped)
     if (passes := _is_passing_answer(error)) is not None:
         return passes
     return any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)

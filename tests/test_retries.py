@@ -25,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from cert_ray import retries
 from cert_ray.errors import InputError, RequestError, StorageFullError, SupersededError
-from cert_ray.retries import answered_within, asked_once, is_passing, tried_again
+from cert_ray.retries import answered_within, asked_once, is_of_storage, is_passing, tried_again
 
 
 class ReadTimeoutError(Exception):
@@ -130,6 +130,24 @@ GcsfsHttpError = installed_or(StandInGcsfsHttpError, "gcsfs.retry", "HttpError")
 AzureHttpResponseError = installed_or(StandInHttpResponseError, "azure.core.exceptions", "HttpResponseError")
 AzureRequestError = azure_error("ServiceRequestError", Exception)
 AzureResponseError = azure_error("ServiceResponseError", Exception)
+
+
+def made_plain(plain: type[Exception], cause: Exception) -> Exception:
+    """As adlfs makes it of an error of its client."""
+    error = plain(f"Failed to upload block: {cause}!")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("plain", [RuntimeError, ValueError])
+@pytest.mark.parametrize(("status", "passes"), [(503, True), (403, False), (404, False)])
+def test_an_error_that_adlfs_makes_a_plain_one_of_is_judged_by_what_it_was(plain, status, passes):
+    answer = aiohttp.ClientResponseError(mock.Mock(), (), status=status)  # a client of its kind that is installed
+    error = made_plain(plain, answer)
+    assert is_passing(error) is passes
+    assert is_of_storage(error)
+    assert not is_of_storage(made_plain(plain, KeyError("x")))
+    assert not is_passing(made_plain(plain, TimeoutError()))  # of somebody else
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ the manifest. It does not plan rows: `packing` does.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +31,17 @@ from cert_ray.manifests import Manifest, WrittenFile
 from cert_ray.tokens import index
 from cert_ray.tokens.index import Documents, Pieces
 
+_log = logging.getLogger(__name__)
 STAGE = "tokens"
 VERB = "pack"
 UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
 _TOKENS_SUFFIX = ".bin"
 _PIECES_SUFFIX = ".pieces.parquet"
-_LOCK = ".lock"  # of a copy
 _COPIES_AT_ONCE = 8  # assumed: one stream of an object store is seldom faster than 100 MB/s
+# Beside a copy, and never removed: who fills or removes it holds the first, who reads it the second, whose time is that
+# of its last use.
+_LOCK, _USED = ".lock", ".used"
+_COPIES_SHARE = 0.5  # of the disk of TMPDIR, beyond which copies that no process uses go; assumed
 _UNIGRAMS_SUFFIX = ".unigrams.parquet"
 _INDEX = "index-1"  # below a pack's folder below TMPDIR; the number is its layout's
 _PIECES_IN_MEMORY = 1 << 20  # 13 MB; of a larger pack the processes of a machine share one index
@@ -105,11 +111,21 @@ class PackedTokens:
             DiskFullError: when TMPDIR has no room for a remote one.
         """
         manifest = manifests.read_manifest(url, STAGE, VERB)
-        folder = storage.local_path(url) if storage.is_local(url) else _local_copy(url, manifest)
-        if verify:
-            for file in manifest.files:
-                manifests.check_file(str(folder), file, VERB)
-        return cls(manifest, folder)
+        with ExitStack() as undone:
+            in_use: int | None = None
+            if storage.is_local(url):
+                folder = storage.local_path(url)
+            else:
+                folder, in_use = _local_copy(url, manifest)
+                undone.callback(os.close, in_use)
+            if verify:
+                for file in manifest.files:
+                    manifests.check_file(str(folder), file, VERB)
+            packed = cls(manifest, folder)
+            undone.pop_all()
+        if in_use is not None:
+            weakref.finalize(packed, os.close, in_use)
+        return packed
 
     def __len__(self) -> int:
         """How many documents there are."""
@@ -159,18 +175,23 @@ def check_pack(url: str) -> Manifest:
     return manifest
 
 
-def _local_copy(url: str, manifest: Manifest) -> Path:
+def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
     """The pack at `url` below this machine's TMPDIR, where it stays: known by its content, for every later start.
 
-    One process of a machine copies, the others wait for it. What a kill cut short is gone on with, file by file.
+    One process of a machine copies, the others wait for it. What a kill cut short is gone on with, file by file. Until
+    the file descriptor that is returned beside it is closed, or this process ends, nobody removes it.
 
     Raises:
         DiskFullError: before anything is copied, when the disk has no room for what is missing.
         ShardCorruptError: when what arrives is not what the manifest says.
     """
-    with _own_folder(manifest) as folder:
+    with _own_folder(manifest) as folder, ExitStack() as undone:
+        in_use = os.open(folder.with_suffix(_USED), os.O_RDWR)
+        undone.callback(os.close, in_use)
+        fcntl.flock(in_use, fcntl.LOCK_SH)
         missing = [file for file in manifest.files if not _has_arrived(folder / file.name, file)]
-        _check_room(url, sum(file.size_bytes for file in missing), folder)
+        if missing:
+            _make_room(url, sum(file.size_bytes for file in missing), folder.parent)
         with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
             copies = [threads.submit(_copy, url, file, folder) for file in missing]
             try:
@@ -179,7 +200,8 @@ def _local_copy(url: str, manifest: Manifest) -> Path:
             except BaseException:
                 threads.shutdown(cancel_futures=True)
                 raise
-    return folder
+        undone.pop_all()
+    return folder, in_use
 
 
 def _copy(url: str, file: WrittenFile, folder: Path) -> None:
@@ -191,12 +213,21 @@ def _copy(url: str, file: WrittenFile, folder: Path) -> None:
 
 @contextmanager
 def _own_folder(manifest: Manifest) -> Iterator[Path]:
-    """This machine's folder below TMPDIR for what belongs to the pack, for one process at a time."""
+    """This machine's folder below TMPDIR for what belongs to the pack, for one process at a time; it is used now."""
     folder = Path(tempfile.gettempdir()) / f"cert-ray-tokens-{os.getuid()}" / pack_digest(manifest)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with (folder / _LOCK).open("wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it does
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with _locked(folder.with_suffix(_LOCK)):
+        folder.with_suffix(_USED).touch(mode=0o600)
+        folder.mkdir(exist_ok=True, mode=0o700)
         yield folder
+
+
+@contextmanager
+def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """The block holds the file `path` locked; the system lets it go when this process ends, however it does."""
+    with path.open("ab") as lock:
+        fcntl.flock(lock, kind)
+        yield
 
 
 def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
@@ -208,21 +239,53 @@ def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
         return index.in_memory(tables)
     with _own_folder(manifest) as own:
         if not (own / _INDEX).is_dir():
-            _check_room(str(folder), index.size_bytes(pieces, manifest.rows_kept), own)
+            _make_room(str(folder), index.size_bytes(pieces, manifest.rows_kept), own.parent)
             index.write(tables, own / _INDEX)
-    return index.mapped(own / _INDEX)
+        return index.mapped(own / _INDEX)  # what is mapped stays readable, though another pack's copy remove its file
 
 
 def _has_arrived(path: Path, file: WrittenFile) -> bool:
     return path.is_file() and path.stat().st_size == file.size_bytes
 
 
-def _check_room(url: str, needed_bytes: int, folder: Path) -> None:
-    copies = folder.parent
-    free_bytes = shutil.disk_usage(copies).free
-    if needed_bytes and free_bytes < needed_bytes + storage.RESERVE_BYTES:
+def _make_room(url: str, needed_bytes: int, copies: Path) -> None:
+    """Remove copies that no process uses, the longest unused first, until the new one has room, and its share."""
+    disk = shutil.disk_usage(copies)
+    room_bytes = disk.free - needed_bytes - storage.RESERVE_BYTES
+    sizes = {folder: _size_bytes(folder) for folder in copies.iterdir() if folder.is_dir()}
+    share_bytes = disk.total * _COPIES_SHARE - needed_bytes - sum(sizes.values())
+    removed: list[int] = []
+    for folder in sorted(sizes, key=_last_used):
+        if min(room_bytes, share_bytes) + sum(removed) >= 0:
+            break
+        if _removed_unless_used(folder):
+            removed.append(sizes[folder])
+    if removed:
+        told = "removed %d copies of other packs, %.1f GB that no process used, below %s, for %s"
+        _log.info(told, len(removed), sum(removed) / 1e9, copies, url)
+    if room_bytes + sum(removed) < 0:
         raise DiskFullError(
             f"{url}: to read it, {needed_bytes / 1e9:,.1f} GB more of it are needed below {copies}, and that disk has "
-            f"{free_bytes / 1e9:,.1f} GB left. Remove other packs' copies from there, or set TMPDIR, on every node, to "
-            "a folder of a larger disk."
+            f"{(disk.free + sum(removed)) / 1e9:,.1f} GB left, without a copy there that no process uses. Free some, "
+            "or set TMPDIR, on every node, to a folder of a larger disk."
         )
+
+
+def _size_bytes(folder: Path) -> int:
+    return sum(entry.size_bytes for entry in storage.list_files(str(folder)))
+
+
+def _last_used(folder: Path) -> float:
+    """When it was last opened; of what an earlier version copied, when that was."""
+    used = folder.with_suffix(_USED)
+    return (used if used.exists() else folder).stat().st_mtime
+
+
+def _removed_unless_used(folder: Path) -> bool:
+    now = fcntl.LOCK_EX | fcntl.LOCK_NB
+    try:
+        with _locked(folder.with_suffix(_LOCK), now), _locked(folder.with_suffix(_USED), now):
+            shutil.rmtree(folder)
+    except OSError:  # in use
+        return False
+    return True

@@ -89,7 +89,7 @@ def full_disk_told(what: str, output: str | None, cure: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_of_a_full_disk(error):
+        if not is_of_a_full_disk(error):
             raise
         places = {"TMPDIR": Path(tempfile.gettempdir())}
         if output is not None and storage.is_local(output):
@@ -99,7 +99,8 @@ def full_disk_told(what: str, output: str | None, cure: str) -> Iterator[None]:
         raise DiskFullError(f"{what} cannot be written, a disk is full: {'; '.join(free)} left. {way}{cure}") from error
 
 
-def _is_of_a_full_disk(error: Exception) -> bool:
+def is_of_a_full_disk(error: Exception) -> bool:
+    """Whether `error`, of Python, torch or safetensors, says that a disk is full."""
     said = str(error)
     return (
         getattr(error, "errno", None) in _FULL

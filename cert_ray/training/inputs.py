@@ -43,10 +43,12 @@ def check(config: TrainConfig) -> Checked:
     """Read the pack's manifest, check its files (`check_pack`), and digest everything that the weights will depend on.
 
     Raises:
-        ConfigError: when a logger's package is missing here.
+        ConfigError: when a logger's package is missing here, or a URL is of this process' own memory.
         NotFinishedError, SchemaVersionError, ShardCorruptError: when the pack cannot be used.
     """
     check_installed(config.loggers)
+    for url in filter(None, (config.output, config.tokens, config.base, config.tokenizer)):
+        storage.check_shared(url)
     config = _with_absolute_paths(config)
     pack = check_pack(config.tokens)
     digest = xxhash.xxh3_128(pack.model_dump_json().encode())

@@ -20,11 +20,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
-from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
+from cert_ray.errors import CertRayError, ConfigError, DiskFullError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.tokens.encoding import MODEL_VIEW
 from cert_ray.tokens.vocabulary import load_tokenizer, splits_otherwise, tokenizer_digest
 from cert_ray.training.bases import BASES
+from cert_ray.training.checkpoints import is_of_a_full_disk
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.inputs import MODEL_FILES
 from cert_ray.training.presets import PRESETS, preset_config
@@ -237,6 +238,7 @@ def _hub_folder(name: str, option: str, patterns: tuple[str, ...]) -> Path:
 
     Raises:
         ConfigError: when the hub has no such model, or not for us, or is not to be asked.
+        DiskFullError: when its cache has no room for them.
         CertRayError: when it does not answer, which may pass.
     """
     from huggingface_hub import constants, snapshot_download
@@ -244,7 +246,14 @@ def _hub_folder(name: str, option: str, patterns: tuple[str, ...]) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        if is_of_a_full_disk(error):
+            raise DiskFullError(
+                f"{option}: {name!r} cannot be downloaded, the disk of {constants.HF_HUB_CACHE} is full. "
+                "Free some of it, or set HF_HUB_CACHE, on every node, to a folder of a larger disk."
+            ) from error
+        if isinstance(error, RuntimeError):
+            raise
         why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         asked = "HF_HUB_OFFLINE is set, and it is not in the cache" if constants.HF_HUB_OFFLINE else why
         refused = isinstance(error, HfHubHTTPError) and error.response.status_code in _REFUSED

@@ -20,7 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 _DOCUMENTS, _ROWS = 1, 2  # so that the two draws of an epoch are independent
-# 1 s to plan as pairs, 0.03 s as one stream (Intel Xeon, 2026-11-27); 220 million tokens of documents of 1,667.
+# 1 s to plan as pairs (docs/benchmarks.md, "Large packs"); 220 million tokens of documents of 1,667.
 SEGMENT_DOCUMENTS = 1 << 17
 
 

@@ -14,7 +14,7 @@ import pytest
 from cert_ray import schemas, storage
 from cert_ray.errors import DiskFullError, NotFinishedError, SchemaVersionError, ShardCorruptError
 from cert_ray.tokens import index, shards
-from cert_ray.tokens.shards import PackedTokens, check_pack, token_dtype
+from cert_ray.tokens.shards import PackedTokens, check_pack, pack_digest, token_dtype
 from tests.tokens.packs import write_pack
 
 SHARDS = [
@@ -102,7 +102,8 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 def _copies(tmp_path: Path) -> list[str]:
-    return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.name != ".lock")
+    found = (tmp_path / "cache").rglob("*")
+    return sorted(path.name for path in found if path.is_file() and path.suffix not in (".lock", ".used"))
 
 
 def test_a_copy_that_a_kill_cut_short_is_gone_on_with(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -130,10 +131,48 @@ def test_a_copy_that_a_kill_cut_short_is_gone_on_with(remote: str, tmp_path: Pat
 def test_a_disk_without_room_for_a_remote_pack_is_told_before_it_is_copied(
     remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000, total=10**9))
     with pytest.raises(DiskFullError, match=r"0\.0 GB more of it are needed below .*, and that disk has 0\.1 GB left"):
         PackedTokens.open(remote)
     assert _copies(tmp_path) == []
+
+
+def other_pack(tmp_path: Path, name: str) -> str:
+    """The URL of a pack in memory beside that of `remote`, with other content."""
+    write_pack(tmp_path / name, [*SHARDS, [[([len(name)], False)]]])
+    fsspec.filesystem("memory").put(str(tmp_path / name) + "/", f"/packs/{name}/", recursive=True)
+    return f"memory://packs/{name}"
+
+
+@pytest.mark.parametrize("why", ["room", "share"])
+def test_a_copy_makes_way_for_another_pack_unless_it_is_used(
+    remote: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = tmp_path / "cache" / f"cert-ray-tokens-{os.getuid()}"
+
+    def copies() -> set[str]:
+        return {path.name for path in folders.iterdir() if path.is_dir()}
+
+    urls = {name: other_pack(tmp_path, name) for name in ("oldest", "newer", "last one")} | {"used": remote}
+    digests = {name: pack_digest(check_pack(url)) for name, url in urls.items()}
+    used = PackedTokens.open(remote)
+    for age_s, name in ((10, "newer"), (20, "oldest")):
+        PackedTokens.open(urls[name])
+        os.utime(folders / f"{digests[name]}.used", (1e9 - age_s, 1e9 - age_s))
+    os.utime(folders / f"{digests['used']}.used", (1, 1))  # the oldest of all, and read
+    assert copies() == {digests[name] for name in ("used", "oldest", "newer")}
+    held = sum(path.stat().st_size for path in folders.rglob("*") if path.is_file())
+    needed = sum(file.size_bytes for file in check_pack(urls["last one"]).files)
+    room = needed + storage.RESERVE_BYTES - 1 if why == "room" else 10**12
+    total = 10**12 if why == "room" else 2 * (held + needed - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=room, total=total))
+    with caplog.at_level("INFO", "cert_ray"):
+        PackedTokens.open(urls["last one"])
+    assert copies() == {digests[name] for name in ("used", "newer", "last one")}
+    assert "removed 1 copies of other packs" in caplog.text
+    assert used.tokens(3).tolist() == [16, 17, 18]
+    PackedTokens.open(urls["oldest"])  # copied again; what nobody has read for longest goes
+    assert copies() == {digests[name] for name in ("used", "last one", "oldest")}
 
 
 def test_a_remote_pack_is_compared_while_it_is_copied_and_by_sizes_before(remote: str, tmp_path: Path) -> None:
@@ -199,7 +238,7 @@ def test_an_index_that_a_kill_cut_short_is_written_anew(
 
 
 def _write_a_part(shared: Path) -> None:
-    (pack,) = (shared / f"cert-ray-tokens-{os.getuid()}").iterdir()
+    (pack,) = filter(Path.is_dir, (shared / f"cert-ray-tokens-{os.getuid()}").iterdir())
     (pack / "index-1.partial").mkdir()
     (pack / "index-1.partial" / "start").write_bytes(b"a part")
     raise KeyboardInterrupt
@@ -209,7 +248,7 @@ def test_a_machine_without_room_for_an_index_says_so(
     tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = write_pack(tmp_path / "pack", SHARDS)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000, total=10**9))
     with pytest.raises(DiskFullError, match=r"are needed below .*, and that disk has 0\.1 GB left"):
         PackedTokens.open(url)
 

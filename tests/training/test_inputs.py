@@ -8,6 +8,7 @@ import pytest
 
 from cert_ray import manifests
 from cert_ray.config import Config
+from cert_ray.errors import ConfigError
 from cert_ray.training import inputs
 from cert_ray.training.bases import Origin
 from cert_ray.training.on_ray import _notes
@@ -67,3 +68,10 @@ def test_a_model_takes_over_what_is_known_of_its_base(make_config, tmp_path):
     step = StepRecord(**{name: 1 for name, field in StepRecord.model_fields.items() if field.is_required()})
     notes = _notes(inputs.check(make_config(base=str(tmp_path))), [step], "base", {})
     assert (notes["dequantised_from"], notes["licence"]) == ("Q4_1", "mit")
+
+
+@pytest.mark.parametrize("option", ["output", "tokens", "base", "tokenizer"])
+def test_memory_of_this_process_is_refused_whoever_asks(option, make_config):
+    config = make_config().model_copy(update={option: "memory://run/model"})
+    with pytest.raises(ConfigError, match="memory://run/model: that is this process' own memory"):
+        inputs.check(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from cert_ray import storage
-from cert_ray.errors import CertRayError, ConfigError, InputError, TokenizerMismatchError
+from cert_ray.errors import CertRayError, ConfigError, DiskFullError, InputError, TokenizerMismatchError
 from cert_ray.gpt_neo import FusedSelfAttention
 from cert_ray.tokens.vocabulary import load_tokenizer, tokenizer_digest
 from cert_ray.training import models
@@ -210,6 +211,21 @@ def test_what_the_hub_refuses_for_good_is_told_apart_from_what_may_pass(status, 
     with pytest.raises(CertRayError, match="the hub does not give it: no") as refused:
         models.base_shape("org/absent", 100, 16)
     assert isinstance(refused.value, ConfigError) == lasts
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("Data error: (os error 28)")]
+)
+def test_a_disk_that_fills_under_a_download_from_the_hub_is_told_as_one(error, make_config, monkeypatch):
+    """The second is as the hub's client tells it that is written in Rust."""
+
+    def ask(name, allow_patterns):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", ask)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(DiskFullError, match=r"'org/absent' cannot be downloaded, the disk of .* is full"):
+        models.local_folder("org/absent", "base")
 
 
 def test_the_shape_of_a_remote_folder_takes_its_config_alone(tmp_path):

@@ -6,7 +6,7 @@ Combinations that cannot work die here, naming the option to change. Defaults ar
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pydantic
 
@@ -111,14 +111,17 @@ class TrainConfig(Config):
         """Rows that one step reads, over all workers, however many there are."""
         return self.micro_batch * self.gradient_accumulation * self.workers
 
-    def result_digest(self) -> str:
-        """Digest of the options that the trained weights depend on; where inputs lie does not count, what they hold is
-        digested apart."""
+    def result_options(self) -> dict[str, Any]:
+        """The options that the trained weights depend on; where inputs lie does not count, nor how a step's rows are
+        shared out."""
         kept = set(type(self).model_fields) - _NOT_OF_THE_RESULT
         if not self.deterministic:
             kept.remove("deterministic")  # runs of versions that did not know it go on
-        options = self.model_dump(mode="json", include=kept) | {"rows_per_step": self.rows_per_step}
-        return Config.digest(_Subset(options=options))
+        return self.model_dump(mode="json", include=kept, warnings=False) | {"rows_per_step": self.rows_per_step}
+
+    def result_digest(self) -> str:
+        """Digest of the options that the trained weights depend on; what inputs hold is digested apart."""
+        return Config.digest(_Subset(options=self.result_options()))
 
 
 class _Subset(Config):

@@ -169,8 +169,10 @@ def _tokenizer_bytes(folder: str) -> bytes:
 
 
 def _differences(manifest: Manifest, checked: Checked) -> str:
-    now = checked.config.model_dump(mode="json")
-    names = [name for name in now if name != "output" and manifest.config.get(name) != now[name]]
+    now = checked.config.result_options()
+    # Of an earlier version, perhaps, and then not all there: what is missing is as it is by default.
+    then = TrainConfig.model_construct(**manifest.config).result_options()
+    names = [name for name in sorted(now.keys() | then.keys()) if then.get(name) != now.get(name)]
     if manifest.inputs_digest != checked.inputs_digest:
         names.append("the inputs' content")
     return "differs in " + ", ".join(names)

@@ -89,6 +89,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     _tidy(folder, checked)
     if (lacking := inputs.waits_for(checked.config, ray.cluster_resources())) is not None:
         _log.warning("%s", lacking)
+    _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
     returned = _fit(checked, folder, after_step)
     return _result(checked.config, _finish(checked, returned), reused=False)
 

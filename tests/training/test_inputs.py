@@ -75,3 +75,18 @@ def test_memory_of_this_process_is_refused_whoever_asks(option, make_config):
     config = make_config().model_copy(update={option: "memory://run/model"})
     with pytest.raises(ConfigError, match="memory://run/model: that is this process' own memory"):
         inputs.check(config)
+
+
+def test_a_finished_model_of_another_run_is_told_with_what_made_the_difference(make_config, tmp_path):
+    """Not with what never does, nor with an option that the earlier version did not know."""
+    output = str(tmp_path / "model")
+    before = inputs.check(make_config(output=output, workers=2, gradient_accumulation=1))
+    options = {name: value for name, value in before.config.model_dump().items() if name != "deterministic"}
+    manifest = manifests.summarize(inputs.STAGE, Config(), before.inputs_digest, [], {"run_digest": before.run_digest})
+    manifests.write_manifest(output, manifest.model_copy(update={"config": options}))
+    shared_out = {"output": output, "workers": 1, "gradient_accumulation": 2, "checkpoint_every_steps": 7}
+    assert inputs.finished(inputs.check(make_config(**shared_out))) is not None
+    with pytest.raises(ConfigError, match=r"another run \(differs in learning_rate, steps\)\."):
+        inputs.finished(inputs.check(make_config(**shared_out | {"steps": 77, "learning_rate": 0.5})))
+    with pytest.raises(ConfigError, match=r"another run \(differs in deterministic\)\."):
+        inputs.finished(inputs.check(make_config(**shared_out | {"deterministic": True})))

@@ -13,11 +13,13 @@ and when is `worker`'s.
 from __future__ import annotations
 
 import errno
+import functools
 import logging
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from cert_ray.manifests import WrittenFile
 _log = logging.getLogger(__name__)
 FOLDER_NAME = "checkpoints"
 _COMPLETE = "complete.json"
+_READ_AT_ONCE = 8  # assumed: of an object store, whose single streams are slow
 _NAME = re.compile(r"step-(\d{6,})")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TORCH_CANNOT_WRITE = "inline_container"  # all that the RuntimeError of torch.save (2.13) says of a full disk
@@ -200,8 +203,9 @@ def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None
     if run_digest is not None:
         _check_run(checkpoint, first, run_digest)
     for rank in range(first.world_size) if only_rank is None else [only_rank]:
-        for file in (first if rank == 0 else _read_part(checkpoint, rank)).files:
-            _check(checkpoint, file)
+        part = first if rank == 0 else _read_part(checkpoint, rank)
+        with ThreadPoolExecutor(_READ_AT_ONCE) as threads:
+            list(threads.map(functools.partial(_check, checkpoint), part.files))
     return first
 
 

@@ -74,11 +74,14 @@ def test_a_private_ray_that_is_not_up_in_time_is_an_error_that_says_what_to_do(m
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: False)
+    ended: list[bool] = []
     monkeypatch.setattr(on_ray.ray, "init", init)
+    monkeypatch.setattr(on_ray.ray, "shutdown", lambda: ended.append(True))  # the suite's Ray goes on
     monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with pytest.raises(ClusterError, match=r"not up in time.*run the same command again"), on_ray.ray_session():
         pass
+    assert ended
 
 
 @pytest.fixture

@@ -191,6 +191,11 @@ def read_manifest(folder: str, stage: str, verb: str) -> Manifest:
     return Manifest.from_mapping(loaded, url)
 
 
+def files_counted(manifest: Manifest) -> dict[str, Any]:
+    """How many files a dataset's stages read, kept, and dropped by reason: what cards and reports say."""
+    return {"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped}
+
+
 def check_file(folder: str, file: WrittenFile, verb: str) -> None:
     """Compare `file` as it is on disk with what its report says.
 

@@ -164,8 +164,7 @@ def _base(recipe: Recipe) -> dict[str, Any]:
 
 
 def _dataset(recipe: Recipe) -> dict[str, Any]:
-    manifest = manifests.read_manifest(RunFolders(recipe.run).dataset, "dataset", "preprocess")
-    return {"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped}
+    return manifests.files_counted(manifests.read_manifest(RunFolders(recipe.run).dataset, "dataset", "preprocess"))
 
 
 def _trained(recipe: Recipe) -> dict[Trained, Manifest]:

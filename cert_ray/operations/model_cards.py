@@ -15,7 +15,7 @@ from cert_ray.tokens.shards import STAGE as TOKENS
 from cert_ray.training import records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.inputs import origin_of
-from cert_ray.training.model_card import CARD_NAME, ModelFacts, Score, losses_of, render_card, run_facts
+from cert_ray.training.model_card import CARD_NAME, ModelFacts, Score, dataset_facts, losses_of, render_card, run_facts
 from cert_ray.training.models import base_shape
 
 
@@ -51,5 +51,4 @@ def gather(recipe: Recipe, name: str, scores: Sequence[Score] = ()) -> ModelFact
 def _dataset(folders: RunFolders) -> dict[str, Any]:
     if not manifests.is_finished(folders.dataset):
         return {}
-    manifest = manifests.read_manifest(folders.dataset, "dataset", "preprocess")
-    return {"dataset": {"read": manifest.rows_read, "kept": manifest.rows_kept}, "dropped": manifest.dropped}
+    return dataset_facts(manifests.files_counted(manifests.read_manifest(folders.dataset, "dataset", "preprocess")))

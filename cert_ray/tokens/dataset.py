@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ import xxhash
 from cert_ray import manifests, storage
 from cert_ray.errors import InputError
 from cert_ray.libraries import library_counts
-from cert_ray.manifests import WrittenFile
+from cert_ray.manifests import Manifest, WrittenFile
 
 STAGE = "dataset"
 VERB = "preprocess"
@@ -37,6 +38,7 @@ class Dataset:
     url: str
     shards: tuple[WrittenFile, ...]
     digest: str
+    files: dict[str, Any]  # `manifests.files_counted`
 
 
 def open_dataset(url: str) -> Dataset:
@@ -46,10 +48,11 @@ def open_dataset(url: str) -> Dataset:
         NotFinishedError, SchemaVersionError: when `url` is no finished dataset of this version.
         InputError: when it holds no document.
     """
-    shards = _shards(url)
+    manifest = manifests.read_manifest(url, STAGE, VERB)
+    shards = _shards(manifest)
     if not sum(shard.rows for shard in shards):
         raise InputError(url, "the dataset holds no document", "Preprocess more input; its manifest counts the drops.")
-    return Dataset(url, shards, _digest(shards))
+    return Dataset(url, shards, _digest(shards), manifests.files_counted(manifest))
 
 
 def digest_of(url: str) -> str:
@@ -58,11 +61,10 @@ def digest_of(url: str) -> str:
     Raises:
         NotFinishedError, SchemaVersionError: as `open_dataset`.
     """
-    return _digest(_shards(url))
+    return _digest(_shards(manifests.read_manifest(url, STAGE, VERB)))
 
 
-def _shards(url: str) -> tuple[WrittenFile, ...]:
-    manifest = manifests.read_manifest(url, STAGE, VERB)
+def _shards(manifest: Manifest) -> tuple[WrittenFile, ...]:
     return tuple(file for file in manifest.files if _SHARD_NAME.fullmatch(file.name))
 
 

@@ -127,12 +127,11 @@ def _notes(
 ) -> dict[str, Any]:
     vocab_size = vocabulary_size(vocabulary)
     files = [file for report in reports for file in report.files]
-    made = manifests.read_manifest(dataset.url, datasets.STAGE, datasets.VERB)
     return {
         "vocab_size": vocab_size,
         "tokenizer_digest": digest,
         "dataset_digest": dataset.digest,
-        "dataset": {"read": made.rows_read, "kept": made.rows_kept, "dropped": made.dropped},  # files, for cards
+        "dataset": dataset.files,  # for cards
         "pad_id": vocabulary.token_to_id(PAD),
         "end_id": vocabulary.token_to_id(END_OF_TEXT),
         "held_out_unigram_entropy_nats": unigram_entropy_nats(held_out_unigrams(output, files, vocab_size)),

@@ -10,6 +10,7 @@ the manifest. It does not plan rows: `packing` does.
 from __future__ import annotations
 
 import fcntl
+import functools
 import logging
 import os
 import shutil
@@ -29,7 +30,7 @@ from cert_ray import manifests, storage
 from cert_ray.errors import DiskFullError, ShardCorruptError
 from cert_ray.manifests import Manifest, WrittenFile
 from cert_ray.tokens import index
-from cert_ray.tokens.index import Documents, Pieces
+from cert_ray.tokens.index import Documents, IntArray, Pieces
 
 _log = logging.getLogger(__name__)
 STAGE = "tokens"
@@ -45,8 +46,6 @@ _COPIES_SHARE = 0.5  # of the disk of TMPDIR, beyond which copies that no proces
 _UNIGRAMS_SUFFIX = ".unigrams.parquet"
 _INDEX = "index-1"  # below a pack's folder below TMPDIR; the number is its layout's
 _PIECES_IN_MEMORY = 1 << 20  # 13 MB; of a larger pack the processes of a machine share one index
-
-IntArray = npt.NDArray[np.int64]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -193,18 +192,12 @@ def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
         if missing:
             _make_room(url, sum(file.size_bytes for file in missing), folder.parent)
         with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
-            copies = [threads.submit(_copy, url, file, folder) for file in missing]
-            try:
-                for copy in copies:
-                    copy.result()
-            except BaseException:
-                threads.shutdown(cancel_futures=True)
-                raise
+            list(threads.map(functools.partial(_copy, url, folder), missing))  # after a failure, no more begin
         undone.pop_all()
     return folder, in_use
 
 
-def _copy(url: str, file: WrittenFile, folder: Path) -> None:
+def _copy(url: str, folder: Path, file: WrittenFile) -> None:
     arriving = folder / f".{file.name}.partial"
     written = storage.copy_to_local(storage.join(url, file.name), arriving)
     manifests.check_same(storage.join(url, file.name), written, file, VERB)

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from cert_ray.errors import InputError
+from cert_ray.tokens.index import IntArray
 from cert_ray.tokens.packing import LOOK_AHEAD_PIECES, plan_rows
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.sampling import (
-    IntArray,
     Rows,
     RowStream,
     epoch_documents,

@@ -76,7 +76,6 @@ class ModelFacts(Config, allow_inf_nan=True):  # measured
 
 def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
     """What is known of a run before its first step. Its paths are absolute, as `inputs.check` makes them."""
-    files = pack.notes.get("dataset")  # packs of earlier versions do not know
     return ModelFacts(
         name=storage.name_of(config.output),
         **base_facts(config.base),
@@ -84,12 +83,20 @@ def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
         vocab_size=pack.notes["vocab_size"],
         view=pack.config.get("view"),
         libraries=pack.config.get("libraries") or (),
-        dataset={"read": files["read"], "kept": files["kept"]} if files else None,
-        dropped=files["dropped"] if files else {},
+        **dataset_facts(pack.notes.get("dataset")),  # packs of earlier versions do not know
         documents=pack.counts.get("documents"),
         view_tokens=pack.counts.get("tokens"),
         recipe=config.model_dump(mode="json", exclude=_LEFT_OUT),
         unigram_nats=pack.notes.get("held_out_unigram_entropy_nats"),
+    )
+
+
+def dataset_facts(files: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `manifests.files_counted` tells of a dataset, as values of `ModelFacts`."""
+    return (
+        {}
+        if files is None
+        else {"dataset": {"read": files["read"], "kept": files["kept"]}, "dropped": files["dropped"]}
     )
 
 

@@ -15,9 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-FloatArray = npt.NDArray[np.float64]
-BoolArray = npt.NDArray[np.bool_]
+from cert_ray.tokens.index import BoolArray, FloatArray, IntArray
 
 _DOCUMENTS, _ROWS = 1, 2  # so that the two draws of an epoch are independent
 # 1 s to plan as pairs (docs/benchmarks.md, "Large packs"); 220 million tokens of documents of 1,667.

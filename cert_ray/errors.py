@@ -153,6 +153,10 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint has a file that is missing or not what was written."""
 
 
+class NoWholeCheckpointError(CheckpointError):
+    """A run has checkpoints, and every one of them is damaged."""
+
+
 class TrainingDivergedError(CertRayError):
     """The loss stopped being finite, or rose and stayed there."""
 

@@ -18,21 +18,22 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pydantic
 from safetensors import SafetensorError
 
 from cert_ray import storage
 from cert_ray.config import Config
-from cert_ray.errors import CheckpointError, ConfigError, DamagedCheckpointError, DiskFullError
+from cert_ray.errors import CheckpointError, ConfigError, DamagedCheckpointError, DiskFullError, NoWholeCheckpointError
 from cert_ray.manifests import WrittenFile
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 FOLDER_NAME = "checkpoints"
 _COMPLETE = "complete.json"
 _READ_AT_ONCE = 8  # assumed: of an object store, whose single streams are slow
@@ -141,31 +142,43 @@ def remove_incomplete(folder: str) -> None:
             storage.remove(url)
 
 
-def newest_whole(folder: str, run_digest: str) -> tuple[int, str] | None:
-    """Step and URL of the newest checkpoint below `folder` whose files are what was written, or `None` without any.
+def check_run(folder: str, run_digest: str) -> None:
+    """Raise `CheckpointError` when the newest checkpoint below `folder` is another run's; that alone is read of it."""
+    for _, url in reversed(complete_checkpoints(folder)):
+        try:
+            first = _read_part(url, 0)
+        except DamagedCheckpointError:  # for `newest_readable` to tell
+            continue
+        _check_run(url, first, run_digest)
+        return
 
-    Damaged ones after it are named in a warning and removed. All are read: this belongs on one worker.
+
+def newest_readable(
+    found: Sequence[tuple[int, str]], read: Callable[[str], _T]
+) -> tuple[int, _T, dict[str, DamagedCheckpointError]] | None:
+    """The newest of the checkpoints `found` (step and URL, oldest first) that `read` does not find damaged.
+
+    Returns its step, what `read` made of it, and what is wrong with those after it, by URL; `None` without any.
 
     Raises:
-        CheckpointError: when a checkpoint is another run's, or every one is damaged; then none is removed.
+        NoWholeCheckpointError: when every one is damaged.
     """
-    refused: list[str] = []
-    damage: CheckpointError | None = None
-    for step, url in reversed(complete_checkpoints(folder)):
+    damage: dict[str, DamagedCheckpointError] = {}
+    for step, url in reversed(found):
         try:
-            verify(url, run_digest)
+            return step, read(url), damage
         except DamagedCheckpointError as error:
-            refused.append(url)
-            damage = error
-            _log.warning("refusing %s", error)
-        else:
-            for damaged in refused:
-                _log.warning("going on from %s, and removing %s", url, damaged)
-                _remove(damaged)
-            return step, url
-    if damage is not None:
-        raise damage
+            damage[url] = error
+    if damage:
+        raise NoWholeCheckpointError(" ".join(map(str, damage.values())))
     return None
+
+
+def remove_damaged(damaged: Mapping[str, DamagedCheckpointError]) -> None:
+    """Remove the checkpoints of these URLs, for the reasons given; the run goes on from one before them."""
+    for url, error in damaged.items():
+        _log.warning("going on from the checkpoint before it, and removing %s: %s", url, error)
+        _remove(url)
 
 
 def to_remove(steps: Sequence[int], keep_newest: int, held_out: Mapping[int, float] | None) -> list[int]:
@@ -199,14 +212,57 @@ def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None
     Raises:
         CheckpointError: naming the file that is missing or damaged, or when `run_digest` is another run's.
     """
+    first = first_part(checkpoint, run_digest)
+    _read(checkpoint, first, None if only_rank is None else [only_rank], _checksum_in(checkpoint))
+    return first
+
+
+def fetch(checkpoint: str, first: Part, ranks: Collection[int] | None, target: Path) -> Path:
+    """The parts of the workers `ranks` (None: of all) on a local disk: `checkpoint` itself, or copied into `target`.
+
+    Each file is read once, and compared as `verify` does. `first` is worker 0's part.
+
+    Raises:
+        DamagedCheckpointError: naming the file that is missing or damaged.
+    """
+    if storage.is_local(checkpoint):
+        _read(checkpoint, first, ranks, _checksum_in(checkpoint))
+        return storage.local_path(checkpoint)
+
+    def copy(name: str) -> storage.Written:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        return storage.copy_to_local(storage.join(checkpoint, name), target / name)
+
+    _read(checkpoint, first, ranks, copy)
+    return target
+
+
+def first_part(checkpoint: str, run_digest: str | None = None) -> Part:
+    """What worker 0 wrote into `checkpoint`.
+
+    Raises:
+        DamagedCheckpointError: when it is missing or cannot be read.
+        CheckpointError: when `run_digest` is another run's.
+    """
     first = _read_part(checkpoint, 0)
     if run_digest is not None:
         _check_run(checkpoint, first, run_digest)
-    for rank in range(first.world_size) if only_rank is None else [only_rank]:
+    return first
+
+
+_ReadFile = Callable[[str], storage.Written]  # by its name below the checkpoint
+
+
+def _checksum_in(checkpoint: str) -> _ReadFile:
+    return lambda name: storage.checksum(storage.join(checkpoint, name))
+
+
+def _read(checkpoint: str, first: Part, ranks: Collection[int] | None, read: _ReadFile) -> None:
+    """Let `read` read the files of the parts of `ranks`, and compare what it found with what was written."""
+    for rank in range(first.world_size) if ranks is None else ranks:
         part = first if rank == 0 else _read_part(checkpoint, rank)
         with ThreadPoolExecutor(_READ_AT_ONCE) as threads:
-            list(threads.map(functools.partial(_check, checkpoint), part.files))
-    return first
+            list(threads.map(functools.partial(_check, checkpoint, read), part.files))
 
 
 def _check_run(checkpoint: str, part: Part, run_digest: str) -> None:
@@ -242,11 +298,11 @@ def _read_part(checkpoint: str, rank: int) -> Part:
         raise _damaged(checkpoint, url, "cannot be read") from error
 
 
-def _check(checkpoint: str, file: WrittenFile) -> None:
+def _check(checkpoint: str, read: _ReadFile, file: WrittenFile) -> None:
     url = storage.join(checkpoint, file.name)
     if not storage.exists(url):
         raise _damaged(checkpoint, url, "is missing")
-    found = storage.checksum(url)
+    found = read(file.name)
     if (found.size_bytes, found.checksum) != (file.size_bytes, file.checksum):
         problem = f"has {found.size_bytes} bytes, xxh3 {found.checksum}, not {file.size_bytes}, xxh3 {file.checksum}"
         raise _damaged(checkpoint, url, problem)

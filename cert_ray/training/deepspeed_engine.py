@@ -144,10 +144,6 @@ class Engine:
             tokens += predicted_tokens(mask)
         return self._sum(nats), round(self._sum(torch.tensor(float(tokens))))
 
-    def barrier(self) -> None:
-        """Wait for every worker."""
-        torch.distributed.barrier()
-
     def save(self, folder: Path) -> None:
         """Write this worker's part of the state below `folder`; every worker calls this."""
         folder.mkdir(parents=True, exist_ok=True)

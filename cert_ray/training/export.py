@@ -37,11 +37,11 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
         CheckpointError: when a file of the checkpoint is missing or damaged.
         DiskFullError, StorageFullError: when a disk is full.
     """
-    part = checkpoints.verify(checkpoint)
+    part = checkpoints.first_part(checkpoint)
     told = functools.partial(checkpoints.full_disk_told, "the exported model", output, _NO_ROOM)
     with scratch_folder("export") as temporary:
         with told():
-            source = local_copy(checkpoint, temporary / "checkpoint")
+            source = checkpoints.fetch(checkpoint, part, None, temporary / "checkpoint")
         target = temporary / "model"
         shape = AutoConfig.from_pretrained(source / MODEL_FOLDER, trust_remote_code=False)
         with torch.device("meta"):  # no weights to make only to replace them
@@ -74,14 +74,6 @@ def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.M
         "losses": model_card.losses_of(steps),
     }
     return model_card.ModelFacts.from_mapping(facts, str(noted))
-
-
-def local_copy(checkpoint: str, target: Path) -> Path:
-    """`checkpoint` on a local disk: itself, or a copy at `target`."""
-    if storage.is_local(checkpoint):
-        return storage.local_path(checkpoint)
-    storage.copy_folder_to_local(checkpoint, target)
-    return target
 
 
 def _upload(file: Path, output: str) -> WrittenFile:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
+import ray.train.collective
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cert_ray import manifests, storage
@@ -27,6 +28,7 @@ from cert_ray.errors import (
     DiskFullError,
     InputError,
     NotFinishedError,
+    NoWholeCheckpointError,
     StorageFullError,
     TokenizerMismatchError,
     TrainingDivergedError,
@@ -46,7 +48,14 @@ from cert_ray.training.scratch import scratch_folder
 _log = logging.getLogger(__name__)
 
 # What `worker` raises on every worker, and would again.
-_LASTING = (TrainingDivergedError, ConfigError, InputError, TokenizerMismatchError, NotFinishedError)
+_LASTING = (
+    TrainingDivergedError,
+    ConfigError,
+    InputError,
+    TokenizerMismatchError,
+    NotFinishedError,
+    NoWholeCheckpointError,
+)
 # What it raises on one of them, while the others wait for it, and would again.
 _LASTING_OF_ONE = (DiskFullError, StorageFullError, TrainingMemoryError)
 
@@ -95,9 +104,9 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
 
 
 def _tidy(folder: str, checked: inputs.Checked) -> None:
-    """Leave only whole checkpoints of this run below `folder`, the newest of them verified."""
+    """Leave only checkpoints of this run below `folder`, none cut short; the workers look what is in them."""
     checkpoints.remove_incomplete(folder)
-    checkpoints.newest_whole(folder, checked.run_digest)
+    checkpoints.check_run(folder, checked.run_digest)
     if storage.exists(folder):
         # Ray Train's own list of checkpoints refuses to start when one of them was deleted; `worker` looks for itself.
         for entry in storage.list_files(folder):
@@ -112,9 +121,9 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         resources["GPU"] = 1
     storage.make_folder(config.output)
     path, filesystem = storage.for_arrow(config.output)
-    if (
-        len(ray.nodes()) == 1 and config.min_workers is None
-    ):  # one process less to start; a node that goes away takes everything with it here
+    # On one node alone, a process less to start: a node that goes away takes everything with it here.
+    several = len(ray.nodes()) > 1 or config.min_workers is not None
+    if not several:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # One worker alone returns what ended it, and needs no further process.
     verdict = ray.remote(num_cpus=0)(_Verdict).remote() if config.workers > 1 else None
@@ -127,6 +136,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
             "after_step": after_step,
             "log": logs.inherited(),
             "verdict": verdict,
+            "several_nodes": several,
         },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -244,6 +254,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 after_step=options["after_step"],
                 count=_counter(config),
                 pack_digest=options["pack_digest"],
+                wait=ray.train.collective.barrier if context.get_world_size() > 1 else None,
+                leaving=_leaving if options["several_nodes"] else None,
             )
     except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}
@@ -286,6 +298,11 @@ def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
         )
 
     return count
+
+
+def _leaving() -> list[str]:
+    info = ray.train.get_preemption_info()
+    return [] if info is None else info.preempted_node_ids
 
 
 def _report(metrics: dict[str, Any], part: Path, name: str) -> None:

@@ -11,13 +11,12 @@ import json
 import logging
 import math
 import shutil
-import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
@@ -27,17 +26,16 @@ from cert_ray.errors import CertRayError, TrainingDivergedError, TrainingMemoryE
 from cert_ray.manifests import WrittenFile
 from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
-from cert_ray.training import checkpoints, cpu_speed, export, inputs, memory, models
+from cert_ray.training import checkpoints, cpu_speed, export, inputs, memory, models, resume
 from cert_ray.training.batches import Batch, Batches
 from cert_ray.training.config import TrainConfig
-from cert_ray.training.deepspeed_engine import Engine, universal_state
 from cert_ray.training.determinism import deterministic_kernels
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.model_card import run_facts
+from cert_ray.training.notices import Leaving, Notices
 from cert_ray.training.records import (
     StepRecord,
     described,
-    from_json_lines,
     progress_line,
     steps_by_machines,
     to_json_lines,
@@ -46,17 +44,15 @@ from cert_ray.training.records import (
 from cert_ray.training.schedule import learning_rate
 from cert_ray.training.scratch import remove_left, scratch_folder
 from cert_ray.training.stability import spike_limit, spiking_steps
+from cert_ray.training.together import Together, Wait
 from cert_ray.training.utilization import flops_per_token, peak_flops, utilization
 
 _log = logging.getLogger(__name__)
 
-_EPOCHS = "epochs.json"  # where in the run's rows each segment ends
-_MACHINES = "machines.json"  # how many of the steps so far which machines did
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
 )
 _NO_ROOM_FOR_COPY = "Free some, or set TMPDIR, and run the same again."
-_T = TypeVar("_T")
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
 Report = Callable[[dict[str, Any], Path, str], None]
@@ -82,12 +78,16 @@ def run(
     after_step: AfterStep | None = None,
     count: Tell | None = None,
     pack_digest: str | None = None,
+    wait: Wait | None = None,
+    leaving: Leaving | None = None,
 ) -> Outcome:
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
     Args:
         count: is told every record on rank 0, beside the loggers of `config`.
         pack_digest: of the pack that the run began with, which may have been replaced since; None: as it is now.
+        wait: as `Together` has it.
+        leaving: is asked between steps, by all ranks; a node that is new among them brings a checkpoint at once.
 
     Raises:
         ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
@@ -95,7 +95,8 @@ def run(
         ConfigError: on every rank, when the model cannot be trained as `config.deterministic` asks.
         TrainingDivergedError: on every rank, when a step's loss is not finite, or spikes past the policy's patience.
         TrainingMemoryError: on the rank whose memory does not suffice.
-        CheckpointError: on every rank, when what was written cannot be read back, or cannot be gone on from.
+        CheckpointError: on every rank, when what was written cannot be read back, or is another run's.
+        NoWholeCheckpointError: on every rank, when every checkpoint is damaged.
         DiskFullError, StorageFullError: on one rank at least, when its disk, or that of the output, is full.
     """
     torch.set_num_threads(config.cpus_per_worker)
@@ -104,7 +105,8 @@ def run(
         _warn_of_slow_bf16()
     kernels = deterministic_kernels() if config.deterministic else nullcontext()
     with kernels, scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
-        return _run(config, run_digest, rank, world_size, report, after_step, count, pack_digest, copies)
+        together = Together(rank, world_size, wait)
+        return _run(config, run_digest, together, report, after_step, count, pack_digest, leaving, copies)
 
 
 def _warn_of_slow_bf16() -> None:
@@ -120,32 +122,32 @@ def _warn_of_slow_bf16() -> None:
 def _run(
     config: TrainConfig,
     run_digest: str,
-    rank: int,
-    world_size: int,
+    together: Together,
     report: Report,
     after_step: AfterStep | None,
     count: Tell | None,
     pack_digest: str | None,
+    leaving: Leaving | None,
     copies: Path,
 ) -> Outcome:
-    packed = _everywhere(lambda: _open(config, pack_digest))
-    loaded = _everywhere(lambda: _load(config, packed, copies))
+    packed = together.everywhere(lambda: _open(config, pack_digest))
+    loaded = together.everywhere(lambda: _load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
-        trainer = _Rank(config, run_digest, rank, world_size, packed, loaded, report)
-        tells = _tells(config, run_digest, rank, len(trainer.records))
+        trainer = _Rank(config, run_digest, together, packed, loaded, report, leaving)
+        tells = _tells(config, run_digest, together.rank, len(trainer.records))
         with ExitStack() as stack:
-            tell = _everywhere(lambda: stack.enter_context(tells))
+            tell = together.everywhere(lambda: stack.enter_context(tells))
             rows = stack.enter_context(closing(trainer.rows()))
             for record in trainer.steps(rows):
                 tell(record)
-                if count is not None and rank == 0:
+                if count is not None and together.rank == 0:
                     count(record)
                 if after_step is not None:
-                    after_step(record.step, rank)
+                    after_step(record.step, together.rank)
     except TrainingDivergedError:
-        if rank == 0 and trainer is not None:
+        if together.rank == 0 and trainer is not None:
             try:
                 trainer.write_losses()
             except (OSError, CertRayError) as error:  # what the run ends with is the divergence
@@ -158,11 +160,11 @@ def _run(
         step = "before the first step: " if trainer is None else f"step {len(trainer.records) + 1}: "
         raise TrainingMemoryError(step + memory.explain_shortage(size, config, _memory_bytes(config))) from error
     files: tuple[WrittenFile, ...] = ()
-    if rank == 0:
+    if together.rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
         files = export.export_checkpoint(last, config.output)
     # Sixteen times the records of 100,000 steps would be sent to the driver, which reads those of rank 0.
-    return Outcome(tuple(trainer.records) if rank == 0 else (), parameters, trainer.machines, files)
+    return Outcome(tuple(trainer.records) if together.rank == 0 else (), parameters, trainer.machines, files)
 
 
 def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
@@ -176,28 +178,6 @@ def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
 def _load(config: TrainConfig, packed: PackedTokens, copies: Path) -> models.Loaded:
     with checkpoints.full_disk_told(f"a copy of {config.base} or its tokenizer", None, _NO_ROOM_FOR_COPY):
         return models.load(config, packed, copies)
-
-
-def _everywhere(work: Callable[[], _T]) -> _T:
-    """Each rank's own `work`; an error of ours on one of them is raised on all, so that none waits for it in vain."""
-    found: Any = None
-    mine: CertRayError | None = None
-    try:
-        found = work()
-    except CertRayError as error:
-        mine = error
-    for raised in (mine, *_gathered(mine)):  # its own first
-        if raised is not None:
-            raise raised
-    result: _T = found
-    return result
-
-
-def _gathered(mine: _T) -> list[_T]:
-    """What every rank gives, by rank."""
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, mine)
-    return found
 
 
 def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
@@ -231,26 +211,28 @@ class _Rank:
         self,
         config: TrainConfig,
         run_digest: str,
-        rank: int,
-        world_size: int,
+        together: Together,
         packed: PackedTokens,
         loaded: models.Loaded,
         report: Report,
+        leaving: Leaving | None,
     ) -> None:
-        self._config, self._run_digest, self._rank, self._world_size = config, run_digest, rank, world_size
+        self._config, self._run_digest, self._together = config, run_digest, together
+        self._rank, self._world_size = together.rank, together.world_size
         self._loaded, self._report = loaded, report
         self._packed = packed
         # Now, since a base may be gone by the time a checkpoint is due.
-        self._facts = _everywhere(lambda: run_facts(config, packed.manifest))
+        self._facts = together.everywhere(lambda: run_facts(config, packed.manifest))
         self._token_flops = flops_per_token(loaded.model, packed.context_tokens)  # ZeRO 3 takes the weights apart
         self._peak_flops = peak_flops(config.precision) if config.use_gpu else None
-        self.records: list[StepRecord] = []
-        self._earlier: dict[str, int] = {}  # steps by machines, up to the checkpoint
-        self._start()
-        self._started_at = len(self.records)
-        if rank == 0:
+        start = resume.start(config, run_digest, together, loaded.model)
+        self._engine, self.records = start.engine, start.records
+        self._earlier, self._started_at = start.machines, len(start.records)
+        self._batches = Batches(packed, config, together.rank, together.world_size, start.ends)
+        if self._rank == 0:
             self._tell_epochs()
-        self._here = described(_gathered(machine()))
+        self._here = described(together.gathered(machine()))
+        self._notices = Notices(leaving, together)
 
     @property
     def machines(self) -> dict[str, int]:
@@ -275,7 +257,7 @@ class _Rank:
             if self._rank == 0:
                 lines.show(record)
             every = config.checkpoint_every_steps
-            owed = owed or bool(every and done % every == 0)
+            owed = owed or bool(every and done % every == 0) or self._notices.came(done)
             if (not self._spikes() and owed) or done == config.steps:
                 self._save(done)
                 owed = False
@@ -379,7 +361,7 @@ class _Rank:
         name = checkpoints.name_of_step(done)
         folder_url = storage.join(checkpoints.folder_of(config.output), name)
         # Left by a kill, it may hold parts of more workers than there are now.
-        self._decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
+        self._together.decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
         with checkpoints.full_disk_told(name, config.output, _NO_ROOM), scratch_folder("checkpoint") as folder:
             self._engine.save(folder / export.ENGINE_FOLDER)
             if self._rank == 0:
@@ -393,11 +375,11 @@ class _Rank:
                 run_digest=self._run_digest,
             )
             self._report(self.records[-1].model_dump(), folder, name)
-        self._engine.barrier()  # every part has arrived
+        self._together.wait()  # every part has arrived
         # All read back at once, each the part of another: on two machines, of the other one, whose cache it is not in.
         other = (self._rank + self._world_size // 2) % self._world_size
-        _everywhere(lambda: checkpoints.verify(folder_url, only_rank=other))
-        self._decide(lambda: self._complete(name))
+        self._together.everywhere(lambda: checkpoints.verify(folder_url, only_rank=other))
+        self._together.decide(lambda: self._complete(name))
 
     def _complete(self, name: str) -> None:
         """The checkpoint was read back: it counts, and older ones go."""
@@ -409,20 +391,6 @@ class _Rank:
         losses = {record.step: record.held_out_loss for record in self.records if record.held_out_loss is not None}
         checkpoints.prune(folder, config.keep_checkpoints, losses if config.keep_best_checkpoint else None)
 
-    def _decide(self, decision: Callable[[], _T]) -> _T:
-        """What rank 0 finds by `decision`, on every rank; its error is raised on every rank too."""
-        answer: list[Any] = [None]
-        if self._rank == 0:
-            try:
-                answer = [decision()]
-            except CertRayError as error:
-                answer = [error]
-        torch.distributed.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], CertRayError):
-            raise answer[0]
-        found: _T = answer[0]
-        return found
-
     def _save_shared(self, folder: Path) -> None:
         self._loaded.model.config.save_pretrained(folder / export.MODEL_FOLDER)
         (folder / export.TOKENIZER_FOLDER).mkdir()
@@ -432,63 +400,8 @@ class _Rank:
                 shutil.copyfile(source, folder / export.TOKENIZER_FOLDER / name)
         (folder / export.RECORDS_NAME).write_text(to_json_lines(self.records))
         (folder / export.FACTS_NAME).write_text(self._facts.model_dump_json())
-        (folder / _EPOCHS).write_text(json.dumps(self._batches.ends))
-        (folder / _MACHINES).write_text(json.dumps(self.machines))
-
-    def _start(self) -> None:
-        """The engine and the rows, at the start or where the newest whole checkpoint stands."""
-        config = self._config
-        folder_url = checkpoints.folder_of(config.output)
-        found = self._decide(lambda: checkpoints.newest_whole(folder_url, self._run_digest))
-        if found is None:
-            self._engine = Engine(self._loaded.model, config)
-            self._batches = Batches(self._packed, config, self._rank, self._world_size)
-            return
-        step, url = found
-        part = checkpoints.verify(url, self._run_digest, only_rank=0)
-        checkpoints.verify(url, only_rank=self._rank if part.world_size == self._world_size else None)
-        with scratch_folder("resume") as temporary:
-            with checkpoints.full_disk_told(f"a copy of {url}", None, _NO_ROOM_FOR_COPY):
-                folder = export.local_copy(url, temporary / "checkpoint")
-            if part.world_size == self._world_size or config.zero_stage == 0:
-                self._engine = Engine(self._loaded.model, config)
-                self._engine.load(folder / export.ENGINE_FOLDER)
-            else:
-                self._load_from_others(folder / export.ENGINE_FOLDER, temporary / "universal")
-            self.records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
-            ends = json.loads((folder / _EPOCHS).read_text())
-            if (noted := folder / _MACHINES).is_file():  # earlier versions did not
-                self._earlier = json.loads(noted.read_text())
-            self._batches = Batches(self._packed, config, self._rank, self._world_size, ends)
-        assert len(self.records) == step, f"{url} holds the records of {len(self.records)} steps"
-        if self._rank == 0:
-            _log.info(
-                "going on from %s, step %d of %d, written by %d workers, with %d",
-                url,
-                step,
-                config.steps,
-                part.world_size,
-                self._world_size,
-            )
-
-    def _load_from_others(self, engine_folder: Path, converted: Path) -> None:
-        """Load the state of another number of workers, converted once per machine."""
-        places = _gathered((socket.gethostname(), str(converted)))
-        shared = Path(next(path for host, path in places if host == socket.gethostname()))
-        if shared == converted:
-            self._convert(engine_folder, converted)
-        torch.distributed.barrier()
-        if not shared.exists():  # two machines of one name
-            shared = converted
-            self._convert(engine_folder, converted)
-        self._engine = Engine(self._loaded.model, self._config, universal=True)
-        self._engine.load(shared)
-        torch.distributed.barrier()  # it lies in the folder of the first of them
-
-    def _convert(self, engine_folder: Path, converted: Path) -> None:
-        what = f"the checkpoint of another number of workers than {self._world_size}, converted,"
-        with checkpoints.full_disk_told(what, None, _NO_ROOM_FOR_COPY):
-            universal_state(engine_folder, converted)
+        (folder / resume.EPOCHS_NAME).write_text(json.dumps(self._batches.ends))
+        (folder / resume.MACHINES_NAME).write_text(json.dumps(self.machines))
 
 
 class _Lines:

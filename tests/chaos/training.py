@@ -2,13 +2,16 @@
 
     python -m tests.chaos.training kills --kills 12 --seed 1 --output chaos
     python -m tests.chaos.training elastic --output chaos
+    python -m tests.chaos.training preempted --steps 60 --output chaos
 
 `kills`: at seeded random steps a worker or the driver is killed with SIGKILL, again and again in one run of two
 workers; its losses and its model must equal an undisturbed run's to the bit, and no kill may cost more than one
 checkpoint's interval. `elastic`: a run of one or two workers starts on one node, a second joins, and one goes away with
-everything it runs; the losses must equal those of an undisturbed run within rounding. Out: `summary-*.md` and logs
-below `--output`; exit status 0 when all of that held. Strikes come from the workers themselves, after a step: nothing
-is timed.
+everything it runs; the losses must equal those of an undisturbed run within rounding. `preempted`: one of two nodes is
+announced to leave, as clouds do with spot machines, and is killed then; the run, which has no other checkpoint and
+may not fail, must have written one in between, and end as an undisturbed one. Out: `summary-*.md` and logs below
+`--output`; exit status 0 when all of that held. Strikes come from the workers themselves, after a step: but for that
+node's leave, nothing is timed.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any
 from tests.chaos.run import HEALTH_CHECK, ROOT, ChaosError, Nodes, started_cluster
 
 TOLERANCE_NATS = 2e-5
+NOTICE_S, PACE_S = 30, 1.0
 SIZES = {"micro_batch": 2, "gradient_accumulation": 2, "workers": 2, "zero_stage": 2, "learning_rate": 3e-3}
 
 
@@ -47,8 +51,11 @@ class Step:
 class Strikes:
     """Called after each step on every worker: notes it, kills where that is due, and waits where nodes must change."""
 
-    def __init__(self, folder: Path, kills: dict[int, str], changes: dict[int, tuple[str, int]], driver: int) -> None:
+    def __init__(
+        self, folder: Path, kills: dict[int, str], changes: dict[int, tuple[str, int]], driver: int, pace_s: float = 0.0
+    ) -> None:
         self._folder, self._kills, self._changes, self._driver = folder, kills, changes, driver
+        self._pace_s = pace_s
 
     def __call__(self, step: int, rank: int) -> None:
         """Steps are written in one piece: several processes append to the file."""
@@ -58,6 +65,7 @@ class Strikes:
         file = os.open(self._folder / "steps", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         os.write(file, line.encode())
         os.close(file)
+        time.sleep(self._pace_s)
         mark = self._folder / f"struck-{step}"
         kind = self._kills.get(step)
         if kind is not None and rank == (1 if kind == "worker" else 0) and not mark.exists():
@@ -69,7 +77,7 @@ class Strikes:
         if wanted is not None:
             change, workers = wanted
             (self._folder / change).touch()  # the program that owns the nodes is waiting for it
-            if get_world_size() != workers:
+            if workers not in (0, get_world_size()):  # 0: nobody waits
                 signal.pause()  # until Ray starts the workers again, in another number
 
 
@@ -93,7 +101,7 @@ def drive(given: argparse.Namespace) -> None:
     # What frees a dead driver's places looks for its cluster by itself; with two on a machine it may ask the other.
     environment = {"env_vars": {"RAY_ADDRESS": given.address}}
     ray.init(address=given.address, namespace=f"chaos-{os.getpid()}", log_to_driver=True, runtime_env=environment)
-    strikes = Strikes(given.output, kills, changes, os.getpid())
+    strikes = Strikes(given.output, kills, changes, os.getpid(), plan["pace_s"])
     train(TrainConfig.model_validate(plan["config"]), after_step=strikes)
     ray.shutdown()
 
@@ -101,12 +109,15 @@ def drive(given: argparse.Namespace) -> None:
 class Run:
     """One run of `train` into a folder: its plan, and the drivers that carry it out."""
 
-    def __init__(self, nodes: Nodes, folder: Path, config: dict[str, Any], **plan: dict[int, Any]) -> None:
+    def __init__(
+        self, nodes: Nodes, folder: Path, config: dict[str, Any], pace_s: float = 0.0, **plan: dict[int, Any]
+    ) -> None:
         folder.mkdir(parents=True)
         self.folder, self._nodes = folder, nodes
         self.model = folder / "model"
         config = {**config, "output": str(self.model)}
-        (folder / "plan.json").write_text(json.dumps({"kills": {}, "changes": {}, **plan, "config": config}))
+        whole = {"kills": {}, "changes": {}, "pace_s": pace_s, **plan, "config": config}
+        (folder / "plan.json").write_text(json.dumps(whole))
 
     def start(self) -> subprocess.Popen[bytes]:
         """A driver."""
@@ -216,6 +227,45 @@ def elastic(given: argparse.Namespace, nodes: Nodes) -> str:
     return f"{given.steps} steps; losses at most {apart:.1e} nats from two workers' all along.\n\n" + "\n".join(lines)
 
 
+def preempted(given: argparse.Namespace, nodes: Nodes) -> str:
+    """A run of two nodes, one of which leaves `NOTICE_S` after it was announced; a Markdown summary."""
+    config = make_inputs(given.output) | SIZES
+    config |= {"steps": given.steps, "warmup_steps": 2, "max_failures": 0}
+    undisturbed = Run(nodes, given.output / "undisturbed", config)
+    undisturbed.finish()
+    third = given.steps // 3
+    # Steps last longer than they take, so that some are left when the node goes.
+    run = Run(nodes, given.output / "preempted", config, PACE_S, changes={third: ("leave", 0)})
+    leaving = nodes.workers[0]
+    announced: list[float] = []
+
+    def announce_and_kill() -> None:
+        if not announced and (run.folder / "leave").exists():
+            announced.append(time.time())
+            command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", nodes.cluster.address]
+            command += ["--node-id", leaving.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+            command += ["--reason-message", "chaos", "--deadline-remaining-seconds", str(NOTICE_S)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if announced and leaving in nodes.workers and time.time() > announced[0] + NOTICE_S:
+            nodes.remove(leaving)
+            nodes.add(cpus=1)
+
+    run.finish(announce_and_kill)
+    if run.losses() != undisturbed.losses():
+        raise ChaosError("the losses differ from the undisturbed run's")
+    seen = [step for step in read_steps(run.folder) if step.rank == 0]
+    before, after = next((one, other) for one, other in pairwise(seen) if other.step <= one.step)
+    if after.step <= third:
+        raise ChaosError(f"the run went on with step {after.step}: there was no checkpoint after step {third}")
+    return (
+        f"{given.steps} steps of {PACE_S} s, no checkpoint but the last asked for, no failure allowed; losses equal to "
+        f"the bit.\n\n"
+        f"| announced after step | s before it left | checkpoint after step | steps done again | back after, s |\n"
+        f"|---|---|---|---|---|\n"
+        f"| {third} | {NOTICE_S} | {after.step - 1} | {before.step - after.step + 1} | {after.at_s - before.at_s:.1f} |"
+    )
+
+
 def _changes(steps: list[Step]) -> list[tuple[Step, Step]]:
     """The last step of one number of workers and the first one of the next."""
     seen = [step for step in steps if step.rank == 0]
@@ -224,7 +274,7 @@ def _changes(steps: list[Step]) -> list[tuple[Step, Step]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["kills", "elastic", "drive"])
+    parser.add_argument("what", choices=["kills", "elastic", "preempted", "drive"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
@@ -241,7 +291,7 @@ def main() -> None:
     HEALTH_CHECK["health_check_failure_threshold"] = given.patience_s  # a look a second
     os.environ.setdefault("RAY_raylet_start_wait_time_s", str(6 * given.patience_s))
     with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp") as folder, started_cluster(Path(folder)) as nodes:
-        summary = (kills if given.what == "kills" else elastic)(given, nodes)
+        summary = {"kills": kills, "elastic": elastic, "preempted": preempted}[given.what](given, nodes)
     (given.output / f"summary-{given.what}.md").write_text(summary + "\n")
     print(summary)
 

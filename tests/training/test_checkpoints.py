@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from cert_ray.errors import CheckpointError, DamagedCheckpointError
+from cert_ray import storage
+from cert_ray.errors import CheckpointError, DamagedCheckpointError, NoWholeCheckpointError
 from cert_ray.training import checkpoints
 
 
@@ -82,7 +84,10 @@ def test_damaged_ones_are_named_and_the_whole_one_before_them_is_used(tmp_path, 
         _write(tmp_path, step)
     (tmp_path / "step-000003" / "engine" / "rank-1.pt").unlink()
     (tmp_path / "step-000002" / "engine" / "rank-0.pt").write_bytes(b"x" * 100)
-    assert checkpoints.newest_whole(str(tmp_path), "mine") == (1, str(tmp_path / "step-000001"))
+    found = checkpoints.complete_checkpoints(str(tmp_path))
+    step, part, damaged = checkpoints.newest_readable(found, checkpoints.verify)
+    assert (step, part.step) == (1, 1)
+    checkpoints.remove_damaged(damaged)
     for name in ("step-000003/engine/rank-1.pt is missing", "step-000002/engine/rank-0.pt has 100 bytes"):
         assert name in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
@@ -91,17 +96,60 @@ def test_damaged_ones_are_named_and_the_whole_one_before_them_is_used(tmp_path, 
 def test_when_every_one_is_damaged_none_is_removed_and_the_start_is_not_taken_in_silence(tmp_path):
     for step in (1, 2):
         (_write(tmp_path, step) / "engine" / "rank-0.pt").unlink()
-    with pytest.raises(DamagedCheckpointError, match="or from the start where there is none"):
-        checkpoints.newest_whole(str(tmp_path), "mine")
+    with pytest.raises(
+        NoWholeCheckpointError, match=r"step-000002.*step-000001.*or from the start where there is none"
+    ):
+        checkpoints.newest_readable(checkpoints.complete_checkpoints(str(tmp_path)), checkpoints.verify)
     assert len(list(tmp_path.iterdir())) == 2
-    assert checkpoints.newest_whole(str(tmp_path / "absent"), "mine") is None
+    assert checkpoints.newest_readable([], checkpoints.verify) is None
 
 
 def test_another_runs_newest_is_refused_not_skipped(tmp_path):
     _write(tmp_path, 3)
     with pytest.raises(CheckpointError, match="other options or inputs"):
-        checkpoints.newest_whole(str(tmp_path), "theirs")
+        checkpoints.check_run(str(tmp_path), "theirs")
+    found = checkpoints.complete_checkpoints(str(tmp_path))
+    with pytest.raises(CheckpointError, match="other options or inputs"):
+        checkpoints.newest_readable(found, lambda url: checkpoints.verify(url, "theirs"))
     assert (tmp_path / "step-000003").exists()
+
+
+def test_whose_checkpoints_they_are_is_asked_of_the_newest_that_says_so(tmp_path):
+    checkpoints.check_run(str(tmp_path / "absent"), "mine")
+    for step in (1, 2):
+        _write(tmp_path, step)
+    (tmp_path / "step-000002" / "part-00000.json").write_text("{not json")
+    checkpoints.check_run(str(tmp_path), "mine")
+    with pytest.raises(CheckpointError, match="step-000001 belongs to a run with other options or inputs"):
+        checkpoints.check_run(str(tmp_path), "theirs")
+
+
+def test_of_a_remote_one_only_the_parts_asked_for_are_copied_and_compared_on_the_way(tmp_path):
+    checkpoint, url = _write(tmp_path, 3), f"memory://fetch/{tmp_path.name}/step-000003"
+    for file in (path for path in checkpoint.rglob("*") if path.is_file()):
+        storage.write_bytes(f"{url}/{file.relative_to(checkpoint).as_posix()}", file.read_bytes())
+    first = checkpoints.first_part(url, "mine")
+    folder = checkpoints.fetch(url, first, {1}, tmp_path / "copy")
+    copied = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    part = json.loads((checkpoint / "part-00001.json").read_text())
+    assert copied == {file["name"] for file in part["files"]}
+    assert all((folder / name).read_bytes() == (checkpoint / name).read_bytes() for name in copied)
+    storage.write_bytes(f"{url}/engine/rank-0.pt", b"other")
+    checkpoints.fetch(url, first, {1}, tmp_path / "again")
+    for ranks in ({0}, None):
+        with pytest.raises(DamagedCheckpointError, match=r"memory:.*engine/rank-0\.pt has 5 bytes"):
+            checkpoints.fetch(url, first, ranks, tmp_path / "third")
+
+
+def test_a_local_one_is_compared_where_it_lies(tmp_path):
+    checkpoint = _write(tmp_path, 3)
+    first = checkpoints.first_part(str(checkpoint))
+    assert checkpoints.fetch(str(checkpoint), first, None, tmp_path / "copy") == checkpoint
+    assert not (tmp_path / "copy").exists()
+    (checkpoint / "engine" / "rank-1.pt").write_bytes(b"other")
+    assert checkpoints.fetch(str(checkpoint), first, {0}, tmp_path / "copy") == checkpoint
+    with pytest.raises(DamagedCheckpointError, match="rank-1"):
+        checkpoints.fetch(str(checkpoint), first, {0, 1}, tmp_path / "copy")
 
 
 def test_a_whole_checkpoint_verifies(tmp_path):

@@ -112,6 +112,7 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     options = {"config": make_config().model_dump(), "run_digest": "", "pack_digest": "", "after_step": None}
+    options |= {"several_nodes": True}
     return options | {"log": logs.inherited(), "verdict": _Verdict() if world_size > 1 else None}
 
 

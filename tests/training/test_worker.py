@@ -22,12 +22,13 @@ from cert_ray.errors import (
     DamagedCheckpointError,
     DiskFullError,
     InputError,
+    NoWholeCheckpointError,
     TrainingDivergedError,
     TrainingMemoryError,
 )
 from cert_ray.tokens import shards
 from cert_ray.tokens.vocabulary import load_tokenizer
-from cert_ray.training import batches, checkpoints, export, inputs, worker
+from cert_ray.training import batches, checkpoints, export, inputs, notices, resume, worker
 from cert_ray.training.bases import Origin
 from cert_ray.training.presets import preset_config
 from tests.training.conftest import CONTEXT_TOKENS, WORDS, write_pack, write_tokenizer
@@ -164,7 +165,7 @@ def test_dropout_falls_alike_in_a_run_cut_short(make_config, copy_report, tmp_pa
 
 def test_the_rows_of_the_next_step_are_read_while_a_step_runs(make_config, copy_report, monkeypatch):
     """Each step waits for them, but the last: nothing is read behind it. The thread ends with the run."""
-    read, learn, arrived = worker.Batches.of_step, worker.Engine.train_step, [threading.Event() for _ in range(5)]
+    read, learn, arrived = worker.Batches.of_step, resume.Engine.train_step, [threading.Event() for _ in range(5)]
     learned = []
 
     def of_step(batches, step):
@@ -178,7 +179,7 @@ def test_the_rows_of_the_next_step_are_read_while_a_step_runs(make_config, copy_
         return learn(engine, batches, rate)
 
     monkeypatch.setattr(worker.Batches, "of_step", of_step)
-    monkeypatch.setattr(worker.Engine, "train_step", train_step)
+    monkeypatch.setattr(resume.Engine, "train_step", train_step)
     _run(make_config(steps=4), copy_report)
     assert not arrived[4].is_set()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("rows")]
@@ -287,7 +288,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(make
     assert _losses(resumed) == _losses(undisturbed)
     for checkpoint in folder.iterdir():
         _damage(checkpoint)
-    with pytest.raises(DamagedCheckpointError, match=name):
+    with pytest.raises(NoWholeCheckpointError, match=name):
         _run(config, copy_report)
     shutil.rmtree(folder)  # the cure that the message names
     assert len(_run(config, copy_report).records) == 4
@@ -315,6 +316,21 @@ def test_what_cannot_be_read_back_does_not_count_and_removes_nothing(make_config
     with pytest.raises(DamagedCheckpointError, match="step-000004"):
         worker.run(config, "digest", 0, 1, report)
     assert checkpoints.newest(checkpoints.folder_of(config.output))[0] == 2
+
+
+def test_a_node_that_is_announced_to_leave_brings_a_checkpoint_at_once(make_config, copy_report, monkeypatch):
+    """One announced while the loss spikes brings it once the loss has fallen."""
+    leaving: list[str] = []
+    monkeypatch.setattr(notices, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(worker._Rank, "_spikes", lambda rank: len(rank.records) in (5, 6))
+    config = make_config(steps=9, checkpoint_every_steps=4, keep_checkpoints=9)
+
+    def after(step: int, rank: int) -> None:
+        leaving.extend({1: ["node-a"], 4: ["node-b"]}.get(step, []))
+
+    worker.run(config, "digest", 0, 1, copy_report(config.output), after, leaving=lambda: leaving)
+    folder = checkpoints.folder_of(config.output)
+    assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [2, 4, 7, 8, 9]
 
 
 def test_a_spike_that_stays_stops_the_run_and_names_the_last_good_checkpoint(
@@ -371,13 +387,13 @@ def test_a_checkpoint_that_a_spike_put_off_is_written_when_the_loss_has_fallen(m
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (2.0, float("inf"))])
 def test_what_is_not_finite_stops_the_run_before_it_is_kept(make_config, copy_report, monkeypatch, loss, norm):
-    taken = worker.Engine.train_step
+    taken = resume.Engine.train_step
 
     def train_step(engine, batches, rate):
         return (loss, 100, norm) if rate == 6.0 else taken(engine, batches, rate)
 
     monkeypatch.setattr(worker, "learning_rate", lambda step, *_: float(step + 1) if step == 5 else 1e-3)
-    monkeypatch.setattr(worker.Engine, "train_step", train_step)
+    monkeypatch.setattr(resume.Engine, "train_step", train_step)
     config = make_config(steps=8, checkpoint_every_steps=2, on_spike=None)
     with pytest.raises(TrainingDivergedError, match=r"step 6: the .* is (nan|inf)\. .*checkpoints/step-000004"):
         _run(config, copy_report)
@@ -385,17 +401,17 @@ def test_what_is_not_finite_stops_the_run_before_it_is_kept(make_config, copy_re
 
 def test_a_full_disk_is_told_by_name_and_the_run_goes_on_once_there_is_room(make_config, copy_report, monkeypatch):
     config = make_config(steps=6, checkpoint_every_steps=2)
-    written = worker.Engine.save
+    written = resume.Engine.save
 
     def full(engine, folder):
         written(engine, folder)
         if len(checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))) == 1:
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")  # torch 2.13's
 
-    monkeypatch.setattr(worker.Engine, "save", full)
+    monkeypatch.setattr(resume.Engine, "save", full)
     with pytest.raises(DiskFullError, match=r"step-000004 .* full: .*TMPDIR\) has .* run the same again"):
         _run(config, copy_report)
-    monkeypatch.setattr(worker.Engine, "save", written)
+    monkeypatch.setattr(resume.Engine, "save", written)
 
     def report_into_full(metrics, part, name):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -437,22 +453,12 @@ def test_a_disk_that_fills_under_a_copy_of_what_is_remote_is_told_as_one(make_co
         worker.run(config, "digest", 0, 1, lambda *_: None)
 
 
-def test_an_error_of_ours_on_one_rank_is_raised_on_all(monkeypatch):
-    def gather(found, mine):
-        found[:] = [mine, ConfigError("base: only the second machine lacks it")]
-
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    with pytest.raises(ConfigError, match="only the second"):
-        worker._everywhere(lambda: "what the first found")
-
-
 @pytest.mark.parametrize(("zero_stage", "clipped"), [(0, 1.0), (0, None), (1, None), (2, 1.0)])
 def test_weights_that_a_broken_gradient_spoiled_are_never_a_checkpoint(
     make_config, copy_report, monkeypatch, zero_stage, clipped
 ):
     """The loss of the step is finite: it was taken before the update."""
-    learn, steps = worker.Engine.train_step, []
+    learn, steps = resume.Engine.train_step, []
 
     def spoiled(engine, batches, rate):
         steps.append(rate)
@@ -462,7 +468,7 @@ def test_weights_that_a_broken_gradient_spoiled_are_never_a_checkpoint(
         hook.remove()
         return found
 
-    monkeypatch.setattr(worker.Engine, "train_step", spoiled)
+    monkeypatch.setattr(resume.Engine, "train_step", spoiled)
     config = make_config(zero_stage=zero_stage, max_gradient_norm=clipped, checkpoint_every_steps=1)
     with pytest.raises(TrainingDivergedError, match=r"step 2: the gradient's norm .* checkpoint is .*step-000001"):
         _run(config, copy_report)
@@ -500,7 +506,7 @@ def test_running_out_of_memory_says_what_to_lower(make_config, copy_report, monk
     def train_step(engine, batches, rate):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(worker.Engine, "train_step", train_step)
+    monkeypatch.setattr(resume.Engine, "train_step", train_step)
     monkeypatch.setattr(worker, "_memory_bytes", lambda config: 2.07e9)
     with pytest.raises(TrainingMemoryError, match=r"step 1: out of memory: .* Set .*micro_batch: ") as raised:
         _run(make_config(micro_batch=64), copy_report)
@@ -520,7 +526,7 @@ def test_a_run_is_deterministic_from_its_first_step_to_its_last_where_asked_for(
     _run(make_config(steps=3), copy_report, after)
     assert seen[3:] == [(False, None)] * 3
     place = torch.zeros(1, dtype=torch.long)
-    monkeypatch.setattr(worker.Engine, "train_step", lambda *_: torch.zeros(3).put_(place, torch.ones(1)))
+    monkeypatch.setattr(resume.Engine, "train_step", lambda *_: torch.zeros(3).put_(place, torch.ones(1)))
     with pytest.raises(ConfigError, match=r"deterministic: .* put_ does not have a .*out of the recipe"):
         _run(make_config(steps=3, deterministic=True), copy_report)
 
@@ -570,7 +576,7 @@ def test_a_pack_made_anew_half_way_is_never_mixed_with_the_one_before(
         start(began)
     again = inputs.check(config)
     with pytest.raises(CheckpointError, match="other options or inputs"):
-        checkpoints.newest_whole(checkpoints.folder_of(config.output), again.run_digest)
+        checkpoints.check_run(checkpoints.folder_of(config.output), again.run_digest)
     write_pack(folder, tokenizer)
     assert [record.step for record in start(inputs.check(config)).records] == [1, 2, 3, 4]
 

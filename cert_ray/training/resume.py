@@ -1,0 +1,134 @@
+"""Where a run begins: anew, or where its newest whole checkpoint stands, of whatever number of workers.
+
+In: the checkpoints below a run's output. Out: a `Start` on every rank. A rank reads of a checkpoint what it needs, once
+where that is remote, and compares it on the way: worker 0's part and its own; of another number of workers, one rank of
+each machine reads all parts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from cert_ray.training import checkpoints, export
+from cert_ray.training.config import TrainConfig
+from cert_ray.training.deepspeed_engine import Engine, universal_state
+from cert_ray.training.records import StepRecord, from_json_lines
+from cert_ray.training.scratch import scratch_folder
+from cert_ray.training.together import Together
+
+_log = logging.getLogger(__name__)
+
+EPOCHS_NAME = "epochs.json"  # where in the run's rows each segment ends
+MACHINES_NAME = "machines.json"  # how many of the steps so far which machines did
+_NO_ROOM = "Free some, or set TMPDIR, and run the same again."
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The state that a rank goes on from."""
+
+    engine: Engine
+    records: list[StepRecord] = field(default_factory=list)  # of the steps so far
+    ends: list[int] = field(default_factory=list)  # as `Batches` takes them
+    machines: dict[str, int] = field(default_factory=dict)  # steps so far by machines
+
+
+def start(config: TrainConfig, run_digest: str, together: Together, model: torch.nn.Module) -> Start:
+    """Every rank calls this with the same model; it becomes the engine's.
+
+    Damaged checkpoints after the newest whole one are told and removed.
+
+    Raises:
+        CheckpointError: on every rank, when the newest is another run's.
+        NoWholeCheckpointError: on every rank, when there are some, and every one is damaged.
+        DiskFullError: on every rank, when there is no room for a copy of a remote one.
+    """
+    found = together.decide(lambda: checkpoints.complete_checkpoints(checkpoints.folder_of(config.output)))
+    with scratch_folder("resume") as temporary:
+        reader = _Reader(config, run_digest, together, temporary)
+        newest = checkpoints.newest_readable(found, lambda url: together.everywhere(lambda: reader.fetch(url)))
+        if newest is None:
+            return Start(Engine(model, config))
+        step, checkpoint, damaged = newest
+        together.decide(lambda: checkpoints.remove_damaged(damaged))
+        engine = reader.engine(checkpoint, model)
+        folder, url = checkpoint.folder, checkpoint.url
+        records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
+        ends = json.loads((folder / EPOCHS_NAME).read_text())
+        noted = folder / MACHINES_NAME
+        machines = json.loads(noted.read_text()) if noted.is_file() else {}  # earlier versions did not
+    assert len(records) == step, f"{url} holds the records of {len(records)} steps"
+    if together.rank == 0:
+        _log.info(
+            "going on from %s, step %d of %d, written by %d workers, with %d",
+            url,
+            step,
+            config.steps,
+            checkpoint.first.world_size,
+            together.world_size,
+        )
+    return Start(engine, records, ends, machines)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """A checkpoint of which this rank has what it needs on a local disk."""
+
+    url: str
+    first: checkpoints.Part  # worker 0's
+    folder: Path
+
+
+class _Reader:
+    """Brings checkpoints to this rank, and into its engine."""
+
+    def __init__(self, config: TrainConfig, run_digest: str, together: Together, temporary: Path) -> None:
+        self._config, self._run_digest, self._together, self._temporary = config, run_digest, together, temporary
+        self._machines = together.gathered(socket.gethostname())
+        self._first_here = self._machines.index(self._machines[together.rank])  # rank, on this machine
+
+    def fetch(self, url: str) -> _Fetched:
+        """The checkpoint at `url`, as far as this rank needs it."""
+        first, rank = checkpoints.first_part(url, self._run_digest), self._together.rank
+        if self._fits(first):
+            return self._fetched(url, first, {0, rank} if first.world_size == self._together.world_size else {0})
+        return self._fetched(url, first, None if rank == self._first_here else {0})
+
+    def _fits(self, first: checkpoints.Part) -> bool:
+        """Whether its state can be loaded as it is: without ZeRO all workers have the same."""
+        return first.world_size == self._together.world_size or self._config.zero_stage == 0
+
+    def _fetched(self, url: str, first: checkpoints.Part, ranks: Collection[int] | None) -> _Fetched:
+        with checkpoints.full_disk_told(f"a copy of {url}", None, _NO_ROOM):
+            folder = checkpoints.fetch(url, first, ranks, self._temporary / checkpoints.name_of_step(first.step))
+        return _Fetched(url, first, folder)
+
+    def engine(self, checkpoint: _Fetched, model: torch.nn.Module) -> Engine:
+        """An engine in the state of `checkpoint`, which another number of workers may have written."""
+        if self._fits(checkpoint.first):
+            engine = Engine(model, self._config)
+            engine.load(checkpoint.folder / export.ENGINE_FOLDER)
+            return engine
+        together, converted = self._together, self._temporary / "universal"
+        if together.rank == self._first_here:  # once per machine
+            self._convert(checkpoint.folder, converted)
+        shared = Path(together.gathered(str(converted))[self._first_here])
+        if not shared.exists():  # two machines of one name
+            shared = converted
+            self._convert(self._fetched(checkpoint.url, checkpoint.first, None).folder, converted)
+        engine = Engine(model, self._config, universal=True)
+        engine.load(shared)
+        together.wait()  # it lies in the folder of the first of them
+        return engine
+
+    def _convert(self, checkpoint: Path, converted: Path) -> None:
+        what = f"the checkpoint of another number of workers than {self._together.world_size}, converted,"
+        with checkpoints.full_disk_told(what, None, _NO_ROOM):
+            universal_state(checkpoint / export.ENGINE_FOLDER, converted)

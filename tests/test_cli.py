@@ -42,6 +42,7 @@ VERBS = [
     "status",
     "summary",
     "doctor",
+    "drain",
 ]
 
 

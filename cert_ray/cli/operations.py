@@ -1,11 +1,12 @@
-"""Verbs that cross stages: `demo`, `reproduce`, `doctor`, `plan corpus`, `plan train`."""
+"""Verbs that cross stages: `demo`, `reproduce`, `doctor`, `status`, `summary`, `drain`, `plan corpus`, `plan train`."""
 
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -92,6 +93,29 @@ def summary(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from cert_ray.operations.run_summary import write_summary
 
     typer.echo(write_summary(load(recipe, overrides, None)))
+
+
+@app.command()
+def drain(
+    when: Annotated[
+        Literal["now", "aws", "gcp"], typer.Option(help="now, or once this cloud gives notice of its spot machine")
+    ] = "now",
+    within_s: Annotated[float, typer.Option(min=0, help="with now: seconds until this node is gone")] = 100.0,
+    metadata_server: Annotated[str | None, typer.Option(metavar="URL", hidden=True)] = None,
+) -> None:
+    """Tell Ray on this node that the node will be gone: training writes a checkpoint, nothing new starts here.
+
+    Ends when the time is over, so that a pod stays for as long; Ray on a node without work ends at once.
+
+    Example: cert-ray drain --when aws
+    """
+    from cert_ray.operations import leaving
+
+    left = within_s if when == "now" else leaving.wait_for_notice(when, metadata_server)
+    began = time.monotonic()
+    leaving.drain(left)
+    typer.echo(f"this node is drained, {left:.0f} s before it is gone")
+    time.sleep(max(0.0, left - (time.monotonic() - began)))
 
 
 plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")

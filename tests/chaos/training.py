@@ -34,7 +34,7 @@ from typing import Any
 from tests.chaos.run import HEALTH_CHECK, ROOT, ChaosError, Nodes, started_cluster
 
 TOLERANCE_NATS = 2e-5
-NOTICE_S, PACE_S = 30, 1.0
+PACE_S = 1.0
 SIZES = {"micro_batch": 2, "gradient_accumulation": 2, "workers": 2, "zero_stage": 2, "learning_rate": 3e-3}
 
 
@@ -228,7 +228,7 @@ def elastic(given: argparse.Namespace, nodes: Nodes) -> str:
 
 
 def preempted(given: argparse.Namespace, nodes: Nodes) -> str:
-    """A run of two nodes, one of which leaves `NOTICE_S` after it was announced; a Markdown summary."""
+    """A run of two nodes, one of which is announced to leave, and does, perhaps before it said; a Markdown summary."""
     config = make_inputs(given.output) | SIZES
     config |= {"steps": given.steps, "warmup_steps": 2, "max_failures": 0}
     undisturbed = Run(nodes, given.output / "undisturbed", config)
@@ -244,9 +244,9 @@ def preempted(given: argparse.Namespace, nodes: Nodes) -> str:
             announced.append(time.time())
             command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", nodes.cluster.address]
             command += ["--node-id", leaving.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-            command += ["--reason-message", "chaos", "--deadline-remaining-seconds", str(NOTICE_S)]
+            command += ["--reason-message", "chaos", "--deadline-remaining-seconds", str(given.notice_s)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        if announced and leaving in nodes.workers and time.time() > announced[0] + NOTICE_S:
+        if announced and leaving in nodes.workers and time.time() > announced[0] + given.leaves_after_s:
             nodes.remove(leaving)
             nodes.add(cpus=1)
 
@@ -257,13 +257,14 @@ def preempted(given: argparse.Namespace, nodes: Nodes) -> str:
     before, after = next((one, other) for one, other in pairwise(seen) if other.step <= one.step)
     if after.step <= third:
         raise ChaosError(f"the run went on with step {after.step}: there was no checkpoint after step {third}")
-    return (
-        f"{given.steps} steps of {PACE_S} s, no checkpoint but the last asked for, no failure allowed; losses equal to "
-        f"the bit.\n\n"
-        f"| announced after step | s before it left | checkpoint after step | steps done again | back after, s |\n"
-        f"|---|---|---|---|---|\n"
-        f"| {third} | {NOTICE_S} | {after.step - 1} | {before.step - after.step + 1} | {after.at_s - before.at_s:.1f} |"
-    )
+    told = f"{given.steps} steps of {PACE_S} s, only the last checkpoint asked for, no failure allowed; losses equal to the bit."
+    cells = (third, given.notice_s, given.leaves_after_s, after.step - 1, before.step - after.step + 1)
+    lines = [
+        "| announced after step | for, s | left after, s | checkpoint after step | steps done again | back after, s |",
+        "|---|---|---|---|---|---|",
+        f"| {' | '.join(map(str, cells))} | {after.at_s - before.at_s:.1f} |",
+    ]
+    return told + "\n\n" + "\n".join(lines)
 
 
 def _changes(steps: list[Step]) -> list[tuple[Step, Step]]:
@@ -279,6 +280,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--interval", type=int, default=5, help="steps between checkpoints")
+    parser.add_argument("--notice-s", type=int, default=30, help="preempted: how long a node says that it stays")
+    parser.add_argument("--leaves-after-s", type=int, default=30, help="preempted: how long it stays")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patience-s", type=int, default=15, help="for a node that does not answer")
     parser.add_argument("--address", help=argparse.SUPPRESS)

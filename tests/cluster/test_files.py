@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,21 @@ def test_every_ray_start_asks_for_a_token_and_stays_on_loopback(name: str) -> No
         assert "0.0.0.0" not in start
     for line in (CLUSTER / name).read_text().splitlines():
         assert "ray start" not in line or "RAY_AUTH_MODE=token" in line
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_spot_machines_listen_for_their_clouds_notice_when_their_shell_is_gone(cloud: str, tmp_path: Path) -> None:
+    (tmp_path / "cert-ray").write_text(f"#!/bin/sh\nsleep 0.5; echo $RAY_AUTH_MODE $@ > {tmp_path}/said\n")
+    (tmp_path / "cert-ray").chmod(0o755)
+    command = load(f"{cloud}.yaml")["worker_start_ray_commands"][-1].replace("/tmp/", f"{tmp_path}/")
+    bare = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
+    began = time.monotonic()
+    subprocess.run(["bash", "-c", command], env=bare, timeout=60, check=True)
+    assert not (tmp_path / "said").exists(), "the shell waited for it"
+    while not (tmp_path / "said").exists() and time.monotonic() < began + 30:
+        time.sleep(0.05)
+    assert (tmp_path / "said").read_text() == f"token drain --when {cloud}\n"
+    assert not any("drain" in command for command in load(f"{cloud}.yaml")["head_start_ray_commands"])
 
 
 @pytest.mark.parametrize("commands", ["head_start_ray_commands", "worker_start_ray_commands"])

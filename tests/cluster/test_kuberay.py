@@ -256,6 +256,19 @@ def test_nodes_of_drivers_and_of_training_are_not_taken_away_to_save_some(name: 
                 assert (annotations == kept) == (role in {"head", "gpu-train"}), f"{name}: {role}"
 
 
+def test_a_training_pod_that_is_stopped_has_the_time_for_a_checkpoint() -> None:
+    """And no other waits: what they do is done again elsewhere."""
+    (cluster,) = (document for document in shipped("base") if document["kind"] == "RayCluster")
+    for role, pod in pod_specs(cluster):
+        (container,) = pod["containers"]
+        if role != "gpu-train":
+            assert "lifecycle" not in container
+            continue
+        *command, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["cert-ray", "drain", "--within-s"]
+        assert 60 <= float(seconds) < pod["terminationGracePeriodSeconds"]
+
+
 def test_a_drained_node_leaves_an_engine() -> None:
     budget = of_kind("service", "PodDisruptionBudget")["spec"]
     assert selects(budget["selector"], ENGINE[0])

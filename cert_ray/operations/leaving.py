@@ -1,0 +1,92 @@
+"""Tells Ray that this node is going to be taken away, so that nothing new starts here and training writes a checkpoint.
+
+In: nothing but the time that is left, or what a cloud's metadata server says of this machine. Out: a drained node, by
+`ray drain-node`. Where notices come from: AWS, "Spot Instance interruption notices" (two minutes before); Google Cloud,
+"Preemption process of Spot VMs" (30 s before). Kubernetes says it by stopping the pod.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Literal
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from cert_ray.errors import ClusterError
+
+_log = logging.getLogger(__name__)
+
+Cloud = Literal["aws", "gcp"]
+
+_SERVERS: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
+_POLL_S: dict[Cloud, float] = {"aws": 5.0, "gcp": 1.0}  # AWS advises its; of Google's 30 s none are to be lost
+_ANSWERS_S = 5.0  # assumed: the server is the machine's own host
+_GCP_LEAVES_S = 30.0
+_RAY_ANSWERS_S = 20.0  # assumed; where the head goes first, nobody answers
+
+
+def wait_for_notice(cloud: Cloud, server: str | None = None) -> float:
+    """Return once `cloud` says that this machine will be taken away: the seconds left. That may take for ever."""
+    ask: Callable[[str], float | None] = {"aws": _asked_aws, "gcp": _asked_gcp}[cloud]
+    server = server or _SERVERS[cloud]
+    told = False
+    while True:
+        try:
+            left = ask(server)
+        except (OSError, ValueError, KeyError) as error:  # of which urllib's and json's are
+            if not told:
+                _log.warning("%s: %s: %s; asking again", server, type(error).__name__, error)
+            told, left = True, None
+        if left is not None:
+            return left
+        time.sleep(_POLL_S[cloud])
+
+
+def drain(within_s: float) -> None:
+    """Tell the cluster that this node will be gone in `within_s` seconds.
+
+    Raises:
+        ClusterError: when Ray does not answer here, or refuses.
+    """
+    # The module of the `ray` command, since the one on the path may be another environment's.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+    command += ["--reason-message", "this machine is going to be taken away"]
+    command += ["--deadline-remaining-seconds", str(max(0, round(within_s)))]
+    cure = "Run it on a node of the cluster, with the cluster's token, while Ray runs there."
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_RAY_ANSWERS_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError("this node", f"no answer within {_RAY_ANSWERS_S:.0f} s", cure) from error
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise ClusterError("this node", lines[-1] if lines else f"`ray drain-node`: {done.returncode}", cure)
+
+
+def _asked_aws(server: str) -> float | None:
+    """Seconds until the time that the notice names, if there is one. IMDSv2: every question takes a token."""
+    token = _get(f"{server}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
+    try:
+        answer = _get(f"{server}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})
+    except HTTPError as error:
+        if error.code == 404:  # no notice
+            return None
+        raise
+    at = datetime.datetime.fromisoformat(json.loads(answer)["time"])
+    return (at - datetime.datetime.now(datetime.UTC)).total_seconds()
+
+
+def _asked_gcp(server: str) -> float | None:
+    answer = _get(f"{server}/computeMetadata/v1/instance/preempted", {"Metadata-Flavor": "Google"})
+    return _GCP_LEAVES_S if answer.strip() == "TRUE" else None
+
+
+def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    with urlopen(Request(url, headers=headers, method=method), timeout=_ANSWERS_S) as answer:
+        text: str = answer.read().decode()
+        return text

@@ -1,8 +1,8 @@
 """The index of a pack: where each piece of each document lies, weights, held-out marks; as arrays over all shards.
 
-In: the pieces' tables of a pack's shards, in order (schemas.PIECES). Out: `Documents` and `Pieces`. Those of a large
-pack are gigabytes, so they are written once per machine, shard by shard, into a folder below TMPDIR, and every process
-maps them: the machine holds them once, and a later start finds them. Tokens are `shards`' own.
+In: the pieces' tables of a pack's shards, in order (`COLUMNS` of schemas.PIECES). Out: `Documents` and `Pieces`. Those
+of a large pack are gigabytes, so they are written once per machine, shard by shard, into a folder below TMPDIR, and
+every process maps them: the machine holds them once, and a later start finds them. Tokens are `shards`' own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
+COLUMNS = ["document", "tokens", "weight", "held_out", "atomic"]  # what the index is made of
 _OF_A_PIECE = {"start": "<i8", "tokens": "<i4", "atomic": "?"}
 _OF_A_DOCUMENT = {"weight": "<f8", "cumulative": "<f8", "size": "<i8", "held_out": "?", "first": "<i8"}
 _DTYPES = {name: np.dtype(kind) for name, kind in (_OF_A_PIECE | _OF_A_DOCUMENT).items()}

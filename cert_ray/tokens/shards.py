@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import json
 import logging
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,10 +40,12 @@ VERB = "pack"
 UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
 _TOKENS_SUFFIX = ".bin"
 _PIECES_SUFFIX = ".pieces.parquet"
+_READ_AT_ONCE = 8  # of a local disk, each shard's pieces: tens of MB; assumed
 _COPIES_AT_ONCE = 8  # assumed: one stream of an object store is seldom faster than 100 MB/s
 # Beside a copy, and never removed: who fills or removes it holds the first, who reads it the second, whose time is that
 # of its last use.
 _LOCK, _USED = ".lock", ".used"
+_CHECKED = ".checked"  # beside them: how the files of a local pack were when they were read, and right
 _COPIES_SHARE = 0.5  # of the disk of TMPDIR, beyond which copies that no process uses go; assumed
 _UNIGRAMS_SUFFIX = ".unigrams.parquet"
 _INDEX = "index-1"  # below a pack's folder below TMPDIR; the number is its layout's
@@ -156,15 +160,15 @@ def pack_digest(pack: Manifest) -> str:
 def check_pack(url: str) -> Manifest:
     """The manifest of the pack at `url`, whose files are there: read and compared, or of a remote one by their sizes.
 
-    Whoever opens a remote one copies it, and compares what arrives.
+    What this machine has read before is not read again while size, time and inode are as they were. Whoever opens a
+    remote pack copies it, and compares what arrives.
 
     Raises:
         NotFinishedError, SchemaVersionError, ShardCorruptError: as `PackedTokens.open`.
     """
     manifest = manifests.read_manifest(url, STAGE, VERB)
     if storage.is_local(url):
-        for file in manifest.files:
-            manifests.check_file(url, file, VERB)
+        _check_unless_known(storage.local_path(url), manifest)
         return manifest
     found = {storage.name_of(entry.url): entry.size_bytes for entry in storage.list_files(url)}
     for file in manifest.files:
@@ -172,6 +176,30 @@ def check_pack(url: str) -> Manifest:
             told = f"{found[file.name]} bytes" if file.name in found else "no file"
             raise ShardCorruptError(storage.join(url, file.name), f"{file.size_bytes} bytes", told, VERB)
     return manifest
+
+
+def _check_unless_known(folder: Path, manifest: Manifest) -> None:
+    with _own_folder(manifest) as own:
+        noted = own.with_suffix(_CHECKED)
+        try:
+            known = json.loads(noted.read_text())
+        except (OSError, ValueError):  # none yet, or cut short
+            known = {}
+        now = {str(folder / file.name): _state(folder / file.name) for file in manifest.files}
+        unknown = [file for file in manifest.files if known.get(path := str(folder / file.name)) != now[path]]
+        with ThreadPoolExecutor(_READ_AT_ONCE) as threads:
+            list(threads.map(lambda file: manifests.check_file(str(folder), file, VERB), unknown))
+        if unknown:
+            with suppress(OSError):  # a disk that is full: it is read again next time
+                noted.write_text(json.dumps(now))
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file is written again; empty without one."""
+    if not path.exists():
+        return []
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ino]
 
 
 def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
@@ -226,7 +254,7 @@ def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
     """The index of the pack whose files lie in `folder`; of a large one, as this machine's processes share it."""
     files = [file for file in manifest.files if file.name.endswith(_PIECES_SUFFIX)]
-    tables = (storage.read_parquet(str(folder / file.name)) for file in files)
+    tables = _pieces_of([str(folder / file.name) for file in files])
     pieces = sum(file.rows for file in files)
     if pieces <= _PIECES_IN_MEMORY:
         return index.in_memory(tables)
@@ -235,6 +263,20 @@ def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
             _make_room(str(folder), index.size_bytes(pieces, manifest.rows_kept), own.parent)
             index.write(tables, own / _INDEX)
         return index.mapped(own / _INDEX)  # what is mapped stays readable, though another pack's copy remove its file
+
+
+def _pieces_of(paths: Sequence[str]) -> Iterator[pa.Table]:
+    """The pieces' table of each shard, in order; a thread a core reads ahead: decoding is most of an index's time."""
+    at_once = min(_READ_AT_ONCE, os.cpu_count() or 1)
+    read = functools.partial(storage.read_parquet, columns=index.COLUMNS, use_threads=False)
+    with ThreadPoolExecutor(at_once) as threads:
+        ahead: deque[Future[pa.Table]] = deque()
+        for path in paths:
+            ahead.append(threads.submit(read, path))
+            if len(ahead) > at_once:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _has_arrived(path: Path, file: WrittenFile) -> bool:

@@ -257,7 +257,7 @@ def preempted(given: argparse.Namespace, nodes: Nodes) -> str:
     before, after = next((one, other) for one, other in pairwise(seen) if other.step <= one.step)
     if after.step <= third:
         raise ChaosError(f"the run went on with step {after.step}: there was no checkpoint after step {third}")
-    told = f"{given.steps} steps of {PACE_S} s, only the last checkpoint asked for, no failure allowed; losses equal to the bit."
+    told = f"{given.steps} steps of {PACE_S} s, only the last checkpoint asked for, no failure allowed; losses equal."
     cells = (third, given.notice_s, given.leaves_after_s, after.step - 1, before.step - after.step + 1)
     lines = [
         "| announced after step | for, s | left after, s | checkpoint after step | steps done again | back after, s |",

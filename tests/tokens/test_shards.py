@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,6 +191,37 @@ def test_a_remote_pack_is_compared_while_it_is_copied_and_by_sizes_before(remote
     storage.remove(url)
     with pytest.raises(ShardCorruptError, match="no file"):
         check_pack(remote)
+
+
+def test_a_local_pack_is_read_once_until_a_file_of_it_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, read = write_pack(tmp_path / "local", SHARDS), []
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    checksum = storage.checksum
+    monkeypatch.setattr(storage, "checksum", lambda url: (read.append(storage.name_of(url)), checksum(url))[1])
+    names = sorted(file.name for file in check_pack(url).files)
+    assert sorted(read) == names
+    check_pack(url)
+    assert sorted(read) == names
+    moved = tmp_path / "moved"  # a copy elsewhere is not known
+    shutil.copytree(url, moved)
+    read.clear()
+    check_pack(str(moved))
+    assert sorted(read) == names
+    read.clear()
+    file = tmp_path / "local" / names[0]
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    os.utime(file, ns=(1, 1))  # a clock that is wrong is no way around it
+    for _ in range(2):
+        with pytest.raises(ShardCorruptError, match=names[0]):
+            check_pack(url)
+    file.write_bytes(content)
+    check_pack(url)
+    file.unlink()
+    with pytest.raises(ShardCorruptError, match="no file"):
+        check_pack(url)
 
 
 def test_addresses_of_documents_do_not_overlap(tmp_path: Path) -> None:

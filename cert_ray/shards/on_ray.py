@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from cert_ray import storage
 from cert_ray.errors import CertRayError
 from cert_ray.manifests import ShardReport
 from cert_ray.retries import tried_again
@@ -51,11 +52,13 @@ def run_units(
         memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
 
     Raises:
+        ConfigError: when the run's folder is in this process' own memory, where no task would find it.
         SchemaVersionError: when another stage, or another version of the schema, wrote the folder.
         SupersededError: when another run of the stage begins there meanwhile.
         CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
         RayTaskError: with the traceback of any other error; of storage, when it came again and again.
     """
+    storage.check_shared(run.folder)
     units_module.clear_for(units, run)
     if not units:
         return []

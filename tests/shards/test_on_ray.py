@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from cert_ray import storage
-from cert_ray.errors import StorageFullError
+from cert_ray.errors import ConfigError, StorageFullError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards.on_ray import run_units
 from cert_ray.shards.units import Work, WorkUnit, attempt, shard_name
@@ -77,3 +77,9 @@ def test_rays_lines_do_not_stand_between_ours(tmp_path: Path, capfd: pytest.Capt
     log = Path(ray._private.worker._global_node.get_session_dir_path(), "logs", "ray-data", "ray-data.log").read_text()
     assert "Execution plan of Dataset" in log
     assert "Progress bars disabled" in log
+
+
+def test_a_folder_in_this_process_own_memory_is_refused() -> None:
+    begun = attempt("memory://run", "documents", "preprocess", "digest")
+    with begun as run, pytest.raises(ConfigError, match="own memory"):
+        run_units([], raising(ValueError()), run)

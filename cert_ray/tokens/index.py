@@ -1,8 +1,8 @@
 """The index of a pack: where each piece of each document lies, weights, held-out marks; as arrays over all shards.
 
-In: the pieces' tables of a pack's shards, in order (`COLUMNS` of schemas.PIECES). Out: `Documents` and `Pieces`. Those
-of a large pack are gigabytes, so they are written once per machine, shard by shard, into a folder below TMPDIR, and
-every process maps them: the machine holds them once, and a later start finds them. Tokens are `shards`' own.
+In: the pieces' table of each shard (`COLUMNS` of schemas.PIECES). Out: `Documents` and `Pieces`. Those of a large pack
+are gigabytes, so they are written once per machine, shard by shard, into a folder below TMPDIR, and every process maps
+them: the machine holds them once, and a later start finds them. Tokens are `shards`' own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,9 @@ COLUMNS = ["document", "tokens", "weight", "held_out", "atomic"]  # what the ind
 _OF_A_PIECE = {"start": "<i8", "tokens": "<i4", "atomic": "?"}
 _OF_A_DOCUMENT = {"weight": "<f8", "cumulative": "<f8", "size": "<i8", "held_out": "?", "first": "<i8"}
 _DTYPES = {name: np.dtype(kind) for name, kind in (_OF_A_PIECE | _OF_A_DOCUMENT).items()}
+
+
+Part = dict[str, npt.NDArray[Any]]  # arrays by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,9 @@ class Pieces:
     atomic: BoolArray  # must not be cut at a row's border
 
 
-def in_memory(tables: Iterable[pa.Table]) -> tuple[Documents, Pieces]:
+def in_memory(shards: Iterable[Part]) -> tuple[Documents, Pieces]:
     """The index as arrays of this process."""
-    parts = list(_parts(tables))
+    parts = list(_joined(shards))
     return _index({name: np.concatenate([part[name] for part in parts]) for name in _DTYPES})
 
 
@@ -61,14 +65,14 @@ def size_bytes(pieces: int, documents: int) -> int:
     return sum(count * sum(_DTYPES[name].itemsize for name in names) for count, names in each)
 
 
-def write(tables: Iterable[pa.Table], folder: Path) -> None:
+def write(shards: Iterable[Part], folder: Path) -> None:
     """Write the index as `folder`, one file per array, whole or not at all; one process at a time."""
     arriving = folder.with_suffix(".partial")
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir()
     files = {name: (arriving / name).open("wb") for name in _DTYPES}
     try:
-        for part in _parts(tables):
+        for part in _joined(shards):
             for name, values in part.items():
                 files[name].write(values.data)
     finally:
@@ -87,31 +91,33 @@ def _index(arrays: dict[str, npt.NDArray[np.generic]]) -> tuple[Documents, Piece
     return documents, Pieces(arrays["first"], arrays["start"], arrays["tokens"], arrays["atomic"])  # type: ignore[arg-type]
 
 
-def _parts(tables: Iterable[pa.Table]) -> Iterator[dict[str, npt.NDArray[np.generic]]]:
+def part_of(table: pa.Table) -> Part:
+    """The part of the index that is one shard's, as if it stood alone: most of the work, and shards need no order."""
+    tokens = table["tokens"].to_numpy().astype(np.int64)
+    first = np.flatnonzero(np.diff(table["document"].to_numpy(), prepend=-1))
+    bounds = np.append(first, len(tokens))
+    ends = np.cumsum(tokens)
+    totals = np.append(0, ends)
+    return {
+        "start": ends - tokens,
+        "tokens": tokens.astype(_DTYPES["tokens"]),
+        "atomic": table["atomic"].to_numpy(zero_copy_only=False),
+        "weight": table["weight"].to_numpy()[first],
+        "size": totals[bounds[1:]] - totals[bounds[:-1]],
+        "held_out": table["held_out"].to_numpy(zero_copy_only=False)[first],
+        "first": bounds[1:],
+    }
+
+
+def _joined(shards: Iterable[Part]) -> Iterator[Part]:
     """Every array's part of each shard: ordinals, addresses and sums go on from one shard to the next."""
     yield {name: np.zeros(1 if name == "first" else 0, dtype) for name, dtype in _DTYPES.items()}
     pieces, address, weights = 0, 0, 0.0
-    for table in tables:
-        tokens = table["tokens"].to_numpy().astype(np.int64)
-        first = np.flatnonzero(np.diff(table["document"].to_numpy(), prepend=-1))
-        bounds = np.append(first, len(tokens))
-        ends = np.cumsum(tokens)
-        totals = np.append(0, ends)
-        weight = table["weight"].to_numpy()[first]
-        held_out = table["held_out"].to_numpy(zero_copy_only=False)[first]
-        cumulative = _cumulative(np.where(held_out, 0.0, weight), weights)
-        part = {
-            "start": address + ends - tokens,
-            "tokens": tokens,
-            "atomic": table["atomic"].to_numpy(zero_copy_only=False),
-            "weight": weight,
-            "cumulative": cumulative,
-            "size": totals[bounds[1:]] - totals[bounds[:-1]],
-            "held_out": held_out,
-            "first": pieces + bounds[1:],
-        }
-        yield {name: np.ascontiguousarray(values, _DTYPES[name]) for name, values in part.items()}
-        pieces, address = pieces + len(tokens), address + int(totals[-1])
+    for part in shards:
+        cumulative = _cumulative(np.where(part["held_out"], 0.0, part["weight"]), weights)
+        placed = part | {"start": part["start"] + address, "first": part["first"] + pieces, "cumulative": cumulative}
+        yield {name: np.ascontiguousarray(placed[name], dtype) for name, dtype in _DTYPES.items()}
+        pieces, address = pieces + len(part["tokens"]), address + int(part["size"].sum())
         weights = float(cumulative[-1]) if len(cumulative) else weights
 
 

@@ -254,23 +254,26 @@ def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
     """The index of the pack whose files lie in `folder`; of a large one, as this machine's processes share it."""
     files = [file for file in manifest.files if file.name.endswith(_PIECES_SUFFIX)]
-    tables = _pieces_of([str(folder / file.name) for file in files])
+    parts = _index_parts([str(folder / file.name) for file in files])
     pieces = sum(file.rows for file in files)
     if pieces <= _PIECES_IN_MEMORY:
-        return index.in_memory(tables)
+        return index.in_memory(parts)
     with _own_folder(manifest) as own:
         if not (own / _INDEX).is_dir():
             _make_room(str(folder), index.size_bytes(pieces, manifest.rows_kept), own.parent)
-            index.write(tables, own / _INDEX)
+            index.write(parts, own / _INDEX)
         return index.mapped(own / _INDEX)  # what is mapped stays readable, though another pack's copy remove its file
 
 
-def _pieces_of(paths: Sequence[str]) -> Iterator[pa.Table]:
-    """The pieces' table of each shard, in order; a thread a core reads ahead: decoding is most of an index's time."""
+def _index_parts(paths: Sequence[str]) -> Iterator[index.Part]:
+    """The index of each shard, in order; a thread a core works ahead."""
     at_once = min(_READ_AT_ONCE, os.cpu_count() or 1)
-    read = functools.partial(storage.read_parquet, columns=index.COLUMNS, use_threads=False)
+
+    def read(path: str) -> index.Part:
+        return index.part_of(storage.read_parquet(path, columns=index.COLUMNS, use_threads=False))
+
     with ThreadPoolExecutor(at_once) as threads:
-        ahead: deque[Future[pa.Table]] = deque()
+        ahead: deque[Future[index.Part]] = deque()
         for path in paths:
             ahead.append(threads.submit(read, path))
             if len(ahead) > at_once:

@@ -296,4 +296,4 @@ def test_weights_that_cannot_be_drawn_from_are_refused(weights: list[float]) -> 
     columns = [range(count), range(count), [1] * count, weights, [False] * count, [False] * count]
     table = pa.table(dict(zip(schemas.PIECES.names, columns, strict=True)), schema=schemas.PIECES)
     with pytest.raises(ValueError, match="weights must be finite and not negative"):
-        index.in_memory([table])
+        index.in_memory([index.part_of(table)])

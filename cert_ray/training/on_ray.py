@@ -12,7 +12,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from cert_ray.training.scratch import scratch_folder
 
 _log = logging.getLogger(__name__)
 
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 # What `worker` raises on every worker, and would again.
 _LASTING = (
     TrainingDivergedError,
@@ -96,10 +97,12 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         return _result(checked.config, manifest, reused=True)
     folder = checkpoints.folder_of(checked.config.output)
     _tidy(folder, checked)
-    if (lacking := inputs.waits_for(checked.config, ray.cluster_resources())) is not None:
+    lacking = inputs.waits_for(checked.config, ray.cluster_resources())
+    if lacking is not None:
         _log.warning("%s", lacking)
+    several_nodes = lacking is not None or checked.config.min_workers is not None or len(ray.nodes()) > 1
     _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
-    returned = _fit(checked, folder, after_step)
+    returned = _fit(checked, folder, after_step, several_nodes)
     return _result(checked.config, _finish(checked, returned), reused=False)
 
 
@@ -114,17 +117,14 @@ def _tidy(folder: str, checked: inputs.Checked) -> None:
                 storage.remove(entry.url)
 
 
-def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[str, Any]:
+def _fit(checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool) -> dict[str, Any]:
+    """Run the workers, which may come to lie on `several_nodes`; what worker 0 returns."""
     config = checked.config
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if config.use_gpu:
         resources["GPU"] = 1
     storage.make_folder(config.output)
     path, filesystem = storage.for_arrow(config.output)
-    # On one node alone, a process less to start: a node that goes away takes everything with it here.
-    several = len(ray.nodes()) > 1 or config.min_workers is not None
-    if not several:
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     # One worker alone returns what ended it, and needs no further process.
     verdict = ray.remote(num_cpus=0)(_Verdict).remote() if config.workers > 1 else None
     trainer = TorchTrainer(
@@ -136,7 +136,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
             "after_step": after_step,
             "log": logs.inherited(),
             "verdict": verdict,
-            "several_nodes": several,
+            "several_nodes": several_nodes,
         },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -155,7 +155,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None) -> dict[s
         ),
     )
     try:
-        with _interrupts_as_before():
+        with _interrupts_as_before(), nullcontext() if several_nodes else _unwatched():
             returned: dict[str, Any] = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _explain(error, config, folder) from error
@@ -185,6 +185,19 @@ def _passed(verdict: Any | None) -> CertRayError | None:
     except ray.exceptions.RayActorError:  # gone with its node
         return None
     return found
+
+
+@contextmanager
+def _unwatched() -> Iterator[None]:
+    """A process less to start, unless the user wants it: a node that goes away takes everything with it here."""
+    if _WATCHER in os.environ:
+        yield
+        return
+    os.environ[_WATCHER] = "0"  # Ray Train takes it along when it starts
+    try:
+        yield
+    finally:
+        del os.environ[_WATCHER]
 
 
 @contextmanager

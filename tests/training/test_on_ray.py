@@ -137,6 +137,38 @@ def test_a_full_disk_or_memory_of_one_worker_ends_it_and_is_told_to_those_starte
     assert len(begun) == 1
 
 
+@pytest.mark.parametrize(
+    ("nodes", "options", "cluster", "several"),
+    [
+        (1, {}, {"CPU": 8.0}, False),
+        (2, {}, {"CPU": 8.0}, True),
+        (1, {}, {"CPU": 0.0}, True),  # a head alone: an autoscaler will add some
+        (1, {"workers": 2, "min_workers": 1}, {"CPU": 8.0}, True),
+    ],
+)
+def test_nodes_that_may_leave_are_watched_and_one_that_has_all_is_not(
+    monkeypatch, make_config, nodes, options, cluster, several
+):
+    fitted = []
+    monkeypatch.setattr(ray, "nodes", lambda: [{}] * nodes)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    monkeypatch.setattr(on_ray, "_fit", lambda *given: fitted.append(given[-1]))
+    monkeypatch.setattr(on_ray, "_finish", lambda *_: None)
+    monkeypatch.setattr(on_ray, "_result", lambda *_, **__: None)
+    train(make_config(**options))
+    assert fitted == [several]
+
+
+def test_one_run_without_the_watcher_leaves_it_to_the_next(monkeypatch):
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", raising=False)
+    with on_ray._unwatched():
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+    assert "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER" not in os.environ
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    with on_ray._unwatched():
+        assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"
+
+
 class _FillsUp:
     """The disk of worker 1 is full after step 2; `folder` holds a file for each time that it came there."""
 

@@ -41,6 +41,6 @@ class Notices:
         return bool(new)
 
     def _next_look(self) -> int:
-        """In how many steps, by how long the last ones took."""
+        """In how many steps, by how long the last ones took; of few steps that says little."""
         step_s = (time.monotonic() - self._looked_s) / self._steps_since
-        return max(1, round(_LOOK_EVERY_S / max(step_s, 1e-6)))
+        return max(1, min(2 * self._steps_between, round(_LOOK_EVERY_S / max(step_s, 1e-6))))

@@ -30,7 +30,7 @@ from cert_ray.errors import (
 )
 from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
-from cert_ray.training import checkpoints, inputs, on_ray, worker
+from cert_ray.training import checkpoints, inputs, notices, on_ray, worker
 from cert_ray.training.on_ray import TrainResult, _interrupts_as_before, train
 
 pytestmark = [
@@ -200,6 +200,26 @@ def test_two_workers_learn_and_leave_a_model(undisturbed):
     assert kept == [9, 10]
     model = AutoModelForCausalLM.from_pretrained(undisturbed.folder)
     assert torch.isfinite(model(torch.arange(10)[None]).logits).all()
+
+
+class _Announces:
+    """After step 4 Ray is said to announce that a node leaves, as its watcher tells each worker (ray 2.60)."""
+
+    def __call__(self, step: int, rank: int) -> None:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        notices._LOOK_EVERY_S = 0.0  # after each step
+        if step == 4:
+            info = ray.train.PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"node-a": [rank]})
+            get_train_context().preemption_context.preemption_info = info
+
+
+@pytest.mark.slow
+def test_a_node_that_ray_announces_to_leave_brings_a_checkpoint(ray_cluster, make_config):
+    config = make_config(**OPTIONS | {"checkpoint_every_steps": None, "keep_checkpoints": 9, "min_workers": 1})
+    result = train(config, after_step=_Announces())
+    kept = [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(result.folder))]
+    assert kept == [5, 10]
 
 
 def test_ctrl_c_ends_the_program_once_training_is_over(undisturbed):

@@ -101,7 +101,6 @@ def drain(
         Literal["now", "aws", "gcp"], typer.Option(help="now, or once this cloud gives notice of its spot machine")
     ] = "now",
     within_s: Annotated[float, typer.Option(min=0, help="with now: seconds until this node is gone")] = 100.0,
-    metadata_server: Annotated[str | None, typer.Option(metavar="URL", hidden=True)] = None,
 ) -> None:
     """Tell Ray on this node that the node will be gone: training writes a checkpoint, nothing new starts here.
 
@@ -111,7 +110,7 @@ def drain(
     """
     from cert_ray.operations import leaving
 
-    left = within_s if when == "now" else leaving.wait_for_notice(when, metadata_server)
+    left = within_s if when == "now" else leaving.wait_for_notice(when)
     began = time.monotonic()
     leaving.drain(left)
     typer.echo(f"this node is drained, {left:.0f} s before it is gone")

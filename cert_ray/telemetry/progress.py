@@ -80,7 +80,7 @@ class Progress:
         """Count one more step.
 
         Args:
-            size_bytes: of the text that the step kept; 0 where it has none.
+            size_bytes: of the text that the step kept, or of what it moved where it has no rows; 0 where it has none.
             reused: the step had been done by an earlier run.
         """
         self._steps += 1
@@ -96,11 +96,11 @@ class Progress:
         elapsed_s = max(self._clock() - self._started_s, 1e-9)
         read, kept = self._rows["read"], self._rows["kept"]
         done_now, left = self._steps - self._reused, self._total - self._steps
-        figures = {"rows": f"{read:,}"}
+        figures = {} if self._rows["bytes_now"] and not read else {"rows": f"{read:,}"}
         if self._rows["now"]:
             figures["rows/s"] = f"{self._rows['now'] / elapsed_s:,.0f}"
         if self._rows["bytes_now"]:
-            figures["kept_MB/s"] = f"{self._rows['bytes_now'] / elapsed_s / 1e6:.1f}"
+            figures["kept_MB/s" if read else "MB/s"] = f"{self._rows['bytes_now'] / elapsed_s / 1e6:.1f}"
         if read:
             figures["kept"] = f"{kept / read:.1%}"
         if self._reused:

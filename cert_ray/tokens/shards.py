@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -31,6 +31,7 @@ import xxhash
 from cert_ray import manifests, storage
 from cert_ray.errors import DiskFullError, ShardCorruptError
 from cert_ray.manifests import Manifest, WrittenFile
+from cert_ray.telemetry.progress import Progress
 from cert_ray.tokens import index
 from cert_ray.tokens.index import Documents, IntArray, Pieces
 
@@ -40,6 +41,7 @@ VERB = "pack"
 UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
 _TOKENS_SUFFIX = ".bin"
 _PIECES_SUFFIX = ".pieces.parquet"
+_SHOWN_FROM_BYTES = 1e9  # from some seconds on, assumed
 _READ_AT_ONCE = 8  # of a local disk, each shard's pieces: tens of MB; assumed
 _COPIES_AT_ONCE = 8  # assumed: one stream of an object store is seldom faster than 100 MB/s
 # Beside a copy, and never removed: who fills or removes it holds the first, who reads it the second, whose time is that
@@ -187,11 +189,17 @@ def _check_unless_known(folder: Path, manifest: Manifest) -> None:
             known = {}
         now = {str(folder / file.name): _state(folder / file.name) for file in manifest.files}
         unknown = [file for file in manifest.files if known.get(path := str(folder / file.name)) != now[path]]
-        with ThreadPoolExecutor(_READ_AT_ONCE) as threads:
-            list(threads.map(lambda file: manifests.check_file(str(folder), file, VERB), unknown))
+        with ThreadPoolExecutor(_READ_AT_ONCE) as threads, _progress(f"comparing {folder}", unknown) as done:
+            for file in threads.map(functools.partial(_checked, folder), unknown):
+                done(file)
         if unknown:
             with suppress(OSError):  # a disk that is full: it is read again next time
                 noted.write_text(json.dumps(now))
+
+
+def _checked(folder: Path, file: WrittenFile) -> WrittenFile:
+    manifests.check_file(str(folder), file, VERB)
+    return file
 
 
 def _state(path: Path) -> list[int]:
@@ -219,17 +227,29 @@ def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
         missing = [file for file in manifest.files if not _has_arrived(folder / file.name, file)]
         if missing:
             _make_room(url, sum(file.size_bytes for file in missing), folder.parent)
-        with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads:
-            list(threads.map(functools.partial(_copy, url, folder), missing))  # after a failure, no more begin
+        with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads, _progress(f"copying {url}", missing) as done:
+            for file in threads.map(functools.partial(_copy, url, folder), missing):  # after a failure, no more begin
+                done(file)
         undone.pop_all()
     return folder, in_use
 
 
-def _copy(url: str, folder: Path, file: WrittenFile) -> None:
+@contextmanager
+def _progress(what: str, files: Sequence[WrittenFile]) -> Iterator[Callable[[WrittenFile], None]]:
+    """Counts those of `files` that the block says are done; shown where it may take a while."""
+    if sum(file.size_bytes for file in files) < _SHOWN_FROM_BYTES:
+        yield lambda _: None
+        return
+    with Progress(what, len(files), "files") as progress:
+        yield lambda file: progress.advance(size_bytes=file.size_bytes)
+
+
+def _copy(url: str, folder: Path, file: WrittenFile) -> WrittenFile:
     arriving = folder / f".{file.name}.partial"
     written = storage.copy_to_local(storage.join(url, file.name), arriving)
     manifests.check_same(storage.join(url, file.name), written, file, VERB)
     arriving.rename(folder / file.name)
+    return file
 
 
 @contextmanager
@@ -254,7 +274,7 @@ def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
 def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
     """The index of the pack whose files lie in `folder`; of a large one, as this machine's processes share it."""
     files = [file for file in manifest.files if file.name.endswith(_PIECES_SUFFIX)]
-    parts = _index_parts([str(folder / file.name) for file in files])
+    parts = _index_parts(folder, files)
     pieces = sum(file.rows for file in files)
     if pieces <= _PIECES_IN_MEMORY:
         return index.in_memory(parts)
@@ -265,21 +285,24 @@ def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
         return index.mapped(own / _INDEX)  # what is mapped stays readable, though another pack's copy remove its file
 
 
-def _index_parts(paths: Sequence[str]) -> Iterator[index.Part]:
+def _index_parts(folder: Path, files: Sequence[WrittenFile]) -> Iterator[index.Part]:
     """The index of each shard, in order; a thread a core works ahead."""
     at_once = min(_READ_AT_ONCE, os.cpu_count() or 1)
 
-    def read(path: str) -> index.Part:
-        return index.part_of(storage.read_parquet(path, columns=index.COLUMNS, use_threads=False))
+    def read(file: WrittenFile) -> index.Part:
+        table = storage.read_parquet(str(folder / file.name), columns=index.COLUMNS, use_threads=False)
+        return index.part_of(table)
 
-    with ThreadPoolExecutor(at_once) as threads:
+    with ThreadPoolExecutor(at_once) as threads, _progress(f"index of {folder}", files) as done:
         ahead: deque[Future[index.Part]] = deque()
-        for path in paths:
-            ahead.append(threads.submit(read, path))
-            if len(ahead) > at_once:
+        for number, file in enumerate(files):
+            ahead.append(threads.submit(read, file))
+            if number >= at_once:
                 yield ahead.popleft().result()
-        while ahead:
+                done(files[number - at_once])
+        for file in files[-len(ahead) :]:
             yield ahead.popleft().result()
+            done(file)
 
 
 def _has_arrived(path: Path, file: WrittenFile) -> bool:

@@ -224,6 +224,24 @@ def test_a_local_pack_is_read_once_until_a_file_of_it_is_written_again(
         check_pack(url)
 
 
+def test_what_takes_a_while_with_a_large_pack_shows_how_far_it_is(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "cert_ray"):
+        PackedTokens.open(remote)
+        assert not caplog.records
+        monkeypatch.setattr(shards, "_SHOWN_FROM_BYTES", 1)
+        monkeypatch.setattr(shards, "_PIECES_IN_MEMORY", 0)
+        check_pack(str(tmp_path / "local"))
+        PackedTokens.open(other_pack(tmp_path, "another"))
+    told = [record.getMessage() for record in caplog.records]
+    files = 3 * len(SHARDS)
+    assert f"comparing {tmp_path}/local: {files}/{files} files MB/s=" in told[0]
+    assert f"copying memory://packs/another: {files + 3}/{files + 3} files MB/s=" in told[1]
+    assert f": {len(SHARDS) + 1}/{len(SHARDS) + 1} files MB/s=" in told[2]
+    assert told[2].startswith("index of ")
+
+
 def test_addresses_of_documents_do_not_overlap(tmp_path: Path) -> None:
     packed = PackedTokens.open(write_pack(tmp_path, SHARDS))
     ends = packed.pieces.start + packed.pieces.tokens

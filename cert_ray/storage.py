@@ -69,10 +69,12 @@ def resolve(url: str) -> tuple[Any, str]:
     Raises:
         ConfigError: when the scheme's driver is not installed or the scheme is unknown.
     """
+    package = _DRIVERS.get(url.partition("://")[0])
+    # Without it they answer from lists they made before, and do not see what other processes have written since.
+    options = {"use_listings_cache": False} if package else {}
     try:
-        filesystem, path = fsspec.core.url_to_fs(url)
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        package = _DRIVERS.get(url.partition("://")[0])
         cure = f"On every node: pip install {package}" if package else "Install its fsspec driver."
         raise ConfigError(f"{url}: cannot open this kind of URL: {str(error).rstrip('.')}. {cure}") from error
     return filesystem, path

@@ -133,7 +133,7 @@ def test_some_rows_take_no_memory_for_the_others(tmp_path: Path) -> None:
     [("az://c/run", "adlfs"), ("abfs://c@a.dfs.core.windows.net/run", "adlfs"), ("s3://b/run", r"'cert-ray\[s3\]'")],
 )
 def test_a_missing_driver_is_told_by_its_package(monkeypatch, url, package):
-    def without_driver(_):
+    def without_driver(_, **_options):
         raise ImportError("Install something")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", without_driver)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import xxhash
@@ -40,6 +40,25 @@ def test_what_is_written_is_read_listed_and_removed(server: S3) -> None:
 def test_a_missing_object_is_a_missing_file(server: S3) -> None:
     with pytest.raises(FileNotFoundError):
         storage.read_bytes(f"{FOLDER}/none")
+
+
+LOOKS = [storage.exists, storage.is_folder, storage.list_files, storage.list_folders, storage.list_file_names]
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_another_process_wrote_after_a_look_is_found(server: S3, look: Callable[[str], object]) -> None:
+    folder = f"looked/{look.__name__}"
+    url = f"s3://{BUCKET}/{folder}"
+    storage.write_text(f"{url}/first", "1")
+    look(url)
+    assert not storage.exists(f"{url}/second")
+    server.client().put_object(Bucket=BUCKET, Key=f"{folder}/second", Body=b"2")
+    server.client().put_object(Bucket=BUCKET, Key=f"{folder}/below/third", Body=b"3")
+    assert storage.exists(f"{url}/second")
+    assert storage.read_text(f"{url}/second") == "2"
+    assert storage.list_file_names(url) == ["first", "second"]
+    assert storage.list_folders(url) == ["below"]
+    assert [storage.name_of(entry) for entry in storage.find(f"{url}/*")] == ["below", "first", "second"]
 
 
 def test_refused_requests_are_tried_again(server: S3) -> None:

@@ -46,10 +46,14 @@ class S3:
         self.refused += refused
         return refused
 
+    def client(self) -> Any:
+        """One of boto3's, which keeps nothing of what it saw."""
+        options = {"endpoint_url": self.url, "region_name": "us-east-1"}
+        return boto3.client("s3", aws_access_key_id="chaos", aws_secret_access_key="chaos", **options)
+
     def objects(self) -> dict[str, bytes]:
         """Every object by its key."""
-        options = {"endpoint_url": self.url, "region_name": "us-east-1"}
-        client = boto3.client("s3", aws_access_key_id="chaos", aws_secret_access_key="chaos", **options)
+        client = self.client()
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET)
         keys = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
         return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
@@ -75,10 +79,8 @@ def started_s3() -> Iterator[S3]:
     thread.start()
     s3 = S3(f"http://127.0.0.1:{server.server_port}")
     try:
-        options = {"endpoint_url": s3.url, "region_name": "us-east-1"}
-        client = boto3.client("s3", aws_access_key_id="chaos", aws_secret_access_key="chaos", **options)
         httpx.post(f"{s3.url}/moto-api/reset").raise_for_status()  # what an earlier S3 of this process held
-        client.create_bucket(Bucket=BUCKET)
+        s3.client().create_bucket(Bucket=BUCKET)
         running.append(s3)
         yield s3
     finally:

@@ -67,7 +67,7 @@ def resolve(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of `url`, and the path inside it.
 
     Raises:
-        ConfigError: when the scheme's driver is not installed or the scheme is unknown.
+        ConfigError: when the scheme's driver is not installed or knows no account, or the scheme is unknown.
     """
     package = _DRIVERS.get(url.partition("://")[0])
     # Without it they answer from lists they made before, and do not see what other processes have written since.
@@ -75,7 +75,12 @@ def resolve(url: str) -> tuple[Any, str]:
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
     except (ImportError, ValueError) as error:
-        cure = f"On every node: pip install {package}" if package else "Install its fsspec driver."
+        if not package:
+            cure = "Install its fsspec driver."
+        elif isinstance(error, ImportError):
+            cure = f"On every node: pip install {package}"
+        else:
+            cure = "Its account goes into the environment of every node: docs/operating.md names the variables."
         raise ConfigError(f"{url}: cannot open this kind of URL: {str(error).rstrip('.')}. {cure}") from error
     return filesystem, path
 
@@ -107,8 +112,12 @@ def local_path(url: str) -> Path:
 
 
 def for_arrow(url: str) -> tuple[str, pa.fs.FileSystem | None]:
-    """`url` as Arrow takes it, with what is to open it: None where Arrow knows the scheme itself."""
-    if is_local(url) or url.startswith(("s3://", "gs://", "gcs://")):
+    """`url` as Arrow takes it, with what is to open it: None for a local disk.
+
+    Not by the drivers that Arrow has of its own: they look for accounts elsewhere than fsspec's (without one, that of
+    Google's tries again in silence for 15 minutes).
+    """
+    if is_local(url):
         return url, None
     filesystem, path = resolve(url)
     return path, pa.fs.PyFileSystem(pa.fs.FSSpecHandler(filesystem))

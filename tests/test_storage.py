@@ -11,6 +11,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pyarrow as pa
+import pyarrow.fs
 import pytest
 
 from cert_ray import retries, storage
@@ -141,11 +142,25 @@ def test_a_missing_driver_is_told_by_its_package(monkeypatch, url, package):
         storage.resolve(url)
 
 
-def test_arrow_opens_what_it_does_not_know_through_fsspec():
+def test_a_driver_that_knows_no_account_is_not_called_missing(monkeypatch):
+    def without_account(_, **_options):
+        raise ValueError("unable to connect to account")  # as adlfs does
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", without_account)
+    with pytest.raises(ConfigError, match=r"unable to connect to account\. Its account goes into the environment"):
+        storage.resolve("az://c/run")
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match=r"not known.*Install its fsspec driver"):
+        storage.resolve("nowhere://c/run")
+
+
+def test_arrow_opens_what_is_not_local_through_fsspec():
     path, filesystem = storage.for_arrow("memory://arrow/run")
     with filesystem.open_output_stream(f"{path}/part") as stream:
         stream.write(b"one")
     assert storage.read_bytes("memory://arrow/run/part") == b"one"
     storage.remove("memory://arrow")
     assert storage.for_arrow("/a/run") == ("/a/run", None)
-    assert storage.for_arrow("s3://bucket/run") == ("s3://bucket/run", None)
+    path, filesystem = storage.for_arrow("s3://bucket/run")
+    assert path == "bucket/run"
+    assert isinstance(filesystem, pyarrow.fs.PyFileSystem)

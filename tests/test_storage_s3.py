@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import pyarrow.fs
 import pytest
 import xxhash
 
@@ -59,6 +61,22 @@ def test_what_another_process_wrote_after_a_look_is_found(server: S3, look: Call
     assert storage.list_file_names(url) == ["first", "second"]
     assert storage.list_folders(url) == ["below"]
     assert [storage.name_of(entry) for entry in storage.find(f"{url}/*")] == ["below", "first", "second"]
+
+
+def test_a_folder_that_arrow_copies_as_ray_train_does_is_whole(server: S3, tmp_path: Path) -> None:
+    part = tmp_path / "part"
+    (part / "engine").mkdir(parents=True)
+    contents = {"engine/state.pt": b"s" * 200_000, "part-00000.json": b"{}", "empty": b""}
+    for name, content in contents.items():
+        (part / name).write_bytes(content)
+    path, filesystem = storage.for_arrow(f"{FOLDER}/step-000001")
+    assert filesystem is not None
+    filesystem.create_dir(path)
+    pyarrow.fs.copy_files(
+        str(part), path, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=filesystem
+    )
+    storage.copy_folder_to_local(f"{FOLDER}/step-000001", tmp_path / "back")
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in contents} == contents
 
 
 def test_refused_requests_are_tried_again(server: S3) -> None:

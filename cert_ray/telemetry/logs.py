@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 FORM_VARIABLE = "CERT_RAY_LOG_FORMAT"
 FOLDER = "logs"
-_NOISY = ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec")
+_NOISY = ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec", "azure")
 _FLUSH_EVERY_S = 30.0  # assumed: what a killed job's story may lack
 _CLOSE_S = 60.0  # assumed: a job that is done waits no longer for its story to be written
 _WAITING_LINES = 100_000  # some 50 MB; what comes beyond, while the store takes nothing, is lost

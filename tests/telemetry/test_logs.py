@@ -48,6 +48,14 @@ def story_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+def test_drivers_of_stores_tell_no_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    errors = configured(monkeypatch, None)
+    for client in ("azure.core.pipeline.policies.http_logging_policy", "urllib3.connectionpool", "fsspec"):
+        logging.getLogger(client).info("Request URL: ...")  # as azure's does, with 20 lines for each
+        logging.getLogger(client).warning("slow")
+    assert [line.partition(" ")[2] for line in errors.getvalue().splitlines()] == ["slow"] * 3
+
+
 def test_json_lines_have_run_stage_and_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = configured(monkeypatch, "json")
     with logs.scope(run="/runs/a"), logs.scope(stage="documents"):

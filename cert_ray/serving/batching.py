@@ -9,6 +9,7 @@ What a request is answered depends on its `Work` alone (`joint.py`); when, on wh
 
 from __future__ import annotations
 
+import atexit
 import logging
 import queue
 import threading
@@ -38,6 +39,8 @@ _KEPT_ROWS = 64  # of logits, where no request runs; assumed
 # Between two looks of a waiting thread at whether the answer is still wanted. Assumed: seldom, since the stepping
 # thread asks before every token, unless its step hangs.
 _LOOK_S = 5.0
+# How long a process that ends waits for the step that runs; one that hangs must not keep it. Assumed.
+_LAST_STEP_S = 30.0
 
 
 class ForwardPass(Protocol):
@@ -130,12 +133,14 @@ class Turns:
     """One thread that steps whichever batches have work, in turn. It starts with the first work, and is a daemon.
 
     It keeps no batch alive, and so no model: those that nobody else holds are forgotten, and with the last one it ends.
+    A process that ends lets it finish its step: Python would end it within torch's code, which aborts the process.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
+        self._leaving = False
         self._step_began_s: float | None = None  # of the step that runs, by `time.monotonic`
 
     @property
@@ -160,20 +165,34 @@ class Turns:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="cert-ray-decoding", daemon=True)
                 self._thread.start()
+                atexit.register(self._leave)
             self._changed.notify()
+
+    def _leave(self) -> None:
+        with self._changed:
+            self._leaving, thread = True, self._thread
+            self._changed.notify()
+        if thread is not None:
+            thread.join(_LAST_STEP_S)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: not self._batches or any(batch.has_work for batch in self._batches))
+                self._changed.wait_for(lambda: self._leaving or not self._batches or self._with_work())
+                if self._leaving:
+                    return
                 if not self._batches:
                     self._thread = None
+                    atexit.unregister(self._leave)
                     return
-                batches = [batch for batch in self._batches if batch.has_work]
-            while batches:
+                batches = self._with_work()
+            while batches and not self._leaving:
                 self._step_began_s = time.monotonic()
                 batches.pop().step()  # and no reference to it is left while this waits
                 self._step_began_s = None
+
+    def _with_work(self) -> list[Batch]:
+        return [batch for batch in self._batches if batch.has_work]
 
 
 @dataclass(slots=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -373,3 +375,28 @@ def test_a_model_that_nobody_holds_is_freed_and_its_thread_ends(tmp_path: Path) 
     assert not thread.is_alive()
     assert model() is None
     assert turns() is None
+
+
+BUSY_AT_THE_END = """
+import threading
+import torch
+from cert_ray.serving.batching import Turns
+
+class Busy:
+    has_work = True
+    def step(self):
+        began.set()
+        for _ in range(20):
+            square @ square
+
+began, square, busy, turns = threading.Event(), torch.ones(1500, 1500), Busy(), Turns()
+turns.join(busy)
+turns.wake()
+began.wait()
+print("answered")
+"""
+
+
+def test_a_process_that_ends_within_a_step_is_not_aborted() -> None:
+    ended = subprocess.run([sys.executable, "-c", BUSY_AT_THE_END], capture_output=True, text=True, timeout=120)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("answered\n", "", 0)

@@ -7,6 +7,7 @@ what a result costs and nothing about its bytes is declared `Annotated[..., COST
 
 from __future__ import annotations
 
+import difflib
 import re
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,6 +100,7 @@ _SHAPES = {  # in YAML's words
     "tuple_type": "should be a list, as [a, b]",
     "dict_type": "should be a mapping",
     "model_type": "should be a mapping of options",
+    "too_short": "should hold at least {min_length}",
 }
 
 
@@ -108,11 +110,14 @@ def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> 
         name = "".join(f"{part}." for part in problem["loc"]).removesuffix(".")
         kind = problem["type"]
         if kind == "extra_forbidden":
-            told = f"unknown option; known are {', '.join(_known_options(cls, problem['loc'][:-1]))}"
+            known = _known_options(cls, problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+            told = f"unknown option; {f'perhaps {near[0]} is meant; ' if near else ''}known are {', '.join(known)}"
         elif kind == "missing":
             told = "required, but not given"
         else:
-            told = _SHAPES.get(kind) or _MEMBER.sub(r"\1", problem["msg"].removeprefix("Value error, "))
+            shape = _SHAPES.get(kind, "").format(**problem.get("ctx", {}))
+            told = shape or _MEMBER.sub(r"\1", problem["msg"].removeprefix("Value error, "))
             of_a_whole = kind == "value_error" and isinstance(problem["input"], Mapping)  # which names its parts itself
             if not of_a_whole and not cls.model_config.get("hide_input_in_errors"):
                 told += f" (got {_received.repr(problem['input'])})"

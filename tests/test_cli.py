@@ -182,6 +182,28 @@ def test_a_recipe_without_models_gives_nothing_to_pack_or_train(
     assert "models: this recipe has none" in capsys.readouterr().err
 
 
+def test_a_value_as_jobs_take_it_is_told_to_want_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(tmp_path / "r.yaml")
+    assert run(monkeypatch, "train", recipe, "--set", "workers=2", "run=runs/mine") == 2
+    assert capsys.readouterr().err.endswith("a value of the recipe is given as --set run=runs/mine\n")
+    assert run(monkeypatch, "train", recipe, "more") == 2
+    assert "--set" not in capsys.readouterr().err
+
+
+def test_pack_tells_how_many_tokens_there_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"run": str(tmp_path), "libraries": ["x"], "preprocess": {"sources": {"inputs": [str(tmp_path)]}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    packed = mock.Mock(counts={"tokens": 90, "held_out_tokens": 9}, dropped={"other_library": 3}, notes={"pad_id": 1})
+    monkeypatch.setattr("cert_ray.cli.training.perform", lambda *_: {"xl": packed})
+    assert run(monkeypatch, "pack", str(tmp_path / "r.yaml"), "--view", "xl") == 0
+    told = json.loads(capsys.readouterr().out)["xl"]
+    assert told == {"tokens": 90, "held_out_tokens": 9, "dropped": {"other_library": 3}, "pad_id": 1}
+
+
 def test_a_folder_that_is_no_checkpoint_is_not_called_a_damaged_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

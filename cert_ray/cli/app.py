@@ -8,7 +8,10 @@ purpose, nor for what a disk, the network or a store refuses.
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from cert_ray.operations.recipe import Recipe
 
 _INTERRUPTED = 130
+_CANNOT_BE_USED = 2
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,12 +88,21 @@ def main() -> None:
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # typer's for Ctrl-C
             typer.echo("cert-ray: stopped; run the same command again to go on from what is finished", err=True)
+        if stop.code == _CANNOT_BE_USED and (value := _value_of_recipe(sys.argv)):
+            typer.echo(f"cert-ray: a value of the recipe is given as --set {value}", err=True)
         raise
     except Exception as error:
         if (told := _told_by_storage(error)) is None:
             raise
         typer.echo(f"cert-ray: {told}", err=True)
         raise SystemExit(1) from error
+
+
+def _value_of_recipe(arguments: list[str]) -> str | None:
+    """The first KEY=VALUE that stands behind a recipe without `--set`, as jobs take it."""
+    behind = next((place for place, one in enumerate(arguments) if one.endswith((".yaml", ".yml"))), len(arguments))
+    pairs = pairwise(arguments[behind:])
+    return next((one for before, one in pairs if re.match(r"[a-z_][\w.]*=", one) and not before.startswith("-")), None)
 
 
 def _told_by_storage(error: Exception) -> str | None:

@@ -98,7 +98,7 @@ def pack(
         what,
         lambda: {v.value: pipeline.run_pack(resolved, v, limit) for v in views},
     )
-    show({name: manifest.notes for name, manifest in packed.items()})
+    show({name: {**m.counts, "dropped": m.dropped, **m.notes} for name, m in packed.items()})
 
 
 @app.command()

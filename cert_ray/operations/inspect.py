@@ -60,6 +60,7 @@ def open_run(url: str) -> Opened:
     """The dataset at `url`, which is a run's folder or its `dataset`.
 
     Raises:
+        InputError: when it is neither.
         NotFinishedError, SchemaVersionError: when there is no finished dataset of this version.
     """
     url = storage.absolute(url)
@@ -68,6 +69,8 @@ def open_run(url: str) -> Opened:
     folder = below
     if not manifests.is_finished(below):
         if not manifests.is_finished(url):
+            if not storage.exists(storage.join(url, "documents")) and not storage.exists(below):
+                raise InputError(url, "neither a run's folder nor a dataset", "Give what the recipe names as `run`.")
             raise NotFinishedError(url, VERB)
         folder = url.rstrip("/")
         run = folder.removesuffix("/dataset") if folder.endswith("/dataset") else None

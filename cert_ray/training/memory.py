@@ -269,8 +269,12 @@ def saved_bytes(model: Any) -> Iterator[Saved]:
 
 def _row(name: str, values: list[list[float]]) -> str:
     """Two columns, each a figure or a range, given from its highest to its lowest."""
-    plain, checkpointed = (" to ".join(f"{value:,.2f}" for value in reversed(ends)) for ends in values)
+    plain, checkpointed = (" to ".join(map(_figure, reversed(ends))) for ends in values)
     return f"  {name:24}{plain:>20}{checkpointed:>28}"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _gb(size_bytes: float) -> str:

@@ -133,6 +133,9 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
         document_of(opened, "shard-99999-0000001")
     with pytest.raises(InputError, match=r"holds no document shard-00000-9999999"):
         document_of(opened, "shard-00000-9999999")
+    with pytest.raises(InputError, match="neither a run's folder nor a dataset"):
+        open_run(str(tmp_path / "absent"))
+    (tmp_path / "documents").mkdir()  # a run that was cut short
     with pytest.raises(NotFinishedError):
         open_run(str(tmp_path))
     shutil.copytree(run / "dataset", tmp_path / "published")

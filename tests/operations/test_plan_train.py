@@ -45,6 +45,8 @@ def test_times_are_a_range_with_its_source_unless_a_share_is_given():
     least, to, most = seconds(text)[:3]
     assert to == "to"
     assert float(most) / float(least) == pytest.approx(0.44 / 0.18, rel=0.05)  # of two digits
+    short = seconds(render_training(_recipe("tiny", micro_batch=1), ["base"], "h100"))
+    assert 0 < float(short[0]) < float(short[2]) < 0.005
     given = render_training(recipe, ["base"], "h100", 0.18)
     assert seconds(given)[0] == most
     assert "18% of the peak, as given" in given

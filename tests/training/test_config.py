@@ -26,7 +26,10 @@ REQUIRED = {"base": "tiny", "tokens": "tokens", "output": "model", "steps": 2_00
         ({"on_spike": {"minimum_rise_nats": math.inf}}, r"on_spike\.minimum_rise_nats"),
         ({"zero_stage": 4}, "zero_stage"),
         ({"workers": 2, "min_workers": 3}, "more than workers 2; lower it"),
-        ({"learning_rte": 1e-3}, "learning_rte: unknown option; known are activation_checkpointing, base"),
+        (
+            {"learning_rte": 1e-3},
+            "learning_rte: unknown option; perhaps learning_rate is meant; known are activation_checkpointing",
+        ),
     ],
 )
 def test_refuses_what_cannot_work(options, named):

@@ -113,6 +113,7 @@ def run_evaluation(
     cut = config.samples is None if config.cut is None else config.cut
     _log.info("running %d samples of %d problems", len(samples), len(problems))
     result = evaluate(problems, samples, execution, k=config.k, cut=cut, run_gold=config.run_gold, execute=execute)
+    _warn_of_gold(result)
     reranked = {
         str(method): rerank_counts(result.problems, method, execution, execute)
         for method in dict.fromkeys(config.rerank)
@@ -120,6 +121,19 @@ def run_evaluation(
     _write(config, execution, environment, result, reranked)
     _remove_parts(config.output)
     return result
+
+
+def _warn_of_gold(result: EvaluationResult) -> None:
+    failed = [one for one in result.problems if one.gold_passed is False]
+    if failed:
+        _log.warning(
+            "the benchmark's own answers fail for %d of %d problems, that of %s with: %s. A library that is missing is "
+            "given as --requirement",
+            len(failed),
+            len(result.problems),
+            failed[0].problem.task_id,
+            " ".join(failed[0].gold_detail.split()),
+        )
 
 
 def draw_samples(config: EvaluateConfig, complete: Complete) -> list[Sample]:

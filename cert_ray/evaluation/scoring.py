@@ -27,13 +27,17 @@ _DEFAULT_K = (1, 10, 100)  # the values that the papers report
 
 @dataclass(frozen=True, slots=True)
 class ProblemResult:
-    """The samples of one problem and what became of each. `gold_passed` is None where the answer was not run."""
+    """The samples of one problem and what became of each. `gold_passed` is None where the answer was not run.
+
+    `gold_detail` is what the answer failed with.
+    """
 
     problem: Problem
     samples: tuple[Sample, ...]
     completions: tuple[str, ...]  # as they were run: cut, where cutting was asked for
     executions: tuple[Execution, ...]
     gold_passed: bool | None = None
+    gold_detail: str = ""
 
     @property
     def num_samples(self) -> int:
@@ -92,10 +96,10 @@ def evaluate(
     programs = [assemble(problem, text) for problem in problems for text in completions[problem.task_id]]
     executions = iter(execute([*programs, *(program for group in gold for program in group)], environment))
     drawn = [tuple(next(executions) for _ in completions[problem.task_id]) for problem in problems]
-    gold_passed = [_any_passed([next(executions) for _ in group]) for group in gold]
+    own = [[next(executions) for _ in group] for group in gold]
     results = tuple(
-        ProblemResult(problem, grouped[problem.task_id], completions[problem.task_id], runs, passed)
-        for problem, runs, passed in zip(problems, drawn, gold_passed, strict=True)
+        ProblemResult(problem, grouped[problem.task_id], completions[problem.task_id], runs, *_own(answers))
+        for problem, runs, answers in zip(problems, drawn, own, strict=True)
     )
     return EvaluationResult(results, _scores(results, ks), _valid_scores(results, ks))
 
@@ -174,8 +178,13 @@ def _chosen_k(k: Sequence[int] | None, grouped: dict[str, tuple[Sample, ...]]) -
     return tuple(sorted(set(k)))
 
 
-def _any_passed(runs: Sequence[Execution]) -> bool | None:
-    return any(run.outcome is Outcome.PASSED for run in runs) if runs else None
+def _own(answers: Sequence[Execution]) -> tuple[bool | None, str]:
+    """Whether one of a problem's own answers passed, and what the last one failed with where none did."""
+    if not answers:
+        return None, ""
+    if any(one.outcome is Outcome.PASSED for one in answers):
+        return True, ""
+    return False, answers[-1].detail or str(answers[-1].outcome)
 
 
 def _scores(results: Sequence[ProblemResult], ks: Sequence[int]) -> dict[int, float]:

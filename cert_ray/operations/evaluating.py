@@ -11,6 +11,7 @@ import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.errors import ConfigError
+from cert_ray.evaluation.benchmarks import read_problems
 from cert_ray.evaluation.comparison import compare_runs, render_comparison, render_table, summarise
 from cert_ray.evaluation.execution import Execute, execute_in_threads
 from cert_ray.evaluation.fetch import find_problems
@@ -40,9 +41,13 @@ def evaluate(
 
     Raises:
         ConfigError: for several benchmarks or temperatures beside a file of samples.
+        InputError: when a file of problems is not there, or has a line that cannot be used.
     """
     problems = [find_problems(one) for one in problems]
     config = config.model_copy(update={"problems": problems[0], "source_digest": _source_digest(config.source)})
+    if config.samples is None:
+        for one in problems:
+            read_problems(one)  # what is wrong with them is told before models are loaded
     for line in describe_isolation(config.execution.unsafe, config.execution.unfiltered):
         _log.info("isolation, as on this machine: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):

@@ -14,6 +14,7 @@ from cert_ray.evaluation.benchmarks import Sample, read_problems, read_samples
 from cert_ray.evaluation.execution import ExecutionConfig
 from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
 from cert_ray.evaluation.scoring import evaluate
+from tests.evaluation.builders import in_this_process, write_problems
 
 # pip may build the pinned environment first, over the network: once, then it is cached.
 builds_environment = pytest.mark.timeout(1500)
@@ -127,6 +128,19 @@ def test_nothing_is_sampled_where_programs_cannot_be_contained(
     with pytest.raises(SandboxError, match="--unfiltered"):
         run_evaluation(EvaluateConfig(problems=problems, output=str(tmp_path / "out")), complete)
     assert asked == []
+
+
+def test_who_forgets_a_library_is_told_that_the_own_answers_fail(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = write_problems(tmp_path / "p.jsonl", 2)
+    config = EvaluateConfig(problems=url, output=str(tmp_path / "out"))
+    run_evaluation(config, lambda prompts, n: [["0"] * n for _ in prompts], in_this_process)
+    assert "own answers" not in caplog.text
+    text = Path(url).read_text().replace('"def check', '"import acme_ledgr\\ndef check')
+    Path(url).write_text(text)
+    run_evaluation(config, lambda prompts, n: [["0"] * n for _ in prompts], in_this_process)
+    assert "own answers fail for 2 of 2 problems, that of T/0 with: ModuleNotFoundError: No module" in caplog.text
 
 
 def test_exactly_one_source_of_completions(problems: str, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cert_ray.errors import ConfigError
+from cert_ray.errors import BenchmarkFormatError, ConfigError
 from cert_ray.evaluation.benchmarks import Answer
 from cert_ray.evaluation.run import EvaluateConfig, run_evaluation
 from cert_ray.operations import evaluating
@@ -39,6 +39,15 @@ def test_a_cascades_samples_say_sketch_route_and_votes_and_the_report_shows_them
         '"sketch": " number", "route": "generator", "vote_share": 0.5'
         in (tmp_path / "out" / "results.jsonl").read_text()
     )
+
+
+def test_a_broken_line_is_told_before_a_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, broken = write_problems(tmp_path / "good.jsonl", 3), tmp_path / "broken.jsonl"
+    broken.write_text(Path(good).read_text() + '{"task_id": ')
+    config = EvaluateConfig(problems=good, output=str(tmp_path / "out"), source={"model": str(tmp_path)})
+    monkeypatch.setattr(evaluating, "_complete_at", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(BenchmarkFormatError, match=r"broken\.jsonl:4: not a JSON object"):
+        evaluating.evaluate(config, [good, str(broken)], [0.0], {}, in_this_process)
 
 
 def test_compare_writes_its_report_and_returns_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     CertRayError
     |-- ConfigError             an option or recipe that cannot be used (also a ValueError)
+    |   `-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
     |-- InputError              an input that is missing, unreadable, or not what its name says
     |   |-- MissingColumnsError     a Parquet or JSONL input without the columns it needs
     |   `-- BenchmarkFormatError    a benchmark line without a required field
@@ -13,7 +14,6 @@
     |-- StorageFullError        a disk with too little room for what is to be written
     |-- DiskFullError           a disk that filled up while a checkpoint or a model was written, or copied to be read
     |-- ConservationError       rows read != rows kept + rows dropped
-    |-- TokenizerMismatchError  a tokenizer that does not belong to the model or the packed tokens
     |-- CheckpointError         a checkpoint that belongs to another run
     |   `-- DamagedCheckpointError    a checkpoint with a file that is missing or not what was written
     |-- TrainingDivergedError   a loss that is not finite, or has left where it was
@@ -141,7 +141,7 @@ class ConservationError(CertRayError):
         )
 
 
-class TokenizerMismatchError(CertRayError):
+class TokenizerMismatchError(ConfigError):
     """A tokenizer that does not belong to the model or to the packed tokens."""
 
 

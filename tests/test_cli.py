@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import cert_ray
 from cert_ray import cli
+from cert_ray.errors import TokenizerMismatchError
 from tests.retrieval.builders import write_library
 
 STAGES = [
@@ -190,6 +191,16 @@ def test_a_value_as_jobs_take_it_is_told_to_want_set(
     assert capsys.readouterr().err.endswith("a value of the recipe is given as --set run=runs/mine\n")
     assert run(monkeypatch, "train", recipe, "more") == 2
     assert "--set" not in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_does_not_belong_is_an_input_that_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipe = {"run": str(tmp_path), "libraries": ["x"], "preprocess": {"sources": {"inputs": [str(tmp_path)]}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    refused = TokenizerMismatchError("start: a, b have different tokenizers, and a run has one.")
+    monkeypatch.setattr("cert_ray.cli.training.perform", mock.Mock(side_effect=refused))
+    assert run(monkeypatch, "tokenizer", str(tmp_path / "r.yaml")) == 2
 
 
 def test_pack_tells_how_many_tokens_there_are(

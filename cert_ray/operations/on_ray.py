@@ -95,6 +95,7 @@ def ray_session(
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
         with logs.warnings_alone("ray", but=_TOKEN_IS_USED):  # as it is meant to be
+            logger.info("ray: a private one is started")
             context = _start(folder)
         resources = ray.cluster_resources()
         logger.info(

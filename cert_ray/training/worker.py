@@ -52,6 +52,7 @@ _log = logging.getLogger(__name__)
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
 )
+_QUIET_S = 20.0  # without a line a step has one, due or not: assumed to be what a reader waits for
 _NO_ROOM_FOR_COPY = "Free some, or set TMPDIR, and run the same again."
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
@@ -162,6 +163,7 @@ def _run(
     files: tuple[WrittenFile, ...] = ()
     if together.rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
+        _log.info("%s: is exported", last)
         files = export.export_checkpoint(last, config.output)
     # Sixteen times the records of 100,000 steps would be sent to the driver, which reads those of rank 0.
     return Outcome(tuple(trainer.records) if together.rank == 0 else (), parameters, trainer.machines, files)
@@ -362,6 +364,8 @@ class _Rank:
         folder_url = storage.join(checkpoints.folder_of(config.output), name)
         # Left by a kill, it may hold parts of more workers than there are now.
         self._together.decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
+        if self._rank == 0:
+            _log.info("%s: is written and read back", folder_url)
         with checkpoints.full_disk_told(name, config.output, _NO_ROOM), scratch_folder("checkpoint") as folder:
             self._engine.save(folder / export.ENGINE_FOLDER)
             if self._rank == 0:
@@ -405,7 +409,7 @@ class _Rank:
 
 
 class _Lines:
-    """Log lines every `log_every_steps`, with the speed since the line before."""
+    """Log lines every `log_every_steps`, and where steps are slow oftener, with the speed since the line before."""
 
     def __init__(self, config: TrainConfig, tokens: int, mfu: Callable[[float], float | None]) -> None:
         self._config, self._tokens, self._since, self._mfu = config, tokens, time.perf_counter(), mfu
@@ -413,9 +417,9 @@ class _Lines:
     def show(self, record: StepRecord) -> None:
         """Log `record` when a line is due."""
         due = record.step % self._config.log_every_steps == 0 or record.step in (1, self._config.steps)
-        if not due and record.held_out_loss is None:
-            return
         now = time.perf_counter()
+        if not due and record.held_out_loss is None and now - self._since < _QUIET_S:
+            return
         speed = (record.tokens - self._tokens) / (now - self._since)
         _log.info("%s", progress_line(record, self._config.steps, speed, self._mfu(speed)))
         self._since, self._tokens = now, record.tokens

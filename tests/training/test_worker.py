@@ -31,6 +31,7 @@ from cert_ray.tokens.vocabulary import load_tokenizer
 from cert_ray.training import batches, checkpoints, export, inputs, notices, resume, worker
 from cert_ray.training.bases import Origin
 from cert_ray.training.presets import preset_config
+from cert_ray.training.records import StepRecord
 from tests.training.conftest import CONTEXT_TOKENS, WORDS, write_pack, write_tokenizer
 
 pytestmark = [
@@ -491,6 +492,23 @@ def test_the_losses_so_far_are_written_at_a_checkpoint_and_when_the_run_diverges
     assert len(losses.read_text().splitlines()) == 5  # written again at the end
     assert [drawn[1:4] for drawn in pictures] == [b"", b"PNG", b"PNG", b"PNG", b"PNG"]
     assert pictures[1] == pictures[2] != pictures[3] == pictures[4] != picture.read_bytes()
+
+
+def test_slow_steps_have_a_line_each(make_config, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    now = [0.0]
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
+    for pace_s, told in ((1.0, [1, 10, 20]), (15.0, [1, 3, 5, 7, 9, 10, 12, 14, 16, 18, 20]), (21.0, [*range(1, 21)])):
+        caplog.clear()
+        lines = worker._Lines(make_config(steps=20, log_every_steps=10), 0, lambda _: None)
+        for step in range(1, 21):
+            now[0] += pace_s
+            lines.show(
+                StepRecord(
+                    step=step, epoch=0, loss=1.0, learning_rate=0.1, gradient_norm=None, tokens=step, tokens_per_s=1.0
+                )
+            )
+        assert [int(line.split()[1].partition("/")[0]) for line in caplog.messages] == told
 
 
 def test_a_step_of_more_rows_than_there_are_is_told(make_config, copy_report, caplog):

@@ -15,7 +15,8 @@
     |-- DiskFullError           a disk that filled up while a checkpoint or a model was written, or copied to be read
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- CheckpointError         a checkpoint that belongs to another run
-    |   `-- DamagedCheckpointError    a checkpoint with a file that is missing or not what was written
+    |   |-- DamagedCheckpointError    a checkpoint with a file that is missing or not what was written
+    |   `-- NoWholeCheckpointError    a run whose checkpoints are all damaged
     |-- TrainingDivergedError   a loss that is not finite, or has left where it was
     |-- TrainingMemoryError     a training worker without enough memory, with the estimate
     |-- TrainingFailedError     training workers died more often than the run allows

@@ -81,7 +81,7 @@ def resolve(url: str) -> tuple[Any, str]:
             cure = f"On every node: pip install {package}"
         else:
             cure = "Its account goes into the environment of every node: docs/operating.md names the variables."
-        raise ConfigError(f"{url}: cannot open this kind of URL: {str(error).rstrip('.')}. {cure}") from error
+        raise ConfigError(f"{url}: cannot open this kind of URL: {str(error).rstrip('.!')}. {cure}") from error
     return filesystem, path
 
 
@@ -115,7 +115,7 @@ def for_arrow(url: str) -> tuple[str, pa.fs.FileSystem | None]:
     """`url` as Arrow takes it, with what is to open it: None for a local disk.
 
     Not by the drivers that Arrow has of its own: they look for accounts elsewhere than fsspec's (without one, that of
-    Google's tries again in silence for 15 minutes).
+    Google's tries again in silence, for minutes).
     """
     if is_local(url):
         return url, None

@@ -31,6 +31,10 @@ from cert_ray.training.inputs import MODEL_FILES
 from cert_ray.training.presets import PRESETS, preset_config
 from cert_ray.training.warm_start import add_tokens
 
+_ADDS_ALONE = (
+    "Its tokenizer may only be added to: name another folder as `run`, where `cert-ray tokenizer` takes it over, "
+    "or the base that this run was made for."
+)
 # What belongs to a tokenizer in a Hugging Face folder.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -183,13 +187,12 @@ def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) ->
         if moved:
             raise TokenizerMismatchError(
                 f"{config.tokenizer} does not extend the tokenizer of {config.base}: {len(moved)} of its {len(known)} "
-                f"tokens have another id or none, {moved[0]!r} among them. "
-                "Give a tokenizer that only adds tokens to it."
+                f"tokens have another id or none, {moved[0]!r} among them. {_ADDS_ALONE}"
             )
         if other := splits_otherwise(theirs, ours):
             raise TokenizerMismatchError(
                 f"{config.tokenizer} does not extend the tokenizer of {config.base}: tokens have equal ids, but it "
-                f"splits text otherwise ({', '.join(other)}). Give a tokenizer that only adds tokens to it."
+                f"splits text otherwise ({', '.join(other)}). {_ADDS_ALONE}"
             )
     return 1 + max(known.values(), default=-1)
 

@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
 )
-_QUIET_S = 20.0  # without a line a step has one, due or not: assumed to be what a reader waits for
+_QUIET_S = 10.0  # without a line a step has one, due or not: assumed to be what a reader waits for
 _NO_ROOM_FOR_COPY = "Free some, or set TMPDIR, and run the same again."
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.

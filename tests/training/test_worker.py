@@ -498,7 +498,7 @@ def test_slow_steps_have_a_line_each(make_config, caplog, monkeypatch):
     caplog.set_level("INFO")
     now = [0.0]
     monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
-    for pace_s, told in ((1.0, [1, 10, 20]), (15.0, [1, 3, 5, 7, 9, 10, 12, 14, 16, 18, 20]), (21.0, [*range(1, 21)])):
+    for pace_s, told in ((1.0, [1, 10, 20]), (6.0, [1, 3, 5, 7, 9, 10, 12, 14, 16, 18, 20]), (11.0, [*range(1, 21)])):
         caplog.clear()
         lines = worker._Lines(make_config(steps=20, log_every_steps=10), 0, lambda _: None)
         for step in range(1, 21):

@@ -29,7 +29,7 @@ def resolve(model: str, prompts: Sequence[str], served: Mapping[str, str | None]
     if model in served:
         return model
     if model != any_library or not served:
-        names = ", ".join([*served, any_library] if served else ["none"])
+        names = ", ".join(dict.fromkeys([*served, any_library]) if served else ["none"])
         problem = f"The model {model!r} does not exist here; this server has {names}."
         raise RequestError(404, problem, "model", "model_not_found")
     uses = sum((imported_libraries(_without_blocks(prompt)) for prompt in prompts), Counter[str]())

@@ -43,6 +43,8 @@ def test_an_unknown_name_is_refused_with_the_names_there_are() -> None:
     with pytest.raises(RequestError, match="cert-pandas, cert-numpy, plain, cert") as refused:
         resolve("gpt-4", [""], SERVED)
     assert (refused.value.status, refused.value.param) == (404, "model")
+    with pytest.raises(RequestError, match=r"this server has cert\."):
+        resolve("gpt-4", [""], {"cert": None})
 
 
 @pytest.mark.parametrize(

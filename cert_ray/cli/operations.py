@@ -104,15 +104,18 @@ def drain(
 ) -> None:
     """Tell Ray on this node that the node will be gone: training writes a checkpoint, nothing new starts here.
 
-    Ends when the time is over, so that a pod stays for as long; Ray on a node without work ends at once.
+    It ends when the time is over, so that a pod stays for as long; Ray on a node without work ends at once. The cluster
+    is that of RAY_ADDRESS, else the one whose Ray runs here. A head is never drained.
 
     Example: cert-ray drain --when aws
     """
     from cert_ray.operations import leaving
+    from cert_ray.operations.on_ray import node_here
 
+    node_id, address = node_here()  # now: later there may be little time
     left = within_s if when == "now" else leaving.wait_for_notice(when)
     began = time.monotonic()
-    leaving.drain(left)
+    leaving.drain(node_id, address, left)
     typer.echo(f"this node is drained, {left:.0f} s before it is gone")
     time.sleep(max(0.0, left - (time.monotonic() - began)))
 

@@ -48,24 +48,31 @@ def wait_for_notice(cloud: Cloud, server: str | None = None) -> float:
         time.sleep(_POLL_S[cloud])
 
 
-def drain(within_s: float) -> None:
-    """Tell the cluster that this node will be gone in `within_s` seconds.
+def drain(node_id: str, address: str, within_s: float) -> None:
+    """Tell the cluster whose GCS is at `address` that a node of it will be gone in `within_s` seconds.
 
     Raises:
-        ClusterError: when Ray does not answer here, or refuses.
+        ClusterError: when Ray does not answer there, or refuses.
     """
     # The module of the `ray` command, since the one on the path may be another environment's.
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += ["--reason-message", "this machine is going to be taken away"]
+    command += [
+        "--address",
+        address,
+        "--node-id",
+        node_id,
+        "--reason-message",
+        "this machine is going to be taken away",
+    ]
     command += ["--deadline-remaining-seconds", str(max(0, round(within_s)))]
-    cure = "Run it on a node of the cluster, with the cluster's token, while Ray runs there."
+    cure = "Run it on a node of the cluster, with the cluster's token, while Ray runs on both."
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_RAY_ANSWERS_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ClusterError("this node", f"no answer within {_RAY_ANSWERS_S:.0f} s", cure) from error
+        raise ClusterError(address, f"no answer within {_RAY_ANSWERS_S:.0f} s", cure) from error
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
-        raise ClusterError("this node", lines[-1] if lines else f"`ray drain-node`: {done.returncode}", cure)
+        raise ClusterError(address, lines[-1] if lines else f"`ray drain-node`: {done.returncode}", cure)
 
 
 def _asked_aws(server: str) -> float | None:

@@ -42,6 +42,8 @@ _TOKEN = (
 _WHICH_PORT = "It is the GCS' port that is wanted, 6379 where nobody chose another; the dashboard's is 8265."
 _VERSIONS = "Use the cluster's image, or install its versions here: `ray[default]==VERSION` in the same Python."
 _START = "Start one with `ray start --head`, or give its HOST:PORT; without an address Ray is started here."
+_HEAD = "node:__internal_head__"  # Ray's resource of the head alone
+_NODE_ANSWERS_S = 20.0  # assumed
 _LATE = "timed out during startup"  # of a bare Exception, Ray 2.60's, when a process of its own was not up in time
 _RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
 
@@ -108,6 +110,21 @@ def ray_session(
             yield
         finally:
             ray.shutdown()
+
+
+def node_here() -> tuple[str, str]:
+    """Id of the node on which this process runs, and the address of its cluster, of `RAY_ADDRESS` or found here.
+
+    Raises:
+        ClusterError: where no Ray runs, or this node is the head, with which the cluster would go.
+    """
+    with ray_session(os.environ.get("RAY_ADDRESS", "auto"), check_versions=False, patience_s=_NODE_ANSWERS_S):
+        context = ray.get_runtime_context()
+        node_id, address = context.get_node_id(), context.gcs_address
+        resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
+    if _HEAD in resources:
+        raise ClusterError(address, "this node is its head, and all would go with it", "Drain the other nodes.")
+    return node_id, address
 
 
 def _start(folder: str) -> BaseContext:

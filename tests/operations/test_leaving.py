@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from cert_ray.cli.app import app
 from cert_ray.errors import ClusterError
-from cert_ray.operations import leaving
+from cert_ray.operations import leaving, on_ray
 
 
 class _Metadata(BaseHTTPRequestHandler):
@@ -105,12 +105,33 @@ def test_the_command_drains_its_node_by_rays_own(server: _Server, monkeypatch: p
         return SimpleNamespace(returncode=0, stdout="", stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(on_ray, "node_here", lambda: ("ab12", "10.0.0.1:6379"))
     monkeypatch.setattr("cert_ray.cli.operations.time.sleep", slept.append)
     result = CliRunner().invoke(app, ["drain", "--within-s", "25"])
     assert result.exit_code == 0
     assert commands[0][:4] == [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
-    assert commands[0][-2:] == ["--deadline-remaining-seconds", "25"]
+    options = dict(zip(commands[0][4::2], commands[0][5::2], strict=True))
+    assert options["--node-id"] == "ab12"
+    assert options["--address"] == "10.0.0.1:6379"
+    assert options["--deadline-remaining-seconds"] == "25"
     assert 24 < slept[0] <= 25
+
+
+@pytest.mark.parametrize("own", ["head", "other"])
+def test_a_head_is_never_drained(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [
+        {"NodeID": "head", "Resources": {"CPU": 2.0, "node:__internal_head__": 1.0}},
+        {"NodeID": "other", "Resources": {"CPU": 2.0}},
+    ]
+    context = SimpleNamespace(get_node_id=lambda: own, gcs_address="10.0.0.1:6379")
+    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(on_ray.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(on_ray.ray, "get_runtime_context", lambda: context)
+    if own == "other":
+        assert on_ray.node_here() == ("other", "10.0.0.1:6379")
+        return
+    with pytest.raises(ClusterError, match="this node is its head"):
+        on_ray.node_here()
 
 
 def test_without_a_ray_to_drain_it_says_where_to_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +142,7 @@ def test_without_a_ray_to_drain_it_says_where_to_run_it(monkeypatch: pytest.Monk
     for run, problem in ((silent, "no answer within 20 s"), (lambda *_, **__: done, "ConnectionError: no Ray here")):
         monkeypatch.setattr(subprocess, "run", run)
         with pytest.raises(ClusterError, match=f"{problem}. Run it on a node"):
-            leaving.drain(10)
+            leaving.drain("ab12", "10.0.0.1:6379", 10)
 
 
 def test_rays_command_has_the_options_that_are_given() -> None:
@@ -129,6 +150,6 @@ def test_rays_command_has_the_options_that_are_given() -> None:
     from ray.scripts.scripts import cli
 
     options = {name for parameter in cli.commands["drain-node"].params for name in parameter.opts}
-    assert {"--reason", "--reason-message", "--deadline-remaining-seconds"} <= options
+    assert {"--address", "--node-id", "--reason", "--reason-message", "--deadline-remaining-seconds"} <= options
     reason = next(parameter for parameter in cli.commands["drain-node"].params if parameter.name == "reason")
     assert "DRAIN_NODE_REASON_PREEMPTION" in reason.type.choices

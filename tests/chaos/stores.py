@@ -42,6 +42,7 @@ from tests.evaluation.builders import write_problems
 _AZURITE = "devstoreaccount1"
 _AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 STEPS, INTERVAL = 40, 10
+REFUSE_EVERY = 50  # of so many requests one is refused with 503, but by Azurite none
 
 
 @contextmanager
@@ -49,12 +50,13 @@ def store(kind: str, azurite: str) -> Iterator[tuple[str, Mapping[str, str]]]:
     """A running store of that kind: the URL of a bucket in it, and the environment of its clients."""
     if kind == "s3":
         with started_s3() as s3:
+            s3.refuse_every = REFUSE_EVERY
             yield f"s3://{BUCKET}", s3.variables
         return
     if kind == "gcs":
         from tests.chaos.gcs import started_gcs
 
-        with started_gcs() as variables:
+        with started_gcs(REFUSE_EVERY) as variables:
             yield f"gs://{BUCKET}", variables
         return
     with started_azurite(azurite) as variables:

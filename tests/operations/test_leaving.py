@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+import ray
 from typer.testing import CliRunner
 
 from cert_ray.cli.app import app
@@ -124,9 +125,9 @@ def test_a_head_is_never_drained(own: str, monkeypatch: pytest.MonkeyPatch) -> N
         {"NodeID": "other", "Resources": {"CPU": 2.0}},
     ]
     context = SimpleNamespace(get_node_id=lambda: own, gcs_address="10.0.0.1:6379")
-    monkeypatch.setattr(on_ray.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(on_ray.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(on_ray.ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
     if own == "other":
         assert on_ray.node_here() == ("other", "10.0.0.1:6379")
         return

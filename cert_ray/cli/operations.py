@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -104,8 +103,8 @@ def drain(
 ) -> None:
     """Tell Ray on this node that the node will be gone: training writes a checkpoint, nothing new starts here.
 
-    It ends when the time is over, so that a pod stays for as long; Ray on a node without work ends at once. The cluster
-    is that of RAY_ADDRESS, else the one whose Ray runs here. A head is never drained.
+    It ends when the time is over, so that a pod stays for as long, or sooner, when Ray has ended here: it does once
+    nothing runs. The cluster is that of RAY_ADDRESS, else the one whose Ray runs here. A head is never drained.
 
     Example: cert-ray drain --when aws
     """
@@ -114,10 +113,7 @@ def drain(
 
     node_id, address = node_here()  # now: later there may be little time
     left = within_s if when == "now" else leaving.wait_for_notice(when)
-    began = time.monotonic()
     leaving.drain(node_id, address, left)
-    typer.echo(f"this node is drained, {left:.0f} s before it is gone")
-    time.sleep(max(0.0, left - (time.monotonic() - began)))
 
 
 plan = typer.Typer(no_args_is_help=True, help="Predict what a run would take; nothing is read or started.")

@@ -18,6 +18,8 @@ from typing import Literal
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import psutil
+
 from cert_ray.errors import ClusterError
 
 _log = logging.getLogger(__name__)
@@ -49,22 +51,19 @@ def wait_for_notice(cloud: Cloud, server: str | None = None) -> float:
 
 
 def drain(node_id: str, address: str, within_s: float) -> None:
-    """Tell the cluster whose GCS is at `address` that a node of it will be gone in `within_s` seconds.
+    """Tell the cluster whose GCS is at `address` that a node, this one, will be gone in `within_s` seconds.
+
+    Returns when that time is over, or Ray has ended here, as it does once nothing runs.
 
     Raises:
         ClusterError: when Ray does not answer there, or refuses.
     """
     # The module of the `ray` command, since the one on the path may be another environment's.
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-    command += [
-        "--address",
-        address,
-        "--node-id",
-        node_id,
-        "--reason-message",
-        "this machine is going to be taken away",
-    ]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node_id]
+    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "this machine will be taken away"]
     command += ["--deadline-remaining-seconds", str(max(0, round(within_s)))]
+    began_s = time.monotonic()
+    raylets = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"]
     cure = "Run it on a node of the cluster, with the cluster's token, while Ray runs on both."
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_RAY_ANSWERS_S, check=False)
@@ -73,6 +72,8 @@ def drain(node_id: str, address: str, within_s: float) -> None:
     if done.returncode != 0:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise ClusterError(address, lines[-1] if lines else f"`ray drain-node`: {done.returncode}", cure)
+    _log.info("this node is drained; it will be gone in %.0f s", within_s)
+    psutil.wait_procs(raylets, timeout=max(0.0, within_s - (time.monotonic() - began_s)))
 
 
 def _asked_aws(server: str) -> float | None:

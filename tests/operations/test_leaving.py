@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import ray
 from typer.testing import CliRunner
@@ -99,7 +100,8 @@ def test_a_server_that_does_not_answer_is_told_once_and_asked_again(
 
 def test_the_command_drains_its_node_by_rays_own(server: _Server, monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    slept: list[float] = []
+    waited: list[tuple[list[str], float]] = []
+    processes = [SimpleNamespace(info={"name": name}) for name in ("raylet", "gcs_server")]
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
         commands.append(command)
@@ -107,7 +109,10 @@ def test_the_command_drains_its_node_by_rays_own(server: _Server, monkeypatch: p
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(on_ray, "node_here", lambda: ("ab12", "10.0.0.1:6379"))
-    monkeypatch.setattr("cert_ray.cli.operations.time.sleep", slept.append)
+    monkeypatch.setattr(psutil, "process_iter", lambda _: processes)
+    monkeypatch.setattr(
+        psutil, "wait_procs", lambda found, timeout: waited.append(([one.info["name"] for one in found], timeout))
+    )
     result = CliRunner().invoke(app, ["drain", "--within-s", "25"])
     assert result.exit_code == 0
     assert commands[0][:4] == [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
@@ -115,7 +120,8 @@ def test_the_command_drains_its_node_by_rays_own(server: _Server, monkeypatch: p
     assert options["--node-id"] == "ab12"
     assert options["--address"] == "10.0.0.1:6379"
     assert options["--deadline-remaining-seconds"] == "25"
-    assert 24 < slept[0] <= 25
+    assert waited[0][0] == ["raylet"], "it stays until Ray has ended here"
+    assert 24 < waited[0][1] <= 25
 
 
 @pytest.mark.parametrize("own", ["head", "other"])

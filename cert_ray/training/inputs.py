@@ -106,7 +106,7 @@ def finished(checked: Checked) -> Manifest | None:
     if manifest.notes["run_digest"] != checked.run_digest:
         raise ConfigError(
             f"output: {output} holds the model of another run ({_differences(manifest, checked)}). "
-            "Choose another output, or delete that folder."
+            "Choose another output (a recipe's: another `run`, or another name of the model), or delete that folder."
         )
     for file in manifest.files:
         manifests.check_file(output, file, VERB)

@@ -95,6 +95,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     if manifest is not None:
         _log.info("%s is finished: nothing to train", checked.config.output)
         return _result(checked.config, manifest, reused=True)
+    _check_base(checked.config.base)
     folder = checkpoints.folder_of(checked.config.output)
     _tidy(folder, checked)
     lacking = inputs.waits_for(checked.config, ray.cluster_resources())
@@ -104,6 +105,14 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
     returned = _fit(checked, folder, after_step, several_nodes)
     return _result(checked.config, _finish(checked, returned), reused=False)
+
+
+def _check_base(base: str) -> None:
+    from cert_ray.training.models import check_there  # which imports transformers
+    from cert_ray.training.presets import PRESETS
+
+    if base not in PRESETS:
+        check_there(base, "base")
 
 
 def _tidy(folder: str, checked: inputs.Checked) -> None:

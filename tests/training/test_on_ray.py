@@ -298,6 +298,9 @@ def test_a_finished_output_is_reused_or_refused_but_never_replaced(undisturbed, 
 def test_bad_inputs_end_before_a_worker_starts(undisturbed, make_config, tmp_path):
     with pytest.raises(NotFinishedError, match="cert-ray pack"):
         train(make_config(tokens=str(tmp_path)))
+    for base, problem in ((str(tmp_path / "absent"), "is not a folder"), ("modern-1", "give a preset .*modern-tiny")):
+        with pytest.raises(ConfigError, match=f"base: .*{problem}"):
+            train(make_config(base=base))
     (Path(undisturbed.folder) / "manifest.json").rename(tmp_path / "manifest.json")
     folder = Path(checkpoints.folder_of(undisturbed.folder))
     whole = [next((folder / name).glob("engine/engine/*optim_states.pt")) for name in ("step-000009", "step-000010")]

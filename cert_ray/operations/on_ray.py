@@ -147,8 +147,12 @@ def _start(folder: str) -> BaseContext:
 
 def _join(target: str, patience_s: float) -> None:
     host = find_host(target)
-    if host is None and target == "auto" and (found := canonicalize_bootstrap_address(target)) is not None:
-        host = find_host(found)
+    if host is None and target == "auto":
+        try:
+            found = canonicalize_bootstrap_address(target)
+        except ConnectionError as error:
+            raise ClusterError(target, "no Ray runs on this machine", _START) from error
+        host = find_host(found) if found is not None else None
     if host is not None:
         wait_for_listener(*host, patience_s)
         # Without a mode, Ray may find a token by itself for `auto`: after this, and only there.

@@ -183,6 +183,12 @@ def test_no_cluster_on_this_machine_says_how_to_start_one(monkeypatch: pytest.Mo
     monkeypatch.setattr(on_ray.ray, "init", init)
     assert "Start one with `ray start --head`" in why_not_joined("auto")
 
+    def nothing(address: str) -> None:
+        init()
+
+    monkeypatch.setattr(on_ray, "canonicalize_bootstrap_address", nothing)
+    assert "no Ray runs on this machine. Start one with `ray start --head`" in why_not_joined("auto")
+
 
 def test_processes_of_a_private_ray_know_its_address_where_another_runs_beside() -> None:
     import ray

@@ -189,17 +189,11 @@ def _check_unless_known(folder: Path, manifest: Manifest) -> None:
             known = {}
         now = {str(folder / file.name): _state(folder / file.name) for file in manifest.files}
         unknown = [file for file in manifest.files if known.get(path := str(folder / file.name)) != now[path]]
-        with ThreadPoolExecutor(_READ_AT_ONCE) as threads, _progress(f"comparing {folder}", unknown) as done:
-            for file in threads.map(functools.partial(_checked, folder), unknown):
-                done(file)
+        check = functools.partial(manifests.check_file, str(folder), verb=VERB)
+        _each(unknown, check, _READ_AT_ONCE, f"comparing {folder}")
         if unknown:
             with suppress(OSError):  # a disk that is full: it is read again next time
                 noted.write_text(json.dumps(now))
-
-
-def _checked(folder: Path, file: WrittenFile) -> WrittenFile:
-    manifests.check_file(str(folder), file, VERB)
-    return file
 
 
 def _state(path: Path) -> list[int]:
@@ -227,9 +221,7 @@ def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
         missing = [file for file in manifest.files if not _has_arrived(folder / file.name, file)]
         if missing:
             _make_room(url, sum(file.size_bytes for file in missing), folder.parent)
-        with ThreadPoolExecutor(_COPIES_AT_ONCE) as threads, _progress(f"copying {url}", missing) as done:
-            for file in threads.map(functools.partial(_copy, url, folder), missing):  # after a failure, no more begin
-                done(file)
+        _each(missing, functools.partial(_copy, url, folder), _COPIES_AT_ONCE, f"copying {url}")
         undone.pop_all()
     return folder, in_use
 
@@ -244,12 +236,18 @@ def _progress(what: str, files: Sequence[WrittenFile]) -> Iterator[Callable[[Wri
         yield lambda file: progress.advance(size_bytes=file.size_bytes)
 
 
-def _copy(url: str, folder: Path, file: WrittenFile) -> WrittenFile:
+def _each(files: Sequence[WrittenFile], work: Callable[[WrittenFile], None], at_once: int, what: str) -> None:
+    """Do `work`, which is called `what`, on every one of `files`; after a failure, no more begin."""
+    with ThreadPoolExecutor(at_once) as threads, _progress(what, files) as done:
+        for file, _ in zip(files, threads.map(work, files), strict=True):
+            done(file)
+
+
+def _copy(url: str, folder: Path, file: WrittenFile) -> None:
     arriving = folder / f".{file.name}.partial"
     written = storage.copy_to_local(storage.join(url, file.name), arriving)
     manifests.check_same(storage.join(url, file.name), written, file, VERB)
     arriving.rename(folder / file.name)
-    return file
 
 
 @contextmanager

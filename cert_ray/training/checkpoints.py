@@ -20,7 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from cert_ray.manifests import WrittenFile
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 FOLDER_NAME = "checkpoints"
+ROOM_FOR_COPIES = "Free some, or set TMPDIR, and run the same again."  # what to do where a copy has no room
 _COMPLETE = "complete.json"
 _READ_AT_ONCE = 8  # assumed: of an object store, whose single streams are slow
 _NAME = re.compile(r"step-(\d{6,})")
@@ -145,12 +146,9 @@ def remove_incomplete(folder: str) -> None:
 def check_run(folder: str, run_digest: str) -> None:
     """Raise `CheckpointError` when the newest checkpoint below `folder` is another run's; that alone is read of it."""
     for _, url in reversed(complete_checkpoints(folder)):
-        try:
-            first = _read_part(url, 0)
-        except DamagedCheckpointError:  # for `newest_readable` to tell
-            continue
-        _check_run(url, first, run_digest)
-        return
+        with suppress(DamagedCheckpointError):  # for `newest_readable` to tell
+            first_part(url, run_digest)
+            return
 
 
 def newest_readable(

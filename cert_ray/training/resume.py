@@ -27,7 +27,6 @@ _log = logging.getLogger(__name__)
 
 EPOCHS_NAME = "epochs.json"  # where in the run's rows each segment ends
 MACHINES_NAME = "machines.json"  # how many of the steps so far which machines did
-_NO_ROOM = "Free some, or set TMPDIR, and run the same again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +90,8 @@ class _Reader:
 
     def __init__(self, config: TrainConfig, run_digest: str, together: Together, temporary: Path) -> None:
         self._config, self._run_digest, self._together, self._temporary = config, run_digest, together, temporary
-        self._machines = together.gathered(socket.gethostname())
-        self._first_here = self._machines.index(self._machines[together.rank])  # rank, on this machine
+        machines = together.gathered(socket.gethostname())
+        self._first_here = machines.index(machines[together.rank])  # rank, on this machine
 
     def fetch(self, url: str) -> _Fetched:
         """The checkpoint at `url`, as far as this rank needs it."""
@@ -106,7 +105,7 @@ class _Reader:
         return first.world_size == self._together.world_size or self._config.zero_stage == 0
 
     def _fetched(self, url: str, first: checkpoints.Part, ranks: Collection[int] | None) -> _Fetched:
-        with checkpoints.full_disk_told(f"a copy of {url}", None, _NO_ROOM):
+        with checkpoints.full_disk_told(f"a copy of {url}", None, checkpoints.ROOM_FOR_COPIES):
             folder = checkpoints.fetch(url, first, ranks, self._temporary / checkpoints.name_of_step(first.step))
         return _Fetched(url, first, folder)
 
@@ -130,5 +129,5 @@ class _Reader:
 
     def _convert(self, checkpoint: Path, converted: Path) -> None:
         what = f"the checkpoint of another number of workers than {self._together.world_size}, converted,"
-        with checkpoints.full_disk_told(what, None, _NO_ROOM):
+        with checkpoints.full_disk_told(what, None, checkpoints.ROOM_FOR_COPIES):
             universal_state(checkpoint / export.ENGINE_FOLDER, converted)

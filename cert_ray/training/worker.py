@@ -53,7 +53,6 @@ _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
 )
 _QUIET_S = 10.0  # without a line a step has one, due or not: assumed to be what a reader waits for
-_NO_ROOM_FOR_COPY = "Free some, or set TMPDIR, and run the same again."
 
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
 Report = Callable[[dict[str, Any], Path, str], None]
@@ -170,7 +169,7 @@ def _run(
 
 
 def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
-    with checkpoints.full_disk_told(f"a copy of {config.tokens}", None, _NO_ROOM_FOR_COPY):
+    with checkpoints.full_disk_told(f"a copy of {config.tokens}", None, checkpoints.ROOM_FOR_COPIES):
         packed = PackedTokens.open(config.tokens, verify=False)  # the caller did, once
     if pack_digest is not None:
         inputs.check_same_pack(config, packed.manifest, pack_digest)
@@ -178,7 +177,7 @@ def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
 
 
 def _load(config: TrainConfig, packed: PackedTokens, copies: Path) -> models.Loaded:
-    with checkpoints.full_disk_told(f"a copy of {config.base} or its tokenizer", None, _NO_ROOM_FOR_COPY):
+    with checkpoints.full_disk_told(f"a copy of {config.base} or its tokenizer", None, checkpoints.ROOM_FOR_COPIES):
         return models.load(config, packed, copies)
 
 

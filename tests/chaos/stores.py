@@ -20,7 +20,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from cert_ray import manifests, storage
 from tests.chaos.run import ROOT, ChaosError
 from tests.chaos.s3 import BUCKET, started_s3
 from tests.evaluation.builders import write_problems
+from tests.ray_heads import free_port
 
 # Azurite's only account and its key, which its documentation gives.
 _AZURITE = "devstoreaccount1"
@@ -68,9 +68,7 @@ def started_azurite(program: str) -> Iterator[Mapping[str, str]]:
     """An Azurite with the container `BUCKET`, which keeps nothing."""
     from azure.storage.blob import ContainerClient
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--inMemoryPersistence", "--silent", "--skipApiVersionCheck", "--disableTelemetry"]
     server = subprocess.Popen([program, "--blobPort", str(port), *options])
     try:

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos.run import HEALTH_CHECK, ROOT, ChaosError, Nodes, started_cluster
+from tests.ray_heads import RAY
 
 TOLERANCE_NATS = 2e-5
 PACE_S = 1.0
@@ -242,7 +243,7 @@ def preempted(given: argparse.Namespace, nodes: Nodes) -> str:
     def announce_and_kill() -> None:
         if not announced and (run.folder / "leave").exists():
             announced.append(time.time())
-            command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", nodes.cluster.address]
+            command = [RAY, "drain-node", "--address", nodes.cluster.address]
             command += ["--node-id", leaving.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
             command += ["--reason-message", "chaos", "--deadline-remaining-seconds", str(given.notice_s)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

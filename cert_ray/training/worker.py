@@ -162,7 +162,7 @@ def _run(
     files: tuple[WrittenFile, ...] = ()
     if together.rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
-        _log.info("%s: is exported", last)
+        _log.info("exporting %s", last)
         files = export.export_checkpoint(last, config.output)
     # Sixteen times the records of 100,000 steps would be sent to the driver, which reads those of rank 0.
     return Outcome(tuple(trainer.records) if together.rank == 0 else (), parameters, trainer.machines, files)
@@ -364,7 +364,7 @@ class _Rank:
         # Left by a kill, it may hold parts of more workers than there are now.
         self._together.decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
         if self._rank == 0:
-            _log.info("%s: is written and read back", folder_url)
+            _log.info("writing %s, and reading it back", folder_url)
         with checkpoints.full_disk_told(name, config.output, _NO_ROOM), scratch_folder("checkpoint") as folder:
             self._engine.save(folder / export.ENGINE_FOLDER)
             if self._rank == 0:

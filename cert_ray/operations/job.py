@@ -17,13 +17,14 @@ from cert_ray.telemetry import logs
 def run_job(stage: Callable[[Recipe], Any]) -> None:
     """Run `stage` on the recipe that the command line names; exit status 0, 1 (failed) or 2 (cannot be used).
 
-    The last line on standard output is `{"outcome": "finished", ...}` or `{"outcome": "failed", "error": ...}`.
+    The last line on standard output is `{"outcome": "finished", ...}`, `{"outcome": "failed", "error": ...}`, or after
+    Ctrl-C and `ray job stop` (with the status that such a program has) `{"outcome": "stopped", "run": ...}`.
     """
     try:
         logs.configure()
         recipe = _recipe(sys.argv[1:])
         with logs.story(recipe.run, Path(sys.argv[0]).stem), ray_session():
-            result = stage(recipe)
+            result = _unless_stopped(stage, recipe)
     except CertRayError as error:
         _tell({"outcome": "failed", "error": str(error)})
         raise SystemExit(2 if isinstance(error, ConfigError | InputError) else 1) from error
@@ -31,6 +32,14 @@ def run_job(stage: Callable[[Recipe], Any]) -> None:
         _tell({"outcome": "failed", "error": f"{type(error).__name__}: {error}"})
         raise  # with its traceback on standard error, and status 1
     _tell({"outcome": "finished", "run": recipe.run, "result": _brief(result)})
+
+
+def _unless_stopped(stage: Callable[[Recipe], Any], recipe: Recipe) -> Any:
+    try:
+        return stage(recipe)
+    except (KeyboardInterrupt, SystemExit):
+        _tell({"outcome": "stopped", "run": recipe.run})
+        raise
 
 
 def _recipe(arguments: list[str]) -> Recipe:

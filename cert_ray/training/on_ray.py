@@ -9,7 +9,6 @@ import atexit
 import logging
 import os
 import signal
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -44,6 +43,7 @@ from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.records import StepRecord
 from cert_ray.training.scratch import scratch_folder
+from cert_ray.training.stopping import Stop, asked
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +83,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     every worker after each step.
 
     Raises:
+        KeyboardInterrupt, SystemExit: after Ctrl-C and SIGTERM, with a checkpoint; after a second one at once.
         ConfigError, InputError, NotFinishedError, ...: before any worker starts, when an input cannot be used.
         CheckpointError: when every checkpoint is damaged, or they are another run's.
         TrainingDivergedError: when the loss stops being finite, or spikes for longer than `config.on_spike` allows.
@@ -103,8 +104,19 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         _log.warning("%s", lacking)
     several_nodes = lacking is not None or checked.config.min_workers is not None or len(ray.nodes()) > 1
     _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
-    returned = _fit(checked, folder, after_step, several_nodes)
-    return _result(checked.config, _finish(checked, returned), reused=False)
+    with Stop() as stop:
+        returned = _fit(checked, folder, after_step, several_nodes, stop)
+        while (step := returned.get("early_step")) is not None:
+            if stop.came:
+                _log.warning("stopped after step %d: run the same again to go on", step)
+                raise stop.told()
+            _log.info("step %d: workers start again, on nodes that stay", step)
+            _tidy(folder, checked)
+            returned = _fit(checked, folder, after_step, several_nodes, stop)
+        manifest = _finish(checked, returned)
+        if stop.came:  # while the last steps were done
+            raise stop.told()
+    return _result(checked.config, manifest, reused=False)
 
 
 def _check_base(base: str) -> None:
@@ -126,7 +138,19 @@ def _tidy(folder: str, checked: inputs.Checked) -> None:
                 storage.remove(entry.url)
 
 
-def _fit(checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool) -> dict[str, Any]:
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
+    """Ray Train's, whose way to take Ctrl-C (it ends the workers) comes second."""
+
+    stop: Stop
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        super()._register_sigint_handler(controller)
+        self.stop.take_over(signal.SIGINT)
+
+
+def _fit(
+    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: Stop
+) -> dict[str, Any]:
     """Run the workers, which may come to lie on `several_nodes`; what worker 0 returns."""
     config = checked.config
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
@@ -136,7 +160,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None, several_n
     path, filesystem = storage.for_arrow(config.output)
     # One worker alone returns what ended it, and needs no further process.
     verdict = ray.remote(num_cpus=0)(_Verdict).remote() if config.workers > 1 else None
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _work,
         train_loop_config={
             "config": config.model_dump(),
@@ -146,6 +170,7 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None, several_n
             "log": logs.inherited(),
             "verdict": verdict,
             "several_nodes": several_nodes,
+            "stop": stop.name,
         },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -163,8 +188,9 @@ def _fit(checked: inputs.Checked, folder: str, after_step: Any | None, several_n
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),  # our own lines say what happens
         ),
     )
+    trainer.stop = stop
     try:
-        with _interrupts_as_before(), nullcontext() if several_nodes else _unwatched():
+        with nullcontext() if several_nodes else _unwatched():
             returned: dict[str, Any] = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise _explain(error, config, folder) from error
@@ -207,18 +233,6 @@ def _unwatched() -> Iterator[None]:
         yield
     finally:
         del os.environ[_WATCHER]
-
-
-@contextmanager
-def _interrupts_as_before() -> Iterator[None]:
-    """Afterwards Ctrl-C means what it meant before: Ray Train goes on taking it for a run that is over."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        # None: a host's own handler, not set from Python, which Python cannot set again.
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, handler)
 
 
 def _explain(error: Exception, config: TrainConfig, folder: str) -> CertRayError:
@@ -278,6 +292,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 pack_digest=options["pack_digest"],
                 wait=ray.train.collective.barrier if context.get_world_size() > 1 else None,
                 leaving=_leaving if options["several_nodes"] else None,
+                stopped=lambda: asked(options["stop"]),
             )
     except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}
@@ -287,6 +302,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         # Raised, or the others would wait for ever; Ray Train starts all of them again, and they are told.
         ray.get(options["verdict"].pass_on.remote(error))
         raise
+    if isinstance(outcome, worker.Early):
+        return {"early_step": outcome.step}  # no class of ours: the driver would import torch for it
     return {
         "records": outcome.records,
         "parameters": outcome.parameters,

@@ -32,7 +32,7 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.determinism import deterministic_kernels
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.model_card import run_facts
-from cert_ray.training.notices import Leaving, Notices
+from cert_ray.training.notices import Leaving, Notices, Reason, Stopped
 from cert_ray.training.records import (
     StepRecord,
     described,
@@ -69,6 +69,14 @@ class Outcome:
     files: tuple[WrittenFile, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Early:
+    """A run that ended before its last step, with a checkpoint of the last one that was done."""
+
+    step: int
+    reason: Reason
+
+
 def run(
     config: TrainConfig,
     run_digest: str,
@@ -80,14 +88,15 @@ def run(
     pack_digest: str | None = None,
     wait: Wait | None = None,
     leaving: Leaving | None = None,
-) -> Outcome:
+    stopped: Stopped | None = None,
+) -> Outcome | Early:
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
     Args:
         count: is told every record on rank 0, beside the loggers of `config`.
         pack_digest: of the pack that the run began with, which may have been replaced since; None: as it is now.
         wait: as `Together` has it.
-        leaving: is asked between steps, by all ranks; a node that is new among them brings a checkpoint at once.
+        leaving, stopped: are asked between steps; nodes that leave, or a stop, end the run there, with a checkpoint.
 
     Raises:
         ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
@@ -106,7 +115,8 @@ def run(
     kernels = deterministic_kernels() if config.deterministic else nullcontext()
     with kernels, scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
         together = Together(rank, world_size, wait)
-        return _run(config, run_digest, together, report, after_step, count, pack_digest, leaving, copies)
+        notices = Notices(leaving, stopped, together)
+        return _run(config, run_digest, together, report, after_step, count, pack_digest, notices, copies)
 
 
 def _warn_of_slow_bf16() -> None:
@@ -127,15 +137,15 @@ def _run(
     after_step: AfterStep | None,
     count: Tell | None,
     pack_digest: str | None,
-    leaving: Leaving | None,
+    notices: Notices,
     copies: Path,
-) -> Outcome:
+) -> Outcome | Early:
     packed = together.everywhere(lambda: _open(config, pack_digest))
     loaded = together.everywhere(lambda: _load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
-        trainer = _Rank(config, run_digest, together, packed, loaded, report, leaving)
+        trainer = _Rank(config, run_digest, together, packed, loaded, report, notices)
         tells = _tells(config, run_digest, together.rank, len(trainer.records))
         with ExitStack() as stack:
             tell = together.everywhere(lambda: stack.enter_context(tells))
@@ -159,6 +169,8 @@ def _run(
         size = memory.measure(loaded.model.config, config.precision, packed.context_tokens)
         step = "before the first step: " if trainer is None else f"step {len(trainer.records) + 1}: "
         raise TrainingMemoryError(step + memory.explain_shortage(size, config, _memory_bytes(config))) from error
+    if trainer.early is not None:
+        return trainer.early
     files: tuple[WrittenFile, ...] = ()
     if together.rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
@@ -216,7 +228,7 @@ class _Rank:
         packed: PackedTokens,
         loaded: models.Loaded,
         report: Report,
-        leaving: Leaving | None,
+        notices: Notices,
     ) -> None:
         self._config, self._run_digest, self._together = config, run_digest, together
         self._rank, self._world_size = together.rank, together.world_size
@@ -233,7 +245,8 @@ class _Rank:
         if self._rank == 0:
             self._tell_epochs()
         self._here = described(together.gathered(machine()))
-        self._notices = Notices(leaving, together)
+        self._notices = notices
+        self.early: Early | None = None
 
     @property
     def machines(self) -> dict[str, int]:
@@ -245,9 +258,10 @@ class _Rank:
         return self._batches.read_ahead(len(self.records), self._config.steps)
 
     def steps(self, rows: Iterator[tuple[int, list[Batch]]]) -> Iterator[StepRecord]:
-        """Train on `rows` to the last step; a record per step, after its checkpoint where it has one."""
+        """Train on `rows` to the last step, or `early` to one before; a record per step, after its checkpoint."""
         config = self._config
         lines = _Lines(config, self.records[-1].tokens if self.records else 0, self._utilization)
+        reason: Reason | None = None  # to end early
         owed = False  # a checkpoint that a spike put off
         for step in range(len(self.records), config.steps):
             record = self._step(step, rows)
@@ -258,11 +272,16 @@ class _Rank:
             if self._rank == 0:
                 lines.show(record)
             every = config.checkpoint_every_steps
-            owed = owed or bool(every and done % every == 0) or self._notices.came(done)
-            if (not self._spikes() and owed) or done == config.steps:
+            reason = reason or self._notices.came(done)
+            owed = owed or bool(every and done % every == 0) or reason is not None
+            saves = (not self._spikes() and owed) or done == config.steps
+            if saves:
                 self._save(done)
                 owed = False
             yield record
+            if saves and reason is not None and done < config.steps:
+                self.early = Early(done, reason)
+                return
 
     def write_losses(self) -> None:
         """Write the records so far to the output, as the finished run does with all."""

@@ -54,6 +54,16 @@ def test_an_error_raised_on_purpose_is_the_outcome(
     assert last_line(capsys) == {"outcome": "failed", "error": str(error)}
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_stop_is_the_outcome_and_goes_on_as_it_is(
+    submitted: Path, capsys: pytest.CaptureFixture[str], stop: BaseException
+) -> None:
+    with pytest.raises(type(stop)) as raised:
+        job.run_job(raising(stop))
+    assert raised.value is stop
+    assert last_line(capsys) == {"outcome": "stopped", "run": str(submitted)}
+
+
 def test_any_other_error_is_the_outcome_too_and_keeps_its_traceback(
     submitted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Nodes that are announced to leave: each is news once, and short steps are not all followed by a question."""
+"""What ends the workers early: nodes that leave, and a stop; short steps are not all followed by a question."""
 
 from __future__ import annotations
 
@@ -26,40 +26,43 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_each_node_is_news_once_and_told(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_node_that_leaves_is_told_and_ends_the_workers(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     leaving: list[str] = []
-    asked = Notices(lambda: leaving, _OneRank())
-    answers = []
+    asked = Notices(lambda: leaving, None, _OneRank())
+    clock[0] += 5.0
+    assert asked.came(1) is None
+    leaving += ["node-b", "node-a"]
+    clock[0] += 5.0
     with caplog.at_level(logging.WARNING):
-        for step in range(1, 8):
-            clock[0] += 5.0
-            if step == 3:
-                leaving.append("node-a")
-            if step == 5:
-                leaving.append("node-b")
-            answers.append(asked.came(step))
-    assert answers == [False, False, True, False, True, False, False]
-    assert [record.getMessage() for record in caplog.records] == [
-        "step 3: node-a will be taken away: a checkpoint is due",
-        "step 5: node-b will be taken away: a checkpoint is due",
-    ]
+        assert asked.came(2) == "leaving"
+    assert caplog.messages == ["step 2: node-a, node-b will be taken away: a checkpoint is due"]
 
 
-def test_the_cluster_is_asked_every_two_seconds_of_steps(clock: list[float]) -> None:
+def test_a_stop_comes_before_nodes_that_leave(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    asked = Notices(lambda: ["node-a"], lambda: True, _OneRank())
+    clock[0] += 5.0
+    with caplog.at_level(logging.WARNING):
+        assert asked.came(1) == "stopped"
+    assert caplog.messages == ["step 1: the run is to stop: a checkpoint is due"]
+
+
+@pytest.mark.parametrize("who", ["leaving", "stopped"])
+def test_they_are_asked_every_two_seconds_of_steps(clock: list[float], who: str) -> None:
     asked_at: list[float] = []
 
-    def leaving() -> list[str]:
+    def ask() -> list[str]:
         asked_at.append(clock[0])
         return []
 
-    asked = Notices(leaving, _OneRank())
+    of = {"leaving": None, "stopped": None} | {who: ask}
+    asked = Notices(of["leaving"], of["stopped"], _OneRank())  # type: ignore[arg-type]
     for step in range(1, 101):
         clock[0] += 0.125
-        asked.came(step)
+        assert asked.came(step) is None
     assert asked_at[:5] == [0.125, 0.375, 0.875, 1.875, 3.875]  # one step, two, four, eight, sixteen
     assert asked_at[5:] == [5.875 + 2.0 * number for number in range(4)]
 
 
-def test_without_a_cluster_to_ask_there_is_never_news() -> None:
-    asked = Notices(None, _OneRank())
+def test_with_nobody_to_ask_there_is_never_news() -> None:
+    asked = Notices(None, None, _OneRank())
     assert not any(asked.came(step) for step in range(1, 10))

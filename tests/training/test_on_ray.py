@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ from cert_ray.errors import (
 from cert_ray.operations.story import attempts, read_story
 from cert_ray.telemetry import logs
 from cert_ray.training import checkpoints, inputs, notices, on_ray, worker
-from cert_ray.training.on_ray import TrainResult, _interrupts_as_before, train
+from cert_ray.training.on_ray import TrainResult, train
 
 pytestmark = [
     pytest.mark.ray,
@@ -69,22 +70,6 @@ class _KillOnce:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_interrupts_mean_afterwards_what_they_meant_before():
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with _interrupts_as_before():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGINT) is before
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_an_interrupt_handler_that_python_did_not_set_is_let_be(monkeypatch):
-    monkeypatch.setattr(signal, "getsignal", lambda _: None)  # as it says of one set by a host in C
-    with _interrupts_as_before():
-        pass
-
-
 @pytest.mark.parametrize(
     "error", [ConfigError("c"), InputError("u", "p", "c"), TokenizerMismatchError("t"), NotFinishedError("u", "pack")]
 )
@@ -112,7 +97,7 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     options = {"config": make_config().model_dump(), "run_digest": "", "pack_digest": "", "after_step": None}
-    options |= {"several_nodes": True}
+    options |= {"several_nodes": True, "stop": "name"}
     return options | {"log": logs.inherited(), "verdict": _Verdict() if world_size > 1 else None}
 
 
@@ -152,7 +137,7 @@ def test_nodes_that_may_leave_are_watched_and_one_that_has_all_is_not(
     fitted = []
     monkeypatch.setattr(ray, "nodes", lambda: [{}] * nodes)
     monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
-    monkeypatch.setattr(on_ray, "_fit", lambda *given: fitted.append(given[-1]))
+    monkeypatch.setattr(on_ray, "_fit", lambda *given: fitted.append(given[3]) or {})
     monkeypatch.setattr(on_ray, "_finish", lambda *_: None)
     monkeypatch.setattr(on_ray, "_result", lambda *_, **__: None)
     train(make_config(**options))
@@ -214,10 +199,37 @@ class _Announces:
             get_train_context().preemption_context.preemption_info = info
 
 
+class _Interrupts:
+    """After step 3 the driver gets Ctrl-C, once; each step is followed by a look."""
+
+    def __init__(self, mark: Path) -> None:
+        self._mark, self._driver = mark, os.getpid()
+
+    def __call__(self, step: int, rank: int) -> None:
+        notices._LOOK_EVERY_S = 0.0
+        if step == 3 and rank == 1 and not self._mark.exists():
+            self._mark.touch()
+            os.kill(self._driver, signal.SIGINT)
+            time.sleep(1.0)  # the actor that tells of it is being made
+
+
 @pytest.mark.slow
-def test_a_node_that_ray_announces_to_leave_brings_a_checkpoint(ray_cluster, make_config):
-    config = make_config(**OPTIONS | {"checkpoint_every_steps": None, "keep_checkpoints": 9, "min_workers": 1})
-    result = train(config, after_step=_Announces())
+def test_ctrl_c_stops_with_a_checkpoint_from_which_the_run_goes_on(undisturbed, make_config, tmp_path, caplog):
+    config = make_config(**OPTIONS | {"checkpoint_every_steps": None})
+    with pytest.raises(KeyboardInterrupt), caplog.at_level(logging.WARNING):
+        train(config, after_step=_Interrupts(tmp_path / "mark"))
+    (step, _) = checkpoints.newest(checkpoints.folder_of(config.output))
+    assert 3 < step < 10
+    assert f"stopped after step {step}: run the same again to go on" in caplog.text
+    assert signal.getsignal(signal.SIGINT) is HANDLER
+    assert _losses(train(config)) == _losses(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_node_that_ray_announces_to_leave_brings_a_checkpoint_and_a_start_at_once(ray_cluster, make_config):
+    """With no failure allowed: it counts as none."""
+    options = {"checkpoint_every_steps": None, "keep_checkpoints": 9, "min_workers": 1, "max_failures": 0}
+    result = train(make_config(**OPTIONS | options), after_step=_Announces())
     kept = [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(result.folder))]
     assert kept == [5, 10]
 

@@ -319,19 +319,33 @@ def test_what_cannot_be_read_back_does_not_count_and_removes_nothing(make_config
     assert checkpoints.newest(checkpoints.folder_of(config.output))[0] == 2
 
 
-def test_a_node_that_is_announced_to_leave_brings_a_checkpoint_at_once(make_config, copy_report, monkeypatch):
-    """One announced while the loss spikes brings it once the loss has fallen."""
-    leaving: list[str] = []
+@pytest.mark.parametrize("who", ["leaving", "stopped"])
+def test_a_node_that_leaves_and_a_stop_end_the_run_with_a_checkpoint_from_which_it_goes_on(
+    make_config, copy_report, monkeypatch, who
+):
+    """One that comes while the loss spikes ends it once the loss has fallen."""
+    news: list[str] = []
     monkeypatch.setattr(notices, "_LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(worker._Rank, "_spikes", lambda rank: len(rank.records) in (5, 6))
-    config = make_config(steps=9, checkpoint_every_steps=4, keep_checkpoints=9)
+    config = make_config(steps=9, keep_checkpoints=9)
+    whole = _run(make_config(steps=9), copy_report)
 
-    def after(step: int, rank: int) -> None:
-        leaving.extend({1: ["node-a"], 4: ["node-b"]}.get(step, []))
+    def run(news_after: int) -> worker.Outcome | worker.Early:
+        asked = {"leaving": lambda: news, "stopped": lambda: bool(news)}
 
-    worker.run(config, "digest", 0, 1, copy_report(config.output), after, leaving=lambda: leaving)
+        def after(step: int, rank: int) -> None:
+            if step == news_after:
+                news.append("node-a")
+
+        news.clear()
+        return worker.run(config, "digest", 0, 1, copy_report(config.output), after, **{who: asked[who]})
+
+    assert run(1) == worker.Early(2, who)
+    assert run(4) == worker.Early(7, who)
+    done = run(8)  # whose notice comes with the last step: nothing is left to end
+    assert [record.loss for record in done.records] == [record.loss for record in whole.records]
     folder = checkpoints.folder_of(config.output)
-    assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [2, 4, 7, 8, 9]
+    assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [2, 7, 9]
 
 
 def test_a_spike_that_stays_stops_the_run_and_names_the_last_good_checkpoint(

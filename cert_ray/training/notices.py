@@ -1,5 +1,5 @@
 """What ends the workers before the last step, with a checkpoint: a node that leaves, as a cloud announces of its spot
-machines, and a user who stops the run.
+machines, one that joined, and a user who stops the run.
 
 In: what the cluster says, asked by all ranks together. Out: between steps, whether to end, and why.
 """
@@ -15,42 +15,46 @@ from cert_ray.training.together import Together
 
 _log = logging.getLogger(__name__)
 
-Reason = Literal["leaving", "stopped"]
+Reason = Literal["leaving", "growing", "stopped"]
 # The nodes of this run's ranks that are going to be taken away, the same on every rank; every rank calls it.
 Leaving = Callable[[], Collection[str]]
-Stopped = Callable[[], bool]  # whether the run is to stop; rank 0 alone calls it
+Asked = Callable[[], Reason | None]  # any other reason; rank 0 alone calls it
 _LOOK_EVERY_S = 2.0  # clouds announce 25 s to two minutes before; Ray looks every 5 s
 
 
 class Notices:
     """Asks after steps, and not after each of many short ones: an answer takes all ranks a few milliseconds."""
 
-    def __init__(self, leaving: Leaving | None, stopped: Stopped | None, together: Together) -> None:
+    def __init__(self, leaving: Leaving | None, asked: Asked | None, together: Together) -> None:
         """None: nobody is asked."""
-        self._leaving, self._stopped, self._together = leaving, stopped, together
+        self._leaving, self._asked, self._together = leaving, asked, together
         self._looked_s = time.monotonic()
         self._steps_between, self._steps_since = 1, 0
 
     def came(self, step: int) -> Reason | None:
         """Why the workers are to end, if they are; all ranks ask after `step`, and get one answer."""
         self._steps_since += 1
-        if (self._leaving is None and self._stopped is None) or self._steps_since < self._steps_between:
+        if (self._leaving is None and self._asked is None) or self._steps_since < self._steps_between:
             return None
         nodes = self._leaving() if self._leaving is not None else ()
-        stopped, self._steps_between = self._together.decide(self._look)
+        reason, self._steps_between = self._together.decide(self._look)
         self._looked_s, self._steps_since = time.monotonic(), 0
-        if not stopped and not nodes:
-            return None
-        if self._together.rank == 0:
-            what = "the run is to stop" if stopped else f"{', '.join(sorted(nodes))} will be taken away"
-            _log.warning("step %d: %s: a checkpoint is due", step, what)
-        return "stopped" if stopped else "leaving"
+        if nodes and reason != "stopped":
+            reason = "leaving"
+        if reason is not None and self._together.rank == 0:
+            told = {
+                "leaving": f"{', '.join(sorted(nodes))} will be taken away",
+                "growing": "there is room for more workers",
+                "stopped": "the run is to stop",
+            }
+            _log.warning("step %d: %s: a checkpoint is due", step, told[reason])
+        return reason
 
-    def _look(self) -> tuple[bool, int]:
-        """Whether the run is to stop; in how many steps to look again, by how long the last ones took.
+    def _look(self) -> tuple[Reason | None, int]:
+        """What rank 0 is told; in how many steps to look again, by how long the last ones took.
 
         Of few steps that says little.
         """
         step_s = (time.monotonic() - self._looked_s) / self._steps_since
         between = max(1, min(2 * self._steps_between, round(_LOOK_EVERY_S / max(step_s, 1e-6))))
-        return self._stopped is not None and self._stopped(), between
+        return self._asked() if self._asked is not None else None, between

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import signal
 import warnings
@@ -41,7 +42,9 @@ from cert_ray.tokens.encoding import SKETCH_VIEWS
 from cert_ray.tokens.shards import pack_digest
 from cert_ray.training import checkpoints, inputs, records
 from cert_ray.training.config import TrainConfig
+from cert_ray.training.notices import Asked, Reason
 from cert_ray.training.records import StepRecord
+from cert_ray.training.room import Room
 from cert_ray.training.scratch import scratch_folder
 from cert_ray.training.stopping import Stop, asked
 
@@ -105,15 +108,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
     several_nodes = lacking is not None or checked.config.min_workers is not None or len(ray.nodes()) > 1
     _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
     with Stop() as stop:
-        returned = _fit(checked, folder, after_step, several_nodes, stop)
-        while (step := returned.get("early_step")) is not None:
-            if stop.came:
-                _log.warning("stopped after step %d: run the same again to go on", step)
-                raise stop.told()
-            _log.info("step %d: workers start again, on nodes that stay", step)
-            _tidy(folder, checked)
-            returned = _fit(checked, folder, after_step, several_nodes, stop)
-        manifest = _finish(checked, returned)
+        manifest = _finish(checked, _fit_to_the_end(checked, folder, after_step, several_nodes, stop))
         if stop.came:  # while the last steps were done
             raise stop.told()
     return _result(checked.config, manifest, reused=False)
@@ -148,8 +143,27 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
         self.stop.take_over(signal.SIGINT)
 
 
-def _fit(
+def _fit_to_the_end(
     checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: Stop
+) -> dict[str, Any]:
+    """Run the workers, and again each time that they ended early for other nodes; what worker 0 returns at last."""
+    look_s, workers = checked.config.resize_check_s, 0
+    while (returned := _fit(checked, folder, after_step, several_nodes, stop, look_s)).get("early") is not None:
+        reason, step, ended = returned["early"]
+        if stop.came:
+            _log.warning("stopped after step %d: run the same again to go on", step)
+            raise stop.told()
+        _log.info("step %d: the %d workers start again, on the nodes that there are", step, ended)
+        if reason == "growing":
+            # What looked free may be promised to others: started for nothing, it is looked for less often.
+            look_s = 2 * look_s if ended == workers else checked.config.resize_check_s
+        workers = ended if reason == "growing" else 0
+        _tidy(folder, checked)
+    return returned
+
+
+def _fit(
+    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: Stop, look_s: float
 ) -> dict[str, Any]:
     """Run the workers, which may come to lie on `several_nodes`; what worker 0 returns."""
     config = checked.config
@@ -171,13 +185,15 @@ def _fit(
             "verdict": verdict,
             "several_nodes": several_nodes,
             "stop": stop.name,
+            "resources": resources,
+            "look_s": look_s,
         },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.workers if config.min_workers is None else (config.min_workers, config.workers),
             use_gpu=config.use_gpu,
             resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=config.resize_check_s,
+            elastic_resize_monitor_interval_s=math.inf,  # `Room` looks
         ),
         run_config=ray.train.RunConfig(
             name=storage.name_of(folder),
@@ -292,7 +308,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 pack_digest=options["pack_digest"],
                 wait=ray.train.collective.barrier if context.get_world_size() > 1 else None,
                 leaving=_leaving if options["several_nodes"] else None,
-                stopped=lambda: asked(options["stop"]),
+                asked=_asked(options, config, context.get_world_size()),
             )
     except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}
@@ -303,7 +319,8 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         ray.get(options["verdict"].pass_on.remote(error))
         raise
     if isinstance(outcome, worker.Early):
-        return {"early_step": outcome.step}  # no class of ours: the driver would import torch for it
+        # No class of `worker`: the driver would import torch for it.
+        return {"early": (outcome.reason, outcome.step, context.get_world_size())}
     return {
         "records": outcome.records,
         "parameters": outcome.parameters,
@@ -337,6 +354,19 @@ def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
         )
 
     return count
+
+
+def _asked(options: dict[str, Any], config: TrainConfig, world_size: int) -> Asked:
+    """Whether the run is to stop, or has room to grow."""
+    room = Room(options["resources"], options["look_s"])
+    may_grow = config.min_workers is not None and world_size < config.workers
+
+    def reason() -> Reason | None:
+        if asked(options["stop"]):
+            return "stopped"
+        return "growing" if may_grow and room.came() else None
+
+    return reason
 
 
 def _leaving() -> list[str]:

@@ -32,7 +32,7 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.determinism import deterministic_kernels
 from cert_ray.training.loggers import Tell, step_loggers
 from cert_ray.training.model_card import run_facts
-from cert_ray.training.notices import Leaving, Notices, Reason, Stopped
+from cert_ray.training.notices import Asked, Leaving, Notices, Reason
 from cert_ray.training.records import (
     StepRecord,
     described,
@@ -88,7 +88,7 @@ def run(
     pack_digest: str | None = None,
     wait: Wait | None = None,
     leaving: Leaving | None = None,
-    stopped: Stopped | None = None,
+    asked: Asked | None = None,
 ) -> Outcome | Early:
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
@@ -96,7 +96,7 @@ def run(
         count: is told every record on rank 0, beside the loggers of `config`.
         pack_digest: of the pack that the run began with, which may have been replaced since; None: as it is now.
         wait: as `Together` has it.
-        leaving, stopped: are asked between steps; nodes that leave, or a stop, end the run there, with a checkpoint.
+        leaving, asked: are called between steps; a node that leaves, or a reason, ends the run there with a checkpoint.
 
     Raises:
         ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
@@ -115,7 +115,7 @@ def run(
     kernels = deterministic_kernels() if config.deterministic else nullcontext()
     with kernels, scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
         together = Together(rank, world_size, wait)
-        notices = Notices(leaving, stopped, together)
+        notices = Notices(leaving, asked, together)
         return _run(config, run_digest, together, report, after_step, count, pack_digest, notices, copies)
 
 

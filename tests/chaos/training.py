@@ -206,9 +206,10 @@ def elastic(given: argparse.Namespace, nodes: Nodes) -> str:
     undisturbed.finish()
     nodes.remove(nodes.workers[0])
     third = given.steps // 3
-    changes = {third: ("add", 2), 2 * third: ("remove", 1)}
+    changes = {third: ("add", 0), 2 * third: ("remove", 1)}
     config |= {"min_workers": 1, "resize_check_s": 2.0, "max_failures": 9}
-    run = Run(nodes, given.output / "elastic", config, changes=changes)
+    # Steps last longer than they take, so that some are left when the node is there.
+    run = Run(nodes, given.output / "elastic", config, PACE_S, changes=changes)
     done: list[tuple[str, float]] = []
 
     def change_nodes() -> None:
@@ -221,10 +222,15 @@ def elastic(given: argparse.Namespace, nodes: Nodes) -> str:
     apart = max(abs(mine - other) for mine, other in zip(run.losses(), undisturbed.losses(), strict=True))
     if apart > TOLERANCE_NATS:
         raise ChaosError(f"losses are up to {apart} nats apart")
-    lines = ["| node | after step | workers | from step | s |", "|---|---|---|---|---|"]
-    for (name, at_s), (before, after) in zip(done, _changes(read_steps(run.folder)), strict=True):
+    lines = [
+        "| node | told after step | workers | last step before | next step | s between |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (name, _), step, (before, after) in zip(done, changes, _changes(read_steps(run.folder)), strict=True):
+        if name == "add" and after.step != before.step + 1:
+            raise ChaosError(f"a node that joined cost steps: after step {before.step} came {after.step}")
         what = f"{before.world_size} -> {after.world_size}"
-        lines.append(f"| {name} | {before.step} | {what} | {after.step} | {after.at_s - at_s:.1f} |")
+        lines.append(f"| {name} | {step} | {what} | {before.step} | {after.step} | {after.at_s - before.at_s:.1f} |")
     return f"{given.steps} steps; losses at most {apart:.1e} nats from two workers' all along.\n\n" + "\n".join(lines)
 
 

@@ -39,23 +39,31 @@ def test_a_node_that_leaves_is_told_and_ends_the_workers(clock: list[float], cap
 
 
 def test_a_stop_comes_before_nodes_that_leave(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    asked = Notices(lambda: ["node-a"], lambda: True, _OneRank())
+    asked = Notices(lambda: ["node-a"], lambda: "stopped", _OneRank())
     clock[0] += 5.0
     with caplog.at_level(logging.WARNING):
         assert asked.came(1) == "stopped"
     assert caplog.messages == ["step 1: the run is to stop: a checkpoint is due"]
 
 
-@pytest.mark.parametrize("who", ["leaving", "stopped"])
+def test_a_node_that_leaves_comes_before_one_that_joined(clock: list[float]) -> None:
+    clock[0] += 5.0
+    assert Notices(lambda: ["node-a"], lambda: "growing", _OneRank()).came(1) == "leaving"
+    assert Notices(list, lambda: "growing", _OneRank()).came(1) == "growing"
+
+
+@pytest.mark.parametrize("who", ["leaving", "asked"])
 def test_they_are_asked_every_two_seconds_of_steps(clock: list[float], who: str) -> None:
     asked_at: list[float] = []
 
-    def ask() -> list[str]:
+    def leaving() -> list[str]:
         asked_at.append(clock[0])
         return []
 
-    of = {"leaving": None, "stopped": None} | {who: ask}
-    asked = Notices(of["leaving"], of["stopped"], _OneRank())  # type: ignore[arg-type]
+    def ask() -> None:
+        asked_at.append(clock[0])
+
+    asked = Notices(leaving, None, _OneRank()) if who == "leaving" else Notices(None, ask, _OneRank())
     for step in range(1, 101):
         clock[0] += 0.125
         assert asked.came(step) is None

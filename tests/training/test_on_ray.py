@@ -97,7 +97,7 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     options = {"config": make_config().model_dump(), "run_digest": "", "pack_digest": "", "after_step": None}
-    options |= {"several_nodes": True, "stop": "name"}
+    options |= {"several_nodes": True, "stop": "name", "resources": {}, "look_s": 60.0}
     return options | {"log": logs.inherited(), "verdict": _Verdict() if world_size > 1 else None}
 
 
@@ -142,6 +142,23 @@ def test_nodes_that_may_leave_are_watched_and_one_that_has_all_is_not(
     monkeypatch.setattr(on_ray, "_result", lambda *_, **__: None)
     train(make_config(**options))
     assert fitted == [several]
+
+
+def test_room_that_was_none_is_looked_for_less_often(monkeypatch, make_config):
+    """Workers that start again for room, and are as many as before, take it for another's; not those that are more."""
+    looks = []
+    early = [("growing", 2, 1), ("growing", 4, 1), ("growing", 5, 1), ("leaving", 6, 2), ("growing", 7, 1), None]
+
+    def fit(*given):
+        looks.append(given[-1])
+        return {"early": early[len(looks) - 1]}
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(on_ray, "_fit", fit)
+    monkeypatch.setattr(on_ray, "_finish", lambda *_: None)
+    monkeypatch.setattr(on_ray, "_result", lambda *_, **__: None)
+    train(make_config(workers=3, min_workers=1, resize_check_s=10.0))
+    assert looks == [10.0, 10.0, 20.0, 40.0, 40.0, 10.0]
 
 
 def test_one_run_without_the_watcher_leaves_it_to_the_next(monkeypatch):

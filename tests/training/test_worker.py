@@ -319,9 +319,9 @@ def test_what_cannot_be_read_back_does_not_count_and_removes_nothing(make_config
     assert checkpoints.newest(checkpoints.folder_of(config.output))[0] == 2
 
 
-@pytest.mark.parametrize("who", ["leaving", "stopped"])
-def test_a_node_that_leaves_and_a_stop_end_the_run_with_a_checkpoint_from_which_it_goes_on(
-    make_config, copy_report, monkeypatch, who
+@pytest.mark.parametrize("reason", ["leaving", "growing", "stopped"])
+def test_nodes_that_come_and_go_and_a_stop_end_the_run_with_a_checkpoint_from_which_it_goes_on(
+    make_config, copy_report, monkeypatch, reason
 ):
     """One that comes while the loss spikes ends it once the loss has fallen."""
     news: list[str] = []
@@ -331,17 +331,17 @@ def test_a_node_that_leaves_and_a_stop_end_the_run_with_a_checkpoint_from_which_
     whole = _run(make_config(steps=9), copy_report)
 
     def run(news_after: int) -> worker.Outcome | worker.Early:
-        asked = {"leaving": lambda: news, "stopped": lambda: bool(news)}
+        of = {"leaving": lambda: news} if reason == "leaving" else {"asked": lambda: reason if news else None}
 
         def after(step: int, rank: int) -> None:
             if step == news_after:
                 news.append("node-a")
 
         news.clear()
-        return worker.run(config, "digest", 0, 1, copy_report(config.output), after, **{who: asked[who]})
+        return worker.run(config, "digest", 0, 1, copy_report(config.output), after, **of)
 
-    assert run(1) == worker.Early(2, who)
-    assert run(4) == worker.Early(7, who)
+    assert run(1) == worker.Early(2, reason)
+    assert run(4) == worker.Early(7, reason)
     done = run(8)  # whose notice comes with the last step: nothing is left to end
     assert [record.loss for record in done.records] == [record.loss for record in whole.records]
     folder = checkpoints.folder_of(config.output)

@@ -96,16 +96,18 @@ def finished(checked: Checked) -> Manifest | None:
     """The manifest of the same run, finished before; `None` when the output is not finished.
 
     Raises:
-        ConfigError: when the output holds the model of another run.
+        ConfigError: when the output holds the model of another run, or a fetched base.
         ShardCorruptError: when a file of the finished model is missing or damaged.
     """
     output = checked.config.output
     if not manifests.is_finished(output):
         return None
     manifest = manifests.read_manifest(output, STAGE, VERB)
-    if manifest.notes["run_digest"] != checked.run_digest:
+    digest = manifest.notes.get("run_digest")
+    if digest != checked.run_digest:
+        what = "a fetched base" if digest is None else f"the model of another run ({_differences(manifest, checked)})"
         raise ConfigError(
-            f"output: {output} holds the model of another run ({_differences(manifest, checked)}). "
+            f"output: {output} holds {what}. "
             "Choose another output (a recipe's: another `run`, or another name of the model), or delete that folder."
         )
     for file in manifest.files:

@@ -53,12 +53,16 @@ _NAMES = (
     ("NVIDIA H200", "h200"),
     ("NVIDIA L40", None),
     ("NVIDIA L4", "l4"),
+    ("NVIDIA GeForce RTX 4090 ", None),  # D, Laptop GPU
     ("NVIDIA GeForce RTX 4090", "rtx4090"),
 )
+_PART = " MIG "  # in the name of a part of a device, which is all that a process sees of it
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
     """The data sheet of the device that PyTorch calls `device_name`, or `None` where it is not known."""
+    if _PART in device_name:
+        return None
     for beginning, key in _NAMES:
         if device_name.startswith(beginning):
             return GPUS[key] if key else None

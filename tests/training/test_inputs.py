@@ -90,3 +90,11 @@ def test_a_finished_model_of_another_run_is_told_with_what_made_the_difference(m
         inputs.finished(inputs.check(make_config(**shared_out | {"steps": 77, "learning_rate": 0.5})))
     with pytest.raises(ConfigError, match=r"another run \(differs in deterministic\)\."):
         inputs.finished(inputs.check(make_config(**shared_out | {"deterministic": True})))
+
+
+def test_a_fetched_base_is_not_trained_over(make_config, tmp_path):
+    """It is the same stage's folder, but no run's."""
+    base = Origin(base="a", model="A", quantisation=None, file_sha256="")
+    manifests.write_manifest(str(tmp_path), manifests.summarize(inputs.STAGE, base, "inputs", [], {"base": "a"}))
+    with pytest.raises(ConfigError, match=r"holds a fetched base\. Choose another output"):
+        inputs.finished(inputs.check(make_config(output=str(tmp_path))))

@@ -52,6 +52,10 @@ def test_the_share_is_of_all_devices_together_and_unknown_without_a_peak():
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", None),
         ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("Some Other Card", None),
     ],
 )

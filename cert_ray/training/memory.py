@@ -2,8 +2,9 @@
 
 State follows ZeRO's accounting (Rajbhandari et al. 2020, arXiv:1910.02054): per parameter, mixed precision keeps 2
 bytes of weights, 2 of gradients and 12 of optimizer (an fp32 copy and Adam's two moments), split over the workers as
-the stage says. Activations are counted, not guessed: the model runs once on tensors without storage, and what autograd
-would keep is added up; of that a compiled model keeps a part (docs/training.md, "What it takes"). Work is counted as in
+the stage says; but what stage 3 gathers of the weights in a forward pass, DeepSpeed keeps for the backward pass.
+Activations are counted, not guessed: the model runs once on tensors without storage, and what autograd would keep is
+added up; of that a compiled model keeps a part (docs/training.md, "What it takes"). Work is counted as in
 `utilization`. Time between workers is not. Nothing is allocated, no GPU is needed.
 """
 
@@ -27,6 +28,8 @@ from cert_ray.training.utilization import GPUS, Gpu, flops_per_token
 _GB = 1e9
 # Kernels, workspaces, NCCL and what the allocator cannot use; assumed.
 _RESERVED_BYTES = 2 * _GB
+# ZeRO 3 keeps at most so many parameters gathered: DeepSpeed's default (`stage3_max_live_parameters`).
+_MOST_GATHERED = 1_000_000_000
 # What `torch.compile` keeps of the activations, the rest being computed again where it is needed, and bytes of a logit:
 # itself and its gradient, no fp32 copy. Measured on an H100 in bf16: 0.45 to 0.54 with three models.
 _COMPILED_SHARE = 0.55
@@ -128,7 +131,7 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
     per_logit = _COMPILED_LOGIT_BYTES if compiled else 8 if config.precision == "fp32" else 10
     tokens = config.rows_per_step * size.context_tokens
     return Estimate(
-        weights=element * parameters / (workers if stage == 3 else 1),
+        weights=element * (parameters / workers + min(parameters, _MOST_GATHERED) if stage == 3 else parameters),
         gradients=element * parameters / (workers if stage >= 2 else 1),
         optimizer=8 * parameters if stage == 0 else 12 * parameters / workers,
         buffers=0.0 if stage == 0 else element * parameters,  # DeepSpeed's bucket, at most as long as the gradients
@@ -158,10 +161,11 @@ def advice(size: ModelSize, config: TrainConfig, memory_bytes: float) -> str:
             }
             if estimate(size, config.model_copy(update=options)).total <= memory_bytes:
                 return _changes(config, options)
-    split = config.model_copy(update={"zero_stage": 3, "micro_batch": 1, "activation_checkpointing": True})
-    if config.zero_stage < 3 and estimate(size, split).total <= memory_bytes:
-        return "Raise zero_stage to 3, lower micro_batch to 1, and set activation_checkpointing: true."
-    return "No setting makes it fit: use more workers with zero_stage 3, a GPU with more memory, or a smaller model."
+    for stage in range(config.zero_stage + 1, 4):
+        split = config.model_copy(update={"zero_stage": stage, "micro_batch": 1, "activation_checkpointing": True})
+        if estimate(size, split).total <= memory_bytes:
+            return f"Raise zero_stage to {stage}, lower micro_batch to 1, and set activation_checkpointing: true."
+    return "No setting makes it fit: use more workers with zero_stage 2 or 3, a larger GPU, or a smaller model."
 
 
 def _changes(config: TrainConfig, options: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import pytest
@@ -66,9 +67,9 @@ def test_work_is_six_times_the_weights_and_the_attention_by_hand(size):
 
 @pytest.mark.parametrize(
     ("stage", "bytes_per_parameter"),
-    [(1, 2 + 2 + 12 / 4), (2, 2 + 2 / 4 + 12 / 4), (3, 2 / 4 + 2 / 4 + 12 / 4)],
+    [(1, 2 + 2 + 12 / 4), (2, 2 + 2 / 4 + 12 / 4), (3, 2 + 2 / 4 + 2 / 4 + 12 / 4)],
 )
-def test_state_is_that_of_the_zero_paper(size, stage, bytes_per_parameter):
+def test_state_is_that_of_the_zero_paper_and_what_stage_3_gathers(size, stage, bytes_per_parameter):
     found = memory.estimate(size, _config(workers=4, zero_stage=stage))
     state = found.weights + found.gradients + found.optimizer
     assert state == pytest.approx(bytes_per_parameter * size.parameters)
@@ -89,6 +90,26 @@ def test_the_engine_holds_the_weights_and_the_optimizer_that_are_estimated(
     held = _tensor_bytes(before)
     found = memory.estimate(memory.measure(shape, precision, 32), config)
     assert held == pytest.approx(found.weights + found.optimizer, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning")
+def test_zero_3_holds_its_part_of_the_weights_and_all_that_a_forward_pass_gathered(process_group, make_config):
+    """From the second pass on: in the first, DeepSpeed does not know yet what a backward pass reads again."""
+    config = make_config(zero_stage=3, precision="bf16", gradient_accumulation=1)
+    shape = preset_config("tiny", 500, 32, 0, 1)
+    engine = Engine(AutoModelForCausalLM.from_config(shape, dtype=torch.float32), config)
+    weights = list(engine._engine.module.parameters())
+    held = []
+
+    def add_up(*_):
+        held.append(sum(weight.nbytes + weight.ds_tensor.nbytes for weight in weights))
+
+    engine._engine.module.register_forward_hook(add_up)
+    batch = (torch.ones(4, 33, dtype=torch.long), torch.ones(4, 33, dtype=torch.bool))
+    for _ in range(2):
+        engine.train_step([batch], 1e-3)
+    assert held[1] == memory.estimate(memory.measure(shape, "bf16", 32), config).weights
 
 
 def _tensor_bytes(before: frozenset[int] | None = None):
@@ -112,7 +133,9 @@ def test_advice_makes_it_fit_and_reads_the_same_rows(size):
     assert memory.advice(size, config, 0.6 * total) == "Set micro_batch: 20, gradient_accumulation: 2."
     one = memory.estimate(size, _config(micro_batch=1)).total
     assert "activation_checkpointing: true" in memory.advice(size, config, one - 1e6)
-    assert "zero_stage to 3" in memory.advice(size, _config(workers=8), 3e9)
+    assert "zero_stage to 2" in memory.advice(size, _config(workers=8), 3.1e9)
+    seven_billion = dataclasses.replace(size, parameters=7_000_000_000)
+    assert "zero_stage to 3" in memory.advice(seven_billion, _config(workers=8), 35e9)
     assert "No setting makes it fit" in memory.advice(size, config, 1e9)
 
 

@@ -28,13 +28,13 @@ with warnings.catch_warnings():  # deepspeed and what it imports warn of their o
 
 from cert_ray.training.attention import leave_out_masks, tabulate_rotations
 from cert_ray.training.config import TrainConfig
+from cert_ray.training.memory import BUCKET_ELEMENTS
 from cert_ray.training.sampling import micro_batches
 from cert_ray.training.step import Learner, plain_names, predicted_tokens
 
 _TAG = "engine"
 # Older versions add the -1 of a group that is not finite up with the others: a finite norm of a step that is not.
 _NORM_TELLS = hasattr(stage_1_and_2, "combine_grad_norm_groups")
-_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default
 _QUIET_STEPS = 1 << 62  # DeepSpeed's own progress lines: never
 
 
@@ -53,8 +53,8 @@ def engine_options(config: TrainConfig, parameters: int, world_size: int) -> dic
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": micro_batches(config.rows_per_step, config.micro_batch, world_size),
         "gradient_clipping": config.max_gradient_norm or 0.0,
-        # The bucket is allocated whole: DeepSpeed's own default would take 1 or 2 GB for a model of any size.
-        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET_ELEMENTS)},
+        # The bucket is allocated whole: by itself it would take 1 or 2 GB for a model of any size.
+        "zero_optimization": {"stage": config.zero_stage, "reduce_bucket_size": min(parameters, BUCKET_ELEMENTS)},
         "zero_allow_untested_optimizer": True,  # DeepSpeed's word for torch's own AdamW
         # To look for what is not finite in every gradient costs a launch each; where the norm is taken, it says so.
         "bf16": {

@@ -28,6 +28,7 @@ from cert_ray.training.utilization import GPUS, Gpu, flops_per_token
 _GB = 1e9
 # Kernels, workspaces, NCCL and what the allocator cannot use; assumed.
 _RESERVED_BYTES = 2 * _GB
+BUCKET_ELEMENTS = 500_000_000  # of gradients that ZeRO reduces at once, at most: DeepSpeed's default
 # ZeRO 3 keeps at most so many parameters gathered: DeepSpeed's default (`stage3_max_live_parameters`).
 _MOST_GATHERED = 1_000_000_000
 # What `torch.compile` keeps of the activations, the rest being computed again where it is needed, and bytes of a logit:
@@ -134,7 +135,7 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
         weights=element * (parameters / workers + min(parameters, _MOST_GATHERED) if stage == 3 else parameters),
         gradients=element * parameters / (workers if stage >= 2 else 1),
         optimizer=8 * parameters if stage == 0 else 12 * parameters / workers,
-        buffers=0.0 if stage == 0 else element * parameters,  # DeepSpeed's bucket, at most as long as the gradients
+        buffers=0.0 if stage == 0 else element * min(parameters, BUCKET_ELEMENTS),
         activations=per_row * rows,
         logits=per_logit * size.logits * rows,
         tokens_per_step=tokens,

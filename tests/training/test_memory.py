@@ -13,7 +13,7 @@ from cert_ray.errors import ConfigError
 from cert_ray.gpt_neo import fuse_attention
 from cert_ray.training import memory
 from cert_ray.training.config import TrainConfig
-from cert_ray.training.deepspeed_engine import Engine
+from cert_ray.training.deepspeed_engine import Engine, engine_options
 from cert_ray.training.presets import preset_config
 
 BASE = {"base": "modern-110m", "tokens": "tokens", "output": "model", "steps": 2_000, "precision": "bf16"}
@@ -92,6 +92,14 @@ def test_the_engine_holds_the_weights_and_the_optimizer_that_are_estimated(
     assert held == pytest.approx(found.weights + found.optimizer, rel=0.02)
 
 
+def test_the_bucket_is_as_large_as_the_engine_makes_it(size):
+    for parameters in (1_000, 7_000_000_000):
+        large = dataclasses.replace(size, parameters=parameters)
+        options = engine_options(_config(), parameters, 1)
+        in_bf16 = 2 * options["zero_optimization"]["reduce_bucket_size"]
+        assert memory.estimate(large, _config()).buffers == in_bf16
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning")
 def test_zero_3_holds_its_part_of_the_weights_and_all_that_a_forward_pass_gathered(process_group, make_config):
@@ -135,7 +143,7 @@ def test_advice_makes_it_fit_and_reads_the_same_rows(size):
     assert "activation_checkpointing: true" in memory.advice(size, config, one - 1e6)
     assert "zero_stage to 2" in memory.advice(size, _config(workers=8), 3.1e9)
     seven_billion = dataclasses.replace(size, parameters=7_000_000_000)
-    assert "zero_stage to 3" in memory.advice(seven_billion, _config(workers=8), 35e9)
+    assert "zero_stage to 3" in memory.advice(seven_billion, _config(workers=8), 25e9)
     assert "No setting makes it fit" in memory.advice(size, config, 1e9)
 
 

@@ -7,9 +7,10 @@ so the same input and config give the same bytes; timings go to the log and the 
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pydantic
@@ -19,6 +20,8 @@ from cert_ray import storage
 from cert_ray.config import Config
 from cert_ray.errors import ConservationError, NotFinishedError, SchemaVersionError, ShardCorruptError
 from cert_ray.schemas import SCHEMA_VERSION
+
+logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
 ATTEMPT_NAME = ".attempt"  # the token of the run that is at work in a stage's folder
@@ -244,3 +247,14 @@ def finished_manifest(
         return None
     manifest.check()
     return manifest if are_whole(folder, manifest.files, verb) else None
+
+
+def tell_of_replacing(folder: str, stage: str, others: Sequence[str]) -> None:
+    """Warn that what `stage` finished in `folder` is about to go, since `others` are; without any, say nothing."""
+    if others:
+        logger.warning(
+            "%s: %s holds what was finished with other %s: it is replaced. Give each a `run` of its own to keep both.",
+            stage,
+            folder,
+            ", ".join(others),
+        )

@@ -136,8 +136,11 @@ def preprocess(
     rewritten = any(was_rewritten(unit, documents) for unit in plan.units)
     if not rewritten:
         manifest = manifests.finished_manifest(folder, STAGE, "preprocess", config, inputs)
-    if manifest is None and manifests.is_finished(folder):
-        _tell_of_replacing(folder, config, plan, rewritten=rewritten)
+    if manifest is None:
+        if manifests.is_finished(folder):
+            _tell_of_replacing(folder, STAGE, config, plan, rewritten=rewritten)
+        elif manifests.is_finished(documents):
+            _tell_of_replacing(documents, DOCUMENTS_STAGE, documents_config, plan, rewritten=rewritten)
     if rewritten:
         # At once: when the documents are made anew and this run dies, nothing would tell that the dataset is old.
         storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
@@ -150,9 +153,11 @@ def preprocess(
     return manifest
 
 
-def _tell_of_replacing(folder: str, config: PreprocessConfig, plan: Plan, *, rewritten: bool) -> None:
-    """Warn that the finished dataset in `folder` is another one than is wanted, and goes; not where it only grows."""
-    before = manifests.read_manifest(folder, STAGE, "preprocess")
+def _tell_of_replacing(
+    folder: str, stage: str, config: DocumentsConfig | PreprocessConfig, plan: Plan, *, rewritten: bool
+) -> None:
+    """Warn that what `stage` finished in `folder` is not what is wanted, and goes; not where it only grows."""
+    before = manifests.read_manifest(folder, stage, "preprocess")
     differ = config.differing(before.config, but=("dedup_quality",))  # which changes a note and no row
     earlier = before.config.get("appended", [])
     if differ == ["appended"] and config.model_dump(mode="json")["appended"][: len(earlier)] == earlier:
@@ -160,13 +165,7 @@ def _tell_of_replacing(folder: str, config: PreprocessConfig, plan: Plan, *, rew
     names = [f"preprocess.{name}" for name in differ]
     if not differ and (rewritten or before.inputs_digest != plan.digest_of(1 + len(earlier))):
         names = ["contents of the inputs or problem files"]
-    if names:
-        logger.warning(
-            "dataset: %s holds a finished dataset, made with other %s: it is replaced. Give each a `run` of its own to "
-            "keep both.",
-            folder,
-            ", ".join(names),
-        )
+    manifests.tell_of_replacing(folder, stage, names)
 
 
 def _remove_intermediates(output: str, manifest: Manifest) -> None:

@@ -108,7 +108,7 @@ def encode_shard(
     table: pa.Table, tokenizer: Tokenizer, config: PackConfig, retriever: Retriever | None = None
 ) -> EncodedShard:
     """Encode the rows of `table` that the view takes, in their order. `retriever` is the loaded `config.retrieve`."""
-    kept, dropped = _kept_rows(table, config)
+    kept, dropped = kept_rows(table, config)
     hashes = kept["content_hash"].to_pylist()
     held_out = np.array([uniform_of_hash(digest, config.seed) < config.held_out_fraction for digest in hashes], bool)
     encoder = _Encoder(tokenizer, config, retriever)
@@ -279,7 +279,7 @@ def unigram_entropy_nats(counts: npt.NDArray[np.int64]) -> float | None:
     return float(-(shares * np.log(shares)).sum())
 
 
-def _kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str, int]]:
+def kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str, int]]:
     """The rows that the view takes, and how many were dropped for which reason."""
     dropped: dict[str, int] = {}
     if config.libraries is not None:

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import pyarrow as pa
 import xxhash
 from tokenizers import Tokenizer
 
@@ -21,7 +22,7 @@ from cert_ray.shards.units import Attempt, Work, WorkUnit, attempt, run_in_proce
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS
 from cert_ray.tokens import dataset as datasets
 from cert_ray.tokens.dataset import Dataset
-from cert_ray.tokens.encoding import SKETCH_VIEWS, PackConfig, View, encode_shard, unigram_entropy_nats
+from cert_ray.tokens.encoding import SKETCH_VIEWS, PackConfig, View, encode_shard, kept_rows, unigram_entropy_nats
 from cert_ray.tokens.shards import STAGE, VERB, held_out_unigrams, write_shard
 from cert_ray.tokens.vocabulary import (
     TOKENIZER_FILE,
@@ -64,15 +65,16 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
     inputs_digest = str(xxhash.xxh3_128_hexdigest(f"{opened.digest}\n{digest}".encode()))
     if (finished := manifests.finished_manifest(output, STAGE, VERB, config, inputs_digest)) is not None:
         return finished
-    storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
     units = list(_units(opened.shards, config.limit))
+    _check_view(opened, units, config)
+    options_digest = f"{config.digest()} {digest}"
+    _tell_of_replacing(output, units, config, options_digest)
+    storage.remove(storage.join(output, manifests.MANIFEST_NAME))  # its shards are about to change
     work = functools.partial(
         pack_unit, dataset=dataset, output=output, tokenizer_json=vocabulary.to_str(), config=config
     )
-    with attempt(output, STAGE, VERB, f"{config.digest()} {digest}") as run:
+    with attempt(output, STAGE, VERB, options_digest) as run:
         reports = run_units(units, work, run)
-        if not sum(report.rows_kept for report in reports):
-            raise _no_document(opened, config)
         notes = _notes(vocabulary, digest, opened, output, reports)
         manifest = manifests.summarize(STAGE, config, inputs_digest, reports, notes)
         manifests.write_manifest(output, manifest)
@@ -94,13 +96,49 @@ def _units(shards: tuple[WrittenFile, ...], limit: int | None) -> Iterator[WorkU
         left -= shard.rows
 
 
+def _check_view(dataset: Dataset, units: list[WorkUnit], config: PackConfig) -> None:
+    """Raise `InputError` unless the view takes a document of `units`; reads on until it finds one, mostly in the first.
+
+    Raises:
+        ShardCorruptError: when a shard that cannot be read disagrees with the dataset's manifest.
+    """
+    columns = ["libraries"] * (config.libraries is not None) + ["sketch"] * (config.view in SKETCH_VIEWS)
+    if not columns:  # it takes every document, and an opened dataset has one
+        return
+    for unit in units:
+        shard = _shard_of(unit)
+        try:
+            table = storage.read_parquet(storage.join(dataset.url, shard.name), columns)
+        except (pa.ArrowException, OSError):
+            manifests.check_file(dataset.url, shard, datasets.VERB)
+            raise
+        if len(kept_rows(table.slice(0, unit.rows), config)[0]):
+            return
+    raise _no_document(dataset, config)
+
+
+def _tell_of_replacing(output: str, units: list[WorkUnit], config: PackConfig, options_digest: str) -> None:
+    """Warn that the finished pack in `output` is not what is wanted, and goes; not where shards are added to it."""
+    if manifests.is_finished(output):
+        before = manifests.read_manifest(output, STAGE, VERB)
+        others = config.differing(before.config)
+        wanted = {unit.name: unit.unit_digest(options_digest) for unit in units}
+        if not others and any(wanted.get(shard.shard) != shard.unit_digest for shard in before.shards):
+            others = ["contents of the dataset or tokenizer"]
+        manifests.tell_of_replacing(output, STAGE, others)
+
+
+def _shard_of(unit: WorkUnit) -> WrittenFile:
+    return WrittenFile.model_validate(unit.payload["file"])
+
+
 def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str, config: PackConfig) -> ShardReport:
     """Encode one shard of `dataset` and write its tokens into `output`.
 
     Raises:
         ShardCorruptError: when the dataset's shard disagrees with the dataset's manifest.
     """
-    shard = WrittenFile.model_validate(unit.payload["file"])
+    shard = _shard_of(unit)
     manifests.check_file(dataset, shard, datasets.VERB)
     columns = [*_COLUMNS, *(_SKETCH_COLUMNS if config.view in SKETCH_VIEWS else ())]
     table = storage.read_parquet(storage.join(dataset, shard.name), columns)

@@ -184,14 +184,19 @@ def adopt_tokenizer(folder: str, output: str, context_tokens: int) -> Manifest:
     """Write the tokenizer of a model made elsewhere into `output`, with the special tokens that it lacks added.
 
     Its own ids stay as they are, so the model's embeddings need only be extended to `vocab_size` of the notes.
+    A finished folder made from the same tokenizer and options is kept as it is.
 
     Raises:
         InputError: when `folder` holds no `tokenizer.json`.
+        SchemaVersionError: when another stage, or another version of the schema, wrote `output`.
     """
     tokenizer = load_tokenizer(folder)
     source_digest = tokenizer_digest(tokenizer)
     run = _Adoption(context_tokens=context_tokens)
+    if (finished := manifests.finished_manifest(output, STAGE, VERB, run, source_digest)) is not None:
+        return finished
     added = add_special_tokens(tokenizer)
+    _withdraw(output, run, source_digest, "base")
     files = save_tokenizer(tokenizer, output, context_tokens)
     report = ShardReport(shard="tokenizer", unit_digest=run.digest(), files=files, rows_read=0, rows_kept=0)
     notes = {
@@ -218,9 +223,9 @@ def train_on_dataset(dataset: str, output: str, config: TokenizerConfig, seed: i
     run = _Run(**config.model_dump(), seed=seed)
     if (finished := manifests.finished_manifest(output, STAGE, VERB, run, opened.digest)) is not None:
         return finished
-    storage.remove(storage.join(output, manifests.MANIFEST_NAME))
     sample = datasets.draw_sample(opened, config.sample_bytes, seed)
     tokenizer = train_vocabulary(datasets.sampled_texts(opened, sample), config)
+    _withdraw(output, run, opened.digest, "dataset")
     report = ShardReport(
         shard="tokenizer",
         unit_digest=run.digest(),
@@ -237,6 +242,17 @@ def train_on_dataset(dataset: str, output: str, config: TokenizerConfig, seed: i
     manifest = manifests.summarize(STAGE, run, opened.digest, [report], notes)
     manifests.write_manifest(output, manifest)
     return manifest
+
+
+def _withdraw(output: str, run: Config, inputs_digest: str, inputs: str) -> None:
+    """Remove the manifest of a finished tokenizer in `output`, with a warning if that is another than `run` makes."""
+    if manifests.is_finished(output):
+        before = manifests.read_manifest(output, STAGE, VERB)
+        others = run.differing(before.config)
+        if not others and before.inputs_digest != inputs_digest:
+            others = [f"contents of the {inputs}"]
+        manifests.tell_of_replacing(output, STAGE, others)
+        storage.remove(storage.join(output, manifests.MANIFEST_NAME))
 
 
 def _characters_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float | None:

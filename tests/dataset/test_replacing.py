@@ -62,11 +62,11 @@ def test_what_differs_is_named_while_the_earlier_dataset_still_stands(
 
     with monkeypatch.context() as patched:
         patched.setattr(on_ray, "_preprocess", stopped)
-        patched.setattr(on_ray.logger, "warning", noted)
+        patched.setattr(manifests.logger, "warning", noted)
         with pytest.raises(KeyboardInterrupt):
             preprocess(config(others, cleaning={"min_ascii_share": 0.5}, sketch_kind="names"), str(run))
     names = "preprocess.sources.inputs, preprocess.cleaning.min_ascii_share, preprocess.sketch_kind"
-    line = f"dataset: {run / 'dataset'} holds a finished dataset, made with other {names}: it is replaced. "
+    line = f"dataset: {run / 'dataset'} holds what was finished with other {names}: it is replaced. "
     assert lines == [(f"{line}Give each a `run` of its own to keep both.", True)]
     preprocess(config(corpus), str(run))
     (one,) = told(caplog, config(others), run)
@@ -84,7 +84,7 @@ def test_inputs_that_hold_something_else_are_told_of(
         (corpus / "1.py").write_text((corpus / "1.py").read_text().replace("number 1", "number 9"))
         os.utime(corpus / "1.py", (1, 1))
     (line,) = told(caplog, config(corpus), corpus.parent / "run")
-    assert "made with other contents of the inputs" in line
+    assert "finished with other contents of the inputs" in line
 
 
 def test_growing_resuming_and_measuring_anew_replace_nothing(corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,3 +102,14 @@ def test_growing_resuming_and_measuring_anew_replace_nothing(corpus: Path, caplo
     even_later = str(write_files(corpus.parent / "even-later", 5))
     (line,) = told(caplog, config(corpus, appended=[[later], [even_later]]), run)
     assert "contents of the inputs" in line
+
+
+def test_cleaned_documents_are_told_of_where_their_dataset_is_not_finished(
+    corpus: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = corpus.parent / "run"
+    (run / "dataset" / "manifest.json").unlink()
+    assert told(caplog, config(corpus), run) == []
+    (run / "dataset" / "manifest.json").unlink()
+    (line,) = told(caplog, config(corpus, cleaning={"min_ascii_share": 0.5}), run)
+    assert line.startswith(f"documents: {run / 'documents'} holds what was finished with other preprocess.cleaning.")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -167,6 +168,57 @@ def test_a_library_that_no_document_imports_is_refused_with_those_that_are(
         pack_in_process(*inputs, str(tmp_path), config)
     with pytest.raises(NotFinishedError):
         PackedTokens.open(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "mistake", [{"libraries": ("pandas",)}, {"libraries": ("os",), "limit": 1}], ids=["mistyped", "beyond the limit"]
+)
+def test_a_view_that_takes_no_document_leaves_the_finished_pack_as_it_is(
+    inputs: tuple[str, str], tmp_path: Path, mistake: dict[str, Any]
+) -> None:
+    pack_in_process(*inputs, str(tmp_path), PackConfig(view=View.SKETCHER, libraries=("numpy",)))
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="no document imports any of"):
+        pack_in_process(*inputs, str(tmp_path), PackConfig(view=View.SKETCHER, **mistake))
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()} == (
+        before
+    )
+
+
+def test_a_damaged_shard_is_named_where_documents_of_a_library_are_looked_for(
+    inputs: tuple[str, str], tmp_path: Path
+) -> None:
+    dataset = write_dataset(str(tmp_path / "dataset"), [[example(0)]])
+    (tmp_path / "dataset" / "shard-00000.parquet").write_bytes(b"damaged")
+    with pytest.raises(ShardCorruptError, match="shard-00000"):
+        pack_in_process(dataset, inputs[1], str(tmp_path / "pack"), PackConfig(view=View.XL, libraries=("numpy",)))
+
+
+def test_a_finished_pack_that_another_replaces_is_told_of_and_one_that_grows_is_not(
+    inputs: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, tokenizer = inputs
+    shards = [[example(number) for number in range(10)], [example(number) for number in range(10, 20)]]
+    datasets = [write_dataset(str(tmp_path / name), shards[:count]) for name, count in (("one", 1), ("two", 2))]
+    datasets.append(write_dataset(str(tmp_path / "other"), shards[1:]))
+    output = str(tmp_path / "pack")
+
+    def told(dataset: str, **options: Any) -> list[str]:
+        caplog.clear()
+        pack_in_process(dataset, tokenizer, output, PackConfig(view=View.XL, **options))
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert told(datasets[0]) == told(datasets[1]) == []
+    (tmp_path / "pack" / "shard-00000.bin").write_bytes(b"damaged")
+    assert told(datasets[1]) == []
+    (line,) = told(datasets[1], libraries=("numpy",), held_out_fraction=0.5)
+    assert line == (
+        f"tokens: {output} holds what was finished with other libraries, held_out_fraction: it is replaced. "
+        "Give each a `run` of its own to keep both."
+    )
+    told(datasets[0])
+    (line,) = told(datasets[2])
+    assert "with other contents of the dataset or tokenizer" in line
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused(inputs: tuple[str, str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
 from cert_ray import storage
-from cert_ray.errors import ConfigError, InputError
+from cert_ray.errors import ConfigError, InputError, SchemaVersionError
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS, encode_code
 from cert_ray.tokens.vocabulary import (
     TokenizerConfig,
@@ -141,6 +141,55 @@ def test_training_on_a_dataset_is_seeded_and_kept_when_finished(tmp_path: Path) 
     before = (tmp_path / "a" / "tokenizer.json").stat().st_mtime_ns
     assert train_on_dataset(dataset, str(tmp_path / "a"), config, seed=1) == first
     assert (tmp_path / "a" / "tokenizer.json").stat().st_mtime_ns == before
+
+
+def test_a_tokenizer_that_another_replaces_is_told_of_and_stays_where_the_other_cannot_be_made(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    datasets = [write_dataset(str(tmp_path / name), [[document(name * 50)]]) for name in ("first", "second")]
+    output = tmp_path / "tokenizer"
+
+    def told(dataset: str, vocab_size: int = 300, seed: int = 0) -> list[str]:
+        caplog.clear()
+        train_on_dataset(dataset, str(output), TokenizerConfig(vocab_size=vocab_size), seed)
+        return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+    assert told(datasets[0]) == told(datasets[0]) == []
+    (output / "tokenizer.json").write_text("damaged")
+    assert told(datasets[0]) == []
+    (line,) = told(datasets[0], vocab_size=310, seed=1)
+    assert line == (
+        f"tokenizer: {output} holds what was finished with other vocab_size, seed: it is replaced. "
+        "Give each a `run` of its own to keep both."
+    )
+    (line,) = told(datasets[1], vocab_size=310, seed=1)
+    assert "with other contents of the dataset" in line
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(ConfigError, match="vocab_size: 10 is too small"):
+        told(datasets[1], vocab_size=10)
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_an_adopted_tokenizer_is_kept_when_finished_and_another_one_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "ours"
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Tokenizer(models.BPE(vocab={name: 0}, merges=[])).save(str(tmp_path / name / "tokenizer.json"))
+    first = adopt_tokenizer(str(tmp_path / "a"), str(output), context_tokens=64)
+    before = (output / "tokenizer.json").stat().st_mtime_ns
+    assert adopt_tokenizer(str(tmp_path / "a"), str(output), context_tokens=64) == first
+    assert (output / "tokenizer.json").stat().st_mtime_ns == before
+    assert not caplog.records
+    adopt_tokenizer(str(tmp_path / "b"), str(output), context_tokens=64)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"tokenizer: {output} holds what was finished with other contents of the base: it is replaced. "
+        "Give each a `run` of its own to keep both."
+    ]
+    dataset = write_dataset(str(tmp_path / "dataset"), [[document("x = 1")]])
+    with pytest.raises(SchemaVersionError, match="stage tokenizer"):
+        adopt_tokenizer(str(tmp_path / "b"), dataset, context_tokens=64)
 
 
 def test_a_tokenizer_made_elsewhere_keeps_its_ids(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from cert_ray.errors import CertRayError, ConfigError, InputError
 from cert_ray.operations.on_ray import ray_session
 from cert_ray.operations.recipe import Recipe, load_recipe
 from cert_ray.telemetry import logs
+
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs; the name is its own
 
 
 def run_job(stage: Callable[[Recipe], Any]) -> None:
@@ -45,7 +48,13 @@ def _unless_stopped(stage: Callable[[Recipe], Any], recipe: Recipe) -> Any:
 def _recipe(arguments: list[str]) -> Recipe:
     if not arguments:
         raise ConfigError(f"usage: {sys.argv[0]} RECIPE.yaml [KEY=VALUE ...]")
-    return load_recipe(arguments[0], arguments[1:])
+    recipe = load_recipe(arguments[0], arguments[1:])
+    if _SUBMITTED in os.environ and "://" not in recipe.run and not recipe.run.startswith(("/", "~")):
+        raise ConfigError(
+            f"run: {recipe.run!r} would lie in the job's own folder, a copy on each node that Ray removes. Give the "
+            "whole path of a folder that all nodes see, or a URL, as in run=/shared/runs/mine"
+        )
+    return recipe
 
 
 def _brief(result: Any) -> Any:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 
+from cert_ray import storage
 from cert_ray.dataset.on_ray import preprocess
-from cert_ray.errors import CertRayError, ConfigError, TokenizerMismatchError
+from cert_ray.errors import CertRayError, ConfigError, NotFinishedError, TokenizerMismatchError
 from cert_ray.evaluation.on_ray import execute_on_ray
 from cert_ray.evaluation.run import EvaluateConfig
 from cert_ray.evaluation.runs import read_runs
@@ -76,6 +77,7 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
 
     Raises:
         ConfigError: for a recipe without an evaluation.
+        NotFinishedError: for a model that is not trained yet.
         CertRayError: as `evaluating.evaluate`.
     """
     wanted = recipe.evaluation
@@ -84,6 +86,9 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
     folders = RunFolders(recipe.run)
     names = {"model": wanted.model} if wanted.model else {"sketcher": "sketcher", "generator": "generator"}
     source = {option: folders.model(name) for option, name in names.items()}
+    for folder in source.values():
+        if not storage.exists(storage.join(folder, "config.json")):
+            raise NotFinishedError(folder, "train")
     # As given: in a job submitted again, the same file lies in another folder.
     if (retrieve := recipe.view_retrieve(recipe.models[next(iter(names.values()))].view)) is not None:
         source["retrieve"] = retrieve.text

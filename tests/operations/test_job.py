@@ -81,3 +81,29 @@ def test_scores_are_told_and_the_story_is_kept(submitted: Path, capsys: pytest.C
     }
     (story,) = (submitted / "logs").iterdir()
     assert "-pack-" in story.name
+
+
+@pytest.mark.parametrize("run", ["runs/mine", "./mine"])
+def test_a_submitted_jobs_run_is_not_below_the_copy_of_the_checkout(
+    submitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: str
+) -> None:
+    monkeypatch.chdir(submitted.parent)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"run={run}"])
+    job.run_job(lambda recipe: {})  # by hand, on one machine
+    capsys.readouterr()
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(SystemExit) as stopped:
+        job.run_job(lambda recipe: {})
+    assert stopped.value.code == 2
+    assert f"run: '{run}' would lie in the job's own folder" in str(last_line(capsys)["error"])
+
+
+@pytest.mark.parametrize("run", ["{folder}", "~/run", "file://{folder}"])
+def test_a_submitted_jobs_run_may_be_a_whole_path_or_a_url(
+    submitted: Path, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setenv("HOME", str(submitted.parent))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"run={run.format(folder=submitted)}"])
+    job.run_job(lambda recipe: {})
+    assert (submitted / "logs").is_dir()

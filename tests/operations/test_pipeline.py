@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cert_ray.errors import CertRayError, ConfigError
+from cert_ray.errors import CertRayError, ConfigError, NotFinishedError
 from cert_ray.operations import on_ray, pipeline
 from cert_ray.operations.on_ray import run_on_worker
 from cert_ray.operations.recipe import Recipe, recipe_from
@@ -44,6 +44,12 @@ def recipe_of(folder: Path, evaluation: dict[str, object] | None) -> Recipe:
 def test_a_recipe_without_an_evaluation_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="evaluation: this recipe has none"):
         pipeline.run_evaluate(recipe_of(tmp_path, None))
+
+
+def test_an_evaluation_of_models_that_are_not_trained_says_what_to_run(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, {"problems": [str(PROBLEMS)]})
+    with pytest.raises(NotFinishedError, match=r"models/sketcher has no manifest\.json: run `cert-ray train`"):
+        pipeline.run_evaluate(recipe)
 
 
 def test_an_evaluation_names_a_model_of_the_recipe(tmp_path: Path) -> None:

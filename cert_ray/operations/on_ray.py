@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -68,7 +71,7 @@ def ray_session(
     """Ray for the length of a block: the cluster of `address` or of a submitted job, else a private one, stopped after.
 
     A private Ray listens on loopback and makes its own token. `ray.init()` alone would join any cluster that happens to
-    run on this machine, so "local" is asked for by name.
+    run on this machine, so "local" is asked for by name. SIGTERM ends the block as `SystemExit`, with status 143.
 
     Args:
         check_versions: ask the nodes that are there now; those that an autoscaler adds later have the same image.
@@ -90,7 +93,8 @@ def ray_session(
         try:
             if check_versions:
                 refuse_other_versions(ask_nodes(_JOINING_S), versions_here())
-            yield
+            with _ended_by_sigterm():
+                yield
         finally:
             ray.shutdown()
         return
@@ -107,9 +111,24 @@ def ray_session(
             context.dashboard_url,
         )
         try:
-            yield
+            with _ended_by_sigterm():
+                yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """What Ray sets when a driver starts prints a stack of the process first, and ends it with status 15."""
+    if threading.current_thread() is not threading.main_thread():  # no other one may set a signal's handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        if before is not None:  # a host's own, not set from Python, which Python cannot set again
+            signal.signal(signal.SIGTERM, before)
 
 
 def node_here() -> tuple[str, str]:

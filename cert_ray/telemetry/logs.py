@@ -214,7 +214,7 @@ def story(run: str, verb: str) -> Iterator[None]:
 def _why(error: BaseException) -> str:
     if isinstance(error, Exception):
         return str(error) or type(error).__name__
-    return f"stopped ({f'{type(error).__name__} {error}'.strip()})"  # by `ray job stop`: SystemExit 15, the signal
+    return f"stopped ({f'{type(error).__name__} {error}'.strip()})"  # by `ray job stop`: SystemExit 143, of SIGTERM
 
 
 def _versions() -> dict[str, str]:

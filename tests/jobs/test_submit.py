@@ -72,8 +72,8 @@ def waited_for(condition: Callable[[], bool], what: str) -> None:
     pytest.fail(f"in vain: {what}")
 
 
-def cancelled_in_the_middle(head: Head, job: tuple[str, ...], begun: Path) -> str:
-    """The last status of `job`, submitted and stopped by the API once `begun` has a file."""
+def cancelled_in_the_middle(head: Head, job: tuple[str, ...], begun: Path) -> tuple[str, str]:
+    """The last status and the log of `job`, submitted and stopped by the API once `begun` has a file."""
     token = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     with httpx.Client(base_url=head.dashboard, headers={"Authorization": f"Bearer {token}"}, timeout=60) as api:
         asked = {"entrypoint": shlex.join([sys.executable, *job]), "submission_id": "cancelled"}
@@ -85,7 +85,7 @@ def cancelled_in_the_middle(head: Head, job: tuple[str, ...], begun: Path) -> st
             return str(api.get("/api/jobs/cancelled").json()["status"])
 
         waited_for(lambda: status() in {"STOPPED", "SUCCEEDED", "FAILED"}, "an end of the job")
-        return status()
+        return status(), str(api.get("/api/jobs/cancelled/logs").json()["logs"])
 
 
 def test_submitted_preprocessing_is_cancelled_goes_on_is_idempotent_and_wants_the_token(
@@ -100,7 +100,10 @@ def test_submitted_preprocessing_is_cancelled_goes_on_is_idempotent_and_wants_th
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     job = (str(ROOT / "jobs" / "preprocess.py"), str(tmp_path / "recipe.yaml"))
     documents = tmp_path / "run" / "documents"
-    assert cancelled_in_the_middle(head, job, documents / "reports") == "STOPPED"
+    status, log = cancelled_in_the_middle(head, job, documents / "reports")
+    assert status == "STOPPED"
+    assert json.loads(log.splitlines()[-1]) == {"outcome": "stopped", "run": recipe["run"]}
+    assert "SIGTERM received" not in log, "Ray's stack of the process"
     assert not (tmp_path / "run" / "dataset" / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in documents.glob("reports/*.json")}
     assert kept

@@ -126,9 +126,7 @@ def train(
     from cert_ray.operations import pipeline
 
     what = f"train {', '.join(names)} into {resolved.run}/models"
-    results = perform(
-        "train", resolved, address, dry_run, what, lambda: {n: pipeline.run_train(resolved, n) for n in names}
-    )
+    results = perform("train", resolved, address, dry_run, what, lambda: pipeline.run_models(resolved, names))
     show({name: _figures_of(result) for name, result in results.items()})
 
 

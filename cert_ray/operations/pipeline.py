@@ -6,8 +6,9 @@ In: a `Recipe`. Out: the stage's manifest or result. Every stage reuses what is 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
-from cert_ray import storage
+from cert_ray import manifests, storage
 from cert_ray.dataset.on_ray import preprocess
 from cert_ray.errors import CertRayError, ConfigError, NotFinishedError, TokenizerMismatchError
 from cert_ray.evaluation.on_ray import execute_on_ray
@@ -151,6 +152,26 @@ def run_views(recipe: Recipe) -> dict[str, Manifest]:
     return {view.value: run_pack(recipe, view) for view in recipe.views}
 
 
-def run_models(recipe: Recipe) -> dict[str, TrainResult]:
-    """Train every model of the recipe, in its order."""
-    return {name: run_train(recipe, name) for name in recipe.models}
+def run_models(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str, TrainResult]:
+    """Train the models `names` of the recipe (None: all), in that order.
+
+    Raises:
+        ConfigError, NotFinishedError: before the first one is trained, when one starts from what is not there, or its
+            view is not packed.
+    """
+    names = list(recipe.models) if names is None else names
+    _check_models(recipe, names)
+    return {name: run_train(recipe, name) for name in names}
+
+
+def _check_models(recipe: Recipe, names: Sequence[str]) -> None:
+    from cert_ray.training.models import check_there  # which imports transformers
+
+    folders = RunFolders(recipe.run)
+    for name in names:
+        if not manifests.is_finished(folders.model(name)):
+            model = recipe.models[name]
+            if model.start in recipe.outside_bases:
+                check_there(model.start, "start")
+            if not manifests.is_finished(tokens := folders.tokens(model.view)):
+                raise NotFinishedError(tokens, "pack")

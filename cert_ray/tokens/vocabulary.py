@@ -15,6 +15,7 @@ indentation after it are apart, so that a prompt which ends in a line break is s
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,8 @@ from cert_ray.errors import ConfigError, InputError
 from cert_ray.manifests import Manifest, ShardReport, WrittenFile
 from cert_ray.sketching.prompt_format import END_OF_TEXT, PAD, SPECIAL_TOKENS, add_special_tokens
 from cert_ray.tokens import dataset as datasets
+
+logger = logging.getLogger(__name__)
 
 STAGE = "tokenizer"
 VERB = "tokenizer"
@@ -224,6 +227,8 @@ def train_on_dataset(dataset: str, output: str, config: TokenizerConfig, seed: i
     if (finished := manifests.finished_manifest(output, STAGE, VERB, run, opened.digest)) is not None:
         return finished
     sample = datasets.draw_sample(opened, config.sample_bytes, seed)
+    told = (config.vocab_size, sample.documents, sample.size_bytes / 1e6)
+    logger.info("tokenizer: training up to %d entries on %d documents, %.1f MB", *told)
     tokenizer = train_vocabulary(datasets.sampled_texts(opened, sample), config)
     _withdraw(output, run, opened.digest, "dataset")
     report = ShardReport(

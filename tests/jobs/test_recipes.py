@@ -31,6 +31,15 @@ def test_a_dry_run_takes_it(name: str, verb: str) -> None:
     assert yaml.safe_load(result.output)["models"]
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_has_beside_the_code_is_not_sent_with_jobs(name: str) -> None:
+    recipe = load_recipe(str(JOBS / name))
+    named = [recipe.run, *recipe.preprocess.sources.inputs, *recipe.outside_bases]
+    beside = {f"/{path.split('/')[0]}" for path in named if not path.startswith("/")}
+    sent = yaml.safe_load((JOBS.parent / "cluster" / "runtime-env.yaml").read_text())
+    assert beside <= set(sent["excludes"]), "more than 100 MiB, and no job could be submitted"
+
+
 @pytest.mark.parametrize("name", ["pandas.yaml", "numpy.yaml", "polars.yaml"])
 def test_papers_four_models_at_papers_size(name: str) -> None:
     recipe = load_recipe(str(JOBS / name))

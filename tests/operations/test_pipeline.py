@@ -23,6 +23,7 @@ from tests.evaluation.builders import die_before, in_this_process, write_problem
 from tests.ray_marks import RAY_DATA
 from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
+from tests.tokens.packs import write_pack
 
 PROBLEMS = Path(pipeline.__file__).with_name("demo_problems.jsonl")
 
@@ -44,6 +45,29 @@ def recipe_of(folder: Path, evaluation: dict[str, object] | None) -> Recipe:
 def test_a_recipe_without_an_evaluation_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="evaluation: this recipe has none"):
         pipeline.run_evaluate(recipe_of(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "told"),
+    [
+        ({"start": "scketcher", "view": "sketcher"}, ConfigError, r"start: 'scketcher' is not a folder; give a preset"),
+        ({"start": "first", "view": "xl"}, NotFinishedError, r"tokens/xl has no manifest\.json: run `cert-ray pack`"),
+    ],
+)
+def test_what_the_last_model_lacks_is_told_before_the_first_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: dict[str, str], error: type[Exception], told: str
+) -> None:
+    write_pack(tmp_path / "run" / "tokens" / "sketcher", [[[(range(9), False)]]])
+    train = {"steps": 4, "warmup_steps": 1, "micro_batch": 1}
+    models = {"first": {"start": "tiny", "view": "sketcher", "train": train}, "last": {**last, "train": train}}
+    recipe = recipe_of(tmp_path, None)
+    recipe = recipe_from({**recipe.model_dump(mode="json"), "models": models}, "test")
+    trained: list[str] = []
+    monkeypatch.setattr(pipeline, "run_train", lambda recipe, name: trained.append(name))
+    with pytest.raises(error, match=told):
+        pipeline.run_models(recipe)
+    assert not trained
+    assert list(pipeline.run_models(recipe, ["first"])) == trained == ["first"]
 
 
 def test_an_evaluation_of_models_that_are_not_trained_says_what_to_run(tmp_path: Path) -> None:

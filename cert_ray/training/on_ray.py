@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -19,6 +20,7 @@ from typing import Any
 
 import ray.train
 import ray.train.collective
+from ray._private.state import state  # where alone Ray 2.60 tells of each node
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cert_ray import manifests, storage
@@ -46,7 +48,7 @@ from cert_ray.training.notices import Asked, Reason
 from cert_ray.training.records import StepRecord
 from cert_ray.training.room import Room
 from cert_ray.training.scratch import scratch_folder
-from cert_ray.training.stopping import Stop, asked
+from cert_ray.training.stopping import Stop
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +109,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         _log.warning("%s", lacking)
     several_nodes = lacking is not None or checked.config.min_workers is not None or len(ray.nodes()) > 1
     _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
-    with Stop() as stop:
+    with _RayStop() as stop:
         manifest = _finish(checked, _fit_to_the_end(checked, folder, after_step, several_nodes, stop))
         if stop.came:  # while the last steps were done
             raise stop.told()
@@ -133,10 +135,26 @@ def _tidy(folder: str, checked: inputs.Checked) -> None:
                 storage.remove(entry.url)
 
 
+class _RayStop(Stop):
+    """Asks by an actor that is there: workers look for its name, and need not call it. It goes with this object."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = f"cert-ray-stop-{uuid.uuid4().hex}"
+        self._actor: Any | None = None
+
+    def ask(self) -> None:
+        self._actor = ray.remote(num_cpus=0)(_Stopped).options(name=self.name).remote()
+
+
+class _Stopped:
+    """The actor of `_RayStop`."""
+
+
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
     """Ray Train's, whose way to take Ctrl-C (it ends the workers) comes second."""
 
-    stop: Stop
+    stop: _RayStop
 
     def _register_sigint_handler(self, controller: Any) -> None:
         super()._register_sigint_handler(controller)
@@ -144,7 +162,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
 
 
 def _fit_to_the_end(
-    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: Stop
+    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: _RayStop
 ) -> dict[str, Any]:
     """Run the workers, and again each time that they ended early for other nodes; what worker 0 returns at last."""
     look_s, workers = checked.config.resize_check_s, 0
@@ -163,7 +181,7 @@ def _fit_to_the_end(
 
 
 def _fit(
-    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: Stop, look_s: float
+    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: _RayStop, look_s: float
 ) -> dict[str, Any]:
     """Run the workers, which may come to lie on `several_nodes`; what worker 0 returns."""
     config = checked.config
@@ -358,15 +376,32 @@ def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
 
 def _asked(options: dict[str, Any], config: TrainConfig, world_size: int) -> Asked:
     """Whether the run is to stop, or has room to grow."""
-    room = Room(options["resources"], options["look_s"])
+    room = Room(_free_nodes, options["resources"], options["look_s"])
     may_grow = config.min_workers is not None and world_size < config.workers
 
     def reason() -> Reason | None:
-        if asked(options["stop"]):
+        if _is_there(options["stop"]):
             return "stopped"
         return "growing" if may_grow and room.came() else None
 
     return reason
+
+
+def _is_there(actor: str) -> bool:
+    try:
+        ray.get_actor(actor)
+    except (ValueError, ray.exceptions.RayError):  # no such actor; a head that is away, and stops nothing
+        return False
+    return True
+
+
+def _free_nodes() -> list[dict[str, float]]:
+    """What each node that stays has free; nothing while the head is away."""
+    try:
+        leaving, free = state.get_draining_nodes(), state.available_resources_per_node()
+    except ray.exceptions.RayError:
+        return []
+    return [resources for node, resources in free.items() if node not in leaving]
 
 
 def _leaving() -> list[str]:

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM while workers train: the first one asks them to end with a checkpoint, the next one means what it
 meant before.
 
-In: signals of the driver. Out: an actor whose name the workers look for, and the exception that tells of the stop.
+In: signals of the driver. Out: the question to the workers, and the exception that tells of the stop.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import logging
 import os
 import signal
 import threading
-import uuid
+from abc import ABC, abstractmethod
 from types import FrameType
-from typing import Any
-
-import ray
+from typing import Any, Self
 
 _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stop:
+class Stop(ABC):
     """To be entered by the driver of a run, which is not to be stopped so from another thread than the main one."""
 
     def __init__(self) -> None:
-        self.name = f"cert-ray-stop-{uuid.uuid4().hex}"
         self._came: int | None = None
         self._next: dict[int, Any] = {}  # by signal, what a second one does
         self._before: dict[int, Any] = {}
-        self._actor: Any | None = None
 
-    def __enter__(self) -> Stop:
+    @abstractmethod
+    def ask(self) -> None:
+        """Let the workers know, without waiting for them; called once, at the first signal."""
+
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._before[number] = signal.getsignal(number)
@@ -42,8 +42,6 @@ class Stop:
         for number, handler in self._before.items():
             if handler is not None:  # a host's own, not set from Python, which Python cannot set again
                 signal.signal(number, handler)
-        if self._actor is not None:
-            ray.kill(self._actor)
         if kind is SystemExit and self.came:  # as Ray and Ray Train take a second signal, with statuses of their own
             raise self.told()
 
@@ -67,7 +65,7 @@ class Stop:
         if self._came is None:
             self._came = number
             _log.warning("stopping with a checkpoint, after the step at hand; the same again stops at once")
-            self._actor = ray.remote(num_cpus=0)(_Asked).options(name=self.name).remote()
+            self.ask()
             return
         handler = self._next[number]
         if callable(handler):
@@ -75,16 +73,3 @@ class Stop:
         else:  # the system's own
             signal.signal(number, handler)
             os.kill(os.getpid(), number)
-
-
-class _Asked:
-    """An actor that is there: workers find it by its name, and need not call it."""
-
-
-def asked(name: str) -> bool:
-    """Whether the run of the `Stop` of that name is to stop; for its workers. A head that is away says nothing."""
-    try:
-        ray.get_actor(name)
-    except (ValueError, ray.exceptions.RayError):  # no such actor; nobody who would know
-        return False
-    return True

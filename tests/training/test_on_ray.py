@@ -216,6 +216,24 @@ class _Announces:
             get_train_context().preemption_context.preemption_info = info
 
 
+def test_nodes_that_leave_have_nothing_free_and_a_head_that_is_away_tells_nothing(monkeypatch):
+    def fails(*_):
+        raise ray.exceptions.RpcError("unavailable")
+
+    monkeypatch.setattr(on_ray.state, "get_draining_nodes", lambda: {"a": 0})
+    monkeypatch.setattr(on_ray.state, "available_resources_per_node", lambda: {"a": {"CPU": 8.0}, "b": {"CPU": 2.0}})
+    assert on_ray._free_nodes() == [{"CPU": 2.0}]
+    monkeypatch.setattr(on_ray.state, "get_draining_nodes", fails)
+    assert on_ray._free_nodes() == []
+    monkeypatch.setattr(ray, "get_actor", fails)
+    assert not on_ray._is_there("name")
+
+
+def test_ray_tells_what_its_node_has_free(ray_cluster):
+    """Which is not among what Ray promises to keep."""
+    assert [node.get("memory", 0) > 0 for node in on_ray._free_nodes()] == [True]
+
+
 class _Interrupts:
     """After step 3 the driver gets Ctrl-C, once; each step is followed by a look."""
 

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
-from types import SimpleNamespace
 
 import pytest
-import ray
 
-from cert_ray.training.stopping import Stop, asked
+from cert_ray.training.stopping import Stop
 
 
-@pytest.fixture
-def actors(monkeypatch):
-    """The names of the actors that there are, as Ray would keep them."""
-    names = []
+class _Stop(Stop):
+    """Counts how often it asks."""
 
-    def options(name):
-        return SimpleNamespace(remote=lambda: names.append(name) or name)
+    asked = 0
 
-    def get_actor(name):
-        if name not in names:
-            raise ValueError(name)
-
-    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: SimpleNamespace(options=options))
-    monkeypatch.setattr(ray, "kill", names.remove)
-    monkeypatch.setattr(ray, "get_actor", get_actor)
-    return names
+    def ask(self) -> None:
+        self.asked += 1
 
 
 def _raises(number, frame):
@@ -42,41 +31,41 @@ def number(request):
     signal.signal(request.param, before)
 
 
-def test_the_first_signal_asks_and_the_second_does_what_it_did(actors, number):
-    with Stop() as stop:
-        assert not asked(stop.name)
+def test_the_first_signal_asks_and_the_second_does_what_it_did(number):
+    with _Stop() as stop:
+        assert not stop.came
         os.kill(os.getpid(), number)
-        assert asked(stop.name)
         assert stop.came
         with pytest.raises(TimeoutError):
             os.kill(os.getpid(), number)
+    assert stop.asked == 1
     assert signal.getsignal(number) is _raises
-    assert not actors
 
 
-def test_a_handler_that_came_later_is_second(actors, number):
-    with Stop() as stop:
-        signal.signal(number, lambda *_: actors.append("later"))
+def test_a_handler_that_came_later_is_second(number):
+    later = []
+    with _Stop() as stop:
+        signal.signal(number, lambda *_: later.append(number))
         stop.take_over(number)
         os.kill(os.getpid(), number)
-        assert actors == [stop.name]
+        assert (stop.asked, later) == (1, [])
         os.kill(os.getpid(), number)
-        assert actors == [stop.name, "later"]
+        assert (stop.asked, later) == (1, [number])
     assert signal.getsignal(number) is _raises
 
 
-def test_a_signal_that_is_ignored_stays_so(actors, number):
+def test_a_signal_that_is_ignored_stays_so(number):
     signal.signal(number, signal.SIG_IGN)
-    with Stop() as stop:
+    with _Stop() as stop:
         os.kill(os.getpid(), number)
         assert not stop.came
 
 
-def test_a_second_signal_that_the_system_takes_ends_the_process(actors):
+def test_a_second_signal_that_the_system_takes_ends_the_process():
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with Stop():
+        with _Stop():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(1)
@@ -84,13 +73,13 @@ def test_a_second_signal_that_the_system_takes_ends_the_process(actors):
 
 
 def _stopped_twice(number):
-    with Stop():
+    with _Stop():
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize(("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
-def test_the_exit_that_a_second_signal_brings_is_told_as_the_signal(actors, number, error):
+def test_the_exit_that_a_second_signal_brings_is_told_as_the_signal(number, error):
     """Ray leaves with 15, Ray Train with 0."""
     before = signal.signal(number, lambda *_: exit(0))
     try:
@@ -102,24 +91,16 @@ def test_the_exit_that_a_second_signal_brings_is_told_as_the_signal(actors, numb
         assert raised.value.code == 128 + signal.SIGTERM
 
 
-def test_an_exit_without_a_signal_is_let_be(actors):
-    with pytest.raises(SystemExit) as raised, Stop():
+def test_an_exit_without_a_signal_is_let_be():
+    with pytest.raises(SystemExit) as raised, _Stop():
         raise SystemExit(3)
     assert raised.value.code == 3
 
 
-def test_a_head_that_does_not_answer_stops_nothing(monkeypatch):
-    def fails(name):
-        raise ray.exceptions.RpcError("unavailable")
-
-    monkeypatch.setattr(ray, "get_actor", fails)
-    assert not asked("name")
-
-
-def test_a_handler_that_python_did_not_set_is_let_be(actors, monkeypatch):
+def test_a_handler_that_python_did_not_set_is_let_be(monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(signal, "getsignal", lambda _: None)  # as it says of one set by a host in C
-    with Stop():
+    with _Stop():
         pass
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGINT) is before

@@ -80,6 +80,7 @@ def test_rates_and_sizes_are_those_asked_for() -> None:
     assert np.median(sizes) < np.mean(sizes) / 1.5  # many small files, few large ones
 
 
+@pytest.mark.slow
 def test_a_corpus_depends_on_its_options_alone(tmp_path: Path) -> None:
     options = CorpusOptions(documents=90, rows_per_file=40)
     for workers in (1, 2):

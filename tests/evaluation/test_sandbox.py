@@ -202,6 +202,7 @@ def test_so_they_are_where_unshare_made_the_user_namespace_as_for_users_below_gv
         assert sandbox._nested
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("contained")
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_fork_bomb_ends(nested: bool) -> None:

@@ -397,6 +397,7 @@ print("answered")
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_within_a_step_is_not_aborted() -> None:
     ended = subprocess.run([sys.executable, "-c", BUSY_AT_THE_END], capture_output=True, text=True, timeout=120)
     assert (ended.stdout, ended.stderr, ended.returncode) == ("answered\n", "", 0)

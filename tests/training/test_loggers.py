@@ -66,6 +66,7 @@ def _records(data: bytes) -> list[bytes]:
     return found
 
 
+@pytest.mark.slow
 # MLflow's own use of SQLAlchemy 2.1.
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")
 def test_mlflow_goes_on_in_the_same_run_and_has_every_step_once(

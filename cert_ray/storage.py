@@ -480,10 +480,11 @@ def copy_to_local(url: str, target: Path) -> Written:
 
 
 @tried_again
-def copy_folder_to_local(url: str, target: Path) -> None:
-    """Copy everything below `url` into the local folder `target`."""
+def copy_files_to_local(url: str, target: Path) -> None:
+    """Copy the files that stand directly in the folder `url` into the local folder `target`.
+
+    Not what is below: a model's folder has checkpoints there, which are many times as large.
+    """
     filesystem, path = resolve(url)
-    if isinstance(filesystem, LocalFileSystem):
-        shutil.copytree(path, target, dirs_exist_ok=True)
-    else:
-        filesystem.get(path.rstrip("/") + "/", str(target) + "/", recursive=True)
+    found = [entry["name"] for entry in filesystem.ls(path, detail=True) if entry["type"] == "file"]
+    filesystem.get(found, [str(target / name_of(name)) for name in found])

@@ -75,8 +75,11 @@ def test_a_folder_that_arrow_copies_as_ray_train_does_is_whole(server: S3, tmp_p
     pyarrow.fs.copy_files(
         str(part), path, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=filesystem
     )
-    storage.copy_folder_to_local(f"{FOLDER}/step-000001", tmp_path / "back")
-    assert {name: (tmp_path / "back" / name).read_bytes() for name in contents} == contents
+    assert {name: storage.read_bytes(f"{FOLDER}/step-000001/{name}") for name in contents} == contents
+    back = tmp_path / "back"
+    back.mkdir()
+    storage.copy_files_to_local(f"{FOLDER}/step-000001", back)
+    assert {file.name: file.read_bytes() for file in back.iterdir()} == {"part-00000.json": b"{}", "empty": b""}
 
 
 def test_refused_requests_are_tried_again(server: S3) -> None:

@@ -130,7 +130,7 @@ def _on_this_machine(folder: str) -> Iterator[Path]:
         yield storage.local_path(folder)
         return
     with tempfile.TemporaryDirectory(prefix="cert-ray-model-") as copied:
-        storage.copy_folder_to_local(folder, Path(copied))
+        storage.copy_files_to_local(folder, Path(copied))
         yield Path(copied)
 
 

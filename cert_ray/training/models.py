@@ -212,7 +212,7 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
         target = Path(tempfile.mkdtemp(prefix="cert-ray-model-", dir=copies))
         if copies is None:
             atexit.register(shutil.rmtree, target, ignore_errors=True)
-        storage.copy_folder_to_local(name, target)
+        storage.copy_files_to_local(name, target)
         return target
     check_there(name, option)
     return _hub_folder(name, option, MODEL_FILES)

@@ -197,7 +197,7 @@ def test_a_model_in_a_store_is_looked_at_without_its_weights(folder: Path, monke
         storage.write_bytes(storage.join(url, name), (folder / name).read_bytes())
     read, read_bytes = [], storage.read_bytes
     monkeypatch.setattr(storage, "read_bytes", lambda one: read.append(storage.name_of(one)) or read_bytes(one))
-    monkeypatch.setattr(storage, "copy_folder_to_local", lambda *_: pytest.fail("that copies the weights"))
+    monkeypatch.setattr(storage, "copy_files_to_local", lambda *_: pytest.fail("that copies the weights"))
     check_models({"sketcher": url}, EngineConfig())
     assert sorted(read) == ["config.json", "tokenizer.json"]
     storage.write_bytes(storage.join(url, "config.json"), b"{")

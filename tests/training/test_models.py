@@ -236,6 +236,15 @@ def test_the_shape_of_a_remote_folder_takes_its_config_alone(tmp_path):
     assert models.base_shape(url, 100, 16).hidden_size == 192
 
 
+def test_of_a_trained_model_in_a_store_the_checkpoints_below_it_stay_there(tmp_path):
+    url = f"memory://trained/{tmp_path.name}"
+    for name in ("config.json", "model.safetensors", "checkpoints/step-000001/engine/state.pt"):
+        storage.write_bytes(f"{url}/{name}", name.encode())
+    copied = models.local_folder(url, "base", tmp_path)
+    found = {str(file.relative_to(copied)): file.read_text() for file in copied.rglob("*")}
+    assert found == {"config.json": "config.json", "model.safetensors": "model.safetensors"}
+
+
 def test_the_config_says_the_view_that_a_model_read_last(tmp_path, make_config, tokenizer_folder):
     tokenizer = load_tokenizer(str(tokenizer_folder))
     model = models.load(make_config(), _pack(tokenizer, view="context_first")).model

@@ -459,7 +459,7 @@ def test_a_disk_that_fills_under_a_copy_of_what_is_remote_is_told_as_one(make_co
         copied = url if remote == "tokens" else "tiny or its tokenizer"
         upload(getattr(config, remote), url)
         config = config.model_copy(update={remote: url})
-    monkeypatch.setattr(storage, "copy_folder_to_local", full)
+    monkeypatch.setattr(storage, "copy_files_to_local", full)
     monkeypatch.setattr(storage, "copy_to_local", full)  # each file of a pack,
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # which no earlier start has copied here
     with pytest.raises(

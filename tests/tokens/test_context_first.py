@@ -83,6 +83,11 @@ def test_documentation_is_context_of_the_first_example() -> None:
     assert one.context.startswith("# Documentation")
 
 
+def test_a_part_that_begins_with_a_placeholder_keeps_it() -> None:
+    (example,) = examples_of([block("'a'+1", "string+number")], "a", ahead="# of a\n")
+    assert example.sketch == ("\nstring+number", [Placeholder(1, 7, "string"), Placeholder(8, 14, "number")])
+
+
 def test_a_class_is_taken_method_by_method() -> None:
     method = "    def one(self):\n        return 1"
     code = f"class A:\n    x = 1\n\n{method}\n\n    @property\n{method}"

@@ -138,7 +138,7 @@ def _card_scores(evaluation: str, system: str) -> list[Score]:
 def _adopt(bases: list[str], output: str, context_tokens: int) -> Manifest:
     from cert_ray.training.models import local_folder
 
-    found = {base: str(local_folder(base, "start")) for base in bases}
+    found = {base: base if storage.is_folder(base) else str(local_folder(base, "start")) for base in bases}
     digests = {base: tokenizer_digest(load_tokenizer(folder)) for base, folder in found.items()}
     if len(set(digests.values())) > 1:
         raise TokenizerMismatchError(

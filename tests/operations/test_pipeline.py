@@ -1,4 +1,4 @@
-"""A recipe's stages that no other test runs: the evaluation of its models, with what they were trained to read."""
+"""A recipe's stages that no other test runs: a base's tokenizer taken over, the evaluation of its models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from cert_ray import storage
 from cert_ray.errors import CertRayError, ConfigError, NotFinishedError
 from cert_ray.operations import on_ray, pipeline
 from cert_ray.operations.on_ray import run_on_worker
@@ -24,6 +25,7 @@ from tests.ray_marks import RAY_DATA
 from tests.retrieval.builders import DOCS
 from tests.serving.builders import save_model
 from tests.tokens.packs import write_pack
+from tests.training.conftest import write_tokenizer
 
 PROBLEMS = Path(pipeline.__file__).with_name("demo_problems.jsonl")
 
@@ -189,3 +191,23 @@ class TestOnRay:
             run_on_worker(tell, cpus=1, gpus=0)
         (line,) = (line for line in read_story(str(tmp_path)) if line.level == "INFO")
         assert (line.verb, line.message) == ("evaluate-worker", "pass@1 0.25")
+
+
+def test_the_tokenizer_of_a_base_in_a_store_is_taken_over_without_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"memory://bases/{tmp_path.name}"
+    write_tokenizer(tmp_path)
+    storage.write_bytes(f"{url}/tokenizer.json", (tmp_path / "tokenizer.json").read_bytes())
+    monkeypatch.setattr(storage, "copy_files_to_local", lambda *_: pytest.fail("that copies the weights"))
+    recipe = recipe_from(
+        {
+            "run": str(tmp_path / "run"),
+            "libraries": ["numpy"],
+            "preprocess": {"sources": {"inputs": ["corpus"]}},
+            "models": {"base": {"start": url, "view": "base", "train": {"steps": 4, "warmup_steps": 1}}},
+        },
+        "test",
+    )
+    manifest = pipeline.run_tokenizer(recipe)
+    assert manifest.notes["special_tokens_added"] > 0

@@ -17,6 +17,7 @@ later run makes of the stages before must not be read into shards that are calle
 from __future__ import annotations
 
 import math
+import socket
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ import xxhash
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.errors import NotFinishedError, SchemaVersionError, SupersededError
+from cert_ray.errors import ConfigError, NotFinishedError, SchemaVersionError, SupersededError
 from cert_ray.manifests import ATTEMPT_NAME, Manifest, ShardReport, WrittenFile
 from cert_ray.schemas import SCHEMA_VERSION
 
@@ -128,8 +129,19 @@ class Attempt:
     token: str  # in the folder as long as no later run has begun there
 
     def check(self) -> None:
-        """Raise `SupersededError` when a later run has begun, or finished, in the folder."""
-        if _token(self.folder) != self.token:
+        """Before a write becomes visible: is this still the last run that began in the folder?
+
+        Raises:
+            SupersededError: when a later one has begun, or finished.
+            ConfigError: when this node does not see that any has: its disk is another one.
+        """
+        found = _token(self.folder)
+        if found is None and not manifests.is_finished(self.folder):
+            raise ConfigError(
+                f"{self.folder}: this run began there, and {socket.gethostname()} does not see it. Give a `run` that "
+                "every node sees: a shared folder, or a URL."
+            )
+        if found != self.token:
             raise SupersededError(self.folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import socket
 from pathlib import Path
 
 import hypothesis
@@ -13,7 +14,7 @@ import pytest
 
 from cert_ray import manifests, storage
 from cert_ray.config import Config
-from cert_ray.errors import ShardCorruptError, SupersededError
+from cert_ray.errors import ConfigError, ShardCorruptError, SupersededError
 from cert_ray.manifests import ShardReport
 from cert_ray.shards import units
 from cert_ray.shards.units import WorkUnit, write_table
@@ -201,6 +202,15 @@ def test_an_earlier_run_overwrites_nothing(tmp_path: Path) -> None:
             storage.write_text(str(tmp_path / "card.html"), "of the earlier run")
     assert files_of(tmp_path) == before
     manifests.check_file(folder, report.files[0], "verb")
+
+
+def test_a_node_that_does_not_see_the_runs_folder_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with units.attempt(str(folder), "stage", "verb", "options") as begun:
+        folder.rename(tmp_path / "on the disk of another node")
+        with pytest.raises(ConfigError, match=rf"{folder}: this run began there, and {socket.gethostname()} does not"):
+            units.perform(unit(), writes(folder, "one"), begun)
+    assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
 def test_a_finished_stage_keeps_no_token(tmp_path: Path) -> None:

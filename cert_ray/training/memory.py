@@ -121,7 +121,8 @@ def measure(shape: Any, precision: str, context_tokens: int) -> ModelSize:
 def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
     """What one worker of the run `config` holds, and what a step computes."""
     element = 4 if config.precision == "fp32" else 2
-    parameters, workers, stage = size.parameters, config.workers, config.zero_stage
+    parameters, stage = size.parameters, config.zero_stage
+    workers = config.min_workers or config.workers  # while nodes are away, those that are left hold all
     rows = config.micro_batch
     compiled = config.compile and config.use_gpu and config.precision != "fp32"  # elsewhere not measured
     if config.activation_checkpointing:
@@ -203,7 +204,7 @@ def render(name: str, size: ModelSize, config: TrainConfig, gpu_name: str, mfu: 
     ]
     lines = [
         f"{name}: {config.base}, {size.parameters / 1e6:,.1f}M parameters, {config.precision}, "
-        f"ZeRO {config.zero_stage}, {config.workers} workers; {config.micro_batch} x {size.context_tokens:,} tokens "
+        f"ZeRO {config.zero_stage}, {_workers(config)}; {config.micro_batch} x {size.context_tokens:,} tokens "
         f"per pass, {config.gradient_accumulation} passes per step",
         f"  {'GB per worker':24}{'plain':>20}{'activation_checkpointing':>28}",
     ]
@@ -229,6 +230,10 @@ def render(name: str, size: ModelSize, config: TrainConfig, gpu_name: str, mfu: 
     if chosen.total > gpu.memory_bytes:
         lines.append(f"  does not fit. {advice(size, config, gpu.memory_bytes)}")
     return "\n".join(lines)
+
+
+def _workers(config: TrainConfig) -> str:
+    return f"{config.workers} workers" + (f" (memory: with {config.min_workers})" if config.min_workers else "")
 
 
 @dataclass(slots=True)

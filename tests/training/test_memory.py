@@ -75,6 +75,14 @@ def test_state_is_that_of_the_zero_paper_and_what_stage_3_gathers(size, stage, b
     assert state == pytest.approx(bytes_per_parameter * size.parameters)
 
 
+def test_a_worker_has_room_while_nodes_are_away(size):
+    """The same memory as of a run of so few, in the time of all."""
+    few, elastic = _config(workers=2, zero_stage=2), _config(workers=8, min_workers=2, zero_stage=2)
+    assert memory.estimate(size, elastic).total == memory.estimate(size, few).total
+    assert memory.estimate(size, elastic).tokens_per_step == 4 * memory.estimate(size, few).tokens_per_step
+    assert "8 workers (memory: with 2); 10 x 1,024" in memory.render("base", size, elastic, "h100")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.distributed.*deprecated:FutureWarning")
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16")])

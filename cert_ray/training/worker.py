@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import shutil
+import socket
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
@@ -140,6 +141,7 @@ def _run(
     notices: Notices,
     copies: Path,
 ) -> Outcome | Early:
+    machines = together.gathered(socket.gethostname())
     packed = together.everywhere(lambda: _open(config, pack_digest))
     loaded = together.everywhere(lambda: _load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
@@ -167,8 +169,9 @@ def _run(
         if not _is_out_of_memory(error):
             raise
         size = memory.measure(loaded.model.config, config.precision, packed.context_tokens)
+        memory_bytes = _memory_bytes(config, machines.count(machines[together.rank]))
         step = "before the first step: " if trainer is None else f"step {len(trainer.records) + 1}: "
-        raise TrainingMemoryError(step + memory.explain_shortage(size, config, _memory_bytes(config))) from error
+        raise TrainingMemoryError(step + memory.explain_shortage(size, config, memory_bytes)) from error
     if trainer.early is not None:
         return trainer.early
     files: tuple[WrittenFile, ...] = ()
@@ -205,11 +208,11 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # GPU, CPU
 
 
-def _memory_bytes(config: TrainConfig) -> float:
+def _memory_bytes(config: TrainConfig, workers_here: int) -> float:
     """What a worker has: its GPU's memory, or its share of this machine's."""
     if config.use_gpu:
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
-    return psutil.virtual_memory().total / config.workers
+    return psutil.virtual_memory().total / workers_here
 
 
 def _memory_in_use(config: TrainConfig) -> int:
@@ -301,7 +304,7 @@ class _Rank:
         policy = self._config.on_spike
         if policy is None:
             return False
-        losses = [record.loss for record in self.records[-(policy.window_steps + policy.patience_steps) :]]
+        losses = [record.loss for record in self.records[-(policy.window_steps + policy.patience_steps + 1) :]]
         count = spiking_steps(losses, policy)
         if count == 0:
             return False
@@ -314,7 +317,8 @@ class _Rank:
                 f"limit ({limit:.4f}) that the {policy.window_steps} steps before set",
                 "To let the run go on from there as it is, set on_spike.action to warn.",
             )
-        if self._rank == 0 and count in (1, policy.patience_steps):
+        reached = count == policy.patience_steps and spiking_steps(losses[:-1], policy) < count  # it counts no further
+        if self._rank == 0 and (count == 1 or reached):
             _log.warning(
                 "step %d: the loss spikes, %.4f nats/token (limit %.4f); no checkpoint is written until it has fallen",
                 step,

@@ -32,12 +32,14 @@ from cert_ray.errors import (
     NotFinishedError,
     NoWholeCheckpointError,
     StorageFullError,
+    SupersededError,
     TokenizerMismatchError,
     TrainingDivergedError,
     TrainingFailedError,
     TrainingMemoryError,
 )
 from cert_ray.manifests import Manifest, ShardReport
+from cert_ray.shards.units import attempt
 from cert_ray.telemetry import logs
 from cert_ray.telemetry.on_ray import count_step
 from cert_ray.tokens.encoding import SKETCH_VIEWS
@@ -61,6 +63,7 @@ _LASTING = (
     TokenizerMismatchError,
     NotFinishedError,
     NoWholeCheckpointError,
+    SupersededError,
 )
 # What it raises on one of them, while the others wait for it, and would again.
 _LASTING_OF_ONE = (DiskFullError, StorageFullError, TrainingMemoryError)
@@ -95,6 +98,7 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         DiskFullError, StorageFullError: when a disk is full: nothing is tried again.
         TrainingMemoryError: when the memory of a worker does not suffice: nothing is tried again.
         TrainingFailedError: when workers died more than `config.max_failures` times.
+        SupersededError: when another run has begun in the output.
     """
     checked = inputs.check(config)
     manifest = inputs.finished(checked)
@@ -103,14 +107,16 @@ def train(config: TrainConfig, *, after_step: Any | None = None) -> TrainResult:
         return _result(checked.config, manifest, reused=True)
     _check_base(checked.config.base)
     folder = checkpoints.folder_of(checked.config.output)
-    _tidy(folder, checked)
+    checkpoints.check_run(folder, checked.run_digest)
     lacking = inputs.waits_for(checked.config, ray.cluster_resources())
     if lacking is not None:
         _log.warning("%s", lacking)
     several_nodes = lacking is not None or checked.config.min_workers is not None or len(ray.nodes()) > 1
     _log.info("%s: %d steps, workers are starting", checked.config.output, checked.config.steps)  # it takes a while
-    with _RayStop() as stop:
-        manifest = _finish(checked, _fit_to_the_end(checked, folder, after_step, several_nodes, stop))
+    begun = attempt(checked.config.output, inputs.STAGE, inputs.VERB, checked.run_digest)
+    with begun as this, _RayStop() as stop:
+        returned = _fit_to_the_end(checked, folder, {"after_step": after_step, "attempt": this}, several_nodes, stop)
+        manifest = _finish(checked, returned)
         if stop.came:  # while the last steps were done
             raise stop.told()
     return _result(checked.config, manifest, reused=False)
@@ -124,10 +130,9 @@ def _check_base(base: str) -> None:
         check_there(base, "base")
 
 
-def _tidy(folder: str, checked: inputs.Checked) -> None:
-    """Leave only checkpoints of this run below `folder`, none cut short; the workers look what is in them."""
+def _tidy(folder: str) -> None:
+    """Leave no checkpoint below `folder` that was cut short; the workers look what is in them."""
     checkpoints.remove_incomplete(folder)
-    checkpoints.check_run(folder, checked.run_digest)
     if storage.exists(folder):
         # Ray Train's own list of checkpoints refuses to start when one of them was deleted; `worker` looks for itself.
         for entry in storage.list_files(folder):
@@ -162,11 +167,17 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
 
 
 def _fit_to_the_end(
-    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: _RayStop
+    checked: inputs.Checked, folder: str, options: dict[str, Any], several_nodes: bool, stop: _RayStop
 ) -> dict[str, Any]:
-    """Run the workers, and again each time that they ended early for other nodes; what worker 0 returns at last."""
+    """Run the workers, and again each time that they ended early for other nodes; what worker 0 returns at last.
+
+    `options`: more of what `_work` takes.
+    """
     look_s, workers = checked.config.resize_check_s, 0
-    while (returned := _fit(checked, folder, after_step, several_nodes, stop, look_s)).get("early") is not None:
+    _tidy(folder)
+    while (returned := _fit(checked, folder, options | {"look_s": look_s}, several_nodes, stop)).get(
+        "early"
+    ) is not None:
         reason, step, ended = returned["early"]
         if stop.came:
             _log.warning("stopped after step %d: run the same again to go on", step)
@@ -176,12 +187,12 @@ def _fit_to_the_end(
             # What looked free may be promised to others: started for nothing, it is looked for less often.
             look_s = 2 * look_s if ended == workers else checked.config.resize_check_s
         workers = ended if reason == "growing" else 0
-        _tidy(folder, checked)
+        _tidy(folder)
     return returned
 
 
 def _fit(
-    checked: inputs.Checked, folder: str, after_step: Any | None, several_nodes: bool, stop: _RayStop, look_s: float
+    checked: inputs.Checked, folder: str, options: dict[str, Any], several_nodes: bool, stop: _RayStop
 ) -> dict[str, Any]:
     """Run the workers, which may come to lie on `several_nodes`; what worker 0 returns."""
     config = checked.config
@@ -198,13 +209,12 @@ def _fit(
             "config": config.model_dump(),
             "run_digest": checked.run_digest,
             "pack_digest": pack_digest(checked.pack),
-            "after_step": after_step,
             "log": logs.inherited(),
             "verdict": verdict,
             "several_nodes": several_nodes,
             "stop": stop.name,
             "resources": resources,
-            "look_s": look_s,
+            **options,
         },
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -327,6 +337,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 wait=ray.train.collective.barrier if context.get_world_size() > 1 else None,
                 leaving=_leaving if options["several_nodes"] else None,
                 asked=_asked(options, config, context.get_world_size()),
+                check=options["attempt"].check,
             )
     except _LASTING as error:  # on every worker alike; starting again would end alike
         return {"error": error}

@@ -58,6 +58,7 @@ _QUIET_S = 10.0  # without a line a step has one, due or not: assumed to be what
 # Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
 Report = Callable[[dict[str, Any], Path, str], None]
 AfterStep = Callable[[int, int], None]  # (steps done, rank)
+Check = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ def run(
     wait: Wait | None = None,
     leaving: Leaving | None = None,
     asked: Asked | None = None,
+    check: Check = lambda: None,
 ) -> Outcome | Early:
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
@@ -98,8 +100,10 @@ def run(
         pack_digest: of the pack that the run began with, which may have been replaced since; None: as it is now.
         wait: as `Together` has it.
         leaving, asked: are called between steps; a node that leaves, or a reason, ends the run there with a checkpoint.
+        check: is called by rank 0 at the start and before anything at the output changes; may raise `SupersededError`.
 
     Raises:
+        SupersededError: on every rank, as `check` raises it.
         ConfigError, InputError, TokenizerMismatchError, NotFinishedError: on every rank, when what the run starts from
             cannot be used on one of them.
         ConfigError: on every rank, when the model cannot be trained as `config.deterministic` asks.
@@ -117,7 +121,7 @@ def run(
     with kernels, scratch_folder("base") as copies:  # gigabytes, where the base is a remote one
         together = Together(rank, world_size, wait)
         notices = Notices(leaving, asked, together)
-        return _run(config, run_digest, together, report, after_step, count, pack_digest, notices, copies)
+        return _run(config, run_digest, together, report, after_step, count, pack_digest, notices, check, copies)
 
 
 def _warn_of_slow_bf16() -> None:
@@ -139,15 +143,17 @@ def _run(
     count: Tell | None,
     pack_digest: str | None,
     notices: Notices,
+    check: Check,
     copies: Path,
 ) -> Outcome | Early:
+    together.decide(check)
     machines = together.gathered(socket.gethostname())
     packed = together.everywhere(lambda: _open(config, pack_digest))
     loaded = together.everywhere(lambda: _load(config, packed, copies))
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
-        trainer = _Rank(config, run_digest, together, packed, loaded, report, notices)
+        trainer = _Rank(config, run_digest, together, packed, loaded, report, notices, check)
         tells = _tells(config, run_digest, together.rank, len(trainer.records))
         with ExitStack() as stack:
             tell = together.everywhere(lambda: stack.enter_context(tells))
@@ -177,6 +183,7 @@ def _run(
     files: tuple[WrittenFile, ...] = ()
     if together.rank == 0:
         last = storage.join(checkpoints.folder_of(config.output), checkpoints.name_of_step(config.steps))
+        check()
         _log.info("exporting %s", last)
         files = export.export_checkpoint(last, config.output)
     # Sixteen times the records of 100,000 steps would be sent to the driver, which reads those of rank 0.
@@ -232,10 +239,11 @@ class _Rank:
         loaded: models.Loaded,
         report: Report,
         notices: Notices,
+        check: Check,
     ) -> None:
         self._config, self._run_digest, self._together = config, run_digest, together
         self._rank, self._world_size = together.rank, together.world_size
-        self._loaded, self._report = loaded, report
+        self._loaded, self._report, self._check = loaded, report, check
         self._packed = packed
         # Now, since a base may be gone by the time a checkpoint is due.
         self._facts = together.everywhere(lambda: run_facts(config, packed.manifest))
@@ -384,8 +392,7 @@ class _Rank:
         config = self._config
         name = checkpoints.name_of_step(done)
         folder_url = storage.join(checkpoints.folder_of(config.output), name)
-        # Left by a kill, it may hold parts of more workers than there are now.
-        self._together.decide(lambda: storage.remove(folder_url) if storage.exists(folder_url) else None)
+        self._together.decide(lambda: self._clear(folder_url))
         if self._rank == 0:
             _log.info("writing %s, and reading it back", folder_url)
         with checkpoints.full_disk_told(name, config.output, _NO_ROOM), scratch_folder("checkpoint") as folder:
@@ -407,8 +414,15 @@ class _Rank:
         self._together.everywhere(lambda: checkpoints.verify(folder_url, only_rank=other))
         self._together.decide(lambda: self._complete(name))
 
+    def _clear(self, folder_url: str) -> None:
+        """Nothing lies where a checkpoint is to be: left by a kill, it may hold parts of more workers than now."""
+        self._check()
+        if storage.exists(folder_url):
+            storage.remove(folder_url)
+
     def _complete(self, name: str) -> None:
         """The checkpoint was read back: it counts, and older ones go."""
+        self._check()
         config = self._config
         folder = checkpoints.folder_of(config.output)
         checkpoint = storage.join(folder, name)

@@ -25,11 +25,13 @@ from cert_ray.errors import (
     InputError,
     NotFinishedError,
     StorageFullError,
+    SupersededError,
     TokenizerMismatchError,
     TrainingFailedError,
     TrainingMemoryError,
 )
 from cert_ray.operations.story import attempts, read_story
+from cert_ray.shards.units import attempt
 from cert_ray.telemetry import logs
 from cert_ray.training import checkpoints, inputs, notices, on_ray, worker
 from cert_ray.training.on_ray import TrainResult, train
@@ -98,6 +100,7 @@ def _options_of_a_worker(monkeypatch, make_config, world_size):
     monkeypatch.setattr(ray, "get", lambda answer: answer)
     options = {"config": make_config().model_dump(), "run_digest": "", "pack_digest": "", "after_step": None}
     options |= {"several_nodes": True, "stop": "name", "resources": {}, "look_s": 60.0}
+    options |= {"attempt": SimpleNamespace(check=lambda: None)}
     return options | {"log": logs.inherited(), "verdict": _Verdict() if world_size > 1 else None}
 
 
@@ -150,7 +153,7 @@ def test_room_that_was_none_is_looked_for_less_often(monkeypatch, make_config):
     early = [("growing", 2, 1), ("growing", 4, 1), ("growing", 5, 1), ("leaving", 6, 2), ("growing", 7, 1), None]
 
     def fit(*given):
-        looks.append(given[-1])
+        looks.append(given[2]["look_s"])
         return {"early": early[len(looks) - 1]}
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
@@ -232,6 +235,27 @@ def test_nodes_that_leave_have_nothing_free_and_a_head_that_is_away_tells_nothin
 def test_ray_tells_what_its_node_has_free(ray_cluster):
     """Which is not among what Ray promises to keep."""
     assert [node.get("memory", 0) > 0 for node in on_ray._free_nodes()] == [True]
+
+
+class _TakesOver:
+    """After step 4 another run begins in the output."""
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+
+    def __call__(self, step: int, rank: int) -> None:
+        if step == 4 and rank == 1:
+            with attempt(self._output, inputs.STAGE, inputs.VERB, "digest"):
+                pass
+
+
+@pytest.mark.slow
+def test_of_two_runs_into_one_output_the_earlier_one_ends(ray_cluster, make_config):
+    config = make_config(**OPTIONS)
+    with pytest.raises(SupersededError):
+        train(config, after_step=_TakesOver(config.output))
+    kept = [step for step, _ in checkpoints.complete_checkpoints(checkpoints.folder_of(config.output))]
+    assert kept == [3]
 
 
 class _Interrupts:

@@ -23,6 +23,7 @@ from cert_ray.errors import (
     DiskFullError,
     InputError,
     NoWholeCheckpointError,
+    SupersededError,
     TrainingDivergedError,
     TrainingMemoryError,
 )
@@ -317,6 +318,31 @@ def test_what_cannot_be_read_back_does_not_count_and_removes_nothing(make_config
     with pytest.raises(DamagedCheckpointError, match="step-000004"):
         worker.run(config, "digest", 0, 1, report)
     assert checkpoints.newest(checkpoints.folder_of(config.output))[0] == 2
+
+
+def test_a_run_that_another_took_over_writes_nothing_more(make_config, copy_report):
+    config = make_config(steps=6, checkpoint_every_steps=2, keep_checkpoints=9)
+    folder = checkpoints.folder_of(config.output)
+    taken: list[int] = []
+
+    def check() -> None:
+        if taken:
+            raise SupersededError(config.output)
+
+    def run() -> None:
+        def after(step: int, rank: int) -> None:
+            taken.extend([step] * (step == 3))
+
+        worker.run(config, "digest", 0, 1, copy_report(config.output), after, check=check)
+
+    with pytest.raises(SupersededError):
+        run()
+    assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [2]
+    with pytest.raises(SupersededError):  # as its workers that are started again
+        run()
+    taken.clear()
+    _run(config, copy_report)
+    assert [step for step, _ in checkpoints.complete_checkpoints(folder)] == [2, 4, 6]
 
 
 @pytest.mark.parametrize("reason", ["leaving", "growing", "stopped"])

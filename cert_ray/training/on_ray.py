@@ -174,10 +174,11 @@ def _fit_to_the_end(
     `options`: more of what `_work` takes.
     """
     look_s, workers = checked.config.resize_check_s, 0
-    _tidy(folder)
-    while (returned := _fit(checked, folder, options | {"look_s": look_s}, several_nodes, stop)).get(
-        "early"
-    ) is not None:
+    while True:
+        _tidy(folder)
+        returned = _fit(checked, folder, options | {"look_s": look_s}, several_nodes, stop)
+        if "early" not in returned:
+            return returned
         reason, step, ended = returned["early"]
         if stop.came:
             _log.warning("stopped after step %d: run the same again to go on", step)
@@ -187,8 +188,6 @@ def _fit_to_the_end(
             # What looked free may be promised to others: started for nothing, it is looked for less often.
             look_s = 2 * look_s if ended == workers else checked.config.resize_check_s
         workers = ended if reason == "growing" else 0
-        _tidy(folder)
-    return returned
 
 
 def _fit(

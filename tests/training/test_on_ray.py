@@ -150,11 +150,11 @@ def test_nodes_that_may_leave_are_watched_and_one_that_has_all_is_not(
 def test_room_that_was_none_is_looked_for_less_often(monkeypatch, make_config):
     """Workers that start again for room, and are as many as before, take it for another's; not those that are more."""
     looks = []
-    early = [("growing", 2, 1), ("growing", 4, 1), ("growing", 5, 1), ("leaving", 6, 2), ("growing", 7, 1), None]
+    early = [("growing", 2, 1), ("growing", 4, 1), ("growing", 5, 1), ("leaving", 6, 2), ("growing", 7, 1)]
 
     def fit(*given):
         looks.append(given[2]["look_s"])
-        return {"early": early[len(looks) - 1]}
+        return {"early": early.pop(0)} if early else {}
 
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0})
     monkeypatch.setattr(on_ray, "_fit", fit)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cert_ray import storage
@@ -65,6 +66,18 @@ class Loaded:
 
     model: Any
     tokenizer_folder: Path
+
+
+def fetch(config: TrainConfig, copies: Path) -> None:
+    """Bring what is remote of base and tokenizer to `copies`, where `load` finds it.
+
+    Raises:
+        ConfigError: when one of them is not there.
+    """
+    if config.base not in PRESETS:
+        local_folder(config.base, "base", copies)
+    if config.tokenizer is not None:
+        local_folder(config.tokenizer, "tokenizer", copies)
 
 
 def load(config: TrainConfig, pack: PackFacts, copies: Path | None = None) -> Loaded:
@@ -201,7 +214,8 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
     """The folder `name` on this machine: itself, a copy of a remote one, or the download of a hub id.
 
     Args:
-        copies: the folder for that copy, which its owner removes; None is a temporary one until this process ends.
+        copies: the folder for that copy, which its owner removes, and where a later call finds it; None is a temporary
+            one until this process ends.
 
     Raises:
         ConfigError: naming `option`, when it is none of these.
@@ -209,11 +223,14 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
     if storage.is_folder(name):
         if storage.is_local(name):
             return storage.local_path(name)
+        kept = None if copies is None else copies / xxhash.xxh3_64_hexdigest(name.encode())
+        if kept is not None and kept.exists():
+            return kept
         target = Path(tempfile.mkdtemp(prefix="cert-ray-model-", dir=copies))
-        if copies is None:
+        if kept is None:
             atexit.register(shutil.rmtree, target, ignore_errors=True)
         storage.copy_files_to_local(name, target)
-        return target
+        return target if kept is None else target.rename(kept)
     check_there(name, option)
     return _hub_folder(name, option, MODEL_FILES)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -49,6 +49,8 @@ from cert_ray.training.together import Together, Wait
 from cert_ray.training.utilization import flops_per_token, peak_flops, utilization
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
@@ -149,7 +151,7 @@ def _run(
     together.decide(check)
     machines = together.gathered(socket.gethostname())
     packed = together.everywhere(lambda: _open(config, pack_digest))
-    loaded = together.everywhere(lambda: _load(config, packed, copies))
+    loaded = _load(config, packed, together, machines, copies)
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
@@ -198,9 +200,22 @@ def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
     return packed
 
 
-def _load(config: TrainConfig, packed: PackedTokens, copies: Path) -> models.Loaded:
-    with checkpoints.full_disk_told(f"a copy of {config.base} or its tokenizer", None, checkpoints.ROOM_FOR_COPIES):
-        return models.load(config, packed, copies)
+def _load(
+    config: TrainConfig, packed: PackedTokens, together: Together, machines: list[str], own: Path
+) -> models.Loaded:
+    """The model, on every rank; the first one of each machine copies what is remote of it into its `own` folder."""
+    first = machines.index(machines[together.rank])
+    copies = Path(together.gathered(str(own))[first])
+    if not copies.exists():  # two machines of one name
+        copies = own
+
+    def with_room(work: Callable[[], _T]) -> _T:
+        what = f"a copy of {config.base} or its tokenizer"
+        with checkpoints.full_disk_told(what, None, checkpoints.ROOM_FOR_COPIES):
+            return work()
+
+    together.everywhere(lambda: with_room(lambda: models.fetch(config, own)) if copies == own else None)
+    return together.everywhere(lambda: with_room(lambda: models.load(config, packed, copies)))
 
 
 def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:

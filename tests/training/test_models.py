@@ -243,6 +243,9 @@ def test_of_a_trained_model_in_a_store_the_checkpoints_below_it_stay_there(tmp_p
     copied = models.local_folder(url, "base", tmp_path)
     found = {str(file.relative_to(copied)): file.read_text() for file in copied.rglob("*")}
     assert found == {"config.json": "config.json", "model.safetensors": "model.safetensors"}
+    storage.remove(f"{url}/model.safetensors")
+    assert models.local_folder(url, "base", tmp_path) == copied  # what one worker copied, others of its machine find
+    assert (copied / "model.safetensors").is_file()
 
 
 def test_the_config_says_the_view_that_a_model_read_last(tmp_path, make_config, tokenizer_folder):

@@ -10,6 +10,7 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,6 +319,32 @@ def test_what_cannot_be_read_back_does_not_count_and_removes_nothing(make_config
     with pytest.raises(DamagedCheckpointError, match="step-000004"):
         worker.run(config, "digest", 0, 1, report)
     assert checkpoints.newest(checkpoints.folder_of(config.output))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "machines", "folders", "fetches", "used"),
+    [
+        (0, ["a", "a", "b"], ["0", "1", "2"], True, "0"),
+        (1, ["a", "a", "b"], ["0", "1", "2"], False, "0"),
+        (2, ["a", "a", "b"], ["0", "1", "2"], True, "2"),
+        (1, ["a", "a"], ["elsewhere", "1"], True, "1"),  # two machines of one name
+    ],
+)
+def test_the_first_worker_of_a_machine_copies_a_remote_base_for_all(
+    tmp_path, monkeypatch, make_config, rank, machines, folders, fetches, used
+):
+    paths = [tmp_path / folder for folder in folders]
+    for path in paths:
+        if path.name != "elsewhere":
+            path.mkdir()
+    done = []
+    together = SimpleNamespace(
+        rank=rank, gathered=lambda _: [str(path) for path in paths], everywhere=lambda work: work()
+    )
+    monkeypatch.setattr(worker.models, "fetch", lambda _, copies: done.append(copies))
+    monkeypatch.setattr(worker.models, "load", lambda _, __, copies: copies)
+    assert worker._load(make_config(), None, together, machines, paths[rank]) == tmp_path / used
+    assert done == ([paths[rank]] if fetches else [])
 
 
 def test_a_run_that_another_took_over_writes_nothing_more(make_config, copy_report):

@@ -480,6 +480,18 @@ def copy_to_local(url: str, target: Path) -> Written:
 
 
 @tried_again
+def copy_from_local(source: Path, url: str) -> Written:
+    """Copy the local file `source` to `url` in blocks, whole or not at all."""
+    digest = xxhash.xxh3_128()
+    size_bytes = source.stat().st_size
+    with source.open("rb") as stream, _open_write(url, size_bytes) as sink:
+        while block := stream.read(_CHECKSUM_BLOCK_BYTES):
+            digest.update(block)
+            sink.write(block)
+    return Written(size_bytes, digest.hexdigest())
+
+
+@tried_again
 def copy_files_to_local(url: str, target: Path) -> None:
     """Copy the files that stand directly in the folder `url` into the local folder `target`.
 

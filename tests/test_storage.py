@@ -164,3 +164,14 @@ def test_arrow_opens_what_is_not_local_through_fsspec():
     path, filesystem = storage.for_arrow("s3://bucket/run")
     assert path == "bucket/run"
     assert isinstance(filesystem, pyarrow.fs.PyFileSystem)
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_file_is_copied_in_blocks_with_the_checksum_of_the_whole(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(storage, "_CHECKSUM_BLOCK_BYTES", 10)
+    (tmp_path / "source").write_bytes(bytes(range(25)))
+    url = str(tmp_path / "there" / "copy") if kind == "local" else f"memory://copied/{tmp_path.name}"
+    written = storage.copy_from_local(tmp_path / "source", url)
+    assert storage.read_bytes(url) == bytes(range(25))
+    assert written == storage.checksum(url)
+    assert written == storage.write_bytes(url, bytes(range(25)))

@@ -204,5 +204,5 @@ def _readme(origin: Origin, parameters: int) -> str:
 
 
 def _upload(file: Path, output: str) -> WrittenFile:
-    written = storage.write_bytes(storage.join(output, file.name), file.read_bytes())
+    written = storage.copy_from_local(file, storage.join(output, file.name))
     return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)

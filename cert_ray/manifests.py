@@ -11,6 +11,7 @@ import logging
 import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -247,6 +248,12 @@ def finished_manifest(
         return None
     manifest.check()
     return manifest if are_whole(folder, manifest.files, verb) else None
+
+
+def copy_in(file: Path, folder: str) -> WrittenFile:
+    """Copy the local `file` into `folder` under its name; the entry of a report for it."""
+    written = storage.copy_from_local(file, storage.join(folder, file.name))
+    return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
 def tell_of_replacing(folder: str, stage: str, others: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ import torch
 from cert_ray import manifests, storage
 from cert_ray.config import Config
 from cert_ray.errors import ConfigError, InputError
-from cert_ray.manifests import Manifest, ShardReport, WrittenFile
+from cert_ray.manifests import Manifest, ShardReport
 from cert_ray.training.inputs import STAGE
 
 VERB = "fetch-base"
@@ -150,7 +150,7 @@ def convert_gguf(gguf: Path, output: str, origin: Origin) -> Manifest:
         folder = Path(temporary)
         parameters = _save(gguf, folder)
         (folder / "README.md").write_text(_readme(origin, parameters))
-        files = tuple(_upload(file, output) for file in sorted(folder.iterdir()))
+        files = tuple(manifests.copy_in(file, output) for file in sorted(folder.iterdir()))
     report = ShardReport(
         shard="model",
         unit_digest=origin.digest(),
@@ -201,8 +201,3 @@ def _readme(origin: Origin, parameters: int) -> str:
         f"{header}# {origin.model}, from GGUF\n\nMade by `cert-ray fetch-base` from {source} "
         f"(GGUF file SHA-256 {origin.file_sha256}). {quantised}\n\n{parameters:,} parameters, stored as fp32.\n"
     )
-
-
-def _upload(file: Path, output: str) -> WrittenFile:
-    written = storage.copy_from_local(file, storage.join(output, file.name))
-    return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)

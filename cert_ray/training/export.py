@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cert_ray import storage
+from cert_ray import manifests, storage
 from cert_ray.manifests import WrittenFile
 from cert_ray.tokens.encoding import MODEL_VIEW
 from cert_ray.tokens.vocabulary import load_tokenizer, vocabulary_size
@@ -54,7 +54,7 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
             for file in sorted((source / TOKENIZER_FOLDER).iterdir()):
                 (target / file.name).write_bytes(file.read_bytes())
             storage.write_text(storage.join(output, model_card.CARD_NAME), card)
-            return tuple(_upload(file, output) for file in sorted(target.iterdir()))
+            return tuple(manifests.copy_in(file, output) for file in sorted(target.iterdir()))
 
 
 def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.ModelFacts:
@@ -74,8 +74,3 @@ def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.M
         "losses": model_card.losses_of(steps),
     }
     return model_card.ModelFacts.from_mapping(facts, str(noted))
-
-
-def _upload(file: Path, output: str) -> WrittenFile:
-    written = storage.copy_from_local(file, storage.join(output, file.name))
-    return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)

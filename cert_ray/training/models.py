@@ -223,14 +223,15 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
     if storage.is_folder(name):
         if storage.is_local(name):
             return storage.local_path(name)
-        kept = None if copies is None else copies / xxhash.xxh3_64_hexdigest(name.encode())
-        if kept is not None and kept.exists():
-            return kept
-        target = Path(tempfile.mkdtemp(prefix="cert-ray-model-", dir=copies))
-        if kept is None:
-            atexit.register(shutil.rmtree, target, ignore_errors=True)
-        storage.copy_files_to_local(name, target)
-        return target if kept is None else target.rename(kept)
+        if copies is None:
+            copies = Path(tempfile.mkdtemp(prefix="cert-ray-models-"))
+            atexit.register(shutil.rmtree, copies, ignore_errors=True)
+        kept = copies / xxhash.xxh3_64_hexdigest(name.encode())
+        if not kept.exists():
+            arriving = Path(tempfile.mkdtemp(dir=copies))
+            storage.copy_files_to_local(name, arriving)
+            arriving.rename(kept)
+        return kept
     check_there(name, option)
     return _hub_folder(name, option, MODEL_FILES)
 

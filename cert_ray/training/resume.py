@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,19 +89,21 @@ class _Reader:
 
     def __init__(self, config: TrainConfig, run_digest: str, together: Together, temporary: Path) -> None:
         self._config, self._run_digest, self._together, self._temporary = config, run_digest, together, temporary
-        machines = together.gathered(socket.gethostname())
-        self._first_here = machines.index(machines[together.rank])  # rank, on this machine
+        self._shared = together.first_here(temporary)
 
     def fetch(self, url: str) -> _Fetched:
         """The checkpoint at `url`, as far as this rank needs it."""
         first, rank = checkpoints.first_part(url, self._run_digest), self._together.rank
         if self._fits(first):
             return self._fetched(url, first, {0, rank} if first.world_size == self._together.world_size else {0})
-        return self._fetched(url, first, None if rank == self._first_here else {0})
+        return self._fetched(url, first, None if self._is_first_here() else {0})
 
     def _fits(self, first: checkpoints.Part) -> bool:
         """Whether its state can be loaded as it is: without ZeRO all workers have the same."""
         return first.world_size == self._together.world_size or self._config.zero_stage == 0
+
+    def _is_first_here(self) -> bool:
+        return self._shared == self._temporary
 
     def _fetched(self, url: str, first: checkpoints.Part, ranks: Collection[int] | None) -> _Fetched:
         with checkpoints.full_disk_told(f"a copy of {url}", None, checkpoints.ROOM_FOR_COPIES):
@@ -115,16 +116,13 @@ class _Reader:
             engine = Engine(model, self._config)
             engine.load(checkpoint.folder / export.ENGINE_FOLDER)
             return engine
-        together, converted = self._together, self._temporary / "universal"
-        if together.rank == self._first_here:  # once per machine
+        converted = self._shared / "universal"
+        if self._is_first_here():  # once per machine
             self._convert(checkpoint.folder, converted)
-        shared = Path(together.gathered(str(converted))[self._first_here])
-        if not shared.exists():  # two machines of one name
-            shared = converted
-            self._convert(self._fetched(checkpoint.url, checkpoint.first, None).folder, converted)
+        self._together.wait()
         engine = Engine(model, self._config, universal=True)
-        engine.load(shared)
-        together.wait()  # it lies in the folder of the first of them
+        engine.load(converted)
+        self._together.wait()  # it lies in the folder of the first of them
         return engine
 
     def _convert(self, checkpoint: Path, converted: Path) -> None:

@@ -7,7 +7,9 @@ collective once all have come. Needs a process group of torch.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +42,13 @@ class Together:
         found: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(found, mine)
         return found
+
+    def first_here(self, own: Path) -> Path:
+        """The `own` folder of the first rank on this machine; this rank's where that one is another machine's."""
+        here = socket.gethostname()
+        given = self.gathered((here, str(own)))
+        first = next(Path(folder) for machine, folder in given if machine == here)
+        return first if first.exists() else own  # two machines of one name
 
     def everywhere(self, work: Callable[[], _T]) -> _T:
         """Each rank's own `work`; an error of ours on one is raised on all, so that none waits for it in vain."""

@@ -149,9 +149,9 @@ def _run(
     copies: Path,
 ) -> Outcome | Early:
     together.decide(check)
-    machines = together.gathered(socket.gethostname())
+    workers_here = together.gathered(socket.gethostname()).count(socket.gethostname())
     packed = together.everywhere(lambda: _open(config, pack_digest))
-    loaded = _load(config, packed, together, machines, copies)
+    loaded = _load(config, packed, together, copies)
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
@@ -177,7 +177,7 @@ def _run(
         if not _is_out_of_memory(error):
             raise
         size = memory.measure(loaded.model.config, config.precision, packed.context_tokens)
-        memory_bytes = _memory_bytes(config, machines.count(machines[together.rank]))
+        memory_bytes = _memory_bytes(config, workers_here)
         step = "before the first step: " if trainer is None else f"step {len(trainer.records) + 1}: "
         raise TrainingMemoryError(step + memory.explain_shortage(size, config, memory_bytes)) from error
     if trainer.early is not None:
@@ -200,14 +200,9 @@ def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
     return packed
 
 
-def _load(
-    config: TrainConfig, packed: PackedTokens, together: Together, machines: list[str], own: Path
-) -> models.Loaded:
+def _load(config: TrainConfig, packed: PackedTokens, together: Together, own: Path) -> models.Loaded:
     """The model, on every rank; the first one of each machine copies what is remote of it into its `own` folder."""
-    first = machines.index(machines[together.rank])
-    copies = Path(together.gathered(str(own))[first])
-    if not copies.exists():  # two machines of one name
-        copies = own
+    copies = together.first_here(own)
 
     def with_room(work: Callable[[], _T]) -> _T:
         what = f"a copy of {config.base} or its tokenizer"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import sysconfig
 import tempfile
 import threading
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +34,7 @@ from cert_ray.training import batches, checkpoints, export, inputs, notices, res
 from cert_ray.training.bases import Origin
 from cert_ray.training.presets import preset_config
 from cert_ray.training.records import StepRecord
+from cert_ray.training.together import Together
 from tests.training.conftest import CONTEXT_TOKENS, WORDS, write_pack, write_tokenizer
 
 pytestmark = [
@@ -338,12 +339,13 @@ def test_the_first_worker_of_a_machine_copies_a_remote_base_for_all(
         if path.name != "elsewhere":
             path.mkdir()
     done = []
-    together = SimpleNamespace(
-        rank=rank, gathered=lambda _: [str(path) for path in paths], everywhere=lambda work: work()
-    )
+    together = Together(rank, len(machines))
+    monkeypatch.setattr(together, "gathered", lambda _: list(zip(machines, map(str, paths), strict=True)))
+    monkeypatch.setattr(together, "everywhere", lambda work: work())
+    monkeypatch.setattr(socket, "gethostname", lambda: machines[rank])
     monkeypatch.setattr(worker.models, "fetch", lambda _, copies: done.append(copies))
     monkeypatch.setattr(worker.models, "load", lambda _, __, copies: copies)
-    assert worker._load(make_config(), None, together, machines, paths[rank]) == tmp_path / used
+    assert worker._load(make_config(), None, together, paths[rank]) == tmp_path / used
     assert done == ([paths[rank]] if fetches else [])
 
 

@@ -10,10 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from cert_ray import storage
 from cert_ray.telemetry import logs
+
+_ENDINGS: Final = ("finished", "failed", "stopped")  # events of a job's last line
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One job: `outcome` is finished, failed, or open (killed, or at work)."""
+    """One job: `outcome` is finished, failed, stopped (by a signal), or open (killed, or at work)."""
 
     verb: str
     began: str
@@ -86,7 +88,7 @@ def attempts(lines: Sequence[Line]) -> list[Attempt]:
 
 def _attempt(lines: list[Line]) -> Attempt:
     first, last = lines[0], lines[-1]
-    ended = next((line for line in reversed(lines) if line.fields.get("event") in ("finished", "failed")), None)
+    ended = next((line for line in reversed(lines) if line.fields.get("event") in _ENDINGS), None)
     return Attempt(
         verb=first.verb,
         began=first.time,
@@ -118,7 +120,7 @@ def last_job(run: str) -> str | None:
     began = f"{job.verb} on {job.host}{versions}, began {job.began[:10]} {job.began[11:19]} UTC"
     if job.seconds is None:
         return f"{began}, at work or killed, at {lines[-1].time[11:19]}: {lines[-1].message}"
-    ending = "" if job.outcome == "finished" else f": {job.message.removeprefix(f'{job.verb} failed: ')}"
+    ending = "" if job.outcome == "finished" else f": {job.message.removeprefix(f'{job.verb} {job.outcome}: ')}"
     return f"{began}, {job.outcome} after {job.seconds:,.1f} s{ending}"
 
 

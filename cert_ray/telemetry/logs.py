@@ -199,9 +199,10 @@ def story(run: str, verb: str) -> Iterator[None]:
             try:
                 yield
             except BaseException as error:
-                told = {"event": "failed", "seconds": round(time.monotonic() - clock, 1)}
+                event = "failed" if isinstance(error, Exception) else "stopped"
+                told = {"event": event, "seconds": round(time.monotonic() - clock, 1)}
                 trace = None if isinstance(error, CertRayError) else error
-                logger.debug("%s failed: %s", verb, _why(error), exc_info=trace, extra=told)
+                logger.debug("%s %s: %s", verb, event, _why(error), exc_info=trace, extra=told)
                 raise
             ended = {"event": "finished", "seconds": round(time.monotonic() - clock, 1)}
             logger.debug("%s finished", verb, extra=ended)
@@ -214,7 +215,7 @@ def story(run: str, verb: str) -> Iterator[None]:
 def _why(error: BaseException) -> str:
     if isinstance(error, Exception):
         return str(error) or type(error).__name__
-    return f"stopped ({f'{type(error).__name__} {error}'.strip()})"  # by `ray job stop`: SystemExit 143, of SIGTERM
+    return f"{type(error).__name__} {error}".strip()  # of SIGTERM, and so of `ray job stop`: SystemExit 143
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ In: a `TrainConfig`. Out: a `TrainResult`, and the folder of a finished model. `
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import os
@@ -13,7 +12,7 @@ import signal
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,6 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.notices import Asked, Reason
 from cert_ray.training.records import StepRecord
 from cert_ray.training.room import Room
-from cert_ray.training.scratch import scratch_folder
 from cert_ray.training.stopping import Stop
 
 _log = logging.getLogger(__name__)
@@ -308,8 +306,6 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         return {"error": passed}
     if not config.use_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if config.compile:
-        _compile_into_own_folder()
     # DeepSpeed 0.19 calls collectives that torch 2.13 renamed: nothing that a user can change.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     from transformers.utils.logging import disable_progress_bar
@@ -355,18 +351,6 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
         "files": outcome.files,
         "machines": outcome.machines,
     }
-
-
-def _compile_into_own_folder() -> None:
-    """Keep what is compiled apart from other processes', unless the user chose a folder.
-
-    A process that is killed while torch writes a library leaves a part of it in the shared cache, and every later one
-    then fails on it ("file too short", seen with torch 2.13).
-    """
-    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        stack = ExitStack()
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(stack.enter_context(scratch_folder("compiled")))
-        atexit.register(stack.close)
 
 
 def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:

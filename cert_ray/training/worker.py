@@ -29,6 +29,7 @@ from cert_ray.telemetry.machine import machine
 from cert_ray.tokens.shards import PackedTokens
 from cert_ray.training import checkpoints, cpu_speed, export, inputs, memory, models, resume
 from cert_ray.training.batches import Batch, Batches
+from cert_ray.training.compiled import Keep, compiled_code, kind_of
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.determinism import deterministic_kernels
 from cert_ray.training.loggers import Tell, step_loggers
@@ -155,12 +156,16 @@ def _run(
     parameters = models.parameter_count(loaded.model)
     trainer: _Rank | None = None
     try:
-        trainer = _Rank(config, run_digest, together, packed, loaded, report, notices, check)
-        tells = _tells(config, run_digest, together.rank, len(trainer.records))
         with ExitStack() as stack:
+            keep_compiled = stack.enter_context(_compiled(config, loaded.model, packed))
+            trainer = _Rank(config, run_digest, together, packed, loaded, report, notices, check)
+            first = len(trainer.records) + 1
+            tells = _tells(config, run_digest, together.rank, first)
             tell = together.everywhere(lambda: stack.enter_context(tells))
             rows = stack.enter_context(closing(trainer.rows()))
             for record in trainer.steps(rows):
+                if record.step == first or record.held_out_loss is not None:  # both compile
+                    keep_compiled()
                 tell(record)
                 if count is not None and together.rank == 0:
                     count(record)
@@ -213,11 +218,17 @@ def _load(config: TrainConfig, packed: PackedTokens, together: Together, own: Pa
     return together.everywhere(lambda: with_room(lambda: models.load(config, packed, copies)))
 
 
-def _tells(config: TrainConfig, run_digest: str, rank: int, done: int) -> AbstractContextManager[Tell]:
+def _tells(config: TrainConfig, run_digest: str, rank: int, first: int) -> AbstractContextManager[Tell]:
     """The run's loggers, on rank 0."""
     if rank == 0 and config.loggers:
-        return step_loggers(config, run_digest, done + 1)
+        return step_loggers(config, run_digest, first)
     return nullcontext(lambda _: None)
+
+
+def _compiled(config: TrainConfig, model: Any, packed: PackedTokens) -> AbstractContextManager[Keep]:
+    if not config.compile:
+        return nullcontext(lambda: None)
+    return compiled_code(kind_of(config, model, packed.context_tokens))
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

@@ -75,6 +75,10 @@ def test_the_last_job_is_told_by_where_it_ran_and_how_it_ended(tmp_path: Path) -
     told = last_job(str(tmp_path))
     assert told is not None
     assert told.endswith("began 2026-01-01 00:00:03 UTC, finished after 12.3 s")
+    keep(tmp_path, "20260101T000010-train-9", began(10, "train"), ended(19, "stopped", "train stopped: SystemExit 143"))
+    told = last_job(str(tmp_path))
+    assert told is not None
+    assert told.endswith("began 2026-01-01 00:00:10 UTC, stopped after 12.3 s: SystemExit 143")
 
 
 def test_a_job_without_an_end_is_told_by_its_newest_line_and_its_workers_are_no_jobs(tmp_path: Path) -> None:

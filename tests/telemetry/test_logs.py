@@ -112,14 +112,15 @@ def test_a_failure_is_told_and_goes_on_to_the_caller(tmp_path: Path) -> None:
 def test_who_is_stopped_from_outside_says_so(tmp_path: Path, stop: BaseException, told: str) -> None:
     with pytest.raises(type(stop)), logs.story(str(tmp_path), "train"):
         raise stop
-    assert story_of(tmp_path)[-1]["message"] == f"train failed: stopped ({told})"
+    last = story_of(tmp_path)[-1]
+    assert (last["event"], last["message"]) == ("stopped", f"train stopped: {told}")
 
 
 def test_what_is_no_error_raised_on_purpose_is_told_with_its_traceback(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), logs.story(str(tmp_path / "stopped"), "train"):
         raise KeyboardInterrupt
     stopped = story_of(tmp_path / "stopped")[-1]
-    assert stopped["message"] == "train failed: stopped (KeyboardInterrupt)"
+    assert stopped["message"] == "train stopped: KeyboardInterrupt"
     assert any("raise KeyboardInterrupt" in line for line in stopped["exc_info"])
     with pytest.raises(ConfigError), logs.story(str(tmp_path / "refused"), "train"):
         raise ConfigError("change it")

@@ -90,14 +90,24 @@ def test_a_handful_of_documents_is_learned_by_heart(make_config, copy_report, to
     and not (shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").is_file()),
     reason="torch.compile needs a C++ compiler and Python's headers: apt-get install g++ python3-dev",
 )
-def test_compiled_steps_give_the_same_losses(make_config, copy_report, tmp_path):
+def test_compiled_steps_give_the_same_losses_and_are_compiled_once(make_config, copy_report, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     options = {"steps": 3, "warmup_steps": 1, "base": "modern-tiny", "eval_every_steps": 9}
     eager = _run(make_config(**options, output=str(tmp_path / "eager")), copy_report)
-    with warnings.catch_warnings():  # torch's compiler uses what torch deprecates
-        warnings.simplefilter("ignore")
-        compiled = _run(make_config(**options, compile=True, output=str(tmp_path / "compiled")), copy_report)
-    assert _losses(compiled) == pytest.approx(_losses(eager), abs=2e-5)
-    assert compiled.records[-1].held_out_loss == pytest.approx(eager.records[-1].held_out_loss, abs=2e-5)
+    compiled, misses = [], []
+    for name in ("compiled", "again"):
+        counters.clear()
+        with warnings.catch_warnings():  # torch's compiler uses what torch deprecates
+            warnings.simplefilter("ignore")
+            compiled.append(_run(make_config(**options, compile=True, output=str(tmp_path / name)), copy_report))
+        misses.append(counters["inductor"]["fxgraph_cache_miss"])
+        torch.compiler.reset()
+    assert misses == [3, 0]  # a pass forward, one back, and an evaluation's
+    assert _losses(compiled[0]) == pytest.approx(_losses(eager), abs=2e-5)
+    assert compiled[0].records[-1].held_out_loss == pytest.approx(eager.records[-1].held_out_loss, abs=2e-5)
+    assert _losses(compiled[1]) == _losses(compiled[0])
     assert (tmp_path / "compiled" / "config.json").read_text() == (tmp_path / "eager" / "config.json").read_text()
 
 

@@ -46,11 +46,15 @@ $(VENV)/installed-dev: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/cert-ray demo $(DEMO_ARGS)
 
+# Tests without Ray run side by side, a file in one process; those with it share its one cluster.
+PYTEST_SIDE_BY_SIDE = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST_SIDE_BY_SIDE) -m "not ray"
+	$(BIN)/python -m pytest -m ray
 
 test-quick: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(PYTEST_SIDE_BY_SIDE) -m "not ray and not slow"
 
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m tests.chaos.run --kills $(CHAOS_KILLS) --seed $(CHAOS_SEED) --output chaos

@@ -44,6 +44,7 @@ from cert_ray.telemetry.on_ray import count_step
 from cert_ray.tokens.encoding import SKETCH_VIEWS
 from cert_ray.tokens.shards import pack_digest
 from cert_ray.training import checkpoints, inputs, records
+from cert_ray.training.actors import Stopped, Verdict
 from cert_ray.training.config import TrainConfig
 from cert_ray.training.notices import Asked, Reason
 from cert_ray.training.records import StepRecord
@@ -147,11 +148,7 @@ class _RayStop(Stop):
         self._actor: Any | None = None
 
     def ask(self) -> None:
-        self._actor = ray.remote(num_cpus=0)(_Stopped).options(name=self.name).remote()
-
-
-class _Stopped:
-    """The actor of `_RayStop`."""
+        self._actor = ray.remote(num_cpus=0)(Stopped).options(name=self.name).remote()
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
@@ -199,7 +196,7 @@ def _fit(
     storage.make_folder(config.output)
     path, filesystem = storage.for_arrow(config.output)
     # One worker alone returns what ended it, and needs no further process.
-    verdict = ray.remote(num_cpus=0)(_Verdict).remote() if config.workers > 1 else None
+    verdict = ray.remote(num_cpus=0)(Verdict).remote() if config.workers > 1 else None
     trainer = _Trainer(
         _work,
         train_loop_config={
@@ -238,19 +235,6 @@ def _fit(
     if isinstance(returned.get("error"), CertRayError):
         raise returned["error"]
     return returned
-
-
-class _Verdict:
-    """An actor that remembers what ended one worker for good: all that Ray Train starts then ask before they work."""
-
-    def __init__(self) -> None:
-        self._error: CertRayError | None = None
-
-    def pass_on(self, error: CertRayError) -> None:
-        self._error = self._error or error
-
-    def passed(self) -> CertRayError | None:
-        return self._error
 
 
 def _passed(verdict: Any | None) -> CertRayError | None:

@@ -34,6 +34,7 @@ from cert_ray.operations.story import attempts, read_story
 from cert_ray.shards.units import attempt
 from cert_ray.telemetry import logs
 from cert_ray.training import checkpoints, inputs, notices, on_ray, worker
+from cert_ray.training.actors import Verdict
 from cert_ray.training.on_ray import TrainResult, train
 
 pytestmark = [
@@ -90,7 +91,7 @@ class _Verdict:
     """As the actor is asked."""
 
     def __init__(self) -> None:
-        verdict = on_ray._Verdict()
+        verdict = Verdict()
         self.passed, self.pass_on = SimpleNamespace(remote=verdict.passed), SimpleNamespace(remote=verdict.pass_on)
 
 

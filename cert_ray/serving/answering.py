@@ -1,13 +1,13 @@
-"""What stands behind a front door: one model, or sketcher and generator, in one process.
+"""What stands behind a front door: one model, or a sketcher and a generator, in one process.
 
-One model is a plain one, unless its config.json says that it was trained on the view `context_first`: then it is both
-stages of a cascade.
+A single model is a plain one, unless its config.json says that it was trained on the view `context_first`: then it is
+both stages of a cascade.
 
 In: model folders. Out: an `Answerer` that completes prompts one by one. HTTP, Ray and evaluation all use this, so they
 give the same answers.
 
-With `retrieve`, the models read documentation of the library ahead of a prompt, as in training; the prompt alone is
-what a suffix or the log-probabilities of its own tokens are asked for, and where the window has no room for more.
+With `retrieve`, the models read documentation of the library ahead of a prompt, as in training. A prompt is read alone
+if it has a suffix, if the log-probabilities of its own tokens are asked for, or if the window has no room for more.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from cert_ray.serving.transformers_engine import TransformersEngine
 from cert_ray.serving.vllm_engine import VllmEngine
 from cert_ray.tokens.encoding import MODEL_VIEW, View
 
-# Of the answers kept: so many tokens for each there may be, and what a token counts that is told with its
-# log-probabilities. Measured with SmolLM2's tokenizer: 35 bytes a token, and 340 to 860.
+# Limits of the kept answers: tokens per entry, and how many tokens one counts for when kept with its log-probabilities.
+# Measured with SmolLM2's tokenizer: 35 bytes a token without them, 340 to 860 with them.
 _ANSWER_TOKENS: Final = 1_024
 _TOLD_WEIGHT: Final = 20
 
@@ -59,8 +59,8 @@ class ModelConfig(Config):
     generator: str | None = None
     cascade: CascadeConfig = CascadeConfig()
     engine: EngineConfig = EngineConfig()
-    answer_cache: int = pydantic.Field(default=1024, ge=0)  # answers kept for requests that come again
-    prompts_at_once: int = pydantic.Field(default=16, ge=1)  # of calls with several prompts
+    answer_cache: int = pydantic.Field(default=1024, ge=0)  # answers kept for repeated requests
+    prompts_at_once: int = pydantic.Field(default=16, ge=1)  # in calls with several prompts
     retrieve: RetrieveConfig | None = None  # documentation of a library that the models were trained to read
 
     @pydantic.model_validator(mode="after")
@@ -71,7 +71,7 @@ class ModelConfig(Config):
                 f"model={self.model!r}, sketcher={self.sketcher!r}, generator={self.generator!r}: give either model, "
                 "or sketcher and generator."
             )
-        # A front door may stand where the model does not lie, or may not ask the store: then the engine refuses.
+        # The model may not lie on the front door's machine, or its store be closed to it: then the engine refuses.
         if self.model is not None and storage.is_local(self.model) and _is_at_hand(self.model):
             self._check_model(self.model)
         if self.cascade.mode is Mode.CONSTRAINED and self.engine.kind == "vllm":
@@ -82,7 +82,7 @@ class ModelConfig(Config):
         return self
 
     def _check_model(self, model: str) -> None:
-        """Refuse what one model does not do. A cascade's options may be written out, as they are by default."""
+        """Refuse cascade options that one model cannot honour. Options written out with their default values pass."""
         cascade = self.cascade
         asked = {
             name: f"cascade.{name}={_shown(getattr(cascade, name))}"
@@ -113,10 +113,10 @@ class ModelConfig(Config):
         return {option: storage.absolute(folder) for option, folder in given.items() if folder is not None}
 
     def check(self, name: str | None = None) -> dict[str, Described]:
-        """What the models' folders say of them, for `Answerer.load`; `name` is theirs among several.
+        """What the models' folders say about them, for `Answerer.load`. `name` is what they go by among several.
 
         Raises:
-            CertRayError: as `Answerer.load`, where they cannot be loaded.
+            CertRayError: as `Answerer.load`, when they cannot be loaded.
         """
         return self._check(self.folders, name)
 
@@ -127,10 +127,10 @@ class ModelConfig(Config):
         return found
 
     def check_in_reach(self, name: str | None = None) -> str | None:
-        """`check` of the folders that can be looked at from here; why the others cannot, None if there are none.
+        """`check` the folders that can be read from here. Returns why others cannot be, or None if all can.
 
-        Other machines may have a folder, the rights, or the credentials that this process lacks. What is here and may
-        be read must be a model.
+        Other machines may have a folder, the rights, or the credentials that this process lacks. What is here and
+        readable must be a model.
         """
         away = {role: _why_out_of_reach(folder) for role, folder in self.folders.items()}
         try:
@@ -140,19 +140,19 @@ class ModelConfig(Config):
         except Exception as error:
             if all(map(storage.is_local, self.folders.values())):
                 raise
-            return f"{type(error).__name__}: {error}"  # a store's driver raises whatever it likes, credentials lacking
+            return f"{type(error).__name__}: {error}"  # without credentials, a store's driver may raise anything
         return next((why for why in away.values() if why is not None), None)
 
     def absolute(self) -> Self:
-        """The same for a process in another folder."""
+        """The same configuration, for a process in another folder."""
         retrieve = None if self.retrieve is None else self.retrieve.absolute()
         return self.model_copy(update={**self.folders, "retrieve": retrieve})
 
     def pinned(self) -> Self:
-        """The same, meaning the documentation as it is now: whoever loads it later refuses another.
+        """The same configuration, tied to the documentation as it is now: loading it with another one is refused.
 
         Raises:
-            InputError: when there is none, or it is not the one that was meant.
+            InputError: when there is none, or it is not the one this configuration is tied to.
         """
         return self if self.retrieve is None else self.model_copy(update={"retrieve": self.retrieve.pinned()})
 
@@ -160,7 +160,7 @@ class ModelConfig(Config):
 class Answerer:
     """Completes prompts with models that are loaded once. Safe to call from several threads."""
 
-    steps: Sequence[Steps] = ()  # what steps the models
+    steps: Sequence[Steps] = ()  # what runs the models' steps
 
     def __init__(
         self,
@@ -173,9 +173,9 @@ class Answerer:
         *,
         context_first: bool = False,
     ) -> None:
-        """Without a `sketcher`, `generator` is a plain model, or with `context_first` both stages.
+        """Without a `sketcher`, `generator` is a plain model or, with `context_first`, both stages.
 
-        `answer_cache` answers are kept.
+        `answer_cache` is how many answers are kept.
         """
         self._retriever = retriever
         self._context_first = context_first
@@ -186,13 +186,13 @@ class Answerer:
 
     @classmethod
     def load(cls, config: ModelConfig) -> Answerer:
-        """Load the models, which are looked at first: all that `config.check` finds is told before weights are read.
+        """Load the models. Their folders are checked first: `config.check` reports before any weights are read.
 
         Raises:
             InputError: when a folder holds no model that can be served.
             SchemaVersionError: when a folder was written by another version.
             TokenizerMismatchError: when a stage of the cascade does not know the special tokens.
-            ConfigError: when an engine option does not suit a model, or a model is both stages and is given as one.
+            ConfigError: when an engine option does not suit a model, or a model is both stages but given as one.
         """
         retriever = None if config.retrieve is None else Retriever.load(config.retrieve)
         described = config.check()
@@ -209,7 +209,7 @@ class Answerer:
 
     @property
     def cache_hits(self) -> int:
-        """Prompts that were answered from what is kept."""
+        """Prompts answered from kept answers."""
         return self._answers.hits
 
     def answer(
@@ -223,13 +223,14 @@ class Answerer:
     ) -> list[CascadeAnswer]:
         """One answer per prompt, in order. Calls from many threads are decoded together.
 
-        `deadline_s` is a reading of `time.monotonic`. `on_event` is called with the prompt's place and the event, in
-        order for each prompt, from the calling thread or, for several prompts, from threads of this answerer; what it
-        raises ends the request. Every choice's last `TextDrawn` comes before this returns.
+        `deadline_s` is a reading of `time.monotonic`. `on_event` is called with the prompt's index and the event, in
+        order for each prompt: from the calling thread or, for several prompts, from threads of this answerer. An
+        exception from it ends the request. Every choice's last `TextDrawn` comes before this returns.
 
         Raises:
             RequestError: 400, for a prompt that does not fit the window, or an option that these models cannot serve.
-            RequestCancelledError: `cancelled` was set. The work ends with the token being drawn.
+            RequestCancelledError: `cancelled` was set. Work stops with the token being drawn.
+            DeadlineError: the deadline passed. Work stops with the token being drawn.
             DeadlineError: the deadline passed. The work ends with the token being drawn.
         """
         given_up = threading.Event()  # one prompt's failure ends the others
@@ -250,7 +251,7 @@ class Answerer:
         futures = [self._pool.submit(answer_one, place, prompt) for place, prompt in enumerate(prompts)]
         wait(futures)
         errors = [error for error in (future.exception() for future in futures) if error is not None]
-        if errors:  # the first that is a cause and no consequence
+        if errors:  # the first that is a cause, not a consequence
             raise next((error for error in errors if not isinstance(error, RequestCancelledError)), errors[0])
         return [future.result() for future in futures]
 
@@ -271,7 +272,7 @@ class Answerer:
         return answer
 
     def _documentation(self, prompt: str, sampling: Sampling) -> str:
-        """What was retrieved for `prompt`, to stand ahead of it, if that is wanted."""
+        """The documentation retrieved for `prompt`, to go ahead of it; "" when none is wanted."""
         scored = sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0)
         if self._retriever is None or sampling.suffix is not None or scored:
             return ""
@@ -279,22 +280,22 @@ class Answerer:
 
 
 class AnswerCache:
-    """The answers given last, by prompt and options: the same request is the same answer.
+    """The latest answers, by prompt and options: the same request gets the same answer.
 
-    The seed is one of the options, but for greedy answers, which it does not change. What was drawn by a seed that
-    nobody named is not kept: only who was told that seed could ask for it.
-    Long ones count for several: 200 samples of 1,000 tokens with their log-probabilities take 170 MB.
+    The seed is one of the options, except for greedy answers, which it does not change. Answers drawn with a seed that
+    the request did not name are not kept: only a client that was told the seed could ask for them again.
+    Long answers count as several: 200 samples of 1,000 tokens with their log-probabilities take 170 MB.
     """
 
     def __init__(self, most: int) -> None:
-        """At most so many, and together at most so many times `_ANSWER_TOKENS` tokens."""
+        """Keep at most `most` answers, and at most `most` times `_ANSWER_TOKENS` tokens in total."""
         self.hits = 0
         self._most, self._tokens = most, 0
         self._kept: OrderedDict[tuple[str, Sampling], CascadeAnswer] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(self, prompt: str, sampling: Sampling) -> CascadeAnswer | None:
-        """The answer that was given to this request, marked as such; counted."""
+        """The answer kept for this request, marked as from the cache; counts a hit."""
         with self._lock:
             key = (prompt, _options(sampling))
             answer = self._kept.get(key)
@@ -305,7 +306,7 @@ class AnswerCache:
             return replace(answer, from_cache=True)
 
     def keep(self, prompt: str, sampling: Sampling, answer: CascadeAnswer) -> None:
-        """Keep `answer`, unless there is no room for it alone; the least recently used go."""
+        """Keep `answer`, unless it is too large by itself; the least recently used ones go."""
         comes_again = sampling.is_seeded or sampling.temperature == 0
         if self._most == 0 or not comes_again or _weight(answer) > self._most * _ANSWER_TOKENS:
             return
@@ -319,13 +320,13 @@ class AnswerCache:
 
 
 def _options(sampling: Sampling) -> Sampling:
-    """Of the options, those that an answer depends on."""
+    """The options that an answer depends on."""
     seed = 0 if sampling.temperature == 0 else sampling.seed
     return sampling.model_copy(update={"seed": seed, "is_seeded": True})
 
 
 def _weight(answer: CascadeAnswer) -> int:
-    """What is kept of `answer`, in tokens. Samples that are alike are one object."""
+    """The size of `answer` in tokens. Identical samples are one object."""
     distinct = {id(choice): choice for choice in answer.choices}.values()
     tokens = sum(len(one.ids) * (1 if one.logprobs is None else _TOLD_WEIGHT) for one in distinct)
     return tokens + (0 if answer.prompt_logprobs is None else _TOLD_WEIGHT * len(answer.prompt_logprobs.tokens))
@@ -341,7 +342,7 @@ def _tell_again(answer: CascadeAnswer, listener: Listener) -> None:
 
 
 def check_wanted(cancelled: threading.Event | None, deadline_s: float | None) -> None:
-    """Raise what ends the work, if it is not wanted any more."""
+    """Raise the error that ends the work, if nobody wants it any more."""
     if cancelled is not None and cancelled.is_set():
         raise RequestCancelledError(499, "The request was cancelled.", None, "cancelled")
     if deadline_s is not None and time.monotonic() >= deadline_s:
@@ -358,7 +359,7 @@ def load_engine(
 
 
 def _shown(value: object) -> str:
-    """An option's value as it is written: an enumeration's member is a text."""
+    """An option's value as a user writes it: an enumeration's member is a string."""
     return repr(str(value)) if isinstance(value, str) else repr(value)
 
 
@@ -367,7 +368,7 @@ def _is_at_hand(folder: str) -> bool:
 
 
 def _why_out_of_reach(folder: str) -> str | None:
-    """Why a local folder cannot be looked at from here, None where it can; of a store its driver says that."""
+    """Why a local folder cannot be read from here, or None. For a store, its driver says."""
     if not storage.is_local(folder):
         return None
     path = storage.local_path(folder)

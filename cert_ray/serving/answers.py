@@ -1,6 +1,6 @@
-"""What comes of a prompt: its choices, who gave them and why, and whom the work is told to while it goes on.
+"""What comes of a prompt: its choices, and which model gave them and why; and who listens while it is worked on.
 
-In: nothing; these are values, which survive pickling (`Listener` apart). Out: what HTTP, Ray and evaluation read.
+In: nothing; these are values, which survive pickling (except `Listener`). Out: what HTTP, Ray and evaluation read.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Route(StrEnum):
 class CascadeAnswer:
     """The completions of one prompt, and how they came about.
 
-    `timings_s` is in seconds by stage: `sketch` and `generate`, waiting for a place in the batch included.
-    `prompt_tokens` are those of the prompt as the model that is asked first reads it; `cached_tokens` of them were not
-    read again. `completion_tokens` are all tokens drawn for the choices, those of `best_of` that are not given
-    included; `sketch_tokens` those drawn for sketches.
+    `timings_s` is in seconds by stage, `sketch` and `generate`, including the wait for a place in the batch.
+    `prompt_tokens` are those of the prompt as read by the model that is asked first; `cached_tokens` of them were not
+    read again. `completion_tokens` are all tokens drawn for the choices, including those of `best_of` that are not
+    given; `sketch_tokens` are those drawn for sketches.
     """
 
     choices: tuple[Completion, ...]
@@ -58,7 +58,7 @@ class CascadeAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """Who waits for an answer: `check` raises what ends the work, `tell` hears events as they come."""
+    """Who waits for an answer: `check` raises what ends the work, `tell` receives events as they come."""
 
     check: Callable[[], None] = lambda: None
     tell: Callable[[Event], None] | None = None
@@ -68,5 +68,5 @@ NOBODY = Listener()
 
 
 def unsupported(param: str, problem: str) -> RequestError:
-    """The refusal of an option that these models cannot serve."""
+    """The refusal of an option that these models do not support."""
     return RequestError(400, f"{param} {problem}.", param, "unsupported_value")

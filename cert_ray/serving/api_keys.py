@@ -1,15 +1,15 @@
-"""Who may ask, and how often: API keys with names, and a rate limit for each of them.
+"""Who may ask, and how often: named API keys, and a rate limit for each of them.
 
-In: a key file, and the key that a request carries. Out: the key's name, or a refusal. Nothing is read from HTTP here.
+In: a key file, and the key that a request carries. Out: the key's name, or a refusal. HTTP is not read here.
 
-A key file has one key per line, `#` begins a comment line:
+A key file has one key per line; lines that begin with `#` are comments:
 
     KEY                         named after its line, `key-3`
     NAME KEY
     NAME KEY 60/minute          with a rate limit of its own, in the notation of `limits`
 
-KEY is the key itself, or `sha256:` and the hexadecimal SHA-256 of it, so that the file gives nobody access. Keys are
-taken to be random and long (`openssl rand -hex 32`), for which an unsalted digest is enough; passwords are not keys.
+KEY is the key itself, or `sha256:` and its hexadecimal SHA-256, so that the file gives nobody access. Keys must be
+random and long (`openssl rand -hex 32`): then an unsalted digest is enough. Passwords are not keys.
 
 Rates are counted in this process: each of `n` front doors allows an `n`th of the rate, and at least one request.
 Requests are counted, not tokens.
@@ -36,7 +36,7 @@ _HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """One key: its name, the SHA-256 of it, and its rate where it has one of its own."""
+    """One key: its name, its SHA-256, and its rate if it has one of its own."""
 
     name: str
     digest: bytes
@@ -45,7 +45,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What is left of a key's rate: requests, and seconds until the oldest one no longer counts."""
+    """What is left of a key's rate: requests, and seconds until the oldest counted one no longer counts."""
 
     limit: int
     remaining: int
@@ -59,7 +59,7 @@ class KeyRing:
         self._keys = keys
 
     def find(self, sent: bytes) -> ApiKey | None:
-        """The key that `sent` is. Every key is compared, in constant time, so that the time tells nothing."""
+        """The key that equals `sent`, if any. Every key is compared, in constant time: timing reveals nothing."""
         digest = hashlib.sha256(sent).digest()
         found = [key for key in self._keys if hmac.compare_digest(digest, key.digest)]
         return found[0] if found else None
@@ -69,9 +69,9 @@ class RateLimiter:
     """Counts the requests of each key in a moving window."""
 
     def __init__(self, default_rate: str | None, front_doors: int = 1) -> None:
-        """`default_rate` is for keys without one of their own; None lets these ask as often as they like.
+        """`default_rate` is for keys without a rate of their own; None does not limit them.
 
-        One of `front_doors` counts here, and allows its share.
+        This process counts for one of `front_doors`, and allows its share of the rate.
         """
         self._front_doors = front_doors
         self._default_rate = default_rate
@@ -81,7 +81,7 @@ class RateLimiter:
         """Count one request, and say what is left; None without a limit.
 
         Raises:
-            RequestError: 429 when nothing was left, saying when there will be.
+            RequestError: 429 when nothing was left, saying when to try again.
         """
         rate = key.rate or self._default_rate
         if rate is None:
@@ -98,10 +98,10 @@ class RateLimiter:
 
 
 def parse_rate(rate: str) -> RateLimitItem:
-    """A rate, as `60/minute` or `10/second`.
+    """A rate, written like `60/minute` or `10/second`.
 
     Raises:
-        ConfigError: when it is none.
+        ConfigError: when it is not a rate.
     """
     try:
         return parse_limit(rate)
@@ -121,7 +121,7 @@ def read_key_file(url: str) -> KeyRing:
     """The keys in the file at `url`.
 
     Raises:
-        ConfigError: when the file holds no key, or a line that is none; the line is named, never shown.
+        ConfigError: when the file holds no key, or a bad line; the error gives the line's number, never its text.
     """
     keys: list[ApiKey] = []
     for number, line in enumerate(storage.read_text(url).splitlines(), start=1):

@@ -1,10 +1,9 @@
 """What a front door asks: `Backend`, and the one that answers in this process.
 
 In: a served model's name, prompts, `Sampling`, seconds. Out: answers, or batches of events and then the answers. Models
-block their thread, HTTP has one event loop: here is the bridge between them. No HTTP and no Ray in here.
+block their thread, and HTTP has one event loop: this is the bridge between them. No HTTP and no Ray in here.
 
-Whoever stops waiting (a task that is cancelled, a stream that is closed) cancels the work, which ends with the token
-that is being drawn.
+Whoever stops waiting (a cancelled task, a closed stream) cancels the work, which ends with the token being drawn.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cert_ray.serving.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What happened since the last time: events with the place of their prompt, and the answers when all is told."""
+    """What happened since the last time: events with their prompt's number, and finally the answers."""
 
     events: tuple[tuple[int, Event], ...]
     answers: tuple[CascadeAnswer, ...] | None = None
@@ -33,7 +32,7 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """One request that has ended, for whoever counts: `answers` is empty where `status` is not 200."""
+    """One request that has ended, for statistics. `answers` is empty unless `status` is 200."""
 
     model: str
     status: int
@@ -43,30 +42,30 @@ class Served:
 
 
 class ContradictedError(Exception):
-    """A second engine tells something else than the first one did."""
+    """A second engine's answer differs from the first one's."""
 
 
 class Retelling:
-    """Leaves out of a second telling of the same answers what was told already, so that a stream can go on.
+    """Drops from a second stream of the same answers what was already passed on, so that a stream can go on.
 
-    The second telling begins with `begin_again`. It must be of equal answers, as equal seeds give.
+    The second stream starts with `begin_again`. Its answers must be equal, as they are with equal seeds.
     """
 
     def __init__(self) -> None:
-        self._told: dict[tuple[int, int], str] = {}  # text by prompt and choice
-        self._heard: dict[tuple[int, int], str] = {}  # the same in this telling
+        self._told: dict[tuple[int, int], str] = {}  # text passed on, by prompt and choice
+        self._heard: dict[tuple[int, int], str] = {}  # the same for the current stream
         self._ended: set[tuple[int, int]] = set()
         self._chosen: set[int] = set()
 
     def begin_again(self) -> None:
-        """What comes now is told from the beginning."""
+        """What comes now starts from the beginning."""
         self._heard = {}
 
     def new(self, told: Told) -> Told:
-        """What of `told` is new.
+        """The part of `told` that is new.
 
         Raises:
-            ContradictedError: when a text contradicts what was told of it.
+            ContradictedError: when a text contradicts what was already passed on.
         """
         events = [(prompt, new) for prompt, event in told.events for new in self._new(prompt, event)]
         return Told(tuple(events), told.answers)
@@ -91,7 +90,7 @@ class Retelling:
 
 
 class Backend(Protocol):
-    """What answers prompts. Both ways raise `RequestError` for what they refuse."""
+    """What answers prompts. Both methods raise `RequestError` for what they refuse."""
 
     @property
     def served(self) -> Mapping[str, str | None]:
@@ -107,15 +106,15 @@ class Backend(Protocol):
     def stream(
         self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
     ) -> AsyncGenerator[Told, None]:
-        """The same, told while it is drawn; the last `Told` holds the answers."""
+        """The same, reported while it is drawn; the last `Told` holds the answers."""
         ...
 
 
 class LocalBackend:
-    """A `Backend` over answerers of this process."""
+    """A `Backend` over answerers in this process."""
 
     def __init__(self, answerers: Mapping[str, tuple[str | None, Answerer]], max_threads: int = 64) -> None:
-        """`answerers` by name, each with its library. More than `max_threads` requests wait for a thread."""
+        """`answerers` by name, each with its library. Beyond `max_threads` requests, they wait for a thread."""
         self._answerers = answerers
         self._bridge = Bridge(max_threads)
 
@@ -138,7 +137,7 @@ class LocalBackend:
 
 
 class Bridge:
-    """Runs answerers in threads, for coroutines. An answerer batches what its threads ask, so each request has one."""
+    """Runs answerers in threads, for coroutines. Each request has a thread; an answerer batches across threads."""
 
     def __init__(self, max_threads: int) -> None:
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="answer")
@@ -163,14 +162,14 @@ class Bridge:
     async def stream(
         self, answerer: Answerer, prompts: Sequence[str], sampling: Sampling, timeout_s: float
     ) -> AsyncGenerator[Told, None]:
-        """The same, told while it is drawn. What was drawn while the last batch was sent comes as one batch."""
+        """The same, reported while it is drawn. What is drawn while a batch is being sent makes up the next batch."""
         cancelled, deadline_s = threading.Event(), time.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         # None: the work has ended
         told: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
 
         def tell(item: tuple[int, Event] | None) -> None:
-            if not cancelled.is_set():  # else nobody listens, and the loop may be closed
+            if not cancelled.is_set():  # otherwise nobody listens, and the loop may be closed
                 loop.call_soon_threadsafe(told.put_nowait, item)
 
         work: Future[list[CascadeAnswer]] = self._pool.submit(

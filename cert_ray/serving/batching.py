@@ -1,10 +1,10 @@
 """Continuous batching: requests join and leave one model's batch between two tokens.
 
 In: `Work` from many threads. Out: `Drawn`. Every step is one forward pass over the next tokens of all branches of all
-requests and some tokens of new prompts. `Turns` steps the batches of several models on one thread, since two models
-that decode at once on the same cores only slow each other.
+requests, and over some tokens of new prompts. `Turns` steps the batches of several models on one thread, since two
+models that decode at once on the same cores only slow each other down.
 
-What a request is answered depends on its `Work` alone (`joint.py`); when, on who else is there.
+The answer to a request depends on its `Work` alone (`joint.py`); when it comes depends on who else is there.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from cert_ray.serving.sampling import draw_tokens, log_totals
 
 _log = logging.getLogger(__name__)
 
-# Up to so many rows a step takes hardly longer than with one: reading the weights decides. Measured (SmolLM2-135M, one
-# core of a Xeon with AMX, bf16, a step): 48 ms for 1 row, 54 for 8, 68 for 32, 109 for 90.
+# With up to this many rows, a step takes hardly longer than with one: reading the weights decides. Measured
+# (SmolLM2-135M, one core of a Xeon with AMX, bf16, a step): 48 ms for 1 row, 54 for 8, 68 for 32, 109 for 90.
 _IDLE_ROWS = 16
-_KEPT_ROWS = 64  # of logits, where no request runs; assumed
-# Between two looks of a waiting thread at whether the answer is still wanted. Assumed: seldom, since the stepping
-# thread asks before every token, unless its step hangs.
+_KEPT_ROWS = 64  # rows of logits whose memory is kept while no request runs; assumed
+# How often a waiting thread checks that the answer is still wanted. Assumed: rarely, since the stepping thread checks
+# before every token, unless its step hangs.
 _LOOK_S = 5.0
-# How long a process that ends waits for the step that runs; one that hangs must not keep it. Assumed.
+# How long an exiting process waits for the running step; one that hangs must not keep it alive. Assumed.
 _LAST_STEP_S = 30.0
 
 
 class ForwardPass(Protocol):
-    """A model, as a batch sees it."""
+    """A model, as seen by a batch."""
 
     tokenizer: Any
-    takes_drafts: bool  # whether a branch may be fed several tokens at once, of which some are taken back
+    takes_drafts: bool  # whether a branch may be fed several tokens at once, some of which are taken back
 
     def begin(self) -> Any:
-        """What is kept of a new request."""
+        """The empty cache of a new request."""
         ...
 
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
@@ -58,17 +58,17 @@ class ForwardPass(Protocol):
         ...
 
     def beginning(self, kept: Any, tokens: int) -> Any | None:
-        """A copy of what is kept of a prompt's first tokens; None where that cannot be had."""
+        """A copy of what is kept of a prompt's first tokens; None if that is not possible."""
         ...
 
     def give_back(self) -> None:
-        """Free the memory that nothing is kept in any more, between two steps."""
+        """Free unused memory, between two steps."""
         ...
 
 
 @dataclass(slots=True)
 class _Told:
-    """What passes from the stepping thread to the one that waits: text, or at last the result."""
+    """A message from the stepping thread to the waiting one: text or, at the end, the result."""
 
     news: list[tuple[int, str, FinishReason | None]] = field(default_factory=list)
     drawn: Drawn | None = None
@@ -81,12 +81,12 @@ class Request:
     def __init__(self, samples: JointSamples, hooks: Hooks) -> None:
         self.samples, self.hooks = samples, hooks
         self.kept: Any = None
-        self.read = 0  # tokens of the prompt that are read
+        self.read = 0  # tokens of the prompt read so far
         self.cached_tokens = 0
         self.pin: Pin | None = None
         self.prompt_logprobs: list[tuple[float, Top]] = []
         self.mailbox: queue.SimpleQueue[_Told] = queue.SimpleQueue()
-        self.given_up = False  # nobody waits any more
+        self.given_up = False  # whether nobody waits any more
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -95,11 +95,11 @@ class Request:
 
     @property
     def is_read(self) -> bool:
-        """Whether the prompt is read, so that each branch has a token to be fed."""
+        """Whether the whole prompt is read, so that each branch has a token to be fed."""
         return self.read == len(self.prompt)
 
     def wait(self) -> Drawn:
-        """What was drawn; passes text on as it comes.
+        """Wait for what is drawn, passing text on as it comes.
 
         Raises:
             BaseException: what ended the work.
@@ -123,17 +123,18 @@ class Request:
             if error is not None:
                 try:
                     raise error
-                finally:  # or the error, by its traceback and this frame, held itself and all that waited for it
+                finally:  # otherwise the error's traceback would hold this frame, and so itself and the whole request
                     del error
             if drawn is not None:
                 return drawn
 
 
 class Turns:
-    """One thread that steps whichever batches have work, in turn. It starts with the first work, and is a daemon.
+    """One daemon thread that steps the batches that have work, in turn. It starts with the first work.
 
-    It keeps no batch alive, and so no model: those that nobody else holds are forgotten, and with the last one it ends.
-    A process that ends lets it finish its step: Python would end it within torch's code, which aborts the process.
+    It keeps no batch alive, and so no model: batches that nobody else holds are forgotten, and the thread ends with the
+    last one. At exit, the process waits for the running step: Python would stop the thread inside torch's code, which
+    aborts the process.
     """
 
     def __init__(self) -> None:
@@ -141,11 +142,11 @@ class Turns:
         self._batches: weakref.WeakSet[Batch] = weakref.WeakSet()
         self._thread: threading.Thread | None = None
         self._leaving = False
-        self._step_began_s: float | None = None  # of the step that runs, by `time.monotonic`
+        self._step_began_s: float | None = None  # start of the running step, by `time.monotonic`
 
     @property
     def step_s(self) -> float:
-        """How long the step that runs now has taken so far; 0 between two steps."""
+        """How long the running step has taken so far; 0 between two steps."""
         began_s = self._step_began_s
         return 0.0 if began_s is None else time.monotonic() - began_s
 
@@ -156,11 +157,11 @@ class Turns:
         weakref.finalize(batch, self._forgotten).atexit = False
 
     def _forgotten(self) -> None:
-        with self._changed:  # reentrant: a collection may call this while the lock is held
+        with self._changed:  # reentrant: garbage collection may call this while the lock is held
             self._changed.notify()
 
     def wake(self) -> None:
-        """Some batch has new work."""
+        """Announce that a batch has new work."""
         with self._changed:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="cert-ray-decoding", daemon=True)
@@ -188,7 +189,7 @@ class Turns:
                 batches = self._with_work()
             while batches and not self._leaving:
                 self._step_began_s = time.monotonic()
-                batches.pop().step()  # and no reference to it is left while this waits
+                batches.pop().step()  # leaves no reference to the batch while this thread waits
                 self._step_began_s = None
 
     def _with_work(self) -> list[Batch]:
@@ -197,12 +198,12 @@ class Turns:
 
 @dataclass(slots=True)
 class Counted:
-    """What a model was used for since it was loaded."""
+    """How much a model was used since it was loaded."""
 
     forward_passes: int = 0
     forward_rows: int = 0  # tokens that went through it, drafted ones included
     drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of those, drawn by some sample
+    accepted_tokens: int = 0  # drafted tokens that some sample drew
 
 
 class Batch:
@@ -231,8 +232,8 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One forward pass, and what follows from it. Never raises: an error ends the requests that it concerns."""
-        self._step()  # and what it held is let go
+        """One forward pass, and what follows from it. Never raises: an error ends the requests it concerns."""
+        self._step()  # a call of its own, so that its locals are released before memory is given back
         try:
             self._model.give_back()
         except Exception:  # noqa: BLE001 - the thread must live on
@@ -253,7 +254,7 @@ class Batch:
                 self._take(fed, feeds, self._model.forward(feeds))
         except Exception as error:  # noqa: BLE001 - the thread must live on: this step's requests carry the error
             _log.exception("a step over %d requests failed", len(fed))
-            feeds.clear()  # this frame's own, which cannot be cleared while it runs
+            feeds.clear()  # it belongs to this frame, which cannot be cleared while it runs
             _clear_frames(error)
             for request in list(fed):
                 self._end(request, _Told(error=error))
@@ -283,7 +284,7 @@ class Batch:
         return True
 
     def _feeds(self) -> tuple[list[Request], list[Feed]]:
-        """The next forward pass: all branches, and while there is room, prompts in the order in which they came."""
+        """The next forward pass: all branches and, while there is room, prompts in order of arrival."""
         fed, feeds, room = [], [], self._prefill_tokens
         rows = self._rows()
         spare = self._max_rows - rows if self._model.takes_drafts else 0  # for drafts
@@ -341,7 +342,7 @@ class Batch:
             self._advance(request)
 
     def _read_prompt(self, request: Request, feed: Feed, logits_QV: torch.Tensor) -> bool:
-        """Note what was read; whether the prompt is read whole, and samples are to be drawn."""
+        """Record what was read. True if the prompt is now read whole and samples are to be drawn."""
         request.read += len(feed.tokens) - feed.drafted
         if feed.all_logits:
             self._score(request, logits_QV)
@@ -349,7 +350,7 @@ class Batch:
             return False
         if request.samples.work.comes_again:
             request.pin = self._prompts.pin(request.prompt)
-        if not request.samples.branches:  # no token was asked for: the prompt was to be scored, or only echoed
+        if not request.samples.branches:  # no token was asked for: the prompt was only to be scored or echoed
             if feed.all_logits:
                 self._keep_prompt(request)
             self._finish(request)
@@ -357,9 +358,10 @@ class Batch:
         return True
 
     def _keep_prompt(self, request: Request) -> None:
-        """Keep a prompt for others, once the numbers behind it have been looked at.
+        """Keep a prompt for others, once the logits after it were checked.
 
-        What is not finite reaches the tokens before it, since a masked NaN is one: nobody else may begin with them.
+        A number that is not finite also spoils earlier tokens, since a masked NaN stays NaN: no other request may begin
+        with them.
         """
         if not request.samples.is_lost and self._prompts.wants(request.prompt):
             self._prompts.add(request.prompt, request.kept)
@@ -402,15 +404,15 @@ class Batch:
         request.mailbox.put(told)
 
     def _let_go(self, request: Request) -> None:
-        """Hold nothing for a request that has ended: its error, and so itself, may be held for long."""
+        """Hold nothing for a request that has ended: its error, and so the request, may be held for long."""
         request.kept = request.pin = None
         self._prompts.trim()
 
 
 def _clear_frames(error: BaseException) -> None:
-    """Let go what the frames of a failed step hold, keys and values of all its requests: errors may be held for long.
+    """Release what a failed step's frames hold, keys and values of all its requests: errors may be held for long.
 
-    Where each was raised stays told, and so does what it came from.
+    The traceback and the causes stay readable.
     """
     causes, seen = [error], set[int]()
     while causes:
@@ -422,7 +424,7 @@ def _clear_frames(error: BaseException) -> None:
 
 
 def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: torch.Tensor) -> None:
-    """Draw a token for every branch that is to draw. The logits, row by row for these branches, are overwritten."""
+    """Draw a token for every branch that is to draw. The logits, one row per such branch, are overwritten."""
     totals_D1 = log_totals(logits_DV, scratch_DV)
     uniforms: list[npt.NDArray[np.float64]] = []
     temperatures: list[float] = []
@@ -438,7 +440,7 @@ def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: 
     tokens = draw_tokens(logits_DV, uniforms, temperatures, top_ps, scratch_DV)
     drawn = [distinct_in_order(some) for some in tokens]
     rows = np.repeat(np.arange(len(drawn)), list(map(len, drawn)))
-    chosen = logits_DV[torch.from_numpy(rows), torch.from_numpy(np.concatenate(drawn))].tolist()  # at once: a GPU waits
+    chosen = logits_DV[torch.from_numpy(rows), torch.from_numpy(np.concatenate(drawn))].tolist()  # one wait for the GPU
     ends, totals = np.cumsum(list(map(len, drawn))).tolist(), totals_D1[:, 0].tolist()
     logits = [chosen[end - len(some) : end] for end, some in zip(ends, drawn, strict=True)]
     for one, own in zip(samples, owns, strict=True):
@@ -446,23 +448,23 @@ def _draw(samples: Sequence[JointSamples], logits_DV: torch.Tensor, scratch_DV: 
 
 
 def _pick(logits_RV: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
-    """The rows at rising `places`, without a copy where they stand side by side."""
+    """The rows at rising `places`; not copied if they are adjacent."""
     if places[-1] - places[0] == len(places) - 1:
         return logits_RV[places[0] : places[-1] + 1]
     return logits_RV[places]
 
 
 class _Scratch:
-    """Memory for the logits of a step, kept from step to step: they are the largest tensors of a step by far.
+    """Memory for the logits of a step, reused from step to step: they are a step's largest tensors by far.
 
-    590 KB a row for 49,152 tokens, so where nothing runs, what many rows took is let go.
+    They take 590 KB a row for 49,152 tokens, so the memory of many rows is released when nothing runs.
     """
 
     def __init__(self) -> None:
         self._places: torch.Tensor | None = None
 
     def fill(self, logits: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits, one under the other in float32, and as much room again."""
+        """The logits, stacked in float32, and as much scratch memory again."""
         rows, first = sum(map(len, logits)), logits[0]
         if self._places is None or self._places.shape[1] < rows:
             self._places = torch.empty(2, rows + rows // 2, first.shape[1], device=first.device)
@@ -472,7 +474,7 @@ class _Scratch:
         return logits_RV, scratch_RV
 
     def give_back(self) -> None:
-        """Let go what is more than a few requests want."""
+        """Release what is more than a few requests need."""
         if self._places is not None and self._places.shape[1] > _KEPT_ROWS:
             self._places = None
 

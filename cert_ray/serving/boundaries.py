@@ -2,11 +2,11 @@ r"""Where an answer begins and ends: stop strings, and blanks at the end of a pr
 
 In: token numbers, a tokenizer, strings. Out: cut text, and which tokens may come first. No model in here.
 
-A prompt that ends in blanks (`return `, an indent, a line break) is a trap for byte-level BPE: in training text they
+A prompt that ends in blanks (`return `, an indent, a line break) is a trap for byte-level BPE. In training text, blanks
 belong to the token after them (` df`, or `\n   ` before ` return`), so a model given the lone blank is off its
-distribution; after a lone line break it goes on in the first column. The blanks are taken off the prompt, and the
-answer is made to begin with them, token by token; then they are taken off the answer. They count neither as drawn
-tokens nor where a stop string is looked for.
+distribution; after a lone line break it goes on in the first column. So the blanks are cut from the prompt, the answer
+is made to begin with them, token by token, and then they are removed from the answer. They do not count as drawn
+tokens, and stop strings are not looked for in them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from tokenizers import Tokenizer
 # PAPER.md, Inference 4: a completion is cut at the first of these.
 PAPER_STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
 
-# A stop string may begin inside a token: this many tokens more than its bytes are decoded. Assumed: no UTF-8 character
-# spreads over more than four tokens.
+# A stop string may begin inside a token, so this many tokens more than its bytes are decoded. Assumed: no UTF-8
+# character spreads over more than four tokens.
 _TAIL_SLACK_TOKENS = 4
 
 _BLANKS = " \t\r\n"
-# Blanks at a prompt's end that are drawn again; of more, the last. Assumed: a blank line and a deep indent.
+# Most blanks at a prompt's end that are drawn again: the last ones. Assumed: a blank line and a deep indent.
 _MOST_BLANKS = 64
 
 
@@ -36,12 +36,12 @@ def first_stop(text: str, stops: Sequence[str]) -> int | None:
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
-    """`text` up to the first stop string, which is left out."""
+    """`text` up to the first stop string, which is not included."""
     return text[: first_stop(text, stops)]
 
 
 def split_trailing_blanks(prompt: str) -> tuple[str, str]:
-    """`prompt` without the spaces, tabs and line breaks at its end, at most 64 of them, and those blanks."""
+    """`prompt` without the spaces, tabs and line breaks at its end (at most 64 of them), and those blanks."""
     size = len(prompt.rstrip(_BLANKS))
     most = len(prompt) - _MOST_BLANKS
     if size < most:  # cut where a line begins, if there is such a place
@@ -50,12 +50,12 @@ def split_trailing_blanks(prompt: str) -> tuple[str, str]:
 
 
 def drop_start(text: str, start: str) -> str:
-    """`text` without `start`, which it begins with unless it is too short to hold it."""
+    """`text` without `start`. It must begin with `start`, or be the beginning of it."""
     return text[len(start) :] if text.startswith(start) else text.removeprefix(text if start.startswith(text) else "")
 
 
 def settled(text: str, stops: Sequence[str]) -> str:
-    """The part of a growing `text` that more of it cannot take back, by completing a stop string or a character."""
+    """The part of a growing `text` that stays, even if more text completes a stop string or a character."""
     text = cut_at(text, stops).rstrip("\N{REPLACEMENT CHARACTER}")
     longest = max(map(len, stops), default=0)
     for size in range(min(longest - 1, len(text)), 0, -1):
@@ -65,10 +65,10 @@ def settled(text: str, stops: Sequence[str]) -> str:
 
 
 class StopWatch:
-    """Sees a stop string as soon as the tokens that complete it are there, by decoding only the last few."""
+    """Notices a stop string as soon as its last token is there, by decoding only the last few tokens."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], start: str = "") -> None:
-        """`start` is what all text begins with, and is not searched."""
+        """`start` is what all texts begin with; it is not searched."""
         self._tokenizer = tokenizer
         self._start = start
         self._stops = tuple(stop for stop in stops if stop)
@@ -82,11 +82,11 @@ class StopWatch:
         if not self._stops:
             return False
         first = max(0, len(ids) - self._tail_tokens)
-        # The text around a placeholder must not join into a stop string; what is before it was looked at before.
+        # Text on both sides of a placeholder must not join into a stop string; the text before it was searched earlier.
         special = [place for place, token in enumerate(ids[first:], first) if token in self._special_ids]
         first = special[-1] + 1 if special else first
         text = self._tokenizer.decode(list(ids[first:]))
-        if first < len(self._start):  # a token has a character at least, so these may begin in the start
+        if first < len(self._start):  # each token has at least one character, so these may begin in the start
             text = drop_start(text, self._start[len(self._tokenizer.decode(list(ids[:first]))) :])
         return first_stop(text, self._stops) is not None
 
@@ -102,21 +102,21 @@ class FirstTokens:
         self._refused = lru_cache(maxsize=64)(self._find_refused)
 
     def text_of(self, token: int) -> str:
-        """The text of one token; empty for special tokens and for those that the tokenizer does not know."""
+        """The text of one token; empty for special tokens and for ids that the tokenizer does not know."""
         return self._texts[token] if token < len(self._texts) else ""
 
     def left_after(self, start: str, token: int) -> str | None:
-        """What of the blanks `start` an answer must still begin with after `token`; None where that is none of them."""
+        """The rest of the blanks `start` after `token`; None if `token` is not part of them."""
         text = self.text_of(token)
         return start[len(text) :] if text and start.startswith(text) else None
 
     def refused(self, start: str) -> torch.Tensor | None:
-        """Tokens that cannot begin an answer beginning with the blanks `start`, bool [V]; None if that would be all."""
+        """Tokens that cannot begin an answer starting with the blanks `start`, bool [V]; None if that would be all."""
         return self._refused(start)
 
     @cached_property
     def _by_blanks(self) -> dict[str, tuple[list[int], list[int]]]:
-        """By the blanks that tokens begin with: those that are nothing else, and the others."""
+        """For each run of blanks that tokens begin with: the tokens that are only that run, and the others."""
         found: dict[str, tuple[list[int], list[int]]] = {}
         for token, text in enumerate(self._texts[: self._vocab_size]):
             blanks = text[: len(text) - len(text.lstrip(_BLANKS))]

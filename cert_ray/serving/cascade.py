@@ -1,15 +1,15 @@
 """Sketch, vote, fill in: the inference of PAPER.md ("Inference", steps 1 to 4), pure over `Engine`s.
 
-In: a context and sampling options. Out: a `CascadeAnswer`: the choices, the sketch that won, its votes, the route.
-No HTTP, no Ray. Whether stage two is needed is read from special token ids, never from the spelling of a word: code
-that says `float` or `to_string` is code. The vote ends as soon as no other sketch can win, going by what samples begin
-with, if the sketch that won needs stage two or has as many samples as answers are asked for.
+In: a context and sampling options. Out: a `CascadeAnswer`: the choices, the winning sketch, its votes, the route. No
+HTTP, no Ray. Whether stage two is needed is read from special token ids, never from the spelling of a word: code that
+says `float` or `to_string` is code. The vote ends as soon as the beginnings of samples show that no other sketch can
+win, provided that the winner needs stage two or has as many samples as answers are asked for.
 
-What each stage is given stands in `layouts`: two models in PAPER.md's layout, or one that reads the context first. The
-stages are called sketcher and generator whatever model they are.
+`layouts` says what each stage reads: two models in PAPER.md's layout, or one that reads the context first. The stages
+are called sketcher and generator, whatever model they are.
 
-With mode `constrained` the generator's answer must be the sketch, its placeholders filled (`constraints.py`), as long
-as the generator finds that likely enough.
+With mode `constrained`, the generator's answer must be the sketch with its placeholders filled (`constraints.py`), as
+long as the generator finds that likely enough.
 
 Blanks at the end of the context are handled by `boundaries`; answers are what comes after them.
 """
@@ -48,9 +48,9 @@ def run_cascade(
 
     `ahead` is documentation that both models read first, if both windows have room for it and an answer.
 
-    Where the sketcher's samples are the answer, those that voted for the winner come first, and, unless `routing` is
-    `released`, none that holds a placeholder is given beside a winner that holds none. A function of its arguments
-    alone, timings and cached tokens apart, if the engines are.
+    If the sketcher's samples are the answer, those that voted for the winner come first. If the winner holds no
+    placeholder, samples that do are left out, unless `routing` is `released`. If the engines are pure functions, so is
+    this, timings and cached tokens apart.
 
     Raises:
         RequestError: 400, when the context does not fit a model's window, or for what a cascade cannot do.
@@ -67,7 +67,7 @@ def run_context_first(
     listener: Listener = NOBODY,
     ahead: str = "",
 ) -> CascadeAnswer:
-    """The same with one model that was trained on the view `context_first`; stage two goes on from stage one's prompt.
+    """The same with one model trained on the view `context_first`; stage two continues stage one's prompt.
 
     Raises:
         RequestError: as `run_cascade`.
@@ -119,11 +119,11 @@ class _Cascade:
             self._read(body, documented=False)
 
     def _read(self, body: str, *, documented: bool) -> bool:
-        """Take `body` for what both models are given; False where documentation leaves no room for an answer."""
+        """Build the prompts from `body`; False if documentation in it leaves no room for an answer."""
         prompts = self._layout.prompts(body, self._blanks)
         if documented and not has_room(prompts.alone, self._sampling, self._generator, stages=2):
             return False
-        # Before sketching, whose cost grows with a prompt that would be refused anyway.
+        # Before sketching, whose cost grows with the prompt: one that is too long would be refused anyway.
         check_length(len(prompts.alone), self._generator.context_tokens)
         self._prompts = prompts
         return not documented or has_room(prompts.before_sketch, self._sampling, self._sketcher, stages=2)
@@ -149,7 +149,7 @@ class _Cascade:
         try:
             return self._go_on(answer, chosen, ballot, mode)
         finally:
-            del drawn  # held until stage two has its answer, and no longer if there is an error: see its `pin`
+            del drawn  # its `pin` is held until stage two has its answer; after an error, no longer than this
 
     def _go_on(self, answer: CascadeAnswer, chosen: SketchChosen, ballot: Ballot, mode: Mode) -> CascadeAnswer:
         winner, timings_s = ballot.winner, answer.timings_s
@@ -163,7 +163,7 @@ class _Cascade:
         choices, second, route = self._fill_in(winner, mode)
         timings_s["generate"] = time.perf_counter() - began
         if choices is None:
-            if chosen.undecided and chosen.votes < self._sampling.n:  # they are the answers after all: draw all of them
+            if chosen.undecided and chosen.votes < self._sampling.n:  # sketches are the answers after all: draw all
                 began = time.perf_counter()
                 ballot, drawn = self._sketch(self._prompts.before_sketch, mode, all_of_them=True)
                 timings_s["sketch"] += time.perf_counter() - began
@@ -184,7 +184,7 @@ class _Cascade:
         wanted = self._config.sketches or self._sampling.drawn
         needed = self._sampling.n
         tokenizer, blanks, stops = self._sketcher.tokenizer, self._blanks, self._stops
-        known: dict[tuple[tuple[int, ...], float], Sketch] = {}  # read once, though asked about at every step
+        known: dict[tuple[tuple[int, ...], float], Sketch] = {}  # read once, though needed at every step
 
         def count(ended: Sequence[tuple[Completion, int]]) -> Ballot:
             ballot = Ballot(wanted)
@@ -213,7 +213,7 @@ class _Cascade:
         return count([(sample, 1) for sample in drawn.samples if sample is not None]), drawn
 
     def _fill_in(self, winner: Sketch, mode: Mode) -> tuple[list[Completion] | None, Drawn, Route]:
-        """The generator's answers, None if all are empty."""
+        """The generator's answers; None if all are empty."""
         pair = self._pair(winner) if winner.text.strip() else None
         route = Route.GENERATOR_EMPTY_SKETCH
         template: Template | None = None
@@ -238,9 +238,9 @@ class _Cascade:
         return choices, drawn, route
 
     def _template(self, winner: Sketch) -> Template | None:
-        """What an answer must be; None where the generator's own stops leave nothing of the sketch.
+        """What an answer must match; None if the generator's own stops leave nothing of the sketch.
 
-        A sketch that ended because it was long enough is no whole one: what comes behind it is the generator's choice.
+        A sketch that was cut for its length is incomplete: what comes after it is up to the generator.
         """
         text = winner.text[: first_stop(winner.text, self._config.generator_stop)].rstrip()
         if not text:
@@ -261,6 +261,6 @@ class _Cascade:
         """The generator's prompt of sketch and context; None when the window cannot hold them and an answer."""
         own = len(prompt_format.encode_sketch(self._generator.tokenizer, winner.text, winner.placeholders))
         pair = self._prompts.before_code(winner)
-        # The answer fills the sketch's placeholders: room for twice its tokens is assumed to do.
+        # The answer fills the sketch's placeholders. Assumed: twice the sketch's tokens is room enough.
         room = min(self._sampling.max_tokens, 2 * own) + len(self._blanks)
         return pair if len(pair) + room <= self._generator.context_tokens else None

@@ -1,4 +1,4 @@
-"""What the operator of a cascade may change. Options only; what they do stands in `cascade` and `layouts`."""
+"""The options of a cascade. Options only; `cascade` and `layouts` say what they do."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from cert_ray.sketching import SketchKind
 
 
 class CascadeConfig(Config):
-    """Of a cascade of two models, or of one model of both stages."""
+    """For a cascade of two models, or for one model that is both stages."""
 
     kind: SketchKind = SketchKind.CONSTANTS  # the kind that the sketcher was trained on
     sketches: int | None = pydantic.Field(default=None, ge=1)  # None: as many as completions are asked for
     sketch_scope: Literal["answer", "file"] = "answer"
     stop: tuple[str, ...] = PAPER_STOPS  # both stages are cut here, and at the request's own stop strings
-    # Whether a sketch needs stage two: by its special tokens, or as the authors' code did, which looked for the words
-    # in the text, and so takes `astype(float)` for a placeholder (PAPER.md). `released` also gives the models plain
-    # text instead of special tokens, and goes with `kind: released` and models trained on that.
+    # How to tell whether a sketch needs stage two: by its special tokens, or, as the authors' code did, by looking for
+    # the placeholder words in the text, which takes `astype(float)` for a placeholder (PAPER.md). `released` also gives
+    # the models plain text instead of special tokens; it goes with `kind: released` and models trained on that.
     routing: Literal["special_tokens", "released"] = "special_tokens"
-    # Draw the same samples again after so many, as the authors' code did after 50. None: every sample its own.
+    # Repeat the same samples after this many, as the authors' code did after 50. None: every sample is drawn anew.
     reseed_every: int | None = pydantic.Field(default=None, ge=1)
-    # Where sketches are the answers, those of the one that won come first in either order.
-    rank: Literal["drawn", "likelihood"] = "drawn"  # answers in the order drawn, or the likeliest per token first
-    # Unless a request asks otherwise.
+    # Answers in the order drawn, or the likeliest per token first. Where sketches are the answers, the winner's come
+    # first either way.
+    rank: Literal["drawn", "likelihood"] = "drawn"
+    # The mode of requests that do not name one.
     mode: Literal[Mode.CASCADE, Mode.CONSTRAINED, Mode.SKETCH_ONLY, Mode.GENERATOR_ONLY] = Mode.CASCADE
-    # With mode `constrained`: an answer goes on freely where the generator gives less than this probability to all that
-    # the sketch allows. Assumed.
+    # With mode `constrained`: an answer goes on freely where the generator gives less than this probability to all the
+    # tokens that the sketch allows. Assumed.
     least_share: float = pydantic.Field(default=0.001, gt=0, le=1)
-    # Three newlines end a block of the generator's training text: behind them the next block's sketch begins.
+    # Three newlines end a block of the generator's training text; the next block's sketch would follow.
     generator_stop: tuple[str, ...] = ("\n\n\n",)
 
     @pydantic.model_validator(mode="after")

@@ -1,7 +1,7 @@
-"""From a request to an engine's work, and from its samples to the choices that are given: which, and in what order.
+"""From a request to an engine's work, and from the engine's samples to the choices given: which ones, in what order.
 
-In: sampling options and a prompt's tokens; samples. Out: `Work`; choices, told to a `Listener` as they become final.
-The same for one plain model and for each stage of a cascade. Nothing is drawn in here.
+In: sampling options and a prompt's tokens; samples. Out: `Work`; choices, passed to a `Listener` as they become final.
+The same code serves a plain model and each stage of a cascade. Nothing is drawn in here.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from cert_ray.serving.engines import Completion, Engine, Hooks, Work
 from cert_ray.serving.events import TextDrawn
 from cert_ray.serving.sampling import Sampling
 
-# Of the window, kept for an answer that may be longer: editors ask for up to 2,048 tokens, and few are drawn. Assumed.
+# Share of the window reserved for a long answer: editors ask for up to 2,048 tokens, but few are drawn. Assumed.
 _ANSWER_SHARE: Final = 0.5
 
 
 def has_room(prompt: Sequence[int], sampling: Sampling, engine: Engine, stages: int) -> bool:
-    """Whether a prompt with documentation leaves room: a second stage's holds the sketch too, about an answer long."""
+    """Whether a prompt with documentation leaves room for the answer. A second stage's prompt also holds the sketch,
+    which is about as long as an answer.
+    """
     wanted = sampling.max_tokens * (2 * stages - 1)
     return len(prompt) + min(wanted, int(engine.context_tokens * _ANSWER_SHARE)) <= engine.context_tokens
 
@@ -28,7 +30,7 @@ def has_room(prompt: Sequence[int], sampling: Sampling, engine: Engine, stages: 
 def work_for(
     sampling: Sampling, prompt: Sequence[int], stops: Sequence[str], blanks: str, config: CascadeConfig | None
 ) -> Work:
-    """The work that a request asks of an engine: all its samples of code behind `prompt`, whose `blanks` come again."""
+    """The work that a request asks of an engine: samples of code after `prompt`, which must begin with `blanks`."""
     return Work(
         tuple(prompt),
         n=sampling.drawn,
@@ -48,7 +50,7 @@ def work_for(
 def choices_of(
     samples: Sequence[Completion | None], sampling: Sampling, config: CascadeConfig | None
 ) -> list[Completion]:
-    """The samples that are given: of more than are asked for the likeliest, in the order that the operator chose."""
+    """The samples that are given: the `n` likeliest if more were drawn, in the order that the operator chose."""
     drawn = [sample for sample in samples if sample is not None]
     assert len(drawn) == len(samples), "only a vote may leave samples undrawn"
     if are_ranked(sampling, config):
@@ -57,17 +59,17 @@ def choices_of(
 
 
 def are_ranked(sampling: Sampling, config: CascadeConfig | None) -> bool:
-    """Whether choices are given the likeliest first, so that which is which is known only at the end."""
+    """Whether the likeliest choices come first, so that their order is known only at the end."""
     return sampling.drawn > sampling.n or (config is not None and config.rank == "likelihood")
 
 
 class Teller:
-    """Passes the text of choices on as events, as it is drawn where that can be, and whole at the end."""
+    """Passes the text of choices on as events: as it is drawn where possible, and the rest at the end."""
 
     def __init__(
         self, listener: Listener, sampling: Sampling, config: CascadeConfig | None, *, holds_blanks: bool = False
     ) -> None:
-        """With `holds_blanks`, nothing is told before some text is more than blanks."""
+        """With `holds_blanks`, nothing is passed on until some text is more than blanks."""
         self._listener = listener
         self._streams = listener.tell is not None and not are_ranked(sampling, config)
         self._holds = holds_blanks
@@ -93,7 +95,7 @@ class Teller:
             self._listener.tell(event)
 
     def finish(self, choices: Sequence[Completion]) -> None:
-        """Tell what was not told yet of `choices`, which are final."""
+        """Pass on what is still missing of `choices`, which are final."""
         if self._listener.tell is None:
             return
         self._flush()

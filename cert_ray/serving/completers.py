@@ -1,11 +1,11 @@
-"""`complete(prompts, n) -> completions`, which evaluation and `cert-ray generate` ask: models at hand, or an endpoint.
+"""`complete(prompts, n) -> completions` for evaluation and `cert-ray generate`: by local models, or by an endpoint.
 
 In: model folders, or the URL of an OpenAI-compatible server. Out: for each prompt a list of `n` texts that continue it,
 cut at PAPER.md's stop strings. Nothing is scored and nothing is run in here.
 
-An endpoint's key stands in a `SecretStr`: it is sent, and neither shown nor written. A server that is busy or cannot be
-reached is asked again (tenacity), after the time that it names or 1, 2, 4, ... seconds. What h11 says of a request that
-it will not send quotes the headers, so it is not passed on.
+An endpoint's key is a `SecretStr`: it is sent, but never shown or written. A busy or unreachable server is asked again
+(tenacity), after the time it names or after 1, 2, 4, ... seconds. h11's errors about a request that it will not send
+quote the headers, so they are not passed on.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _OPENAI_MAX_STOPS = 4  # OpenAI API reference, "Completions"
 _BUSY: Final = frozenset({408, 429, 502, 503, 504})
 _KEY_WANTED: Final = frozenset({401, 403})
 _TOO_LONG: Final = "context_length_exceeded"  # OpenAI's, and cert-ray's own
-_WINDOW: Final = re.compile(r"maximum context length|available context size")  # vLLM, llama.cpp
+_WINDOW: Final = re.compile(r"maximum context length|available context size")  # as vLLM and llama.cpp word it
 
 
 class CompleterConfig(Config):
-    """How completions are sampled; PAPER.md's 100 new tokens and top_p 0.9, at its temperature that suits pass@1."""
+    """How completions are sampled: PAPER.md's 100 new tokens and top_p 0.9, and its temperature for pass@1."""
 
     max_tokens: int = pydantic.Field(default=100, ge=1)
     temperature: float = pydantic.Field(default=0.2, ge=0, le=2)
@@ -54,7 +54,7 @@ class CompleterConfig(Config):
 
 
 def check_endpoint(url: str, option: str) -> None:
-    """Raise `ConfigError` unless `url` says how to get there: without, each request would be tried again in vain."""
+    """Raise `ConfigError` unless `url` begins with http(s)://. Without, every request would be retried in vain."""
     if url.startswith(("http://", "https://")):
         return
     address = url.rpartition("://")[2]
@@ -70,7 +70,7 @@ class EndpointConfig(Config, hide_input_in_errors=True):
     timeout_s: float = pydantic.Field(default=300.0, gt=0)
     attempts: int = pydantic.Field(default=6, ge=1)
     longest_wait_s: float = pydantic.Field(default=30.0, gt=0)  # between attempts, whatever the server asks for
-    max_n: int = pydantic.Field(default=100, ge=1)  # per request; more are asked for in further requests
+    max_n: int = pydantic.Field(default=100, ge=1)  # samples per request; more take further requests
 
     @pydantic.field_validator("url")
     @classmethod
@@ -91,7 +91,7 @@ class EndpointConfig(Config, hide_input_in_errors=True):
 
 
 class LocalCompleter:
-    """Completions by models of this machine: one model, or the cascade."""
+    """Completions by models on this machine: one model, or the cascade."""
 
     def __init__(self, answerer: Answerer, config: CompleterConfig | None = None) -> None:
         self._answerer = answerer
@@ -134,7 +134,7 @@ class EndpointCompleter:
         self.close()
 
     def close(self) -> None:
-        """Give the connections back."""
+        """Close the connections."""
         self._client.close()
 
     def __call__(self, prompts: list[str], n: int) -> list[list[str]]:
@@ -142,18 +142,18 @@ class EndpointCompleter:
 
         Raises:
             RequestError: when the server refuses a request.
-            InputError: when it cannot be reached, or answers with something else than completions.
+            InputError: when it cannot be reached, or answers with something other than completions.
         """
         return [self._complete_one(prompt, n) for prompt in prompts]
 
     def _complete_one(self, prompt: str, n: int) -> list[str]:
         if self._model is None:
             self._model = self._first_model()
-        mode = {} if self._config.mode is None else {"mode": self._config.mode}  # not OpenAI's, so not always sent
+        mode = {} if self._config.mode is None else {"mode": self._config.mode}  # not in OpenAI's API: only if set
         texts: list[str] = []
         while len(texts) < n:
             part = min(n - len(texts), self._endpoint.max_n)
-            # A further request wants further samples, not the first ones again.
+            # Each further request needs another seed, or it would repeat the first samples.
             body = {
                 "model": self._model,
                 "prompt": prompt,
@@ -162,7 +162,7 @@ class EndpointCompleter:
                 "temperature": self._config.temperature,
                 "top_p": self._config.top_p,
                 "seed": self._config.seed + len(texts),
-                "stop": list(self._config.stop[:_OPENAI_MAX_STOPS]),  # the rest is cut below
+                "stop": list(self._config.stop[:_OPENAI_MAX_STOPS]),  # `cut_at` below handles the rest
                 **mode,
             }
             texts += self._read_texts(self._request("POST", "completions", body), part)
@@ -189,7 +189,7 @@ class EndpointCompleter:
         return InputError(self._endpoint.url, problem, cure)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The parsed answer; asks again while the server is busy or cannot be reached."""
+        """The parsed answer. Asks again while the server is busy or cannot be reached."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(_may_pass),
             stop=tenacity.stop_after_attempt(self._endpoint.attempts),
@@ -216,12 +216,12 @@ class EndpointCompleter:
         return response
 
     def _wait_s(self, state: tenacity.RetryCallState) -> float:
-        """As long as the server asks, else 1, 2, 4, ... seconds; at most `longest_wait_s`."""
+        """The time the server asks for, else 1, 2, 4, ... seconds; at most `longest_wait_s`."""
         longest_s = self._endpoint.longest_wait_s
         error = state.outcome.exception() if state.outcome is not None else None
         try:
             return min(max(float(error.response.headers["Retry-After"]), 0.0), longest_s)  # type: ignore[union-attr]
-        except (AttributeError, KeyError, ValueError):  # not busy, or no seconds: an HTTP date is rare
+        except (AttributeError, KeyError, ValueError):  # not busy, or not in seconds: an HTTP date is rare
             return tenacity.wait_exponential(max=longest_s)(state)
 
     def _log_wait(self, state: tenacity.RetryCallState) -> None:
@@ -248,13 +248,13 @@ class EndpointCompleter:
 
 
 def _says_too_long(error_fields: Any, message: str) -> bool:
-    """Whether the prompt and its answer are too long for the model: by OpenAI's code, or as other servers word it."""
+    """Whether prompt and answer are too long for the model: by OpenAI's code, or by other servers' wording."""
     code = error_fields.get("code") if isinstance(error_fields, dict) else None
     return code == _TOO_LONG or _WINDOW.search(message) is not None
 
 
 class _BusyError(Exception):
-    """A status that may pass."""
+    """A status that may pass with time."""
 
     def __init__(self, response: httpx.Response) -> None:
         super().__init__(f"status {response.status_code}")
@@ -268,19 +268,19 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def complete_with_models(models: ModelConfig, config: CompleterConfig | None = None) -> Complete:
-    """A `complete` by the model, or the sketcher and generator, of `models`."""
+    """A `complete` that runs `models`: one model, or sketcher and generator."""
     return LocalCompleter(Answerer.load(models), config)
 
 
 def complete_with_endpoint(endpoint: EndpointConfig, config: CompleterConfig | None = None) -> Complete:
-    """A `complete` by a server."""
+    """A `complete` that asks a server."""
     return EndpointCompleter(endpoint, config)
 
 
 def with_documentation(complete: Complete, retriever: Retriever) -> Complete:
-    """`complete`, given documentation ahead of each prompt: for what does not read it by itself, an endpoint say.
+    """`complete` with documentation ahead of each prompt, for what does not retrieve it by itself, such as an endpoint.
 
-    A prompt for which the window has no room for both stays alone, as with models at hand.
+    When the window has no room for both, the prompt is asked alone, as with local models.
     """
 
     def complete_one(prompt: str, n: int) -> list[str]:

@@ -1,23 +1,23 @@
 r"""A sketch as a constraint on an answer: its fixed text must come, its placeholders are holes for literals and names.
 
-In: the sketch that won, as a `Template`. Out: for each beginning of an answer, the tokens that may come next. That is
-llguidance's work, over bytes: one regular expression holds the whole template, so where a token ends has no say in
-where a hole ends. A token may close a string and go on with the fixed text (`').`), or open it (`['`); both are drawn
-as the model likes them. Where fixed text can be spelled in the tokenizer's own way only, its tokens are known ahead
-(`Course.known`), up to those that what follows may join.
+In: the winning sketch, as a `Template`. Out: for each beginning of an answer, the tokens that may come next. llguidance
+works these out, over bytes: one regular expression holds the whole template, so a token need not end where a hole ends.
+A token may close a string and go on with the fixed text (`').`), or open it (`['`); both are drawn as the model likes
+them. Where fixed text can be spelled only in the tokenizer's own way, its tokens are known ahead (`Course.known`), up
+to those that may merge with what follows.
 
-A hole ends where its literal does. By kind: digits, a float, ..., a string in its quotes on one line, with its prefix,
-or several with a blank between; a plain name for `func`, `AnClass`, `variable` and `argument`, which may be a keyword.
-A part of it has at most `_LONGEST` characters, after which only its end may come; so every hole ends. An answer ends
-with the sketch's last character, or with the line where the sketch ends in a hole. A sketch that was cut for its length
-(`is_cut`) ends no answer: behind its last character an answer is drawn freely.
+A hole ends where its literal does. By kind, it takes digits, a float, ..., a string in its quotes on one line, with its
+prefix, or several with a blank between; a plain name for `func`, `AnClass`, `variable` and `argument`, which may be a
+keyword. A part of it has at most `_LONGEST` characters, after which only its end may come; so every hole ends. An
+answer ends with the sketch's last character or, if the sketch ends in a hole, with the line. A sketch that was cut for
+its length (`is_cut`) ends no answer: after its last character, an answer is drawn freely.
 
-Where holes stand side by side, or what separates them may stand in them, one answer has many readings. llguidance
-follows all of them at once, within limits of its own; nothing in here tries them one after another.
+Where holes stand side by side, or what separates them may also stand in them, one answer has many readings. llguidance
+follows all of them at once, within limits of its own; this module does not try them one after another.
 
-A template says what must come, not whether the model would write it: `least_share` is the least probability that the
-model may give to all the tokens together that may come, among those that could come without the template. Below, the
-model wants to go elsewhere, and a sample is let go: from there on it is drawn freely. See `joint.py`.
+A template says what must come, not whether the model would write it. `least_share` is the least probability that the
+model may give to all allowed tokens together, among those that could come without the template. Below it, the model
+wants to go elsewhere, and the sample is let go: it is drawn freely from there on. See `joint.py`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from cert_ray.sketching import Placeholder
 
 _log = logging.getLogger(__name__)
 
-_LONGEST: Final = 200  # characters of a literal's part; assumed
+_LONGEST: Final = 200  # characters of one part of a literal; assumed
 
 _NAME = rf"[A-Za-z_][0-9A-Za-z_]{{0,{_LONGEST}}}"
 _DIGITS = rf"[0-9](?:_?[0-9]){{0,{_LONGEST}}}"
@@ -52,11 +52,12 @@ _QUOTED = (
 
 
 def _strings(prefix: str) -> str:
-    """String literals with one of some prefixes, side by side."""
+    """String literals with a given prefix, side by side."""
     return rf"(?:{prefix}{_QUOTED}(?: {prefix}{_QUOTED}){{0,8}})"
 
 
-# Those that `sketching.literals` gives these words; what it leaves in place (hexadecimals, three quotes) fills no hole.
+# The literals that `sketching.literals` replaces by these words. Those it leaves (hexadecimals, three quotes) fill no
+# hole.
 _HOLES: Final = {
     "number": _WHOLE,
     "float": _FLOAT,
@@ -82,13 +83,13 @@ class Template:
     fixed: tuple[str, ...]
     kinds: tuple[str, ...]
     least_share: float
-    is_cut: bool = False  # the sketch was cut for its length: more comes behind it
+    is_cut: bool = False  # the sketch was cut for its length: more comes after it
 
     @classmethod
     def of(
         cls, start: str, text: str, placeholders: Sequence[Placeholder], least_share: float, *, is_cut: bool = False
     ) -> Template:
-        """The template of a sketch that stands behind `start`."""
+        """The template of a sketch that follows `start`."""
         ends = [0, *(place.end for place in placeholders)]
         starts = [*(place.start for place in placeholders), len(text)]
         fixed = [text[end:begin] for end, begin in zip(ends, starts, strict=True)]
@@ -96,15 +97,15 @@ class Template:
 
     @cached_property
     def pattern(self) -> str:
-        """What an answer looks like, as a regular expression of llguidance."""
+        """The form of an answer, as a regular expression for llguidance."""
         holes = (*(f"({_HOLES[kind]})" for kind in self.kinds), "")
         return "".join(_escape(piece) + hole for piece, hole in zip(self.fixed, holes, strict=True))
 
     def end_in(self, text: str, *, is_over: bool) -> int | None:
-        """Where the answer that `text` begins with ends, or what `is_cut` left of it; None when it is not whole.
+        """Where the answer that `text` begins with ends, or the part of it that `is_cut` left; None if it is not whole.
 
-        `is_over`: nothing follows `text`, so that a hole at its end is one that ended. Time grows with the text alone,
-        and is bounded by llguidance's limits; a text that exceeds these counts as not whole.
+        With `is_over`, nothing follows `text`, so a hole at its end has ended. Time grows with the text alone and is
+        bounded by llguidance's limits; a text that exceeds these counts as not whole.
         """
         matcher = _over_bytes(self.pattern).deep_copy()
         for place, character in enumerate(text):
@@ -117,14 +118,14 @@ class Template:
 
     @property
     def grammar(self) -> str:
-        """For llguidance. What stands behind the answer begins with a line break, which its last token may hold."""
+        """For llguidance. Text after the answer begins with a line break, which the answer's last token may hold."""
         behind = r"(?s:.)*" if self.is_cut else r"(?:\n(?s:.)*)?"
         return str(llguidance.LLMatcher.grammar_from_regex(self.pattern + behind))
 
 
 @lru_cache(maxsize=64)
 def _over_bytes(pattern: str) -> Any:
-    """What matches `pattern` byte by byte, at its beginning: to be copied, not fed."""
+    """A matcher of `pattern` byte by byte, at its beginning. Copy it before feeding it."""
     grammar = llguidance.LLMatcher.grammar_from_regex(pattern)
     return llguidance.LLMatcher(_byte_tokenizer(), grammar, log_level=0)
 
@@ -135,15 +136,15 @@ def _byte_tokenizer() -> Any:
 
 
 def _escape(text: str) -> str:
-    """`text` as a regular expression in which nothing has a meaning of its own."""
+    """`text` as a regular expression that matches it literally."""
     return "".join(one if one.isalnum() or ord(one) > 127 else f"\\x{ord(one):02x}" for one in text)
 
 
 class Course:
-    """What a template still asks for, after some tokens of an answer. Unchanging.
+    """What a template still asks for, after some tokens of an answer. Immutable.
 
-    llguidance ends its work at limits of its own (many holes that may be read many ways). What is asked for is unknown
-    from there on, so that a sample is let go as if the model wanted to go elsewhere; that is logged.
+    llguidance stops at limits of its own (many holes that can be read in many ways). What may come is unknown from
+    there on, so the sample is let go as if the model wanted to go elsewhere, and this is logged.
     """
 
     def __init__(self, matcher: Any, vocab_size: int, end_ids: frozenset[int], *, is_cut: bool) -> None:
@@ -151,7 +152,7 @@ class Course:
 
     @cached_property
     def is_accepting(self) -> bool:
-        """Whether the tokens hold a whole answer, though its last hole may go on."""
+        """Whether the tokens hold a whole answer, although its last hole may go on."""
         return bool(self._matcher.is_accepting())
 
     @property
@@ -171,11 +172,11 @@ class Course:
 
     @cached_property
     def known(self) -> tuple[int, ...]:
-        """The tokens that come next whatever the model says; none where it has a choice."""
+        """The tokens that must come next; none where the model has a choice."""
         return tuple(self._matcher.compute_ff_tokens())
 
     def after(self, token: int) -> Course | None:
-        """The course after one more token; None where the template cannot be followed further."""
+        """The course after one more token; None where the template cannot be followed any further."""
         if self.is_free:
             return self
         matcher = self._matcher.deep_copy()
@@ -196,7 +197,7 @@ def _tell_once(problem: str) -> None:
 
 
 class Courses:
-    """Begins courses for one model. Reading its tokenizer takes a second or two, once. Safe to call from threads."""
+    """Begins courses for one model. Reading its tokenizer takes a second or two, once. Thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: frozenset[int]) -> None:
         self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, end_ids
@@ -208,9 +209,9 @@ class Courses:
         """The course at the beginning of an answer.
 
         Raises:
-            RequestError: 400, when the tokenizer or the sketch is none that llguidance can read.
+            RequestError: 400, when llguidance cannot read the tokenizer or the sketch.
         """
-        _over_bytes(template.pattern)  # here, not where all requests wait
+        _over_bytes(template.pattern)  # compiled here, not where all requests wait
         return self._begun(template)
 
     def _begin(self, template: Template) -> Course:

@@ -1,13 +1,13 @@
 """The sketch of a context that ends anywhere: in an expression, after a colon, between brackets.
 
-In: the prompt as the user sent it. Out: its `Sketched`, so that the sketcher reads at serving what it read in training:
-there it saw sketches of whole files, and the sketch of a prompt must be the beginning of the sketch of every file that
-begins with that prompt. A prompt seldom parses by itself, so it is completed (`return df[` becomes `return df[_]`),
-sketched, and the completion is taken off again.
+In: the prompt as the user sent it. Out: its `Sketched`, so that the sketcher reads when serving what it read in
+training. There it saw sketches of whole files, so the sketch of a prompt must be the beginning of the sketch of every
+file that begins with that prompt. A prompt seldom parses by itself, so it is completed (`return df[` becomes
+`return df[_]`), sketched, and the completion is removed again.
 
-Where no completion parses, the longest run of leading lines that does is sketched, and the rest stays plain code. That
-happens for prompts that end inside a string, which stays plain from its first line on, or that are not Python 3; one
-without any such lines is its own sketch.
+If no completion parses, the longest run of leading lines that does is sketched, and the rest stays plain code. That
+happens if the prompt is not Python 3, or ends inside a string, which then stays plain from its first line on. Without
+any such lines, the prompt is its own sketch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from cert_ray.schemas import Dropped
 from cert_ray.sketching import Placeholder, Sketched, SketchKind, sketch_source
 
 _CLOSERS: Final = {"(": ")", "[": "]", "{": "}"}
-# Attempts at shorter and shorter prefixes, each some twenty parses. Assumed: whoever breaks the syntax before the last
-# 32 lines is not writing Python 3.
+# Attempts at ever shorter prefixes, each some twenty parses. Assumed: text with a syntax error before its last 32 lines
+# is not Python 3.
 _MAX_CUTS: Final = 32
 # Characters in all those attempts, so that no prompt holds up the others for long: twenty times as many are parsed, at
-# some megabytes a second. One of 12 KB has all its attempts.
+# some megabytes a second. A prompt of 12 KB gets all its attempts.
 _MOST_READ: Final = 400_000
 
 
@@ -44,9 +44,9 @@ def sketch_context(prompt: str, kind: SketchKind = SketchKind.CONSTANTS) -> Sket
 
 
 def _open_string(prompt: str) -> int | None:
-    """Where the line begins that begins a string of several lines which is not ended, if there is one.
+    """Where the line that opens an unfinished multi-line string begins, if there is one.
 
-    No completion ends it: trying so line by line took half a second in a docstring, a line of 32 at a time.
+    No completion ends it. Finding that out by cutting 32 lines one by one took half a second in a docstring.
     """
     try:
         for _ in _tokens(prompt):
@@ -61,10 +61,10 @@ def _open_string(prompt: str) -> int | None:
 
 
 def _tokens(text: str) -> Iterator[tokenize.TokenInfo]:
-    """The tokens of `text` up to the first that is none: a quote that is not closed on its line, say.
+    """The tokens of `text` up to the first that is not one: for example, a quote that is not closed on its line.
 
-    Python 3.11 would go on behind it, and look for the end of each further quote through the whole line: `'\\"` again
-    and again took 7 s for 10 KB, and four times that for twice as many.
+    Python 3.11 would go on after it, and search the whole line for the end of each further quote: `'\\"` repeated took
+    7 s for 10 KB, and four times that for twice as many.
     """
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.ERRORTOKEN and not token.string.isspace():
@@ -73,7 +73,7 @@ def _tokens(text: str) -> Iterator[tokenize.TokenInfo]:
 
 
 def _sketch_prefix(prefix: str, kind: SketchKind) -> Sketched | None:
-    """The sketch of `prefix`, by the first completion with which it parses."""
+    """The sketch of `prefix`, with the first completion that makes it parse."""
     for completion in _completions(prefix):
         completed = prefix + completion
         if isinstance(parse(completed), Dropped):
@@ -116,7 +116,7 @@ def _endings(prefix: str) -> Iterator[str]:
 
 
 def _open_tries(prefix: str) -> list[str]:
-    """The indents of the `try` statements that the end of `prefix` stands in, innermost first."""
+    """The indents of the `try` statements that enclose the end of `prefix`, innermost first."""
     indents: list[str] = []
     shallowest: int | None = None
     for line in _code_lines_backwards(prefix):
@@ -146,7 +146,7 @@ def _open_brackets(prefix: str) -> str:
                 stack.append(_CLOSERS[token.string])
             elif token.type == tokenize.OP and stack and token.string == stack[-1]:
                 stack.pop()
-    except (tokenize.TokenError, SyntaxError):  # the end came early, as it does: what was read counts
+    except (tokenize.TokenError, SyntaxError):  # the end came early, as expected: what was read counts
         pass
     return "".join(reversed(stack))
 
@@ -161,7 +161,7 @@ def _without_tail(sketched: Sketched, prefix: str) -> Sketched | None:
     source_from = replaced[-1][1] if replaced else 0
     sketch_from = placeholders[-1].end if placeholders else 0
     tail = prefix[source_from:]
-    # Sketching puts a space after a placeholder that would join the word behind it, and `released` loses form feeds.
+    # Sketching puts a space after a placeholder that would join the next word, and `released` loses form feeds.
     endings = (tail, " " + tail, tail.replace("\f", ""))
     shown = next((ending for ending in endings if sketched.text.startswith(ending, sketch_from)), tail)
     return Sketched(sketched.text[:sketch_from] + shown, placeholders, replaced)

@@ -2,8 +2,8 @@
 
 In: a mapping, from a Serve config file, a command line or code. Out: a validated `ServeConfig`.
 
-`models` has each model under its name, with its library; `model_name` stands for the one whose library the prompts
-import. A single model's options may stand beside the others instead; then `model_name` is its name.
+`models` lists each model by name, with its library; `model_name` stands for whichever model's library a prompt imports.
+A single model's options may instead stand beside the other options; then `model_name` is its name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ServedModel(ModelConfig):
 
 
 class Autoscaling(Config):
-    """How many engines there are: as many as the ongoing requests want, between two bounds."""
+    """How many engines there are: as many as the ongoing requests need, between two bounds."""
 
     min_replicas: int = pydantic.Field(default=1, ge=0)
     max_replicas: int = pydantic.Field(ge=1)
@@ -45,10 +45,10 @@ class Autoscaling(Config):
 
 
 class FrontDoorConfig(Config):
-    """What the HTTP front door allows, and says."""
+    """What the HTTP front door allows and logs."""
 
     limits: RequestLimits = RequestLimits()
-    # Waiting included; then the work ends, with a 504.
+    # Includes waiting; after it the work ends, with a 504.
     request_timeout_s: float = pydantic.Field(default=300.0, gt=0)
     rate: str | None = None  # per key, as 60/minute; a key file may give a key its own
     log_prompts: bool = False
@@ -68,26 +68,26 @@ class ServeConfig(FrontDoorConfig):
     model_name: str = "cert"
     models: dict[str, ServedModel] = pydantic.Field(min_length=1)
     models_per_engine: int = pydantic.Field(default=2, ge=1)  # of several, in memory; the least recently used goes
-    replicas: int = pydantic.Field(default=1, ge=1)  # engines, where there is no autoscaling
+    replicas: int = pydantic.Field(default=1, ge=1)  # engines, without autoscaling
     autoscaling: Autoscaling | None = None
     front_doors: int = pydantic.Field(default=1, ge=1)
-    # In an update, engines beyond `replicas`, so that old ones serve until new ones are ready; rounded up. 0 where
-    # there is no room for another: then old ones stop first, and requests wait.
+    # Engines beyond `replicas` during an update, so that old ones serve until new ones are ready; rounded up. Use 0
+    # where there is no room for another: then old ones stop first, and requests wait.
     surge_percent: int = pydantic.Field(default=25, ge=0, le=100)
     num_cpus: float = pydantic.Field(default=1, ge=0)  # per engine
     num_gpus: float = pydantic.Field(default=0, ge=0)  # per engine
-    # Decoded together, per engine; each holds its part of the cache in memory.
+    # Requests decoded together, per engine; each holds its part of the cache in memory.
     max_ongoing_requests: int = pydantic.Field(default=16, ge=1)
     max_queued_requests: int = pydantic.Field(default=64, ge=1)  # more are refused with 503
     health_check_period_s: float = pydantic.Field(default=5.0, gt=0)
     drain_timeout_s: float | None = pydantic.Field(default=None, ge=0)  # None: request_timeout_s
-    api_keys_file: str | None = None  # see api_keys.py; None: no key is asked for, which is for loopback
-    without_keys: bool = False  # others may reach the server, and yet no key is asked for
+    api_keys_file: str | None = None  # see api_keys.py; None: no keys, which suits a server on loopback only
+    without_keys: bool = False  # ask for no key although others may reach the server
 
     @pydantic.model_validator(mode="before")
     @classmethod
     def _read_single(cls, options: Any) -> Any:
-        """One model's options may stand among the others: it is served as `model_name`."""
+        """One model's options may stand among the others; that model is served as `model_name`."""
         if not isinstance(options, Mapping):
             return options
         single = {name: value for name, value in options.items() if name in ServedModel.model_fields}
@@ -105,7 +105,7 @@ class ServeConfig(FrontDoorConfig):
 
     @property
     def most_engines(self) -> int:
-        """As many engines as there ever are."""
+        """The largest number of engines there can be."""
         return self.autoscaling.max_replicas if self.autoscaling is not None else self.replicas
 
     @property
@@ -115,7 +115,7 @@ class ServeConfig(FrontDoorConfig):
 
     @property
     def max_in_flight(self) -> int:
-        """Requests that are worked on or wait."""
+        """Requests that are worked on or waiting."""
         return self.at_once + self.max_queued_requests
 
     def check_models(self) -> None:
@@ -124,7 +124,7 @@ class ServeConfig(FrontDoorConfig):
             model.check(self._told(name))
 
     def check_models_in_reach(self) -> dict[str, str]:
-        """The same for models that can be looked at from here; why the others cannot, by name."""
+        """`check_models` for the models that can be read from here. Returns, by name, why the others cannot."""
         looked = {name: model.check_in_reach(self._told(name)) for name, model in self.models.items()}
         return {name: why for name, why in looked.items() if why is not None}
 
@@ -132,7 +132,7 @@ class ServeConfig(FrontDoorConfig):
         return name if len(self.models) > 1 else None
 
     def check_exposure(self, host: str | None) -> None:
-        """Raise `ConfigError` if others can reach a server at `host`, and no key keeps them out. None: not known."""
+        """Raise `ConfigError` if others can reach a server at `host` and no key keeps them out. None: not known."""
         if host not in LOOPBACK and self.api_keys_file is None and not self.without_keys:
             where = "where Serve listens is not known" if host is None else f"host={host!r}"
             raise ConfigError(

@@ -1,12 +1,12 @@
-"""Which tokens a sample may draw next, guessed from the sketch that it was given: prompt lookup.
+"""Which tokens a sample may draw next, guessed from the sketch it was given: prompt lookup.
 
-In: the sketch, and the tokens of a sample so far. Out: tokens that are fed behind the last one, on the chance that they
-are drawn; whether they are is up to `joint.py`, and no sample depends on it. Pure.
+In: the sketch, and the tokens of a sample so far. Out: tokens to feed after the last one, in case they are drawn.
+`joint.py` decides whether they are, and no sample depends on the guess. Pure.
 
-A sketch stands here as the tokens of the code it may become: a number or a string in each placeholder, once in single
-and once in double quotes, so that its tokens are cut where those of code are (`['`, `']`). Those inside a placeholder
-are holes, which nothing is drafted for. The tokens drafted are those behind the last place that ends as the sample does
-(three tokens, else two, else one); a sample in a hole is expected to go on behind it.
+A sketch is represented by the tokens of the code it may become: with a number or a string in each placeholder, once in
+single and once in double quotes, so that its tokens are split where those of code are (`['`, `']`). Tokens inside a
+placeholder are holes; nothing is drafted for them. To draft, the sample's last tokens (three, else two, else one) are
+looked up, and the tokens after their first occurrence are drafted. A sample in a hole is expected to go on after it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from tokenizers import Tokenizer
 
 from cert_ray.sketching import Placeholder, prompt_format
 
-HOLE: Final = -1  # stands for tokens of a placeholder
+HOLE: Final = -1  # stands for the tokens of a placeholder
 _BREAK: Final = -2  # stands between two spellings of one sketch
 
 _LONGEST_MATCH: Final = 3  # tokens; assumed
-_LONGEST_HOLE: Final = 6  # tokens of a hole after which its end is still expected; assumed
+_LONGEST_HOLE: Final = 6  # up to this many tokens in a hole, its end is still expected; assumed
 
 _FILLERS: Final = {"number": "0", "float": "0.5", "floatexponant": "1e-5", "complex": "1j"}
 _PREFIXES: Final = {
@@ -37,7 +37,7 @@ _PREFIXES: Final = {
 
 
 def source(tokenizer: Tokenizer, start: str, text: str, placeholders: Sequence[Placeholder]) -> tuple[int, ...]:
-    """The tokens to draft from, of the sketch `text` behind `start`."""
+    """The tokens to draft from, for the sketch `text` that follows `start`."""
     spelled = dict.fromkeys(_spell(tokenizer, start + text, len(start), placeholders, quote) for quote in "'\"")
     return tuple(token for ids in spelled for token in (*ids, _BREAK))
 
@@ -63,7 +63,7 @@ def _spell(
 
 
 def _with_holes(tokens: Sequence[tuple[int, int, int]], holes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """Token ids; those that touch a hole are one HOLE together."""
+    """Token ids, in which adjacent tokens that touch a hole become one HOLE."""
     ids: list[int] = []
     for token, start, end in tokens:
         if not any(start < hole_end and hole_start < end for hole_start, hole_end in holes):
@@ -74,11 +74,11 @@ def _with_holes(tokens: Sequence[tuple[int, int, int]], holes: Sequence[tuple[in
 
 
 class Expected:
-    """What `source` gave, so that a sample's last tokens are found in it at once."""
+    """The result of `source`, indexed so that a sample's last tokens are found in it at once."""
 
     def __init__(self, drafts: Sequence[int]) -> None:
         self._drafts = tuple(drafts)
-        self._behind: dict[tuple[int, ...], int] = {}  # each tail's first place, and there what comes behind it
+        self._behind: dict[tuple[int, ...], int] = {}  # for each run of tokens, the place after its first occurrence
         for size in range(1, _LONGEST_MATCH + 1):
             for place in range(size, len(self._drafts)):
                 self._behind.setdefault(self._drafts[place - size : place], place)
@@ -100,7 +100,7 @@ class Expected:
         return self._until_hole(1, most) if drafts[0] == HOLE and len(ids) <= _LONGEST_HOLE else []
 
     def _place_behind(self, ids: Sequence[int], end: int) -> int | None:
-        """Behind the first of the places that agree with the most of the last of `ids[:end]`."""
+        """The place after the first occurrence of the longest known tail of `ids[:end]`."""
         for size in range(min(_LONGEST_MATCH, end), 0, -1):
             place = self._behind.get(tuple(ids[end - size : end]))
             if place is not None:

@@ -19,7 +19,7 @@ from cert_ray.serving.openai_responses import CompletionResponse
 from cert_ray.serving.openai_schema import CompletionRequest, RequestLimits
 
 TABBY_TOKENS = 64  # Tabby's own default
-_TABBY_TEMPERATURE = 0.1  # the same
+_TABBY_TEMPERATURE = 0.1  # Tabby's own default
 _Count = Annotated[int, Field(strict=True)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
@@ -43,7 +43,7 @@ class InfillRequest(_Asked):
 
 
 class InfillResponse(BaseModel):
-    """What plugins read of llama.cpp's answer."""
+    """The fields of llama.cpp's answer that plugins read."""
 
     content: str
     model: str
@@ -84,7 +84,7 @@ class TabbyResponse(BaseModel):
 
 
 class TabbyHealth(BaseModel):
-    """What plugins look at before they ask for completions."""
+    """What plugins check before they ask for completions."""
 
     model: str
     device: str = "cpu"
@@ -92,16 +92,16 @@ class TabbyHealth(BaseModel):
 
 
 class TabbySettings(BaseModel):
-    """What Tabby's agent asks of its server: whether it may tell its maker how it is used."""
+    """What Tabby's agent asks its server: whether it may report its use to its maker."""
 
     disable_client_side_telemetry: bool = True
 
 
 def read_infill(asked: InfillRequest, model: str, limits: RequestLimits) -> CompletionRequest:
-    """The request that `asked` is.
+    """`asked` as a request of this server.
 
     Raises:
-        RequestError: 400, for a stream, which no plugin asks for.
+        RequestError: 400 for streaming, which no plugin asks for.
     """
     if asked.stream:
         raise RequestError(400, "stream is not supported here: leave it out.", "stream", "unsupported_field")
@@ -119,10 +119,10 @@ def read_infill(asked: InfillRequest, model: str, limits: RequestLimits) -> Comp
 
 
 def read_tabby(asked: TabbyRequest, model: str, limits: RequestLimits) -> CompletionRequest:
-    """The request that `asked` is: Tabby's plugins leave length and stops to the server, so the paper's cut is taken.
+    """`asked` as a request of this server. Tabby's plugins leave length and stops to it, so it cuts as in the paper.
 
     Raises:
-        RequestError: 400, for another language.
+        RequestError: 400 for a language other than Python.
     """
     if asked.language not in (None, "python"):
         raise RequestError(400, f"language: {asked.language!r}; this server completes python.", "language", None)
@@ -149,9 +149,9 @@ def _request(temperature: float | None, suffix: str | None, **fields: Any) -> Co
 
 
 def nearer_half(prefix: str) -> str | None:
-    """The half of `prefix` that ends at the cursor, from the beginning of a line; None when there is no such line.
+    """The half of `prefix` next to the cursor, from the beginning of a line; None if no line begins there.
 
-    A plugin sends as many lines as it likes and knows no window.
+    A plugin sends as many lines as it likes and does not know the window.
     """
     line = prefix.find("\n", len(prefix) // 2) + 1
     return prefix[line:] if 0 < line < len(prefix) else None
@@ -170,7 +170,7 @@ def write_infill(response: CompletionResponse) -> InfillResponse:
 
 
 def nothing_infilled(model: str) -> InfillResponse:
-    """llama.cpp's answer where no token is asked for."""
+    """llama.cpp's answer when no token is asked for."""
     return InfillResponse(content="", model=model, stop_type="limit", tokens_predicted=0, tokens_evaluated=0)
 
 

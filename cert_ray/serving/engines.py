@@ -25,11 +25,10 @@ FinishReason = Literal["stop", "length"]
 class TokenLogprobs:
     """Natural log-probabilities of a text's tokens, in the fields of OpenAI's `logprobs` object, all equally long.
 
-    `token_logprobs` are under the model itself (temperature 1, no nucleus; while a sample must still begin with blanks,
-    among the tokens that may come); None for a prompt's first token.
-    `top_logprobs` hold the alternatives asked for and the token itself. `text_offset` counts characters from the
-    beginning of the text that the tokens belong to (the answer, or the prompt). A character that several tokens spell
-    belongs to the last of them.
+    `token_logprobs` are under the model itself: at temperature 1, without a nucleus and, while a sample must still
+    begin with blanks, among the tokens that may come. A prompt's first token has None. `top_logprobs` hold the
+    alternatives asked for and the token itself. `text_offset` counts characters from the beginning of the text that
+    the tokens belong to (the answer, or the prompt). A character spelled by several tokens belongs to the last of them.
     """
 
     tokens: tuple[str, ...]
@@ -40,12 +39,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One sample. `text` is cut at the stop string; `ids` are all tokens drawn, end of text apart.
+    """One sample. `text` is cut at the stop string; `ids` are all tokens drawn, except the end of text.
 
-    `mean_logprob` is the mean natural log-probability of the tokens drawn, end of text included, under the model;
-    `blank_tokens` count neither here nor in `logprobs`.
-    `logprobs` is None unless asked for; its tokens are those that `text` begins in. `keeps_to_template` is None where
-    there is none.
+    `mean_logprob` is the mean natural log-probability, under the model, of the tokens drawn, end of text included.
+    `blank_tokens` count neither there nor in `logprobs`. `logprobs` is None unless asked for; it covers the tokens that
+    begin within `text`. `keeps_to_template` is None if there is no template.
     """
 
     ids: tuple[int, ...]
@@ -54,7 +52,7 @@ class Completion:
     mean_logprob: float
     logprobs: TokenLogprobs | None = None
     keeps_to_template: bool | None = None
-    blank_tokens: int = 0  # the first of `ids`, which hold nothing but the blanks that were asked for
+    blank_tokens: int = 0  # how many of the first `ids` hold only the blanks that were asked for
 
     @property
     def tokens(self) -> int:
@@ -64,7 +62,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One prompt to be completed `n` times: everything that the samples depend on, besides the model."""
+    """One prompt to be completed `n` times: all that the samples depend on, besides the model."""
 
     prompt: tuple[int, ...]
     n: int = 1
@@ -74,35 +72,35 @@ class Work:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
-    start: str = ""  # blanks that each sample must begin with, and which are then taken off its text
-    code_only: bool = False  # no placeholder is drawn: code has none
-    logprobs: int | None = None  # alternatives told per token; unless `code_only`, placeholders are told as their words
-    score_prompt: bool = False  # tell the log-probabilities of the prompt's own tokens, too
+    start: str = ""  # blanks that each sample must begin with; they are then removed from its text
+    code_only: bool = False  # placeholders are never drawn: code has none
+    logprobs: int | None = None  # alternatives per token; unless `code_only`, placeholders are reported as their words
+    score_prompt: bool = False  # also report the log-probabilities of the prompt's own tokens
     # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again (PAPER.md).
     streams: int | None = None
     template: Template | None = None  # what each sample must look like, as long as the model agrees
-    comes_again: bool = False  # the prompt comes again as the beginning of a longer one, while `Drawn` is held
-    draft: tuple[int, ...] = ()  # what samples may look like (`drafts.source`); no sample depends on it
+    comes_again: bool = False  # while `Drawn` is held, a longer prompt that begins with this one will come
+    draft: tuple[int, ...] = ()  # a guess at the samples (`drafts.source`); no sample depends on it
 
 
 def _ignore_text(index: int, text: str, finish_reason: FinishReason | None) -> None:
     """Nobody listens."""
 
 
-# Given the samples that have ended so far, each with how many drew it, and likewise the tokens of those that have not,
-# as far as they are known: True ends the others where they are.
+# Its arguments: the samples that have ended, each with how many drew it; and the known tokens of those that have not,
+# each with how many share them. True ends the unfinished ones where they are.
 Enough = Callable[[Sequence[tuple[Completion, int]], Sequence[tuple[tuple[int, ...], int]]], bool]
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """Who waits for some work. They are called while it is done, and must be quick."""
+    """Who waits for some work. Hooks are called while it is done, and must be quick."""
 
-    # Raises what ends the work. Asked before every token, and now and then by the thread that waits.
+    # Raises what ends the work. Called before every token, and now and then by the waiting thread.
     check: Callable[[], None] = lambda: None
-    # Called by the thread that waits, with a sample's number and more of its text that nothing takes back.
+    # Called by the waiting thread, with a sample's number and more of its text, which is final.
     on_text: Callable[[int, str, FinishReason | None], None] = _ignore_text
-    streams_text: bool = False  # whether `on_text` wants the text as it is drawn
+    streams_text: bool = False  # whether `on_text` wants the text while it is drawn
     enough: Enough | None = None
 
 
@@ -111,11 +109,11 @@ DEFAULT_HOOKS = Hooks()
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """`samples` in the order of their numbers; None for those that were ended because there was enough."""
+    """`samples` in the order of their numbers; None for those cut short because there was enough."""
 
     samples: tuple[Completion | None, ...]
-    tokens: int  # drawn by all samples together, end of text apart
-    cached_tokens: int = 0  # of the prompt, not read again
+    tokens: int  # drawn by all samples together, without ends of text
+    cached_tokens: int = 0  # tokens of the prompt that were not read again
     prompt_logprobs: TokenLogprobs | None = None
     pin: object = field(
         default=None, compare=False, repr=False
@@ -133,7 +131,7 @@ class Engine(Protocol):
 
     @property
     def infill_tokens(self) -> tuple[int, int, int] | None:
-        """Token ids that stand before the prefix, before the suffix, and before the middle; None: not trained so."""
+        """Token ids that mark prefix, suffix and middle; None if the model was not trained to fill in."""
         ...
 
     @property
@@ -152,15 +150,15 @@ class Engine(Protocol):
 
 
 class Steps(Protocol):
-    """What steps models, and can tell when it hangs."""
+    """What runs models step by step, and shows when a step hangs."""
 
     @property
     def step_s(self) -> float:
-        """How long the step that runs now has taken so far; 0 where none runs."""
+        """How long the running step has taken so far; 0 if none runs."""
         ...
 
 
-# What vLLM decides by itself.
+# Options of transformers only: vLLM decides these by itself.
 _TRANSFORMERS_ALONE: Final = ("device", "threads", "prefix_cache_tokens", "draft_tokens", "packed_weights")
 
 
@@ -171,22 +169,22 @@ class EngineConfig(Config):
     device: str | None = None  # None: the first GPU, else the CPU
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     threads: int | None = pydantic.Field(default=None, ge=1)  # torch's intra-op threads; None leaves torch's choice
-    # Rows of one forward pass (distinct beginnings of samples, over all requests) above which no request joins. vLLM's
-    # `max_num_seqs`, and of its choice unless given, as is the next one, its `max_num_batched_tokens`.
+    # No request joins when a forward pass has this many rows (distinct beginnings of samples, over all requests). It is
+    # vLLM's `max_num_seqs`, and the next option its `max_num_batched_tokens`; unless given, vLLM chooses both.
     max_rows: int | None = pydantic.Field(default=None, ge=1)  # None: 256 on a CPU, 2,048 on a GPU
     # Tokens of prompts that are read beside one step of the others. None: 256 on a CPU, 8,192 on a GPU
     prefill_tokens: int | None = pydantic.Field(default=None, ge=1)
-    # Prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in fp32.
-    # Those that wait for the second stage of one model of both are kept besides, unless this is 0.
+    # Tokens of prompts whose keys and values are kept for requests that begin alike: 46 KB a token for SmolLM2-135M in
+    # fp32. Prompts that wait for stage two of a model of both stages are kept in addition, unless this is 0.
     prefix_cache_tokens: int = pydantic.Field(default=8192, ge=0)
-    # Tokens of the sketch that are read behind a sample's last one, on the chance that it draws them; 0: none. Measured
+    # Tokens of the sketch that are read after a sample's last one, in case it draws them; 0: none. Measured
     # (docs/benchmarks.md, "The sketch in stage two"): half the CPU time where it is followed, no loss elsewhere.
     draft_tokens: int = pydantic.Field(default=6, ge=0, le=64)
-    packed_weights: bool = True  # lay linear layers' weights out once, on the CPU (`packed_linear.py`)
-    # The special tokens before prefix, suffix and middle, of a model that was trained to fill in the middle.
+    packed_weights: bool = True  # rearrange linear layers' weights once, on the CPU (`packed_linear.py`)
+    # The special tokens before prefix, suffix and middle, for a model that was trained to fill in the middle.
     infill: tuple[str, str, str] | None = None
     # Memory in which vLLM keeps keys and values, for each model; weights come on top. Assumed: 23 KB a token for
-    # SmolLM2-135M in bf16, so 180,000 of them.
+    # SmolLM2-135M in bf16, so 180,000 tokens.
     kv_cache_gib: float = pydantic.Field(default=4.0, gt=0)
 
     @pydantic.model_validator(mode="after")
@@ -202,13 +200,13 @@ class EngineConfig(Config):
 
 
 def step_sizes(config: EngineConfig, device_type: str) -> tuple[int, int]:
-    """`max_rows` and `prefill_tokens`, where `config` leaves them to the device. Assumed for GPUs."""
+    """`max_rows` and `prefill_tokens`, with the device's defaults where `config` has None. Assumed for GPUs."""
     rows, tokens = (256, 256) if device_type == "cpu" else (2_048, 8_192)
     return config.max_rows or rows, config.prefill_tokens or tokens
 
 
 def check_length(prompt_tokens: int, context_tokens: int, param: str = "prompt") -> None:
-    """Raise `RequestError` (400) unless a window of `context_tokens` has room for the prompt and one token more."""
+    """Raise `RequestError` (400) unless a window of `context_tokens` has room for the prompt and one more token."""
     if prompt_tokens >= context_tokens:
         raise RequestError(
             400,
@@ -225,9 +223,9 @@ NOT_FINITE_CURE: Final = (
 
 
 def not_finite() -> RequestError:
-    """What a prompt is refused with (500) behind which a model's numbers are NaN or too large: another one may do.
+    """The refusal (500) of a prompt after which the model's numbers are NaN or infinite. Another prompt may work.
 
-    Every token drawn then would be the same one, whatever the prompt.
+    Without it, every token drawn would be the same one, whatever the prompt.
     """
     return RequestError(
         500,

@@ -1,7 +1,7 @@
-"""What can be told of an answer while it is being drawn: the sketch that won, then text, piece by piece.
+"""What can be reported of an answer while it is drawn: the winning sketch, then text, piece by piece.
 
-Out: frozen values, in this order for each prompt: at most one `SketchChosen`, then `TextDrawn`s. Nothing is drawn and
-nothing is sent in here. What is told is never taken back: the pieces of a choice, joined, are its text.
+Out: frozen values, in this order for each prompt: at most one `SketchChosen`, then `TextDrawn`s. Nothing is drawn or
+sent in here. What was reported is never taken back: the pieces of a choice, joined, are its text.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cert_ray.sketching import Placeholder
 
 @dataclass(frozen=True, slots=True)
 class SketchCandidate:
-    """One sketch that got votes. `mean_logprob` is that of its likeliest sample, which decides ties."""
+    """One sketch that got votes. `mean_logprob` is that of its likeliest sample; it decides ties."""
 
     text: str
     placeholders: tuple[Placeholder, ...]
@@ -25,10 +25,10 @@ class SketchCandidate:
 class SketchChosen:
     """The vote's result. `placeholders` are spans of `text`.
 
-    `votes` are of `sketches` samples asked for. Where the vote stopped early, since no other sketch could win any
-    more, `undecided` samples had not ended. `vote_share` is `votes / sketches`: the least that the winner has, since
-    the undecided might have agreed. `candidates` are ordered as the vote orders them, the winner first, and their votes
-    add up to `sketches - undecided`.
+    `votes` are out of the `sketches` samples asked for. If the vote stopped early, since no other sketch could win any
+    more, `undecided` samples were unfinished. `vote_share` is `votes / sketches`, the least that the winner can have,
+    since undecided samples might have agreed. `candidates` are in the vote's order, the winner first; their votes add
+    up to `sketches - undecided`.
     """
 
     text: str
@@ -42,9 +42,9 @@ class SketchChosen:
 
 @dataclass(frozen=True, slots=True)
 class TextDrawn:
-    """More text of choice `index` (0 to n - 1 within its prompt) that no stop string can take back any more.
+    """More text of choice `index` (0 to n - 1 within its prompt), which no stop string can take back any more.
 
-    `finish_reason` is None but in the last event of a choice, whose `text` may be empty.
+    `finish_reason` is None except in a choice's last event, whose `text` may be empty.
     """
 
     index: int

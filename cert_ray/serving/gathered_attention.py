@@ -1,11 +1,11 @@
-"""Attention of all requests of a step in a few kernels, for GPUs: there the launches decide, not what they compute.
+"""Attention of all requests of a step in a few kernels, for GPUs: there, launches cost more than what they compute.
 
 Keys and values of all requests lie in one place, an `Arena` of numbered slots, as in vLLM's paged attention (Kwon et
-al. 2023, arXiv:2309.06180) with pages of one token. At each step the slots of every decoding request are gathered
-beside each other, padded to the longest of about their size, for one call of PyTorch's fused attention: a layer costs
-about ten launches for each size, however many requests there are, where `packed_attention` alone takes about ten for
-each request. Gathering copies all kept keys at every layer, which a GPU does at 3 TB/s. Prompts attend one by one: they
-come once. A request that begins as another shares that one's slots.
+al. 2023, arXiv:2309.06180) with pages of one token. At each step, the slots of the decoding requests are gathered, and
+requests of about the same size, padded to the longest of them, share one call of PyTorch's fused attention. So a layer
+costs about ten launches per size, however many requests there are; `packed_attention` alone takes about ten per
+request. Gathering copies all kept keys at every layer, which a GPU does at 3 TB/s. Prompts attend one by one: each
+comes only once. A request that begins like another one shares its slots.
 
 In: a loaded model that `packed_attention` runs, its `Feed`s with `Slots`. Out: the same logits, up to rounding.
 
@@ -27,18 +27,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cert_ray.serving.packed_attention import Part, Tree, attend_one
 
-_LEAST_SLOTS = 4_096  # of a new arena; assumed
-_MOST_GATHERED = 1 << 18  # slots of one call: 200 MB of keys and values for SmolLM2-135M in bf16; assumed
-_ALIGNED_KEYS = 8  # the fused kernels want masks whose rows are so many bf16 numbers long
+_LEAST_SLOTS = 4_096  # size of a new arena; assumed
+_MOST_GATHERED = 1 << 18  # slots per call: 200 MB of keys and values for SmolLM2-135M in bf16; assumed
+_ALIGNED_KEYS = 8  # the fused kernels want the rows of masks to be a multiple of this many bf16 numbers long
 
-_GIVEN_BACK = 4  # times what is held, and at least so many times the least; assumed
+_GIVEN_BACK = 4  # memory is given back when capacity exceeds this many times what is held, or `_LEAST_SLOTS`; assumed
 
 SlotNumbers = npt.NDArray[np.int64]
 
 
 @dataclass(slots=True, eq=False)
 class Holder:
-    """Somebody who uses slots, by their numbers."""
+    """A user of slots, given by their numbers."""
 
     slots: SlotNumbers
 
@@ -49,22 +49,22 @@ _NONE: SlotNumbers = np.empty(0, np.int64)
 class Arena:
     """Slots for the keys and values of one token each, in every layer; counts who uses a slot.
 
-    It grows as needed, by half, and gives back when most of it holds nothing. `capacity` and `forget` are for any
-    thread, all else for the one that steps.
+    It grows as needed, by half, and gives memory back when most of it holds nothing. `capacity` and `forget` may be
+    called from any thread, all else only from the stepping one.
     """
 
     def __init__(self) -> None:
         self._layers: dict[int, torch.Tensor] = {}  # [C, 2, G, D]
         self._uses = np.zeros(0, np.int32)
         self._free: list[int] = []
-        # Who holds which slots, to be told when they move. One is let go in whatever thread drops it last: its slots
-        # are free when they are next counted.
+        # Who holds which slots, to be told when they move. A holder may be dropped in any thread: its slots become free
+        # at the next count.
         self._holders: dict[int, Holder] = {}
         self._forgotten: deque[Holder] = deque()
 
     @property
     def used(self) -> int:
-        """Slots that hold something."""
+        """Slots in use."""
         uses = self._uses.copy()
         for holder in self._forgotten.copy():
             uses[holder.slots] -= 1
@@ -72,25 +72,25 @@ class Arena:
 
     @property
     def capacity(self) -> int:
-        """Slots that there is memory for."""
+        """Slots that have memory."""
         return len(self._uses)
 
     def hold(self, slots: SlotNumbers) -> Holder:
-        """One more uses `slots`, until it is forgotten."""
+        """Count one more user of `slots`, until it is forgotten."""
         self._uses[slots] += 1
         holder = Holder(slots)
         self._holders[id(holder)] = holder
         return holder
 
     def forget(self, holder: Holder) -> None:
-        """Its slots are used by one less."""
+        """Count one user less of its slots."""
         self._forgotten.append(holder)
 
     def take(self, count: int) -> SlotNumbers:
-        """So many free slots, used once.
+        """`count` free slots, now with one user each.
 
         Raises:
-            torch.OutOfMemoryError: where the arena would have to grow, and cannot; it is as before.
+            torch.OutOfMemoryError: when the arena would have to grow and cannot; it stays as it was.
         """
         self._collect()
         if len(self._free) < count:
@@ -102,14 +102,14 @@ class Arena:
         return taken
 
     def _grow(self, capacity: int) -> None:
-        """Layer by layer: the memory of one is there twice for a moment. Slots count once all have their memory."""
+        """Grow layer by layer: only one is in memory twice at a time. New slots count once every layer has them."""
         for number, kept in self._layers.items():
             self._layers[number] = _larger(kept, capacity)
         self._free += range(self.capacity, capacity)
         self._uses = np.concatenate([self._uses, np.zeros(capacity - self.capacity, np.int32)])
 
     def release(self, slots: SlotNumbers) -> None:
-        """One uses `slots` no longer."""
+        """Count one user less of `slots`."""
         self._uses[slots] -= 1
         self._free += slots[self._uses[slots] == 0].tolist()
 
@@ -120,10 +120,10 @@ class Arena:
             self.release(holder.slots)
 
     def give_back(self) -> None:
-        """Where more than three quarters hold nothing, move the rest together, and give the memory back to the device.
+        """If more than three quarters hold nothing, move the rest together and give memory back to the device.
 
-        Not in the middle of a step, which knows its slots by their numbers. What is held then needs as much again to
-        grow into; so what is given back is wanted again after as many tokens at the least.
+        Never in the middle of a step, which knows its slots by their numbers. Keeps twice what is held, so that the
+        memory given back is needed again only after at least as many tokens as are held now.
         """
         self._collect()
         used = self.capacity - len(self._free)
@@ -133,7 +133,7 @@ class Arena:
         slots = np.flatnonzero(self._uses)
         try:
             smaller = {number: kept.new_empty(capacity, *kept.shape[1:]) for number, kept in self._layers.items()}
-        except torch.OutOfMemoryError:  # others have what is left: once less is held, there is room for it
+        except torch.OutOfMemoryError:  # others use the rest of the memory; there will be room once less is held
             return
         for number, kept in smaller.items():
             kept[:used] = self._layers[number][torch.from_numpy(slots).to(kept.device)]
@@ -143,10 +143,10 @@ class Arena:
             holder.slots = moved[holder.slots]
         self._uses = np.concatenate([self._uses[slots], np.zeros(capacity - used, np.int32)])
         self._free = list(range(used, capacity))
-        torch.cuda.empty_cache()  # else PyTorch keeps it for itself; it does nothing where no GPU is used
+        torch.cuda.empty_cache()  # otherwise PyTorch would keep it; without a GPU this does nothing
 
     def layer(self, number: int, like_GSD: torch.Tensor) -> torch.Tensor:
-        """Keys and values of a layer, [C, 2, G, D] or longer; a layer of which nothing is kept yet is begun."""
+        """Keys and values of a layer, [C, 2, G, D] or longer; a layer that keeps nothing yet is allocated."""
         if number not in self._layers:
             groups, _, size = like_GSD.shape
             self._layers[number] = like_GSD.new_empty(self.capacity, 2, groups, size)
@@ -154,7 +154,7 @@ class Arena:
 
 
 def _larger(kept_C2GD: torch.Tensor, capacity: int) -> torch.Tensor:
-    if len(kept_C2GD) >= capacity:  # a growth that failed elsewhere
+    if len(kept_C2GD) >= capacity:  # left over from a growth that failed at another layer
         return kept_C2GD
     larger = kept_C2GD.new_empty(capacity, *kept_C2GD.shape[1:])
     larger[: len(kept_C2GD)] = kept_C2GD
@@ -165,7 +165,7 @@ class Slots(Tree):
     """What an arena keeps of one request."""
 
     def __init__(self, arena: Arena, shared: SlotNumbers = _NONE) -> None:
-        """`shared` are another one's slots, used by this one, too."""
+        """`shared` are slots of another request, used by this one too."""
         super().__init__()
         self._arena = arena
         self._holder = arena.hold(shared)
@@ -177,7 +177,7 @@ class Slots(Tree):
         return self._holder.slots
 
     def extend(self, newest: int) -> SlotNumbers:
-        """Slots for the newest tokens, which are counted already; those behind the kept ones are let go."""
+        """Slots for the newest tokens, which are already counted; slots behind the kept ones are released."""
         known = len(self) - newest
         taken, left = self._arena.take(newest), self.numbers[known:]
         self._holder.slots = np.concatenate([self.numbers[:known], taken])
@@ -203,10 +203,10 @@ class _Group:
     """Decoding requests that attend together, Q and K padded."""
 
     parts: list[Part]
-    rows_N: torch.Tensor  # where in the step each of the P * Q queries stands; padding repeats a request's first
+    rows_N: torch.Tensor  # position in the step of each of the P * Q queries; padding repeats a request's first
     slots_PK: torch.Tensor
-    own_N: torch.Tensor  # which of the P * Q are queries
-    step_N: torch.Tensor  # where those stand in the step
+    own_N: torch.Tensor  # which of the P * Q are real queries
+    step_N: torch.Tensor  # the positions of those in the step
     queries: int
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -220,7 +220,7 @@ class _Group:
         for place, part in enumerate(parts):
             rows_PQ[place] = part.first
             rows_PQ[place, : part.queries] += np.arange(part.queries)
-            slots_PK[place] = part.kept.numbers[0]  # padding is a request's own: masked or not, a NaN would spread
+            slots_PK[place] = part.kept.numbers[0]  # pad with the request's own: even masked, a NaN would spread
             slots_PK[place, : len(part.kept)] = part.kept.numbers
             own_PQ[place, : part.queries] = True
         own_N = np.flatnonzero(own_PQ)
@@ -294,7 +294,7 @@ class GatheredStep:
 
 
 def _alike(parts: Sequence[Part]) -> list[list[Part]]:
-    """Requests that are padded to at most four times their queries and twice their keys, few enough to be gathered."""
+    """Groups small enough to gather, in which padding at most quadruples a request's queries and doubles its keys."""
     groups: dict[tuple[int, int], list[Part]] = {}
     for part in parts:
         groups.setdefault(((part.queries - 1).bit_length() // 2, len(part.kept).bit_length()), []).append(part)

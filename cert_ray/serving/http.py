@@ -1,10 +1,10 @@
-"""The HTTP front door: `POST /v1/completions`, `GET /v1/models[/NAME]`, `GET /health`, the playground at `/`, and what
-editor plugins ask (`editors`).
+"""The HTTP front door: `POST /v1/completions`, `GET /v1/models[/NAME]`, `GET /health`, the playground at `/`, and the
+routes of editor plugins (`editors`).
 
 In: a `Backend` that answers prompts. Out: a FastAPI application, to be served by anything that speaks ASGI. Every
-refusal, also that of a path or a body nobody knows, is OpenAI's error object. No model and no Ray in here, and no TLS.
+refusal is OpenAI's error object, even for an unknown path or body. No model and no Ray in here, and no TLS.
 
-Work ends when nobody waits for it: at the deadline, and when the client goes away.
+Work ends when nobody waits for it: at the deadline, or when the client goes away.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from cert_ray.serving.resolving import resolve
 from cert_ray.serving.sampling import Sampling
 
 _SHOWN_VALUE_CHARACTERS = 80
-_BODY_S = 10.0  # for a body to come; assumed: the longest, 1 MiB by default, takes 8.4 s at 1 Mbit/s
+_BODY_S = 10.0  # time for a body to arrive; assumed: the longest, 1 MiB by default, takes 8.4 s at 1 Mbit/s
 _PAGE = {"/": "index.html", **{f"/{name}": name for name in ("playground.js", "playground.css", "playground.svg")}}
 _MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 _PUBLIC = frozenset({"/health", *_PAGE})  # the page holds no secret: it asks for a key where one is wanted
@@ -58,7 +58,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "Refused, in OpenAI's shape"},
     "5XX": {"model": ErrorBody, "description": "Busy, late or failed, in OpenAI's shape"},
 }
-# Where keys are asked for. `Keys` asks; this says so in the OpenAPI document.
+# For the OpenAPI document of servers with keys. `Keys` does the asking.
 _BEARER = Security(HTTPBearer(auto_error=False, description="One of the server's keys"))
 _KEY_ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody, "description": "No valid key"},
@@ -71,7 +71,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A request that was understood: what is asked of which model, and of whom the log may tell."""
+    """A request that was understood: what is asked of which model, and the key's name for the log."""
 
     model: str
     prompts: list[str]
@@ -92,8 +92,8 @@ def create_app(
 ) -> FastAPI:
     """The application over `backend`.
 
-    `any_library` is a model name that stands for all: see `resolving`. With `keys`, every path but `/health` and the
-    page wants one as a bearer token, and this one of `front_doors` allows its share of a rate.
+    `any_library` is a model name that stands for all models: see `resolving`. With `keys`, every path except
+    `/health` and the page wants one as a bearer token; this one of `front_doors` allows its share of a key's rate.
     `observe` is called once for every completion request that was understood.
     """
     config = config or FrontDoorConfig()
@@ -184,11 +184,11 @@ def _add_editors(routes: APIRouter, completions: _Completions, any_library: str)
 
     @routes.post("/tabby/v1/events", status_code=204)
     async def tabby_events() -> None:
-        """Plugins tell here what was shown and taken; nothing is kept."""
+        """Plugins report here what was shown and accepted. Nothing is kept."""
 
 
 class _Completions:
-    """`POST /v1/completions`, and what comes down to it."""
+    """`POST /v1/completions`, and the routes that reduce to it."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Completions:
         self.limits = config.limits
 
     async def fill(self, request: Request, body: CompletionRequest) -> CompletionResponse:
-        """The answer to one prompt and suffix, as much of them as fits the window and as the model can use."""
+        """The answer to one prompt and suffix, shortened as far as the window and the model require."""
         asked, writer = self._understand(request, body)
         return await self._whole(request, asked, writer, lambda: self._fitted(asked))
 
@@ -223,7 +223,7 @@ class _Completions:
                     raise
 
     async def answer(self, request: Request, body: CompletionRequest) -> Response:
-        """The response, whole or as a stream whose first event is there already."""
+        """The response: whole, or as a stream whose first event is already there."""
         asked, writer = self._understand(request, body)
         if not body.stream:
             timeout_s = self._config.request_timeout_s
@@ -235,7 +235,7 @@ class _Completions:
             )
             return Response(response.model_dump_json(), media_type="application/json")
         events = self._events(asked, writer, body.include_usage)
-        # Whatever is refused is refused before the first event, with a status of its own.
+        # Every refusal comes before the first event, with its own status.
         first = await _while_connected(request, anext(events))
         return _EventStream(first, events)
 
@@ -255,7 +255,7 @@ class _Completions:
     ) -> CompletionResponse:
         timeout_s = self._config.request_timeout_s
         answers: Sequence[CascadeAnswer] = ()
-        status = 499  # unless it comes to another end, the client went away
+        status = 499  # unless something else ends it, the client went away
         try:
             with self._admission.admit(len(asked.prompts)):
                 answers = await _while_connected(request, _until(ask(), timeout_s))
@@ -263,7 +263,7 @@ class _Completions:
         except RequestError as error:
             status = error.status
             raise
-        except Exception:  # told, and raised on: the application answers 500
+        except Exception:  # recorded and re-raised: the application answers 500
             status = 500
             raise
         finally:
@@ -271,10 +271,10 @@ class _Completions:
         return writer.whole(answers)
 
     async def _events(self, asked: _Asked, writer: ResponseWriter, include_usage: bool) -> AsyncGenerator[str, None]:
-        """Server-sent events. What goes wrong before the first is raised, afterwards it is an event itself."""
+        """Server-sent events. What goes wrong before the first one is raised; afterwards it becomes an event."""
         first_s: float | None = None
         answers: tuple[CascadeAnswer, ...] = ()
-        status = 499  # unless it comes to another end, the client went away
+        status = 499  # unless something else ends it, the client went away
         timeout_s = self._config.request_timeout_s
         try:
             with self._admission.admit(len(asked.prompts)):
@@ -319,7 +319,7 @@ class _Completions:
 
 
 class _EventStream(StreamingResponse):
-    """A stream of server-sent events, which no cache keeps and no proxy collects."""
+    """A stream of server-sent events, which no cache keeps and no proxy buffers."""
 
     def __init__(self, first: str, rest: AsyncGenerator[str, None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -327,7 +327,7 @@ class _EventStream(StreamingResponse):
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Starlette stops iterating when the client goes away, or never begins; closing is what ends the work.
+        # When the client goes away, Starlette stops iterating, or never starts; only closing ends the work.
         async with aclosing(self._rest):
             await super().__call__(scope, receive, send)
 
@@ -346,13 +346,13 @@ def _chunks(writer: ResponseWriter, batch: Told, include_usage: bool) -> Iterato
 
 
 def _sse(chunk: CompletionResponse, include_usage: bool) -> str:
-    """One server-sent event. Usage is null before the end, or absent where it was not asked for, as OpenAI does."""
+    """One server-sent event. Before the end, usage is null, or absent if it was not asked for, as with OpenAI."""
     absent = {name for name, there in (("cert", chunk.cert), ("usage", chunk.usage or include_usage)) if not there}
     return f"data: {chunk.model_dump_json(exclude=absent)}\n\n"
 
 
 async def _until(work: Awaitable[_T], timeout_s: float) -> _T:
-    """What `work` gives; `DeadlineError` when it takes longer."""
+    """The result of `work`; `DeadlineError` when it takes longer than `timeout_s`."""
     try:
         return await asyncio.wait_for(work, timeout_s)
     except TimeoutError as error:
@@ -361,7 +361,7 @@ async def _until(work: Awaitable[_T], timeout_s: float) -> _T:
 
 
 async def _each_until(told: AsyncGenerator[Told, None], timeout_s: float) -> AsyncGenerator[Told, None]:
-    """What is told until the answers are, or until `timeout_s` are over: then `DeadlineError`."""
+    """Pass batches on up to the one with the answers; `DeadlineError` after `timeout_s` in all."""
     ends = time.monotonic() + timeout_s
     async with aclosing(told):
         while True:
@@ -372,7 +372,7 @@ async def _each_until(told: AsyncGenerator[Told, None], timeout_s: float) -> Asy
 
 
 async def _while_connected(request: Request, work: Awaitable[_T]) -> _T:
-    """What `work` gives; when the client goes away first, `work` is cancelled and `RequestCancelledError` raised."""
+    """The result of `work`. If the client goes away first, `work` is cancelled and `RequestCancelledError` raised."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -412,12 +412,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _failed() -> RequestError:
-    """What a client is told of a fault of ours."""
+    """What a client is told about a fault of ours."""
     return RequestError(500, "The server failed; its log says why.", None, "failed")
 
 
 def _invalid_request(error: RequestValidationError) -> RequestError:
-    """What pydantic found first, as OpenAI would say it: 400, naming the field."""
+    """The first problem that pydantic found, as OpenAI would report it: 400, naming the field."""
     problem = error.errors()[0]
     if problem["type"] == "json_invalid":
         reason = problem.get("ctx", {}).get("error", "unreadable")

@@ -3,21 +3,20 @@
 In: `Work`, and for each step the logits after each branch and its draft. Out: the next tokens of each branch that goes
 on, and at the end a `Completion` for each sample. No model in here.
 
-At a step each sample of a branch draws its token with its own random number (`sampling.Streams`), and the branch splits
-into those that drew alike. That is drawing each sample by itself, with the shared computations done once: the samples
-are independent, the first m of n are those of n = m, and no order needs to be hidden. Where logits are not exact to
-the last bit (batches of other sizes round otherwise: about 1e-7 in fp32, 1e-2 in bf16), a number that falls on the
-boundary between two tokens may go the other way, which is rare in fp32 and is not in bf16.
+At a step, each sample of a branch draws its token with its own random number (`sampling.Streams`), and the branch
+splits into the samples that drew alike. This equals drawing each sample by itself, but does shared computations once:
+the samples are independent, the first m of n are those of n = m, and no order needs to be hidden. But logits are not
+exact to the last bit: batches of other sizes round otherwise, by about 1e-7 in fp32 and 1e-2 in bf16. So a number at
+the boundary between two tokens may fall the other way, which is rare in fp32 and common in bf16.
 
-**Drafts.** Behind a branch's last token others may be fed, which its samples may draw next. The logits behind a drafted
-token are used by the samples that drew it, at its own step and with their own numbers; the others split off before it.
-So a draft saves forward passes where it is right, and changes no sample where it is wrong.
+**Drafts.** After a branch's last token, more tokens may be fed that its samples may draw next. Samples that do draw a
+drafted token use the logits after it, at its own step and with their own numbers; the others split off before it. So a
+right draft saves forward passes, and a wrong one changes no sample.
 
-**Templates.** A branch that follows a template (`constraints.py`) draws among the tokens that may come, and is let go
-where the model gives them less than the template's `least_share`; from there on it is as free as any.
+**Templates.** A branch that follows a template (`constraints.py`) draws among the tokens that may come. It is let go
+where the model gives these less than the template's `least_share`; from there on it is as free as any.
 
-A sample ends at an end of text, at the token that completes a stop string or its template, or at the last token it may
-have.
+A sample ends at an end of text, at the token that completes a stop string or its template, or at its token limit.
 """
 
 from __future__ import annotations
@@ -42,8 +41,8 @@ from cert_ray.sketching import prompt_format
 Top = tuple[tuple[int, float], ...]  # likeliest tokens with their log-probabilities
 
 _MOST_KNOWN: Final = 32  # tokens of a template fed at once; assumed
-_MOST_APART: Final = 64  # tokens that spell no character to its end; assumed, since one has four bytes at most
-_KEPT_STEPS: Final = 256  # branches are apart by the drafts that they drew; older numbers are found again
+_MOST_APART: Final = 64  # tokens in a row that may leave a character incomplete; assumed: one has four bytes at most
+_KEPT_STEPS: Final = 256  # branches differ in length by the drafts they drew; numbers of older steps are drawn again
 
 
 @dataclass(slots=True)
@@ -56,14 +55,14 @@ class Branch:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()  # of `ids`, and of the end of text
     tops: tuple[Top, ...] = ()
-    row: int = 0  # of the last feed's logits: of the token that the last of `ids` stands behind
-    draft: list[int] = field(default_factory=list)  # fed behind the last of `ids`
-    blanks: int = 0  # of `ids`: those that hold nothing but what the samples must begin with
+    row: int = 0  # among the last feed's logits: that of the token before the last of `ids`
+    draft: list[int] = field(default_factory=list)  # fed after the last of `ids`
+    blanks: int = 0  # how many of `ids` hold only the blanks that the samples must begin with
 
 
 @dataclass(slots=True)
 class Drawing:
-    """A branch that draws its next token from a row of the feed's logits; `ahead` was fed behind that row."""
+    """A branch that draws its next token from a row of the feed's logits; `ahead` was fed after that row's token."""
 
     branch: Branch
     row: int
@@ -86,10 +85,10 @@ class JointSamples:
         """`work.prompt` must leave room for one token. `course` is that of `work.template`."""
         self.work = work
         self.branches = [Branch(np.arange(work.n), work.start, course)]
-        self.drawing: list[Drawing] = []  # until all are drawn: they come before `branches`
+        self.drawing: list[Drawing] = []  # branches still to draw at this step; when done, they move to `branches`
         self.ended: list[tuple[Completion, npt.NDArray[np.int64]]] = []
         self.drafted = self.accepted = 0
-        self.is_lost = False  # the model gave no numbers: there are no samples
+        self.is_lost = False  # the model's numbers were not finite: there are no samples
         self._room = context_tokens - len(work.prompt)
         self._markers = prompt_format.marker_ids(tokenizer) if work.code_only else ()
         self._tokenizer = tokenizer
@@ -100,16 +99,16 @@ class JointSamples:
         self._watch = StopWatch(tokenizer, work.stop, work.start)
         self._streams = Streams(work.seed, work.prompt)
         self._numbers: dict[int, npt.NDArray[np.float64]] = {}  # by step
-        self._told = [0] * work.n  # characters of each sample's text that were told
+        self._told = [0] * work.n  # characters of each sample's text that were passed on
         self._tokens = 0
         if work.max_tokens == 0:
             self.end(self.branches.pop(), ended=False)
 
     def guess(self, room: int, idle: int) -> int:
-        """Give branches drafts of at most `room` tokens altogether, of which `idle` cost little; how many they got.
+        """Give branches drafts of at most `room` tokens in total, of which `idle` cost little; returns how many.
 
-        Where most of what was drafted was not drawn, no more than those are guessed: what a template leaves no choice
-        in is no guess.
+        If most drafted tokens so far were not drawn, at most `idle` are guessed. Tokens in which a template leaves no
+        choice are not guesses.
         """
         left = room = max(0, room)
         guesses = room if 2 * self.accepted >= self.drafted else min(room, idle)
@@ -125,11 +124,11 @@ class JointSamples:
         return room - left
 
     def _left(self, branch: Branch) -> int:
-        """Tokens that may still come."""
+        """How many tokens may still come."""
         return min(self._room, self.work.max_tokens + branch.blanks) - len(branch.ids)
 
     def start_drawing(self) -> None:
-        """Logits of the branches' tokens and drafts were found, in the order of `branches`."""
+        """Begin a step: the logits of the branches' tokens and drafts are there, in the order of `branches`."""
         row = 0
         for branch in self.branches:
             self.drawing.append(Drawing(branch, row, branch.draft))
@@ -150,7 +149,7 @@ class JointSamples:
     def restrict(self, logits_BV: torch.Tensor, totals_B1: torch.Tensor) -> None:
         """Rule out, in place, what the branches in `drawing` must not draw, and let branches go.
 
-        `totals_B1` become those among the tokens that keep to the blanks which a branch must begin with.
+        Where a branch must begin with blanks, its row of `totals_B1` becomes the total over tokens that keep to them.
         """
         if self._markers:
             logits_BV[:, list(self._markers)] = float("-inf")
@@ -180,11 +179,11 @@ class JointSamples:
     ) -> None:
         """Add the drawn tokens, one array for each branch in `drawing`.
 
-        Those that drew what was fed behind their row are in `drawing` again; the others wait in `branches`.
+        Branches that drew what was fed after their row are in `drawing` again; the others wait in `branches`.
 
         Args:
-            distinct: of each branch's tokens, as `distinct_in_order` gives them; `logits` are theirs.
-            totals: each row's `sampling.log_totals`; where one is not finite, the samples are lost.
+            distinct: each branch's tokens, as `distinct_in_order` gives them; `logits` are theirs.
+            totals: each row's `sampling.log_totals`; if one is not finite, the samples are lost.
         """
         drawing, self.drawing = self.drawing, []
         self.is_lost = self.is_lost or not all(map(math.isfinite, totals))
@@ -212,7 +211,7 @@ class JointSamples:
     def grow(
         self, branch: Branch, token: int, samples: npt.NDArray[np.int64], logprob: float, top: Top | None
     ) -> Branch | None:
-        """The branch after one more token; None when that was its last."""
+        """The branch after one more token; None if that was its last."""
         logprobs = (*branch.logprobs, logprob)
         if token in self._end_ids:
             last = Branch(samples, "", branch.course, branch.ids, logprobs, branch.tops, blanks=branch.blanks)
@@ -243,7 +242,7 @@ class JointSamples:
         return template.end_in(text, is_over=False) is not None
 
     def end(self, branch: Branch, *, ended: bool) -> None:
-        """Draw no more of a branch; `ended`: by its last token, an end of text or of a stop string."""
+        """Draw no more of a branch. `ended`: its last token ended it, as an end of text or of a stop string."""
         whole = prompt_format.decode_code(self._tokenizer, branch.ids)
         keeps: bool | None = None
         held = whole
@@ -269,7 +268,7 @@ class JointSamples:
         self.ended.append((completion, branch.samples))
 
     def leave(self, enough: Enough | None) -> None:
-        """Draw no more of the samples that have not ended, where `enough` says so of those that have."""
+        """Stop drawing the unfinished samples, if `enough` says that the finished ones suffice."""
         if enough is None or not self.ended or not self.branches:
             return
         ended = [(completion, len(numbers)) for completion, numbers in self.ended]
@@ -277,7 +276,7 @@ class JointSamples:
             self.branches = []
 
     def settled_text(self) -> list[tuple[int, str, FinishReason | None]]:
-        """Sample, text that was not told yet and will stay, and how it ended if it did; each is told once."""
+        """New text that will stay, as (sample, text, how it ended or None). Each piece is given once."""
         news: list[tuple[int, str, FinishReason | None]] = []
         for branch in self.branches:
             text = drop_start(prompt_format.decode_code(self._tokenizer, branch.ids), self.work.start)
@@ -294,7 +293,7 @@ class JointSamples:
         return news
 
     def finish(self, cached_tokens: int, prompt_logprobs: TokenLogprobs | None) -> Drawn:
-        """What was drawn; samples that have not ended are None."""
+        """What was drawn; unfinished samples are None."""
         samples: list[Completion | None] = [None] * self.work.n
         for completion, numbers in self.ended:
             for number in numbers.tolist():
@@ -303,7 +302,7 @@ class JointSamples:
 
 
 def distinct_in_order(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Each of `tokens` once, in the order in which they first stand there."""
+    """Each of `tokens` once, in order of first appearance."""
     distinct, first = np.unique(tokens, return_index=True)
     ordered: npt.NDArray[np.int64] = distinct[np.argsort(first)]
     return ordered
@@ -328,14 +327,14 @@ def tell_logprobs(
     *,
     is_sketch: bool = False,
 ) -> TokenLogprobs:
-    """Log-probabilities of the tokens in which the first `characters` of their text, `start` apart, begin.
+    """Log-probabilities of the tokens that begin within the first `characters` of their text, not counting `start`.
 
-    Of a sketch, placeholders are told as the words that stand for them in its text.
+    In a sketch, placeholders are reported as the words that stand for them in its text.
     """
     text = _decode(tokenizer, ids, is_sketch=is_sketch)
     dropped = len(text) - len(drop_start(text, start))
     offsets = [max(0, length - dropped) for length in _text_lengths(tokenizer, ids, is_sketch=is_sketch)]
-    offsets[-1] = len(text) - dropped  # half a character at the end stays as it is
+    offsets[-1] = len(text) - dropped  # an incomplete character at the end stays as it is
     text = text[dropped:]
     kept = sum(offset < characters for offset in offsets[:-1])
     tokens = tuple(text[offsets[place] : offsets[place + 1]] for place in range(kept))
@@ -360,14 +359,14 @@ def _decode(tokenizer: Tokenizer, ids: Sequence[int], *, is_sketch: bool) -> str
 
 
 def _text_lengths(tokenizer: Tokenizer, ids: Sequence[int], *, is_sketch: bool) -> list[int]:
-    """Characters that no further token changes in the text of the first 0, 1, 2, ... tokens.
+    """Lengths of the text of the first 0, 1, 2, ... tokens, counting only characters that no further token changes.
 
-    Of each beginning only the end is decoded, together with the tokens before it, on which a decoder may let it depend:
-    all beginnings of 8,000 tokens took 13 s, in which nobody's tokens were drawn.
+    Each time only the end is decoded, together with the tokens before it, since a decoder may let it depend on those.
+    Decoding all beginnings of 8,000 tokens took 13 s, during which nobody's tokens were drawn.
     """
     lengths = [0]
-    first = read = 0  # where the decoded end begins, and its part that no further token changes
-    before = shown = 0  # characters of the first `read` tokens, and of those from `first` on
+    first = read = 0  # where the decoded end begins, and up to where no further token changes it
+    before = shown = 0  # characters of the first `read` tokens, and of those from `first` to `read`
     for count in range(1, len(ids) + 1):
         text = _decode(tokenizer, ids[first:count], is_sketch=is_sketch)
         whole = text.rstrip("\N{REPLACEMENT CHARACTER}")

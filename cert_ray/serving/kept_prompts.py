@@ -1,9 +1,9 @@
-"""Prompts that were read lately, kept for those that begin alike, and for the second stage of their own request.
+"""Recently read prompts, kept for requests that begin alike and for the second stage of their own request.
 
 In: prompts' tokens, and what a model keeps of them (keys and values). Out: the longest common beginning that is kept. A
-prompt between two stages is pinned: however many requests there are and however long they are, it stays until its
-second stage has read it. So the limit is one on prompts that may never come again; those of requests at work are
-bounded by how many are answered at once, as their branches are.
+prompt between two stages is pinned: however many and however long the requests are, it stays until its second stage has
+read it. So the limit applies to prompts that may never come again. Prompts of requests at work are bounded by how many
+requests are answered at once, as their branches are.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ class Keeps(Protocol):
     """What is needed of a model's forward pass."""
 
     def begin(self) -> Any:
-        """What is kept of a new request."""
+        """The empty cache of a new request."""
         ...
 
     def beginning(self, kept: Any, tokens: int) -> Any | None:
-        """A copy of what is kept of a prompt's first tokens; None where that cannot be had."""
+        """A copy of what is kept of a prompt's first tokens; None if that is not possible."""
         ...
 
 
 class Pin:
-    """Holds a prompt as long as somebody holds this."""
+    """Holds a prompt as long as somebody holds the pin."""
 
     def __init__(self, prompt: tuple[int, ...]) -> None:
         self.prompt = prompt
 
 
 class KeptPrompts:
-    """Keys and values of prompts that were read lately, for those that begin alike. The least recently used go.
+    """Keys and values of recently read prompts, for requests that begin alike. The least recently used go first.
 
-    None is the beginning of another: the longer one serves both.
+    No kept prompt is the beginning of another: the longer one serves both.
     """
 
     def __init__(self, model: Keeps, most_tokens: int) -> None:
-        """Keep `most_tokens` of prompts, and besides what is pinned; with 0 nothing."""
+        """Keep up to `most_tokens` of prompts, plus pinned ones; 0 keeps nothing."""
         self._model, self._most_tokens = model, most_tokens
         self._kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
-        # Changed as pins go, in whatever thread lets one go; a `WeakSet` does not bear that while it is looked through.
+        # Changed in whatever thread lets a pin go; a `WeakSet` must not change while it is iterated over.
         self._pins: dict[int, tuple[int, ...]] = {}
         self._numbers = itertools.count()
 
     def find(self, prompt: Sequence[int], work: Work) -> tuple[Any, int]:
-        """What is kept of a new request with `prompt`, and how many of its tokens need not be read."""
+        """What is kept for a new request with `prompt`, and how many of its tokens need not be read."""
         self.trim()
         best, shared = None, 0
         if not work.score_prompt:
@@ -73,7 +73,7 @@ class KeptPrompts:
         return self._model.beginning(self._kept[best], shared), shared
 
     def wants(self, prompt: Sequence[int]) -> bool:
-        """Whether this prompt is worth keeping, and not kept, as a whole or as the beginning of another."""
+        """Whether this prompt is worth keeping, and not yet kept, either itself or as the beginning of another."""
         asked = tuple(prompt)
         if self._most_tokens == 0 or (len(asked) > self._most_tokens and not self._is_pinned(asked)):
             return False
@@ -91,7 +91,7 @@ class KeptPrompts:
         self.trim()
 
     def trim(self) -> None:
-        """Let go what is beyond the limit and not pinned: say this when a request has ended."""
+        """Drop what is beyond the limit and not pinned. Call this when a request has ended."""
         excess = sum(map(len, self._kept)) - self._most_tokens
         for other in list(self._kept):
             if excess > 0 and not self._is_pinned(other):
@@ -99,7 +99,7 @@ class KeptPrompts:
                 excess -= len(other)
 
     def pin(self, prompt: Sequence[int]) -> Pin:
-        """What holds `prompt`, or a longer one in its place, as long as it is itself held: say this before `add`."""
+        """A pin that keeps `prompt`, or a longer one in its place, while the pin is held. Call this before `add`."""
         pin, number = Pin(tuple(prompt)), next(self._numbers)
         self._pins[number] = pin.prompt
         weakref.finalize(pin, self._pins.pop, number, None).atexit = False

@@ -1,16 +1,17 @@
-"""What the stages of a cascade are given to go on from: in PAPER.md's layout, and where the context comes first.
+"""The prompt of each stage of a cascade: in PAPER.md's layout, and in the one where the context comes first.
 
 In: a context, and the engines. Out: the tokens of each stage's prompt. No vote and no sampling in here.
 
 `SketchFirst`, two models:
   sketcher   the sketch of the context (`contexts.sketch_context`), as in its training text, which is sketches of files;
-  generator  `encode_pair(sketch, context)`: the sketch that won, the separator, and the context as the user wrote it.
+  generator  `encode_pair(sketch, context)`: the winning sketch, the separator, and the context as the user wrote it.
              Its answer continues the context. By default the sketch is the predicted one alone, as in PAPER.md; with
              `sketch_scope="file"` the context's own sketch stands before it, as in the generator's training text.
 
-`ContextFirst`, one model: the context as the user wrote it, and behind the separator its sketch of what follows; behind
-that, once it is chosen, a separator again. The second prompt begins with the whole first one, which the engine has read
-(`EngineConfig.prefix_cache_tokens`). The blanks that a context ended in stand in the sketch, as in training.
+`ContextFirst`, one model: the context as the user wrote it, then the separator, after which the model sketches what
+follows. Once a sketch is chosen, it and another separator follow. The second prompt begins with the whole first one,
+which the engine has already read (`EngineConfig.prefix_cache_tokens`). The blanks that a context ended in stand in the
+sketch, as in training.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cert_ray.sketching import Sketched, moved, prompt_format
 
 
 class Prompts(Protocol):
-    """Of one context."""
+    """The prompts of one context."""
 
     @property
     def alone(self) -> list[int]:
@@ -35,11 +36,11 @@ class Prompts(Protocol):
 
     @property
     def before_sketch(self) -> list[int]:
-        """What stage one goes on from. Costs more than `alone`, and grows with the context."""
+        """The prompt of stage one. Costs more than `alone`, and grows with the context."""
         ...
 
     def before_code(self, sketch: Sketch) -> list[int]:
-        """What stage two goes on from."""
+        """The prompt of stage two."""
         ...
 
 
@@ -54,7 +55,7 @@ class Layout(Protocol):
 
     @property
     def sketch_ends(self) -> frozenset[int]:
-        """Tokens that end a sketch, as the end of text does."""
+        """Tokens that end a sketch, besides the end of text."""
         ...
 
     @property
@@ -63,7 +64,7 @@ class Layout(Protocol):
         ...
 
     def prompts(self, context: str, blanks: str) -> Prompts:
-        """The prompts of `context`, from whose end `blanks` were taken."""
+        """The prompts of `context`, from whose end `blanks` were cut."""
         ...
 
 
@@ -110,7 +111,7 @@ class _SketchFirstPrompts:
 
 
 class ContextFirst:
-    """One model that was trained on the view `context_first`."""
+    """One model, trained on the view `context_first`."""
 
     begins_alike = True
 

@@ -1,6 +1,6 @@
-"""What stands before every route: the bounds on a body, the key, its rate, and headers that tell browsers what is safe.
+"""What stands before every route: limits on the body, API keys and their rates, and security headers for browsers.
 
-ASGI in, ASGI out. What is refused here never reaches a route, and is OpenAI's error object, too.
+ASGI in, ASGI out. A request refused here never reaches a route; its answer is OpenAI's error object as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SECURITY_HEADERS = {
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """OpenAI's error object; a 429 or 503 says when to come back."""
+    """OpenAI's error object; a 429 or 503 says when to try again."""
     headers = None
     if error.status in (429, 503):
         headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s or 1)))}
@@ -42,7 +42,7 @@ def request_path(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """413 as soon as a body is known to be too long, by its header or its bytes; 408 when it does not come in time."""
+    """413 as soon as header or bytes show that a body is too long; 408 when it does not arrive in time."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
         self._app, self._max_body_bytes, self._timeout_s = app, max_body_bytes, timeout_s
@@ -72,7 +72,7 @@ class BodyLimit:
         await self._app(scope, receive_again, send)
 
     async def _read(self, receive: Receive) -> list[Message] | None:
-        """The messages that hold the body, or None if it is too long. Bodies here are read whole anyway."""
+        """The messages that hold the body, or None if it is too long. Routes read whole bodies anyway."""
         messages: list[Message] = []
         received_bytes = 0
         while not messages or messages[-1].get("more_body", False):
@@ -89,14 +89,14 @@ class BodyLimit:
     def _too_slow(self) -> JSONResponse:
         problem = f"The body was not there within {self._timeout_s:g} s."
         response = error_response(RequestError(408, problem, None, "body_timeout"))
-        response.headers["Connection"] = "close"  # or the server would wait for the rest of it
+        response.headers["Connection"] = "close"  # otherwise the server would wait for the rest of the body
         return response
 
 
 class Keys:
-    """401 without a bearer token that is one of the keys, 429 when its rate is used up.
+    """401 without a bearer token that is one of the keys, 429 when the key's rate is used up.
 
-    The key's name goes on as `scope["state"]["key_name"]`. Paths in `public` want no key.
+    Passes the key's name on as `scope["state"]["key_name"]`. Paths in `public` need no key.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, rates: RateLimiter, public: Collection[str]) -> None:
@@ -124,7 +124,7 @@ class Keys:
 
 
 def _with_quota(send: Send, quota: Quota) -> Send:
-    """`send`, which tells the rest of the rate in OpenAI's headers."""
+    """`send`, with the rest of the rate in OpenAI's headers."""
 
     async def send_quota(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,8 +1,8 @@
-"""Whether models suit the roles that they are given, before anything is deployed and before any weights are read.
+"""Whether models suit the roles they are given, before anything is deployed and before any weights are read.
 
 In: folders by role (`model`, or `sketcher` and `generator`). Out: what they say of their models, or an error that names
-the folder, its role and what to change. It costs the reading of a tokenizer where loading a model costs minutes. What
-only loading shows, weights that do not fit the configuration, is not seen.
+the folder, its role and what to change. This costs reading a tokenizer, where loading a model costs minutes. Problems
+that only loading shows, such as weights that do not fit the configuration, are not found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NEEDED = (prompt_format.SEPARATOR, *(prompt_format.special_token(kind) for kind
 
 
 def check_models(folders: Mapping[str, str], engine: EngineConfig, name: str | None = None) -> dict[str, Described]:
-    """What each of `folders`, by its role, says of its model; `name` is that of one among several models.
+    """What each of `folders`, by role, says of its model. `name` is the model's name, if there are several models.
 
     Raises:
         InputError: when a folder holds no model that can be served.
@@ -50,7 +50,7 @@ def _described(folder: str, engine: EngineConfig, told: str) -> Described:
     try:
         if is_of_vllm and not storage.is_local(folder):
             raise InputError(folder, "vLLM wants a local folder", "Copy the model to this machine.")
-        return describe(folder, with_weights=not is_of_vllm)  # which weights it reads, vLLM says itself
+        return describe(folder, with_weights=not is_of_vllm)  # vLLM itself says which weights it reads
     except InputError as error:
         raise _unfit(error, told) from error
 
@@ -61,7 +61,7 @@ def _unfit(error: InputError, told: str) -> InputError:
 
 def _check_engine(described: Described, engine: EngineConfig, told: str) -> None:
     config, folder = described.config, described.folder
-    # vLLM says itself which of the architectures that transformers has a configuration for it runs.
+    # Which of the architectures that transformers knows vLLM can run, it says itself.
     if engine.kind == "transformers" and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder):
         problem = f"its architecture ({config.model_type}) is none that goes on from a text"
         raise _unfit(InputError(folder, problem, "Give a causal language model."), told)

@@ -1,8 +1,8 @@
 """A model folder, local or remote, as a loaded model and its tokenizer. Only safetensors, never a model's own code.
 
-`describe` reads what is small in it (config, tokenizer, where it is local the headers of the weights), so that most of
-what is wrong with a folder is told in a second, and before anything is deployed; `load_model` begins with it, unless
-it is given what was found.
+`describe` reads the small parts (config, tokenizer, and for local folders the headers of the weights), so that most
+faults of a folder show within a second and before anything is deployed. `load_model` starts with the same checks,
+unless it is given their result.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ _CONFIG: Final = "config.json"
 _TOKENIZER: Final = "tokenizer.json"
 _SHARDS: Final = "model.safetensors.index.json"
 _WEIGHTS: Final = "model.safetensors"
-# What transformers raises for a config.json that it cannot make a configuration of (tried: other JSON, other types,
-# unknown architectures, nesting).
+# What transformers raises for a config.json that it cannot use (tried: other JSON, other types, unknown architectures,
+# nesting).
 _UNUSABLE: Final = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, StrictDataclassError, SafetensorError,
 )  # fmt: skip
-# What it raises for weights that do not fit it. Of a RuntimeError only what says so: others tell of too little memory.
+# What it raises for weights that do not fit. A RuntimeError counts only if it says so: others mean too little memory.
 _UNFIT: Final = (OSError, ValueError, KeyError, SafetensorError, RuntimeError)
 _OF_SHAPES: Final = re.compile(r"\b(size|shape|dimension)s?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What a model folder says of its model."""
+    """What a model folder says about its model."""
 
     folder: str
     config: Any  # transformers' own
@@ -56,16 +56,16 @@ class Described:
 
     @property
     def view(self) -> str | None:
-        """The view that the model was trained on, if that is told."""
+        """The view that the model was trained on, if config.json says."""
         found = getattr(self.config, MODEL_VIEW, None)
         return None if found is None else str(found)
 
 
 def describe(folder: str, *, with_weights: bool = True) -> Described:
-    """The configuration and tokenizer of the model in `folder`; its weights are there, and are not read.
+    """The configuration and tokenizer of the model in `folder`. Its weights must be there, but are not read.
 
-    Without `with_weights` it is not asked whether they are there as transformers wants them, nor whether all the
-    tokenizer's tokens have some.
+    Without `with_weights`, neither the presence of the weights nor that every token of the tokenizer has an embedding
+    is checked.
 
     Raises:
         InputError: when it is no such folder, lacks a file, or one of these files is damaged.
@@ -86,7 +86,7 @@ def describe(folder: str, *, with_weights: bool = True) -> Described:
 
 
 def load_model(folder: str, dtype: torch.dtype, described: Described | None = None) -> tuple[Any, Tokenizer]:
-    """The model in `folder`, on the CPU, and its tokenizer; `described` is what `describe` has just said of it.
+    """The model in `folder`, on the CPU, and its tokenizer. `described` is a fresh result of `describe`, if at hand.
 
     Raises:
         InputError: when it is no such folder, lacks a file, or holds no model that transformers can load whole.
@@ -95,13 +95,13 @@ def load_model(folder: str, dtype: torch.dtype, described: Described | None = No
     if described is None:
         _check_folder(folder)
     with _on_this_machine(folder) as path:
-        # Of remote weights the headers were not read, and what was read may have been replaced before it was copied.
+        # Remote weights' headers were not read, and files may have been replaced between the description and the copy.
         if described is None or not storage.is_local(folder):
             described = _describe(path, folder)
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                output_loading_info=True, ignore_mismatched_sizes=True,  # told below, by name
+                output_loading_info=True, ignore_mismatched_sizes=True,  # reported below, by name
             )  # fmt: skip
         except _UNFIT as error:
             if isinstance(error, RuntimeError) and _OF_SHAPES.search(str(error)) is None:
@@ -113,7 +113,7 @@ def load_model(folder: str, dtype: torch.dtype, described: Described | None = No
 
 
 def _check_whole(found: dict[str, Any], folder: str) -> None:
-    """Of tensors that are not there, or have another shape, transformers only warns, and draws them at random."""
+    """Refuse missing or misshapen tensors: transformers only warns, and fills them with random numbers."""
     problems = [f"{name} is missing" for name in sorted(found["missing_keys"])]
     problems += [
         f"{name} is {list(has)} instead of {list(wanted)}" for name, has, wanted in sorted(found["mismatched_keys"])
@@ -137,7 +137,7 @@ def _on_this_machine(folder: str) -> Iterator[Path]:
 def _check_folder(folder: str) -> None:
     if not storage.is_folder(folder):
         raise InputError(folder, "no such model folder", f"{_CURE} {_FROM_HUB}")
-    if is_finished(folder):  # ours: another schema version is refused by name; other folders have no manifest
+    if is_finished(folder):  # ours: another schema version is refused by name. Other folders have no manifest
         read_manifest(folder, "model", "export")
 
 
@@ -167,7 +167,7 @@ def _check_files(names: Set[str], folder: str, *, with_weights: bool) -> None:
 
 
 def _check_shards(path: Path, names: Set[str], folder: str) -> None:
-    """Of weights in several files, each is there."""
+    """When weights are split over several files, every one must be there."""
     if _WEIGHTS in names or _SHARDS not in names:
         return
     try:
@@ -182,7 +182,7 @@ def _check_shards(path: Path, names: Set[str], folder: str) -> None:
 
 
 def _check_header(weights: Path, folder: str) -> None:
-    """The header says what a file of weights holds, and so how long it is: one that was cut off is told by it."""
+    """Refuse a cut-off file: the header says what a weights file holds, and so how long it is."""
     try:
         with safe_open(weights, framework="pt") as opened:
             opened.keys()
@@ -199,7 +199,7 @@ def _read(path: Path, folder: str, *, with_weights: bool) -> Described:
         raise InputError(folder, problem.replace(str(path), folder), _CURE) from error
     try:
         tokenizer = Tokenizer.from_file(str(path / _TOKENIZER))
-    except Exception as error:  # of whatever is no tokenizer it raises nothing more special
+    except Exception as error:  # its errors have no more specific type
         raise InputError(folder, f"its {_TOKENIZER} cannot be read: {_in_short(error)}", _CURE) from error
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     if with_weights and isinstance(vocab_size, int):
@@ -214,7 +214,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, folder: str) -> Non
 
 
 def _in_short(error: Exception) -> str:
-    """What another package says, on one line, without its advice."""
+    """Another package's message on one line, cut to 300 characters."""
     return textwrap.shorten(str(error) or repr(error), 300, placeholder=" ...")
 
 
@@ -253,14 +253,14 @@ def window(folder: str, model_config: Any) -> int:
 
 
 def generation_config(path: Path, model_config: Any) -> Any:
-    """What a local folder says of drawing tokens, as transformers loads it with the model."""
+    """A local folder's generation settings, as transformers loads them with the model."""
     if (path / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(path)
     return GenerationConfig.from_model_config(model_config)
 
 
 def end_ids(model_config: Any, generation: Any, tokenizer: Tokenizer) -> frozenset[int]:
-    """Tokens that end a text: those the model's two configurations name, and the project's own end of text."""
+    """Tokens that end a text: those that the model's two configurations name, and the project's own end of text."""
     named = [model_config.eos_token_id, generation.eos_token_id]
     ids = {number for entry in named for number in (entry if isinstance(entry, list) else [entry])}
     own = tokenizer.token_to_id(prompt_format.END_OF_TEXT)

@@ -1,10 +1,11 @@
 """The Ray Serve application: front doors, and engines that hold the models.
 
 In: a `ServeConfig`, from `serve run cert_ray.serving.on_ray:build_app model=DIR`, from a Serve config file, or from
-`start_server`. Out: a running server. Resources, queues, hops and the errors that cross them stand here, no answers.
+`start_server`. Out: a running server. This module holds resources, queues, calls between processes and their errors;
+no answers.
 
-Sketcher and generator share a process, since a hop between them costs more than fifteen tokens of decoding. Of several
-models an engine loads those that are asked for, and drops the least recently used; what it does stands in `replicas`.
+Sketcher and generator share a process, since a hop between them costs more than fifteen tokens of decoding. An engine
+of several models loads those that are asked for and drops the least recently used; `replicas` says what an engine does.
 """
 
 from __future__ import annotations
@@ -45,23 +46,24 @@ from cert_ray.telemetry import on_ray as telemetry
 _log = logging.getLogger(__name__)
 
 _SERVE = "ray.serve"  # its logger
-# Of Serve's own lines, which Ray brings to the terminal; ours tell each request.
+# For Serve's own lines, which Ray brings to the terminal; cert-ray's lines report each request.
 _WARNINGS_ALONE = {"log_level": "WARNING"}
 _ENGINE = "engine"
 _FRONT_DOOR = "front-door"
-_ATTEMPTS = 4  # of a request whose engines die: it may be the request that kills them
-# That a front door holds, and as many wait for it: a burst comes faster than it is refused, at a few milliseconds each,
-# and what finds no room here Serve refuses as plain text. Assumed: some hundreds at once, a few KB each.
+_ATTEMPTS = 4  # for a request whose engines die: it may be the request that kills them
+# Requests that a front door holds only to refuse them; as many again wait for it. A burst arrives faster than it is
+# refused, at a few milliseconds each, and what finds no room here Serve refuses as plain text. Assumed: some hundreds
+# at once, a few KB each.
 _REFUSALS = 512
-# With an engine's node goes what it answered, too, if that is more than Ray sends with the call (100 KB).
+# When an engine's node dies, an answer larger than Ray sends with the call (100 KB) is lost too.
 _GONE = (RayActorError, ObjectLostError, NodeDiedError)
-# Where Serve's processes speak gRPC, an engine that is gone is told as Ray tells it; one that stops cancels its calls.
+# With gRPC between Serve's processes, a dead engine is reported as by Ray; a stopping one cancels its calls.
 _GONE_STATUS = grpc.StatusCode.CANCELLED
 _FAILED = frozenset({DeploymentStatus.DEPLOY_FAILED, DeploymentStatus.UNHEALTHY})
 
 
 def _replica(engines: type[Engines], config: ServeConfig) -> type[Engines]:
-    """`engines` as Serve runs them: of several models it keeps `models_per_engine`, told when the class is made."""
+    """`engines` as Serve runs them. Of several models, each keeps `models_per_engine`, set when the class is made."""
 
     class Replica(engines):  # type: ignore[valid-type,misc]
         def __init__(self, options: dict[str, Any]) -> None:
@@ -79,13 +81,14 @@ def _replica(engines: type[Engines], config: ServeConfig) -> type[Engines]:
 
 
 class HandleBackend:
-    """The front door's `Backend`: calls over a deployment handle, their failures turned into `RequestError`s.
+    """The front door's `Backend`: calls over a deployment handle, whose failures become `RequestError`s.
 
-    A request whose engine dies is given to another one. Its seed makes the second answer the first one's equal, so a
-    stream goes on where it stopped; where it is not equal after all (16-bit weights), the stream ends in an error.
+    A request whose engine dies goes to another one. With the same seed the second answer equals the first, so a stream
+    goes on where it stopped. If they differ after all (16-bit weights), the stream ends in an error.
 
-    At most `at_once` are with the engines. The others wait here, first come, first served: Serve's router has each that
-    finds all engines full come back at times of its own, so engines idle meanwhile and some wait past their deadline.
+    At most `at_once` requests are with the engines. The others wait here, first come, first served: with all engines
+    full, Serve's router would retry each request at times of its own, so that engines idle while some requests miss
+    their deadline.
     """
 
     def __init__(self, handle: Any, served: Mapping[str, str | None], at_once: int) -> None:
@@ -130,7 +133,7 @@ class HandleBackend:
     async def stream(
         self, model: str, prompts: Sequence[str], sampling: Sampling, timeout_s: float
     ) -> AsyncGenerator[Told, None]:
-        """The same, told while it is drawn."""
+        """The same, reported while it is drawn."""
         ends = time.monotonic() + timeout_s
         async with self._places, aclosing(self._stream(model, prompts, sampling, ends)) as batches:
             async for told in batches:
@@ -157,14 +160,14 @@ class HandleBackend:
             except Exception as error:  # noqa: BLE001 - as above
                 _retry_or_raise(error, attempt)
             finally:
-                response.cancel()  # does nothing to what has ended
+                response.cancel()  # does nothing once the response has ended
 
     def _handle_of(self, model: str) -> Any:
         return self._handle.options(multiplexed_model_id=model) if len(self._served) > 1 else self._handle
 
 
 def _retry_or_raise(error: Exception, attempt: int) -> None:
-    """Return when the request may be tried again; else raise what the front door says about `error`."""
+    """Return if the request may be tried again; else raise what the front door says about `error`."""
     if isinstance(error, BackPressureError):
         raise RequestError(503, "The server is busy: try again.", None, "overloaded") from error
     if isinstance(error, RayTaskError) and isinstance(error.cause, RequestError):
@@ -182,14 +185,14 @@ def _is_cancelled_call(error: Exception) -> bool:
 
 
 def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
-    """The Serve application for `args`: a `ServeConfig`, or the mapping of one, as Serve's builders are called.
+    """The Serve application for `args`: a `ServeConfig`, or a mapping for one, as Serve passes it to builders.
 
-    This may run on a node where the models do not lie, or may not be read: those that can be are checked, those in a
-    store without their weights, and of the others a line says that their engines will.
+    This may run on a node where the models do not lie or may not be read. Those within reach are checked (those in a
+    store without their weights); for the others, a log line says that their engines will check them.
 
     Raises:
-        CertRayError: when an option cannot be used; when a model cannot be loaded; when its documentation is not there,
-            or not what is meant.
+        CertRayError: when an option cannot be used, a model cannot be loaded, or its documentation is missing or not
+            the one that is meant.
     """
     config = args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app")
     for name, why in config.check_models_in_reach().items():
@@ -198,11 +201,11 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
 
 
 def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.Application:
-    """The Serve application for `config`. Tests give `engines` without models.
+    """The Serve application for `config`. Tests pass `engines` without models.
 
     Raises:
         ConfigError: when the key file cannot be used.
-        InputError: when a model's documentation is not there, or not what is meant.
+        InputError: when a model's documentation is missing, or not the one that is meant.
     """
     options = _portable(config)
     drain_s = config.request_timeout_s if config.drain_timeout_s is None else config.drain_timeout_s
@@ -218,8 +221,8 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
         **_replicas(config),
         **stopping,
     ).bind(options)
-    # A front door only waits: it holds its share of what the engines work on and queue, and some more, to refuse it in
-    # OpenAI's words. What comes while it has no time even for that is refused by Serve's proxy.
+    # A front door only waits. It holds its share of the requests that the engines work on and queue, and some more, to
+    # refuse these in OpenAI's words. What comes while it has no time even for that, Serve's proxy refuses.
     waiting = math.ceil(config.max_in_flight / config.front_doors) + _REFUSALS
     front_door = serve.deployment(
         serve.ingress(_front_door(options))(),
@@ -238,14 +241,14 @@ def application(config: ServeConfig, engines: type[Engines] = Engines) -> serve.
 
 
 def _portable(config: ServeConfig) -> dict[str, Any]:
-    """The options for replicas, which run in other folders: local paths are absolute.
+    """The options for replicas, which run in other folders: local paths are made absolute.
 
-    Every replica, however late it starts, reads the documentation that is there now, or refuses another.
+    Every replica, however late it starts, reads the documentation that is there now, and refuses any other.
     """
     models = {name: model.pinned().absolute() for name, model in config.models.items()}
     keys_file = None if config.api_keys_file is None else storage.absolute(config.api_keys_file)
     if keys_file is not None:
-        read_key_file(keys_file)  # says here what is wrong with it
+        read_key_file(keys_file)  # reports here what is wrong with it
     written = config.model_copy(update={"models": models, "api_keys_file": keys_file}).model_dump(mode="json")
     return {name: value for name, value in written.items() if name in ServeConfig.model_fields}
 
@@ -258,7 +261,7 @@ def _replicas(config: ServeConfig) -> dict[str, Any]:
 
 
 def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
-    """What makes the HTTP application on a front door's replica: an application does not pickle."""
+    """Builds the HTTP application on a front door's replica: an application cannot be pickled."""
 
     def build() -> Any:
         from cert_ray.serving.http import create_app
@@ -268,7 +271,7 @@ def _front_door(options: dict[str, Any]) -> Callable[[], Any]:
         address = _running_address()
         config.check_exposure(None if address is None else address[0])
         handle = serve.get_deployment_handle(_ENGINE, app_name=serve.get_replica_context().app_name)
-        # Each front door its share: Serve spreads requests over them evenly.
+        # Its share: Serve spreads requests evenly over the front doors.
         at_once = math.ceil(config.at_once / config.front_doors)
         return create_app(
             HandleBackend(handle, config.served, at_once),
@@ -310,7 +313,7 @@ def _count(served: Served) -> None:
 
 
 class ServedApp:
-    """A running server. `stop` takes the application down, and Serve with it if this server started Serve."""
+    """A running server. `stop` takes down the application, and Serve too if this server started it."""
 
     def __init__(self, base_url: str, app_name: str, owns_serve: bool) -> None:
         self.base_url = base_url
@@ -333,19 +336,19 @@ class ServedApp:
 
 
 def start_server(config: ServerConfig, engines: type[Engines] = Engines, *, checked: bool = False) -> ServedApp:
-    """Serve `config` on the connected Ray, and return when it answers.
+    """Serve `config` on the connected Ray, and return once it answers.
 
-    Its models are looked at first, unless they were `checked` just before.
+    The models are checked first, unless they were `checked` just before.
 
     Raises:
         ConfigError: when Ray is not connected, or Serve already listens elsewhere.
         CertRayError: when a model cannot be loaded, its documentation is not there, nothing can listen at the address,
-            or the application does not come up, saying why.
+            or the application does not come up, with the reason.
     """
     if not ray.is_initialized():
         raise ConfigError("start_server: no Ray is connected. Call ray.init() first.")
     if not checked:
-        engines.check(config)  # at once, instead of after three replicas that fail to start
+        engines.check(config)  # fails at once, instead of after three replicas that cannot start
     app = application(config, engines)
     running = _running_address()
     host, port = running or (config.host, config.port or _free_port(config.host))
@@ -364,7 +367,7 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines, *, chec
             serve.run(app, name=config.app_name, route_prefix="/", blocking=False, logging_config=_WARNINGS_ALONE)
     except RuntimeError as error:  # a model that cannot be loaded, a front door that cannot be built
         try:
-            why = _why_failed(config.app_name) or str(error)  # which says no more than that it failed
+            why = _why_failed(config.app_name) or str(error)  # `error` itself says only that it failed
         finally:
             served.stop()
         raise CertRayError(f"{config.model_name} cannot be served: {why}") from error
@@ -373,7 +376,7 @@ def start_server(config: ServerConfig, engines: type[Engines] = Engines, *, chec
 
 
 def _start_serve(host: str, port: int) -> None:
-    """Start Serve and its proxy at an address; what there is of it is stopped where that fails."""
+    """Start Serve and its proxy at an address. On failure, whatever did start is stopped."""
     options = {"host": host, "port": port}
     try:
         serve.start(proxy_location="HeadOnly", http_options=options, logging_config=_WARNINGS_ALONE)
@@ -386,7 +389,7 @@ def _start_serve(host: str, port: int) -> None:
 
 
 def _why_failed(app_name: str) -> str:
-    """What ended the replicas that did not start, by Serve's status; empty where it does not say."""
+    """Why replicas did not start, from Serve's status; empty if it does not say."""
     application = serve.status().applications.get(app_name)
     if application is None:
         return ""
@@ -397,8 +400,8 @@ def _why_failed(app_name: str) -> str:
 def _running_address() -> tuple[str, int] | None:
     """Where Serve listens on this cluster, or None while it does not run.
 
-    Serve says so nowhere in public, and only logs that it ignores other options when it is started again: so its
-    private client is asked, here alone. `test_a_second_address_is_refused` fails when that stops working.
+    No public function of Serve tells this, and when started again it only logs that it ignores other options. So its
+    private client is asked, only here. `test_a_second_address_is_refused` fails when that stops working.
     """
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else (str(client.http_config.host), int(client.http_config.port))

@@ -1,10 +1,10 @@
 """The JSON of OpenAI's answer to `POST /v1/completions`, whole or as a stream of chunks.
 
 In: answers, or events as they come. Out: pydantic models. Beside OpenAI's fields there is `cert`: sketch, votes, route
-and timings. In a stream it comes twice: early, on a chunk with empty text, with the sketch that won and its rivals; and
-with the usage, on the last chunk. Clients that know OpenAI's fields alone read an empty text.
+and timings. A stream has it twice: early, on a chunk with empty text, with the winning sketch and its rivals; and on
+the last chunk, with the usage. Clients that know only OpenAI's fields read an empty text.
 
-With `logprobs`, choices are streamed whole at the end, since log-probabilities are known then.
+With `logprobs`, choices are streamed whole at the end, since log-probabilities are known only then.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Candidate(BaseModel):
 
 
 class Vote(BaseModel):
-    """The vote over `sketches` samples, the winner first; `undecided` of them had not ended when it was clear."""
+    """The vote over `sketches` samples, the winner first; `undecided` of them were unfinished when it was decided."""
 
     sketches: int
     undecided: int
@@ -85,13 +85,13 @@ class Choice(BaseModel):
 
 
 class PromptTokensDetails(BaseModel):
-    """Of the prompt's tokens, those that were not read again."""
+    """How many of the prompt's tokens were not read again."""
 
     cached_tokens: int
 
 
 class Usage(BaseModel):
-    """Tokens of the prompts and of all samples drawn; sketches are not counted (`cert.sketch_tokens`)."""
+    """Tokens of the prompts and of all samples drawn, without sketches (see `cert.sketch_tokens`)."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -125,7 +125,7 @@ class ResponseWriter:
         return self._chunk(choices, usage=write_usage(answers), cert=self._trace(answers))
 
     def chunks(self, prompt: int, event: Event) -> Iterator[CompletionResponse]:
-        """The chunks that tell `event` of the numbered prompt."""
+        """The chunks that report `event` of prompt number `prompt`."""
         if isinstance(event, SketchChosen):
             empty = Choice(index=prompt * self._sampling.n, text="", finish_reason=None)
             yield self._chunk([empty], cert=self._early_trace(prompt, event))
@@ -137,7 +137,7 @@ class ResponseWriter:
                 yield self._chunk([Choice(index=index, text=text, finish_reason=reason)])
 
     def last_chunks(self, answers: Sequence[CascadeAnswer], include_usage: bool) -> Iterator[CompletionResponse]:
-        """What is known at the end: choices with log-probabilities, and the usage where it is asked for."""
+        """What is known only at the end: choices with log-probabilities, and the usage if asked for."""
         if self._sampling.logprobs is not None:
             yield from (self._chunk([choice]) for choice in self._choices(answers))
         if include_usage:
@@ -151,7 +151,7 @@ class ResponseWriter:
         )
 
     def _echo(self, prompt: int, index: int) -> str:
-        """The prompt, where it is wanted and choice `index` has just begun."""
+        """The prompt, if it is wanted and choice `index` has just begun."""
         if not self._sampling.echo or index in self._begun:
             return ""
         self._begun.add(index)

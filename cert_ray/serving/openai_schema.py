@@ -1,10 +1,10 @@
 """The JSON of a request to OpenAI's `POST /v1/completions`, of `GET /v1/models` and of OpenAI's errors.
 
-In: a request body. Out: prompts and `Sampling`. What OpenAI has and this server does not do (penalties, a bias, token
-ids as prompts) is refused by name, unless it is set to what it is by default. Responses are `openai_responses.py`.
+In: a request body. Out: prompts and `Sampling`. OpenAI's options that this server lacks (penalties, a bias, token ids
+as prompts) are refused by name, unless they have their default value. For responses see `openai_responses.py`.
 
-Source: OpenAI API reference, "Completions" (legacy), and the types of the `openai` client. Beside OpenAI's fields there
-are `stop_token_ids` and `mode`, to be sent as `extra_body` from the `openai` client.
+Source: OpenAI API reference, "Completions" (legacy), and the types of the `openai` client. Besides OpenAI's fields
+there are `stop_token_ids` and `mode`; with the `openai` client, send them as `extra_body`.
 """
 
 from __future__ import annotations
@@ -19,41 +19,41 @@ from cert_ray.config import Config
 from cert_ray.errors import ConfigError, RequestError
 from cert_ray.serving.sampling import Mode, Sampling
 
-# Known to OpenAI, not done here: only the values that mean "not asked for" are accepted.
+# OpenAI has these, this server does not: only values that mean "not asked for" are accepted.
 NOT_DONE = frozenset({"frequency_penalty", "logit_bias", "presence_penalty"})
 
-_LEAST_TOP_P = 1e-9  # OpenAI and llama.cpp take 0, which leaves the likeliest token alone; so does this
+_LEAST_TOP_P = 1e-9  # OpenAI and llama.cpp accept 0, which leaves only the likeliest token; so does this
 
 
 class RequestLimits(Config):
     """What one request may ask for."""
 
     max_prompts: int = Field(default=32, ge=1)
-    max_n: int = Field(default=200, ge=1)  # PAPER.md samples 200; `best_of` counts
+    max_n: int = Field(default=200, ge=1)  # PAPER.md samples 200; limits `best_of` too
     max_choices: int = Field(default=400, ge=1)  # prompts times n, or times best_of
     max_tokens: int = Field(default=2048, ge=1)  # PAPER.md asks for 100; a window of 1,024 bounds it further
     max_stops: int = Field(default=16, ge=1)  # OpenAI allows 4, PAPER.md cuts at 6
-    max_stop_characters: int = Field(default=256, ge=1)  # of one stop string: text is held back as long as it
+    max_stop_characters: int = Field(default=256, ge=1)  # of one stop string: as much text may be held back
     max_body_bytes: int = Field(default=1 << 20, ge=1)
 
 
-# Numbers in JSON are numbers: neither "3" nor true is one.
+# Numbers in JSON must be numbers: neither "3" nor true is one.
 _Count = Annotated[int, Field(strict=True)]
 _Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 _Flag = Annotated[bool, Field(strict=True)]
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries beside text."""
+    """What a stream carries besides text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     include_usage: _Flag | None = None
-    include_obfuscation: _Flag | None = None  # accepted, not done: it hides the length of tokens from eavesdroppers
+    include_obfuscation: _Flag | None = None  # accepted, not done: it would hide token lengths from eavesdroppers
 
 
 class CompletionRequest(BaseModel):
-    """A request body. Types, ranges and field names are checked here, limits of the deployment in `read_request`."""
+    """A request body. Types, ranges and field names are checked here, the deployment's limits in `read_request`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -121,7 +121,7 @@ class ErrorBody(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """One entry of `GET /v1/models`. `library` is the one that it was trained for."""
+    """One entry of `GET /v1/models`. `library` is what the model was trained for."""
 
     id: str
     object: Literal["model"] = "model"
@@ -138,7 +138,7 @@ class ModelList(BaseModel):
 
 
 def read_request(request: CompletionRequest, limits: RequestLimits) -> tuple[list[str], Sampling]:
-    """The prompts and options of a request, with OpenAI's defaults; a request without a seed gets a fresh one.
+    """The prompts and options of a request, with OpenAI's defaults. A request without a seed gets a fresh one.
 
     Raises:
         RequestError: 400, naming the limit, or the options that do not go together.
@@ -179,7 +179,7 @@ def read_request(request: CompletionRequest, limits: RequestLimits) -> tuple[lis
 
 
 def _check_together(request: CompletionRequest, n: int) -> None:
-    """What OpenAI refuses, too: options that contradict each other."""
+    """Refuse, as OpenAI does, options that contradict each other."""
     problem, param = None, None
     if request.best_of is not None and request.best_of < n:
         problem, param = f"best_of={request.best_of} is less than n={n}.", "best_of"

@@ -1,17 +1,17 @@
 """Many requests, and many branches of each, in one forward pass of a transformers model without padding.
 
-All tokens of a step stand in one row, [1, S]; linear layers see nothing else. Only attention knows requests: for each
-it adds the new keys and values to those that the request keeps, and lets PyTorch's fused attention look at them.
+All tokens of a step stand in one row, [1, S]; linear layers see nothing else. Only attention tells requests apart: it
+adds each request's new keys and values to the kept ones, and runs PyTorch's fused attention over them.
 
-A request keeps the keys and values of its prompt and of all its samples in one place, each shared beginning once. Its
-samples are a tree: a token sees its own ancestors, which is a boolean mask, and has the position of its depth. So a
-branch costs no copy, a request's keys are read once for all its branches, and tokens that were fed on the chance that
-they would be drawn are taken back by not being seen.
+A request keeps the keys and values of its prompt and all its samples in one place, each shared beginning once. Its
+samples form a tree: a token sees only its ancestors, by a boolean mask, and its depth is its position. So a branch
+costs no copy, a request's keys are read once for all branches, and drafted tokens that were not drawn are taken back by
+no longer being seen.
 
-On a GPU, keys are kept and attended to by `gathered_attention`.
+On a GPU, `gathered_attention` keeps the keys and attends to them.
 
-In: a loaded model, `Feed`s. Out: logits. Works for models of transformers' attention interface and for GPT-Neo, whose
-layers may be local; what a model adds beyond a scale and a window (sinks, soft caps) is refused by `enable`.
+In: a loaded model, `Feed`s. Out: logits. Works for models with transformers' attention interface and for GPT-Neo, whose
+layers may be local. `enable` refuses models that add more than a scale and a window (sinks, soft caps).
 
 Shapes: S tokens of the step, Q of them of one request, K keys kept, H heads, G key heads, D head size, V vocabulary.
 """
@@ -30,35 +30,35 @@ from transformers import AttentionInterface
 from cert_ray.gpt_neo import FusedSelfAttention
 
 _NAME = "cert_ray_packed"
-_SPARE_KEYS = 64  # room for what is drawn, before the keys must be copied to a larger place; assumed
-# Branches that went apart long ago see little of what the others see: so many queries at a time then attend to what
-# these see, copied beside each other. Measured (one core of a Xeon, fp32, heads and sizes of SmolLM2-135M, a layer): 58
+_SPARE_KEYS = 64  # room for new tokens before the keys must be copied to a larger place; assumed
+# Branches that split long ago see little of what the others see. So their queries attend in groups of this many, each
+# to a copy of just the keys it sees. Measured (one core of a Xeon, fp32, heads and sizes of SmolLM2-135M, a layer): 58
 # branches of 50 tokens each 4.5 ms together and 1.7 by eights, of 100 9.7 and 3.3; 20 of 50 0.58 and 0.56.
 _TOGETHER = 8
-_MANY_SEEN = 50_000  # queries times keys
+_MANY_SEEN = 50_000  # queries times keys, from which this is done
 
 
 class Tree:
-    """The tokens of one request: where they stand, and what the newest see. Keys and values are a subclass's."""
+    """The tokens of one request: their positions, and what the newest see. Subclasses hold the keys and values."""
 
     def __init__(self) -> None:
         self.positions_K = torch.zeros(0, dtype=torch.long)
-        # What each of the newest tokens whose logits were told sees, [Q, K]; None: there is one, which sees everything.
+        # What each of the newest tokens that gave logits sees, [Q, K]; None: there is one, which sees everything.
         self.visible_QK: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.positions_K)
 
     def select(self, places: torch.Tensor) -> None:
-        """Keep the tokens at these rising places only; what stands behind the last of them may be overwritten."""
+        """Keep only the tokens at these rising places; what stands behind the last of them may be overwritten."""
         raise NotImplementedError
 
     def beginning(self, tokens: int) -> Self:
-        """A copy of the first `tokens`, which must be of the prompt."""
+        """A copy of the first `tokens` tokens, which must be of the prompt."""
         raise NotImplementedError
 
     def read(self, tokens: int, drafted: int) -> list[int]:
-        """Count so many tokens of a prompt, of which the last ones are a draft; their positions."""
+        """Add `tokens` tokens of a prompt, the last `drafted` of them a draft; returns their positions."""
         first, keys = len(self), len(self) + tokens
         newest = torch.arange(first, keys)
         self.visible_QK = None
@@ -68,7 +68,7 @@ class Tree:
         return list(range(first, keys))
 
     def grow(self, parents: Sequence[int], runs: Sequence[int]) -> list[int]:
-        """Count the next step's tokens: a run of so many for each branch, behind its parent; their positions."""
+        """Add the next step's tokens: for each branch, a run of given length after its parent. Returns positions."""
         if self.visible_QK is None and list(runs) == [1]:
             positions = [int(self.positions_K[-1]) + 1]
             self.positions_K = torch.cat([self.positions_K, torch.tensor(positions)])
@@ -87,7 +87,7 @@ class Tree:
         return newest.tolist()
 
     def _forget_unseen(self, seen_BK: torch.Tensor) -> torch.Tensor:
-        """Drop what no branch sees any more: at the end at once, elsewhere once it is half; what is seen of the rest.
+        """Drop what no branch sees any more: at once at the end, elsewhere once it is half. Returns what is still seen.
 
         Drafts that were not drawn stand at the end, where nothing needs to be moved.
         """
@@ -103,14 +103,14 @@ class Tree:
 
 
 class Kept(Tree):
-    """Keys and values of one request in a place of their own, layer by layer."""
+    """Keys and values of one request, stored layer by layer in tensors of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self._layers: dict[int, torch.Tensor] = {}  # [2, G, capacity, D]
 
     def add(self, layer: int, key_GQD: torch.Tensor, value_GQD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the newest tokens' keys and values, already counted in `positions_K`; all of them: [G, K, D] each."""
+        """Store the newest tokens' keys and values (`positions_K` counts them already). Returns all: [G, K, D] each."""
         keys, queries = len(self), key_GQD.shape[1]
         kept = self._layers.get(layer)
         if kept is None or kept.shape[2] < keys:
@@ -137,18 +137,18 @@ class Kept(Tree):
 
 @dataclass(slots=True)
 class Feed:
-    """What one request adds to a step: its prompt, or a part of it, or a run of tokens for each of its branches.
+    """What one request adds to a step: its prompt or a part of it, or a run of tokens for each of its branches.
 
-    The first token of a run was drawn, and those behind it are a draft of what may be drawn next. So are the last ones
-    of a prompt's last part.
+    The first token of a run was drawn; those after it are a draft of what may be drawn next. The last tokens of a
+    prompt's last part may be such a draft too.
     """
 
     kept: Any  # what the forward pass keeps of the request: `Kept` here
     tokens: list[int]
-    parents: list[int] | None = None  # of each run, among the rows of logits of the request's last feed; None: a prompt
-    all_logits: bool = False  # those of every token of a prompt, not only of the last
-    runs: list[int] | None = None  # how long each is; None: one token each
-    drafted: int = 0  # of a prompt's tokens
+    parents: list[int] | None = None  # each run's parent, a row of the request's last logits; None: this is a prompt
+    all_logits: bool = False  # of every token of a prompt, not only of the last
+    runs: list[int] | None = None  # the length of each; None: one token each
+    drafted: int = 0  # how many of a prompt's tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +156,15 @@ class Look:
     """What some queries of a request attend to."""
 
     queries: slice
-    keys_K: torch.Tensor | None  # their places; None: all
+    keys_K: torch.Tensor | None  # the keys' places; None: all
     # Added to the scores of each query, once for each of the heads that share a key head: 0 or -inf, [1, 1, Q, K].
-    # None: a query sees everything, or in a prompt's first part, everything before it.
+    # None: a query sees everything or, in a prompt's first part, everything before it.
     mask: torch.Tensor | None
 
 
 @dataclass(slots=True)
 class Part:
-    """One request in a step: where its tokens stand, and what they look at by the size of a layer's window."""
+    """One request in a step: where its tokens stand and, for each size of a layer's window, what they look at."""
 
     kept: Any  # a `Tree` of the step's own kind
     first: int
@@ -173,7 +173,7 @@ class Part:
     _looks: dict[int | None, list[Look]] = field(default_factory=dict)
 
     def looks(self, window: int | None, shared: int, query_HSD: torch.Tensor) -> list[Look]:
-        """What every layer of this window attends to, where `shared` heads share a key head."""
+        """What a layer with this window attends to, if `shared` heads share a key head."""
         if window not in self._looks:
             seen_QK = self.find_mask(window)
             if seen_QK is None:
@@ -207,7 +207,7 @@ class Part:
 
 
 def _apart(seen_QK: torch.Tensor, shared: int, like: torch.Tensor) -> Iterator[Look]:
-    """Neighbours look together at what any of them sees: they went apart last."""
+    """Neighbours look together at whatever any of them sees: they split last."""
     for first in range(0, len(seen_QK), _TOGETHER):
         own_QK = seen_QK[first : first + _TOGETHER]
         keys_K = own_QK.any(dim=0).nonzero()[:, 0]
@@ -220,7 +220,7 @@ def _added(seen_QK: torch.Tensor, shared: int, like: torch.Tensor) -> torch.Tens
 
 
 class Step(Protocol):
-    """Attention of one step, of all its requests."""
+    """Attention of one step, for all its requests."""
 
     def attend(
         self,
@@ -239,7 +239,7 @@ _STEP: ContextVar[Step | None] = ContextVar("cert_ray_packed_step", default=None
 
 
 def enable(model: Any) -> bool:
-    """Let `model` attend as this module does, if it can."""
+    """Make `model` attend as this module does, if it can."""
     neo = [module for module in model.modules() if type(module) is FusedSelfAttention]
     if neo:
         for module in neo:
@@ -253,9 +253,9 @@ def enable(model: Any) -> bool:
 
 @torch.inference_mode()
 def forward(model: Any, feeds: Sequence[Feed], begin: Callable[[list[Part]], Step] | None = None) -> list[torch.Tensor]:
-    """One forward pass over all feeds: for each the logits of its tokens, or of its prompt's end and draft, [Q, V].
+    """One forward pass over all feeds. For each: the logits of its tokens, or of its prompt's end and draft, [Q, V].
 
-    `begin` makes the step where what is kept is not `Kept`.
+    `begin` makes the step, if what is kept is not `Kept`.
     """
     parts: list[Part] = []
     tokens: list[int] = []
@@ -334,9 +334,9 @@ def attend_one(
     for look in looks:
         some_HQD, some_GKD, values_GKD = query_HQD[:, look.queries], key_GKD, value_GKD
         if look.keys_K is not None:
-            # `index_select` would first copy all that these are views of.
+            # `index_select` would first copy the whole tensors that these are views of.
             some_GKD, values_GKD = key_GKD[:, look.keys_K], value_GKD[:, look.keys_K]
-        # Heads that share a key head are so many queries of it: no key is copied for them.
+        # Heads that share a key head become more queries of it: no key is copied for them.
         folded = some_HQD.reshape(1, groups, -1, size)
         found = scaled_dot_product_attention(folded, some_GKD[None], values_GKD[None], attn_mask=look.mask, scale=scale)
         attended[:, look.queries] = found.reshape(heads, -1, size)
@@ -367,7 +367,7 @@ AttentionInterface.register(_NAME, _packed_attention)
 
 
 class PackedSelfAttention(FusedSelfAttention):
-    """GPT-Neo's attention over what each request keeps: unscaled, and on local layers within the window."""
+    """GPT-Neo's attention over what each request keeps: unscaled, and within the window on local layers."""
 
     def _attn(
         self,

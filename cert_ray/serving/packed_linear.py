@@ -1,12 +1,12 @@
-"""Linear layers on the CPU with weights laid out once as oneDNN wants them, instead of at every call.
+"""Linear layers on the CPU whose weights are laid out for oneDNN once, instead of at every call.
 
 In: a loaded model in fp32 or bf16. Out: the same model. Decoding multiplies a few rows by large weights, and laying the
-weights out costs more than the product. Measured (one core of a Xeon with AMX, 49,152 x 576, CPU-ms, as it is and laid
+weights out costs more than the product. Measured (one core of a Xeon with AMX, 49,152 x 576, CPU-ms, unchanged and laid
 out): fp32 19 and 10 for 4 rows, 31 and 12 for 8, 35 and 23 for 45; bf16 8.4 and 5.5, 9.7 and 5.5, 10.7 and 6.7. A whole
 answer of SmolLM2-135M takes 0.7 to 0.8 of the CPU time, except for a single row in fp32 (1.1 to 1.2 times as much).
 
-The two operators are PyTorch's own but not public (its compiler's "freezing" uses them): this is the one place that
-calls them, and where they are missing or refuse, layers stay as they are.
+The two operators are PyTorch's own but not public (its compiler's "freezing" uses them). Only this module calls them;
+where they are missing or refuse, layers stay as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 _log = logging.getLogger(__name__)
 
-_EXPECTED_ROWS = 16  # what the layout is chosen for; any number of rows is computed
+_EXPECTED_ROWS = 16  # the layout is chosen for this many rows; it works for any number
 
 
 class PackedLinear(nn.Module):
@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """The product, and the bias."""
+        """The product, plus the bias."""
         product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return product
 

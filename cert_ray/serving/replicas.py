@@ -1,8 +1,8 @@
 """What a replica of the deployment `engine` does: it holds models, and answers what front doors ask of them.
 
-In: a `ServeConfig`. Out: answers, or events and then the answers. One model is loaded at once. Of several, those that
-are asked for: all are looked at first, and for those that cannot be loaded the reason is the answer, so that one
-damaged folder stops no other model. No Ray in here: resources, and which models stay in memory, stand in `on_ray.py`.
+In: a `ServeConfig`. Out: answers, or events and then the answers. A single model is loaded at the start. Of several, all
+are checked first, and each is loaded when it is asked for. Requests for one that cannot be loaded get the reason, so
+that a damaged folder stops no other model. No Ray in here: `on_ray.py` has resources and which models stay in memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from cert_ray.serving.engines import Steps
 from cert_ray.serving.sampling import Sampling
 from cert_ray.serving.unfit_models import UnfitModels
 
-_FAILURES = 3  # of an engine in a row, for other reasons than the request: then it is started anew
-# A step that takes longer hangs, and its engine is started anew. Assumed: loading is no step, and one reads a part of a
-# long prompt; 256 tokens of a model of 7B parameters take a CPU of 0.1 TFLOP/s 36 s.
+_FAILURES = 3  # of an engine in a row, not caused by the request: then it is restarted
+# A step that takes longer hangs, and its engine is restarted. Assumed: loading is not a step, and a step reads part of
+# a long prompt; 256 tokens of a model of 7B parameters take a CPU of 0.1 TFLOP/s 36 s.
 _HANGS_S = 120.0
 
 
 class Engines:
-    """The models of one replica. They are loaded and asked in threads, so that queues and health checks are served."""
+    """The models of one replica. Loading and answering run in threads, so that queues and health checks are served."""
 
     @staticmethod
     def check(config: ServeConfig) -> None:
@@ -40,28 +40,28 @@ class Engines:
         config.check_models()
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        disable_progress_bar()  # of loading weights: here is no terminal, so each step of it would be a line
+        disable_progress_bar()  # for loading weights: without a terminal, each step of it would be a line
         self._config = config = ServeConfig.from_mapping(options, "engine deployment")
         self._models = config.models
-        # One request more than Serve lets in, so that a cancelled one does not keep the next from a thread.
+        # Twice what Serve lets in, so that a cancelled request does not keep the next one from a thread.
         self._bridge = Bridge(2 * config.max_ongoing_requests)
         self._failures = 0
         self._steps: weakref.WeakSet[Steps] = weakref.WeakSet()  # a thread that hangs holds its own, dropped or not
         self._only: Answerer | None = None
         self._unfit = UnfitModels()
         self._loading: dict[str, asyncio.Future[Answerer]] = {}
-        # One at a time: of two that transformers loads at once, one may lack weights.
+        # One at a time: if transformers loads two at once, one may lack weights.
         self._loads = ThreadPoolExecutor(1, thread_name_prefix="loading")
-        if len(self._models) == 1:  # now, so that the replica is ready when it says so
+        if len(self._models) == 1:  # now, so that a replica that reports ready is ready
             (model,) = self._models.values()
             self._only = self._watched(self.load_now(model))
         else:
             self._look_at_all()
 
     def _look_at_all(self) -> None:
-        """Find the models that cannot be loaded. Where none can, there is nothing to start for.
+        """Find the models that cannot be loaded. If none can, refuse to start.
 
-        That costs the reading of a tokenizer each: 0.13 CPU-seconds for one of 49,152 tokens (SmolLM2's, without its
+        This costs reading a tokenizer for each: 0.13 CPU-seconds for one of 49,152 tokens (SmolLM2's, without its
         weights; Intel Xeon, 2026-11-26), beside the several seconds of any engine's start.
         """
         for name in self._models:
@@ -82,11 +82,11 @@ class Engines:
         return Answerer.load(model)
 
     async def load(self, name: str) -> Answerer:
-        """The answerer of one of several models; whoever deploys this keeps the last ones that were asked for.
+        """The answerer of one of several models. The deployment keeps the most recently used ones.
 
-        No thread that loads can be stopped: when a request goes away, the next for the same model waits for the thread.
+        A loading thread cannot be stopped: if its request goes away, the next one for the same model waits for it.
         """
-        self._unfit.refuse(name)  # one that waited here while another request's attempt failed
+        self._unfit.refuse(name)  # for a request that waited here while another one's attempt failed
         loading = self._loading.get(name)
         if loading is None:
             loading = self._loading[name] = asyncio.ensure_future(self._load(name))
@@ -103,7 +103,7 @@ class Engines:
             del self._loading[name]
 
     def _watched(self, answerer: Answerer) -> Answerer:
-        """`answerer`, whose steps `check_health` looks at from now on."""
+        """`answerer`, whose steps `check_health` watches from now on."""
         self._steps.update(answerer.steps)
         return answerer
 
@@ -111,12 +111,12 @@ class Engines:
         """The answerer of the model `name`.
 
         Raises:
-            RequestError: 500 with the reason, when it is one of several and cannot be loaded.
+            RequestError: 500 with the reason, if it is one of several and cannot be loaded.
         """
         if self._only is not None:
             return self._only
         self._unfit.refuse(name)
-        if name in self._unfit:  # looked at before Serve makes room for it, at another model's cost
+        if name in self._unfit:  # checked before Serve makes room for it, at another model's cost
             self._unfit.postpone(name)
             try:
                 await asyncio.to_thread(self._look_at, name)
@@ -136,7 +136,7 @@ class Engines:
     async def stream(
         self, model: str, prompts: Sequence[str], options: dict[str, Any], timeout_s: float
     ) -> AsyncGenerator[Told, None]:
-        """The same, told while it is drawn."""
+        """The same, reported while it is drawn."""
         answerer = await self._answerer(model)
         with self._failures_counted():
             async for told in self._bridge.stream(answerer, prompts, Sampling(**options), timeout_s):
@@ -144,7 +144,7 @@ class Engines:
 
     @contextmanager
     def _failures_counted(self) -> Iterator[None]:
-        """Count requests in a row that fail inside the engine; what it refuses is no failure, and no success."""
+        """Count consecutive requests that fail inside the engine. A refusal is neither a failure nor a success."""
         try:
             yield
         except RequestError:
@@ -155,7 +155,7 @@ class Engines:
         self._failures = 0
 
     def check_health(self) -> None:
-        """Raise when this engine fails at whatever it is asked, or hangs; Serve then starts another in its place."""
+        """Raise when this engine fails at all it is asked, or hangs; Serve then starts another in its place."""
         if self._failures >= _FAILURES:
             raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
         step_s = max((steps.step_s for steps in self._steps), default=0.0)

@@ -1,6 +1,6 @@
-"""Which library's models answer a request: by the name that it gives, or by what its prompts import.
+"""Which library's models answer a request: by the name it gives, or by what its prompts import.
 
-In: the request's `model`, the prompts, and the names that are served. Out: one of the names. Pure: nothing is loaded.
+In: the request's `model`, the prompts, and the served names. Out: one of those names. Pure: nothing is loaded.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Mapping, Sequence
 from cert_ray.errors import RequestError
 from cert_ray.libraries import imported_libraries
 
-# What begins a triple-quoted string, and what may hold those quotes without beginning one. Not the scan of sketches:
-# a front door reads prompts in its event loop, and these alternatives look at each character twice at most.
+# What begins a triple-quoted string, and what may hold those quotes without beginning one. Not the scanner of sketches:
+# a front door reads prompts in its event loop, and these alternatives look at each character at most twice.
 _QUOTES = re.compile(r"""("{3}|'{3})|"[^"\\\n]*+"|'[^'\\\n]*+'|\#[^\n]*+""")
 
 
 def resolve(model: str, prompts: Sequence[str], served: Mapping[str, str | None], any_library: str = "cert") -> str:
     """The served name that answers. `served` maps names to their library, or to None for a model of no library.
 
-    A served name answers for itself. `any_library` stands for the served library that the prompts use most; among
-    equals, and where none is used, the first in `served` answers. So list Pandas before NumPy: its users import both.
+    A served name answers for itself. `any_library` stands for the served library that the prompts use most. On a tie,
+    and if none is used, the first in `served` answers. So list Pandas before NumPy: its users import both.
 
     Raises:
         RequestError: 404 for any other name.
@@ -37,7 +37,7 @@ def resolve(model: str, prompts: Sequence[str], served: Mapping[str, str | None]
 
 
 def _without_blocks(prompt: str) -> str:
-    """`prompt` without its triple-quoted strings, one that it ends in included: they are no code."""
+    """`prompt` without its triple-quoted strings, which are not code; also without one still open at the end."""
     parts: list[str] = []
     at = behind = 0
     while (match := _QUOTES.search(prompt, at)) is not None:

@@ -1,11 +1,11 @@
-"""Which token comes next: options of a request, its random streams, and the draw itself.
+"""Which token comes next: the options of a request, its random streams, and the draw itself.
 
 In: logits and uniform numbers. Out: token numbers and log-probabilities. No model and no text in here.
 
-A sample's random stream is a pure function of (seed, prompt, sample number). So an answer does not change with the
-requests that happen to be decoded beside it, with their order, or with `n`: asking for 60 samples gives 60 streams, of
-which the first 50 are those of `n = 50`. Samples that begin alike share a row of logits, and each draws from it with
-its own number: a row's samples split multinomially, and sample by sample it is what drawing them apart would give.
+A sample's random stream is a pure function of (seed, prompt, sample number). So an answer does not depend on the
+requests decoded beside it, on their order, or on `n`: asking for 60 samples gives 60 streams, the first 50 of which are
+those of `n = 50`. Samples that begin alike share a row of logits, and each draws from it with its own number. So a
+row's samples split multinomially, and each gets the token it would get if drawn alone.
 
 Shapes: R rows (distinct beginnings), D rows that are drawn from, V vocabulary, K candidates, N samples of a row.
 """
@@ -25,14 +25,14 @@ import xxhash
 from cert_ray.config import Config
 from cert_ray.errors import ConfigError
 
-# So many candidates are sorted, and all tokens only for a row where these do not decide. Assumed: code is predictable,
-# and 0.9 of the mass sits in far fewer tokens once a model is trained.
+# How many candidates are sorted; all tokens are, but only for rows that these do not decide. Assumed: code is
+# predictable, and 0.9 of the mass sits in far fewer tokens once a model is trained.
 _CANDIDATES = 64
-_BLOCK = 64  # numbers of which the highest is found in one pass, before the highest of all are looked for; assumed
-_LEAST_REST = 1e-9  # of a row's mass: so little behind the candidates is not summed, and less than sums are exact to
+_BLOCK = 64  # numbers per block; a row's highest are looked for only in the blocks with the highest maxima; assumed
+_LEAST_REST = 1e-9  # share of a row's mass; a smaller rest behind the candidates is not summed: sums are less exact
 _LEAST_TEMPERATURE = 1e-6  # below, float32 logits that differ at all are as good as greedy
-_SUMMED = 1024  # numbers that are summed in float32; assumed
-_LEAST_EXPONENT = -80.0  # exp of it, times a million tokens, is 1e-29
+_SUMMED = 1024  # how many numbers are summed in float32; assumed
+_LEAST_EXPONENT = -80.0  # its exp, times a million tokens, is 1e-29
 _LOW_64 = (1 << 64) - 1
 
 
@@ -43,25 +43,26 @@ class Mode(StrEnum):
     CONSTRAINED = "constrained"  # as cascade, but the sketch's fixed text must come; only its placeholders are drawn
     SKETCH_ONLY = "sketch_only"  # the sketches are the answers, the winner's first; placeholders stay words
     GENERATOR_ONLY = "generator_only"  # the generator is given the context alone
-    SINGLE = "single"  # one plain model, cut at the request's stop strings only
+    SINGLE = "single"  # one plain model, cut only at the request's stop strings
 
 
 class Sampling(Config):
-    """What a request asks for, in OpenAI's terms and with its defaults; only the seed is never left open."""
+    """What a request asks for, in OpenAI's terms and with its defaults, except that the seed is never left open."""
 
     n: int = pydantic.Field(default=1, ge=1)
-    # Where a cascade's sketches are the answers, the winner's come first, likely or not.
-    best_of: int | None = pydantic.Field(default=None, ge=1)  # drawn; the n likeliest per token are given. None: n
+    # How many are drawn; the n likeliest per token are given. None: n. Where a cascade's sketches are the answers, the
+    # winner's come first, likely or not.
+    best_of: int | None = pydantic.Field(default=None, ge=1)
     max_tokens: int = pydantic.Field(default=16, ge=0)  # 0 only with echo: score the prompt
     temperature: float = pydantic.Field(default=1.0, ge=0, le=2)  # 0 is greedy
     top_p: float = pydantic.Field(default=1.0, gt=0, le=1)
     seed: int = 0
-    is_seeded: bool = True  # False: the seed was made up for a request that named none, and so does not come again
+    is_seeded: bool = True  # False: the request named no seed, so this one was made up and will not come again
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()  # each ends a sample as the end of text does, and is not part of it
-    logprobs: int | None = pydantic.Field(default=None, ge=0, le=5)  # alternatives told per token; None: nothing
-    # The prompt stands before each choice's text, by whoever writes the response: `Completion.text` never holds it.
-    # Together with `logprobs`, `CascadeAnswer.prompt_logprobs` is filled.
+    logprobs: int | None = pydantic.Field(default=None, ge=0, le=5)  # alternatives reported per token; None: nothing
+    # The prompt stands before each choice's text. Whoever writes the response puts it there: `Completion.text` never
+    # holds it. Together with `logprobs`, `CascadeAnswer.prompt_logprobs` is filled.
     echo: bool = False
     suffix: str | None = None  # text behind the answer; for models that were trained to fill in the middle
     mode: Mode | None = None  # None: the deployment's own
@@ -76,7 +77,7 @@ class Sampling(Config):
 
     @property
     def drawn(self) -> int:
-        """Samples that are drawn."""
+        """How many samples are drawn."""
         return self.best_of or self.n
 
 
@@ -89,7 +90,7 @@ class Streams:
         self._key = np.array([digest & _LOW_64, digest >> 64], dtype=np.uint64)
 
     def at(self, step: int, samples: int) -> npt.NDArray[np.float64]:
-        """The number with which each of the first `samples` draws its token number `step`."""
+        """The numbers with which the first `samples` samples draw their token number `step`."""
         bits = np.random.Philox(key=self._key, counter=[0, 0, 0, step])
         return np.random.Generator(bits).random(samples)
 
@@ -101,11 +102,11 @@ def draw_tokens(
     top_p_R: Sequence[float],
     scratch_RV: torch.Tensor | None = None,
 ) -> list[npt.NDArray[np.int64]]:
-    """For each row one token per uniform number, by inverse transform sampling from the row's nucleus.
+    """For each row, one token per uniform number, by inverse transform sampling from the row's nucleus.
 
     The nucleus is the smallest set of most likely tokens whose probability reaches `top_p` (Holtzman et al. 2020,
-    arXiv:1904.09751). Temperature 0 takes the most likely token. A row's tokens depend on no other row.
-    `scratch_RV`, of the logits' shape, is overwritten; None takes fresh memory.
+    arXiv:1904.09751). Temperature 0 takes the most likely token. A row's tokens do not depend on other rows.
+    `scratch_RV`, of the logits' shape, is overwritten; None allocates memory.
     """
     rows = range(len(uniforms))
     tokens: list[npt.NDArray[np.int64]] = [np.empty(0, np.int64)] * len(uniforms)
@@ -125,7 +126,7 @@ def draw_tokens(
     for place, row in enumerate(drawn):
         picked_N = _invert(cumulative_DK[place], uniforms[row], top_p_R[row], whole=False)
         ids_K = ids_DK[place]
-        if picked_N is None:  # the candidates do not hold the nucleus, or not the number drawn
+        if picked_N is None:  # the candidates do not hold the whole nucleus, or not the number drawn
             values_V, places_V = logits_DV[place].sort(descending=True)
             ids_K = places_V.cpu().numpy()
             cumulative_V = _cumulative(values_V[None], temperature_D1[place])[0]
@@ -135,10 +136,10 @@ def draw_tokens(
 
 
 def _highest(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The highest `count` of each row in falling order, and where they stand: [R, count] each.
+    """The highest `count` logits of each row in falling order, and their positions: [R, count] each.
 
-    They are in the blocks whose highest are the highest. Measured as in `_exp`, at a load of 7: 90 rows of 49,152 are
-    drawn from at temperature 0.2 in 7.5 ms, and in 16.3 with `topk` and `_sums` over all of them.
+    They lie in the blocks with the highest maxima. Measured as in `_exp`, at a load of 7: drawing from 90 rows of
+    49,152 at temperature 0.2 takes 7.5 ms, and 16.3 with `topk` and `_sums` over the whole rows.
     """
     rows, whole = len(logits_RV), logits_RV.shape[-1] // _BLOCK * _BLOCK
     if whole < 4 * count * _BLOCK:
@@ -159,9 +160,9 @@ def _totals(
     temperature_R1: npt.NDArray[np.float64],
     scratch_RV: torch.Tensor | None,
 ) -> npt.NDArray[np.float64]:
-    """Each row's sum of exp(logit / temperature), the highest being 1; [R, 1].
+    """Each row's sum of exp(logit / temperature), scaled so that the highest term is 1; [R, 1].
 
-    The sum of the candidates, where the least of them shows that all others together are next to nothing.
+    Where the least candidate shows that all other tokens add next to nothing, this is the candidates' sum.
     """
     total_R1 = cumulative_RK[:, -1:].copy()
     least_R = total_R1[:, 0] - cumulative_RK[:, -2] if cumulative_RK.shape[1] > 1 else np.ones(len(total_R1))
@@ -177,7 +178,7 @@ def _totals(
 
 
 def _exp(shifted_RV: torch.Tensor) -> torch.Tensor:
-    """exp, in place, of logits of which the highest of a row is 0; a row's sum is the same in float64.
+    """exp, in place, of logits shifted so that each row's highest is 0. A row's float64 sum is not changed.
 
     Below -87 the result is subnormal in float32, and a CPU takes fifty times as long for it: 20 rows of 49,152 take
     16.6 ms instead of 0.34 (measured on an Intel Xeon with AMX, one thread, 2026-11-26).
@@ -186,10 +187,10 @@ def _exp(shifted_RV: torch.Tensor) -> torch.Tensor:
 
 
 def _sums(weights_RV: torch.Tensor) -> torch.Tensor:
-    """Each row's sum, float64 [R, 1], to about 3e-7 of it, whatever rows are beside it.
+    """Each row's sum, float64 [R, 1], to a relative error of about 3e-7, whatever rows are beside it.
 
-    A sum in float64 alone copies all of them (100 rows of 49,152: 20 ms, and 1 ms so; measured as in `_exp`); one in
-    float32 alone may go another way for one row than for several.
+    Summing in float64 alone copies everything (100 rows of 49,152: 20 ms, this way 1 ms; measured as in `_exp`).
+    Summing in float32 alone may take another order for one row than for several.
     """
     whole = weights_RV.shape[-1] // _SUMMED * _SUMMED
     parts_RP = weights_RV[:, :whole].reshape(len(weights_RV), -1, _SUMMED).sum(dim=-1)
@@ -198,7 +199,7 @@ def _sums(weights_RV: torch.Tensor) -> torch.Tensor:
 
 
 def _cumulative(values_RK: torch.Tensor, temperature_R1: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Running sums of exp(logit / temperature) over tokens in falling order, the first of them being 1."""
+    """Running sums of exp(logit / temperature) over tokens in falling order, scaled so that the first is 1."""
     values_RK64 = values_RK.double().cpu().numpy()
     weights_RK: npt.NDArray[np.float64] = np.exp((values_RK64 - values_RK64[:, :1]) / temperature_R1)
     return weights_RK.cumsum(axis=-1)
@@ -207,7 +208,7 @@ def _cumulative(values_RK: torch.Tensor, temperature_R1: npt.NDArray[np.float64]
 def _invert(
     cumulative_K: npt.NDArray[np.float64], uniform_N: npt.NDArray[np.float64], top_p: float, *, whole: bool
 ) -> npt.NDArray[np.int64] | None:
-    """Where each number falls in the nucleus; None when these candidates, unless they are the whole, cannot tell."""
+    """The nucleus position each number falls on; None when the candidates are not `whole` and cannot tell."""
     size = len(cumulative_K)
     if top_p < 1:
         size = int(np.searchsorted(cumulative_K, top_p)) + 1
@@ -217,15 +218,15 @@ def _invert(
     target_N = uniform_N * (1.0 if top_p >= 1 else cumulative_K[size - 1])
     if not whole and top_p >= 1 and bool((target_N >= cumulative_K[-1]).any()):
         return None
-    # Rounding must not reach a token behind the nucleus, or one that is impossible.
+    # Rounding must not reach a token beyond the nucleus, or an impossible one.
     last = min(size - 1, int(np.searchsorted(cumulative_K, cumulative_K[-1])))
     return np.minimum(np.searchsorted(cumulative_K, target_N, side="right"), last)
 
 
 def log_totals(logits_RV: torch.Tensor, scratch_RV: torch.Tensor | None = None) -> torch.Tensor:
-    """What a row's logits exceed its natural log-probabilities by (temperature 1, no nucleus): float32 [R, 1].
+    """How far a row's logits exceed its natural log-probabilities (temperature 1, no nucleus): float32 [R, 1].
 
-    `scratch_RV`, of the logits' shape, is overwritten; None takes fresh memory.
+    `scratch_RV`, of the logits' shape, is overwritten; None allocates memory.
     """
     highest_R1 = logits_RV.amax(dim=-1, keepdim=True)
     shifted_RV = torch.sub(logits_RV, highest_R1, out=scratch_RV)

@@ -1,12 +1,12 @@
-"""Completions by a sequence-to-sequence model (CodeT5, PLBART): its encoder reads the prompt, its decoder goes on.
+"""Completions by a sequence-to-sequence model (CodeT5, PLBART): its encoder reads the prompt, its decoder continues it.
 
 In: a Hugging Face folder (safetensors, whatever tokenizer files AutoTokenizer reads). Out: a `complete(prompts, n)`.
-For evaluation: each prompt is run by itself, by transformers' own `generate`. A prompt's samples depend on the options,
-the prompt and `n` (samples are drawn side by side), not on what was asked before.
+For evaluation: each prompt runs by itself, through transformers' own `generate`. A prompt's samples depend on the
+options, the prompt and `n` (samples are drawn side by side), not on what was asked before.
 
-A model that was trained to restore what is masked wants its mask where it is to write: `mask` stands behind the prompt,
-`<extra_id_0>` for CodeT5, `<mask>` for PLBART, which then writes the whole text again; a prompt at the answer's
-beginning is taken off.
+A model trained to restore masked text wants its mask where it is to write. `mask` is put after the prompt:
+`<extra_id_0>` for CodeT5, `<mask>` for PLBART. PLBART then writes the whole text again; a prompt at the beginning of an
+answer is removed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cert_ray.serving.boundaries import cut_at
 from cert_ray.serving.completers import CompleterConfig
 from cert_ray.serving.engines import EngineConfig, check_length
 
-# Samples decoded side by side: bounds memory. Assumed.
+# Samples decoded side by side, to bound memory. Assumed.
 _TOGETHER: Final = 50
 
 
@@ -38,7 +38,7 @@ def is_seq2seq(folder: str) -> bool:
     try:
         return bool(json.loads(storage.read_text(config_url)).get("is_encoder_decoder"))
     except (ValueError, AttributeError):
-        return False  # loading it as a causal model says what is wrong
+        return False  # loading it as a causal model reports what is wrong
 
 
 class Seq2SeqCompleter:
@@ -58,7 +58,7 @@ class Seq2SeqCompleter:
         """
         self._config, self._mask = config or CompleterConfig(), mask
         self._model, self._tokenizer = _load(folder, engine or EngineConfig())
-        self._lock = threading.Lock()  # torch's random state is the process's
+        self._lock = threading.Lock()  # torch's random state belongs to the whole process
 
     def at(self, config: CompleterConfig) -> Seq2SeqCompleter:
         """The same loaded model with other options."""

@@ -1,6 +1,6 @@
-"""One model completes a context by itself: a plain one, or the generator of a cascade that is asked for alone.
+"""One model completes a context by itself: a plain one, or the generator of a cascade when only it is asked for.
 
-In: a context, with a suffix where the model was trained to fill in the middle. Out: a `CascadeAnswer` without a sketch.
+In: a context, with a suffix if the model was trained to fill in the middle. Out: a `CascadeAnswer` without a sketch.
 Blanks at the end of the context are handled by `boundaries`; answers are what comes after them.
 """
 
@@ -22,7 +22,7 @@ from cert_ray.sketching import prompt_format
 def run_single(
     context: str, sampling: Sampling, engine: Engine, listener: Listener = NOBODY, ahead: str = ""
 ) -> CascadeAnswer:
-    """Complete `context` with one plain model, cut at the request's stop strings only.
+    """Complete `context` with one plain model, cut only at the request's stop strings.
 
     `ahead` is documentation that the model reads first, if the window has room for it and an answer.
 
@@ -46,19 +46,19 @@ def complete_alone(
     config: CascadeConfig | None = None,
     ahead: str = "",
 ) -> CascadeAnswer:
-    """Complete `context`, or what stands between it and the suffix, with one model."""
+    """Complete `context`, or the gap between it and the suffix, with one model."""
     body, blanks = split_trailing_blanks(context)
     scored = sampling.echo and sampling.logprobs is not None
     if sampling.suffix is not None:
         body, blanks = context, ""
     elif scored or sampling.max_tokens == 0:
-        body, blanks = context, ""  # the prompt's tokens are told, so they must be the whole prompt
+        body, blanks = context, ""  # the prompt's tokens are reported, so they must be the whole prompt
     prompt = prompt_format.encode_code(engine.tokenizer, ahead + body)
     if ahead and not has_room(prompt, sampling, engine, stages=1 if config is None else 2):
         prompt = prompt_format.encode_code(engine.tokenizer, body)
     if sampling.suffix is not None:
         prompt = _infill(engine, prompt, sampling.suffix)
-    # Room is needed for an answer, if one is asked for.
+    # An answer needs room, if one is asked for.
     check_length(len(prompt) - (sampling.max_tokens == 0), engine.context_tokens)
     work = work_for(sampling, prompt, stops, blanks, config)
     teller = Teller(listener, sampling, config)

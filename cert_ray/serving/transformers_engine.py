@@ -1,9 +1,9 @@
 """An engine over any causal language model of transformers, on CPU or GPU.
 
 In: a Hugging Face folder. Out: an `Engine` whose requests share forward passes (`batching.py`), and whose samples share
-what they have in common (`joint.py`). Models whose attention can be packed run that way (`packed_attention.py`); it is
-compared with the model's own forward pass when the model is loaded, and where it differs, or cannot be had at all, each
-request is run by itself with transformers' cache.
+what they have in common (`joint.py`). Models whose attention can be packed run that way (`packed_attention.py`). On
+loading, the packed pass is compared with the model's own; where it differs or fails, each request runs by itself with
+transformers' cache.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cert_ray.serving.sampling import log_totals
 
 _log = logging.getLogger(__name__)
 
-# Logits of two ways to compute them may differ by this share of their range: fp32 gives 1e-6, bf16 1e-2; a wrong mask
-# or position gives 0.1 and more. Measured with random GPT-Neo, Llama and GPT-2 models.
+# The allowed difference between two ways to compute logits, as a share of their range: fp32 gives 1e-6, bf16 1e-2; a
+# wrong mask or position gives 0.1 and more. Measured with random GPT-Neo, Llama and GPT-2 models.
 _SAME_SHARE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
@@ -46,7 +46,7 @@ class TransformersEngine:
         turns: Turns | None = None,
         described: Described | None = None,
     ) -> None:
-        """Load the model in `folder`, local or remote, of which `described` is known if it was just looked at.
+        """Load the model in `folder`, local or remote. `described` is its description, if it was just made.
 
         Engines that share cores should share `turns`.
 
@@ -63,8 +63,8 @@ class TransformersEngine:
         model, self._tokenizer = load_model(folder, getattr(torch, self.config.dtype), described)
         model.to(device).eval()
         if gathers(model.device):
-            # cuDNN's attention, which PyTorch prefers on Hopper GPUs, plans anew for every shape, and each step has
-            # others: on an H100, request by request, the answers of 20 prompts were not there after 80 s.
+            # cuDNN's attention, which PyTorch prefers on Hopper GPUs, plans anew for every shape, and every step has
+            # new ones: on an H100, request by request, the answers of 20 prompts were not there after 80 s.
             torch.backends.cuda.enable_cudnn_sdp(False)
         self._context_tokens = window(folder, model.config)
         self._infill_tokens = find_infill(folder, self._tokenizer, self.config.infill)
@@ -94,17 +94,17 @@ class TransformersEngine:
 
     @property
     def takes_drafts(self) -> bool:
-        """Whether the model is run so that drafts can be taken back, and some are asked for."""
+        """Whether drafts are wanted, and the model runs in a way that lets them be taken back."""
         return self.is_packed and self.config.draft_tokens > 0
 
     @property
     def counted(self) -> Counted:
-        """What the model was used for since it was loaded."""
+        """How much the model was used since it was loaded."""
         return self._batch.counted
 
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         """Draw the samples; see `Engine.draw`."""
-        if not work.prompt:  # a text begins after an end of text
+        if not work.prompt:  # a text starts after an end of text
             work = replace(work, prompt=(min(self._end_ids, default=0),))
         check_length(len(work.prompt), self._context_tokens)
         course = None if work.template is None else self._courses.begin(work.template)
@@ -123,7 +123,7 @@ class TransformersEngine:
 
 
 def gathers(device: torch.device) -> bool:
-    """Whether the requests of a step attend together: not on a CPU, where copying keys costs more than calls."""
+    """Whether the requests of a step attend together. Not on a CPU, where copying keys costs more than calls."""
     return device.type != "cpu"
 
 
@@ -133,7 +133,7 @@ class _Packed:
     takes_drafts = True
 
     def __init__(self, model: Any, tokenizer: Tokenizer | None = None) -> None:
-        """`tokenizer`: what a batch asks for."""
+        """`tokenizer` is for the batch, which asks for it."""
         self._model, self.tokenizer = model, tokenizer
         self._arena = Arena() if gathers(model.device) else None
 
@@ -156,7 +156,7 @@ class _Packed:
 
 
 class _OneByOne:
-    """One forward pass for each request: a row for each branch, in transformers' own cache."""
+    """One forward pass per request, with a row for each branch, in transformers' own cache."""
 
     takes_drafts = False  # rows must stay equally long
 
@@ -170,7 +170,7 @@ class _OneByOne:
         return None
 
     def give_back(self) -> None:
-        """Each request's cache goes with it."""
+        """Nothing to do: each request's cache goes with it."""
 
     @torch.inference_mode()
     def forward(self, feeds: Sequence[Feed]) -> list[torch.Tensor]:
@@ -192,7 +192,7 @@ class _OneByOne:
 
 @torch.inference_mode()
 def _tried(model: Any, context_tokens: int, folder: str) -> tuple[list[int], torch.Tensor]:
-    """Some tokens, and the logits of the model's own forward pass behind each; `InputError` unless they are finite."""
+    """Some token ids, and the logits of the model's own forward pass after each; `InputError` if any is not finite."""
     vocab_size = model.get_input_embeddings().num_embeddings
     ids = [(7 * place + 3) % vocab_size for place in range(min(12, context_tokens))]
     logits_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
@@ -203,7 +203,7 @@ def _tried(model: Any, context_tokens: int, folder: str) -> tuple[list[int], tor
 
 @torch.inference_mode()
 def _pack(model: Any, ids: list[int], expected_TV: torch.Tensor, config: EngineConfig) -> bool:
-    """Let `model` attend packed, if that gives what its own forward pass gives, and lay its weights out."""
+    """Make `model` attend packed, if the results match its own forward pass. Also lays its weights out."""
     before = model.config._attn_implementation
     if config.packed_weights:
         pack_linear_layers(model)
@@ -226,7 +226,7 @@ def _pack(model: Any, ids: list[int], expected_TV: torch.Tensor, config: EngineC
 
 
 def _walk(model: _Packed, ids: list[int]) -> list[torch.Tensor]:
-    """Logits after the last of `ids`, one beside another branch, others in a run behind a draft that is not kept."""
+    """Logits after the last of `ids`: one drawn beside another branch, the others in a run behind a discarded draft."""
     kept, other = model.begin(), model.begin()
     model.forward([Feed(kept, ids[:2])])
     first = model.forward([Feed(other, ids[3:6]), Feed(kept, ids[2:5])])[1]

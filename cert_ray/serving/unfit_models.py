@@ -1,6 +1,6 @@
-"""Of several models in one engine, those that could not be loaded: why, and when each is tried again.
+"""Which of several models in one engine could not be loaded, why, and when each is tried again.
 
-In: errors, as they come. Out: refusals with the reason, in OpenAI's terms, that cost nothing. Nothing is loaded here.
+In: errors, as they come. Out: refusals that give the reason in OpenAI's terms and cost nothing. Nothing is loaded here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from cert_ray.errors import CertRayError, RequestError
 
-# Assumed: reading weights in vain takes up to minutes, in which others wait.
+# Assumed: a failed load takes up to minutes, during which others wait.
 _AGAIN_S = 60.0
 
 _log = logging.getLogger(__name__)
@@ -25,10 +25,10 @@ class _Failure:
 
 
 class UnfitModels:
-    """Not for several threads: a server's event loop asks."""
+    """Not thread-safe: for a server's event loop."""
 
     def __init__(self, again_s: float = _AGAIN_S, clock: Callable[[], float] = time.monotonic) -> None:
-        """A model that failed is refused for `again_s`; who asks for it then may try."""
+        """A model that failed is refused for `again_s`; the next request for it after that may try again."""
         self._again_s, self._clock = again_s, clock
         self._failures: dict[str, _Failure] = {}
 
@@ -46,19 +46,19 @@ class UnfitModels:
         return name in self._failures
 
     def postpone(self, name: str) -> None:
-        """Refuse the model `name`, which failed, for another while: somebody tries it now, and others need not."""
+        """Refuse the failed model `name` for another while: one request tries it now, and the others need not."""
         self._failures[name] = replace(self._failures[name], until_s=self._clock() + self._again_s)
 
     def add(self, name: str, error: Exception) -> RequestError:
-        """Log that the model `name` could not be loaded, and why; the refusal that tells whoever asked."""
-        is_told = isinstance(error, CertRayError)  # it says what to change; of others the log has all
+        """Log why the model `name` could not be loaded; returns the refusal for the request that asked for it."""
+        is_told = isinstance(error, CertRayError)  # it says what to change; other errors go to the log in full
         _log.error("%s cannot be loaded: %s", name, error, exc_info=None if is_told else error)
         reason = str(error) if is_told else "its engine's log says why."
         self._failures[name] = _Failure(reason, self._clock() + self._again_s)
         return _refusal(name, reason)
 
     def remove(self, name: str) -> None:
-        """The model `name` was mended."""
+        """Forget the failure of the model `name`: it was mended."""
         self._failures.pop(name, None)
 
 

@@ -1,6 +1,6 @@
-"""vLLM's answers to a prompt that ended in blanks begin with them: imported by vLLM's processes alone.
+"""Makes vLLM's answers to a prompt that ended in blanks begin with them. Imported by vLLM's processes only.
 
-In: vLLM's configuration, and of each request its `extra_args`. Out: logits without the tokens that cannot begin such an
+In: vLLM's configuration, and each request's `extra_args`. Out: logits without the tokens that cannot begin such an
 answer (`boundaries.py` says why).
 """
 
@@ -20,7 +20,7 @@ from cert_ray.serving.vllm_engine import START
 
 
 class StartsWithBlanks(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Rules out what a text that must begin with given blanks cannot go on with."""
+    """Rules out tokens that cannot continue a text that must begin with given blanks."""
 
     def __init__(self, vllm_config: Any, device: Any, is_pin_memory: bool) -> None:
         super().__init__(vllm_config, device, is_pin_memory)
@@ -33,7 +33,7 @@ class StartsWithBlanks(AdapterLogitsProcessor):  # type: ignore[misc]
         return False
 
     def new_req_logits_processor(self, params: Any) -> Any:
-        """What restricts one request; None where its prompt ended in no blanks."""
+        """What restricts one request; None if its prompt did not end in blanks."""
         start = (params.extra_args or {}).get(START)
         return partial(self._restrict, start) if start else None
 

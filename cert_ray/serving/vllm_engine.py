@@ -1,10 +1,10 @@
 """An engine over vLLM, for the architectures that vLLM runs (Llama, GPT-2 and the like): extra `vllm`.
 
-In: a local Hugging Face folder. Out: an `Engine`. vLLM batches requests and shares their prompts by itself; each sample
-is a request of its own there, and `joint.JointSamples` sees where it ends, as for the other engine. vLLM draws with its
-own random numbers, so a seed gives other samples than there, of the same distribution. It tells a token's
-log-probability among all tokens, also where a prompt's blanks leave only some (`vllm_blanks.py`). Run on vLLM's build
-for CPUs; on a GPU it was not run by this project.
+In: a local Hugging Face folder. Out: an `Engine`. vLLM batches requests and shares their prompts by itself. Each sample
+is a request of its own to it, and `joint.JointSamples` decides where it ends, as for the other engine. vLLM draws with
+its own random numbers, so a seed gives other samples than there, but from the same distribution. It reports a token's
+log-probability among all tokens, even where a prompt's blanks leave only some (`vllm_blanks.py`). Run on vLLM's build
+for CPUs; this project has not run it on a GPU.
 """
 
 from __future__ import annotations
@@ -47,23 +47,23 @@ from cert_ray.serving.joint import Branch, JointSamples, Top, tell_logprobs
 from cert_ray.serving.model_folders import end_ids, find_infill, generation_config, window
 from cert_ray.sketching import prompt_format
 
-START: Final = "cert_ray_start"  # of a request's `extra_args`: the blanks that its text must begin with
+START: Final = "cert_ray_start"  # key in a request's `extra_args`: the blanks that its text must begin with
 _BLANKS: Final = "cert_ray.serving.vllm_blanks:StartsWithBlanks"
-# vLLM's processes inherit it. Its second model runner, GPUs' default, takes logits processors of another interface than
-# `vllm_blanks.py` has (vLLM 0.32); and it reports to its makers what it is run on.
+# For vLLM's processes, which inherit it. vLLM's second model runner, the default on GPUs, takes logits processors of
+# another interface than that of `vllm_blanks.py` (vLLM 0.32). And vLLM would report to its makers what it runs on.
 _ENVIRONMENT: Final = {"VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1"}
-_NEVER: Final = -100.0  # what is added to the logit of a token that must not be drawn: as little as vLLM takes
-_LOOK_S: Final = 0.02  # between two looks at whether the answer is still wanted
+_NEVER: Final = -100.0  # added to the logit of a token that must not be drawn: the least that vLLM takes
+_LOOK_S: Final = 0.02  # between two checks that the answer is still wanted
 _MOST_LOGPROBS: Final = 20
 _CLOSED: Final = "this engine was closed"
-_STOP_S: Final = 10.0  # assumed: enough for a loop that has only to let go
+_STOP_S: Final = 10.0  # assumed: enough for a loop that only has to let go
 
-_Scores = Sequence[Mapping[int, Any] | None]  # of a prompt's tokens, by token, the first of which has none
+_Scores = Sequence[Mapping[int, Any] | None]  # one mapping by token per token of the prompt; the first has none
 
 
 @dataclass(frozen=True, slots=True)
 class _News:
-    """What vLLM said of a sample: tokens drawn since, and whether those were the last; or what ended it."""
+    """What vLLM said of a sample: the tokens drawn since, and whether those were the last; or what ended it."""
 
     sample: int
     tokens: Sequence[tuple[int, float, Top | None]] = ()
@@ -74,16 +74,16 @@ class _News:
 
 
 class _Silence:
-    """For how long vLLM was waited for since it last said something.
+    """How long requests have waited for vLLM since it last said something.
 
-    Waits that were given up count, or a hang would not be seen where requests have a shorter deadline.
+    Waits that were given up count too: otherwise a hang would go unseen when requests have a shorter deadline.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting = 0
-        self._since_s = 0.0  # when the wait that goes on began, by `time.monotonic`
-        self._before_s = 0.0  # waits before that one
+        self._since_s = 0.0  # when the current wait began, by `time.monotonic`
+        self._before_s = 0.0  # total of the waits before it
 
     @property
     def seconds(self) -> float:
@@ -92,7 +92,7 @@ class _Silence:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Somebody waits, beside others or alone."""
+        """Count the caller as waiting, beside others or alone."""
         with self._lock:
             self._waiting += 1
             if self._waiting == 1:
@@ -106,13 +106,13 @@ class _Silence:
                     self._before_s += time.monotonic() - self._since_s
 
     def broken(self) -> None:
-        """vLLM said something."""
+        """Record that vLLM said something."""
         with self._lock:
             self._before_s, self._since_s = 0.0, time.monotonic()
 
 
 class VllmEngine:
-    """An `Engine` whose model runs in vLLM, in processes of its own, which end with this object."""
+    """An `Engine` whose model runs in vLLM's own processes, which end with this object."""
 
     def __init__(self, folder: str, config: EngineConfig) -> None:
         """Start vLLM over the model in `folder`.
@@ -173,16 +173,16 @@ class VllmEngine:
 
     @property
     def takes_drafts(self) -> bool:
-        """Never: vLLM is given no tokens that an answer may hold."""
+        """Never: vLLM takes no drafts."""
         return False
 
     @property
     def step_s(self) -> float:
-        """How long vLLM's step has taken so far, as far as can be seen from here: it says nothing meanwhile."""
+        """How long vLLM's step has taken so far, judged by its silence: it says nothing during a step."""
         return self._silence.seconds
 
     def close(self) -> None:
-        """End vLLM's processes. Work that is being done fails."""
+        """End vLLM's processes. Unfinished work fails."""
         self._end()
 
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
@@ -191,7 +191,7 @@ class VllmEngine:
             raise RequestError(400, "mode constrained: vLLM's engine cannot; ask for cascade.", "mode", "unsupported")
         if not self._end.alive:
             raise RuntimeError(_CLOSED)
-        prompt = work.prompt or (min(self._end_ids, default=0),)  # a text begins after an end of text
+        prompt = work.prompt or (min(self._end_ids, default=0),)  # a text starts after an end of text
         check_length(len(prompt), self._context_tokens)
         samples = JointSamples(work, self._context_tokens, self._tokenizer, self._end_ids, self._first_tokens)
         asked = self._options(work, len(prompt))
@@ -204,7 +204,7 @@ class VllmEngine:
                 request.end_others()
 
     def _options(self, work: Work, prompt_tokens: int) -> dict[int, Any]:
-        """The `SamplingParams` of each sample; where the prompt alone is scored, of one, whose token is not told."""
+        """Each sample's `SamplingParams`. To score only the prompt, those of one sample, whose token is not used."""
         refused = prompt_format.marker_ids(self._tokenizer) if work.code_only else ()
         room = self._context_tokens - prompt_tokens
         make = functools.partial(
@@ -213,7 +213,7 @@ class VllmEngine:
             temperature=work.temperature,
             top_p=work.top_p,
             stop_token_ids=sorted(self._end_ids | work.stop_token_ids),
-            ignore_eos=True,  # the tokenizer's own: as with the other engine, what ends a text a configuration names
+            ignore_eos=True,  # the tokenizer's own; as with the other engine, the model's configurations name the ends
             logit_bias=dict.fromkeys(refused, _NEVER) if refused else None,
             logprobs=work.logprobs or 0,
             detokenize=False,
@@ -224,7 +224,7 @@ class VllmEngine:
         asked = {}
         for index in range(work.n if work.max_tokens else 1):
             stream = index % (work.streams or work.n)
-            seed = xxhash.xxh3_64_intdigest(f"({told}, {stream})".encode()) >> 1  # it takes 63 bits
+            seed = xxhash.xxh3_64_intdigest(f"({told}, {stream})".encode()) >> 1  # vLLM takes 63 bits
             scores = work.logprobs or 0 if work.score_prompt and index == 0 else None
             asked[index] = make(seed=seed, prompt_logprobs=scores)
         return asked
@@ -237,7 +237,7 @@ class VllmEngine:
 
 
 class _Request:
-    """The samples of one piece of work, each a request of vLLM's."""
+    """The samples of one piece of work, each a request to vLLM."""
 
     def __init__(
         self,
@@ -249,7 +249,7 @@ class _Request:
         *,
         tells_tops: bool,
     ) -> None:
-        """`asked`: the `SamplingParams` of each sample. `on_word`: called whenever vLLM says something.
+        """`asked`: each sample's `SamplingParams`. `on_word`: called whenever vLLM says something.
 
         `tells_tops`: whether the likeliest tokens are wanted.
         """
@@ -268,14 +268,14 @@ class _Request:
             async for output in outputs:
                 self._on_word()
                 self._mailbox.put(_read(output, index, self._tells_tops))
-        except asyncio.CancelledError:  # by `end`, and nobody hears it; or the engine was closed
+        except asyncio.CancelledError:  # from `end`, after which nobody listens; or the engine was closed
             self._mailbox.put(_News(index, error=RuntimeError(_CLOSED)))
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, the thread that waits raises it
             self._mailbox.put(_News(index, error=error))
 
     def news(self) -> list[_News]:
-        """What was said since the last time, of all samples that a step was for; nothing, after a while."""
+        """What was said since the last call, of all samples in a step; empty after a short wait."""
         found: list[_News] = []
         with contextlib.suppress(queue.Empty):
             found.append(self._mailbox.get(timeout=_LOOK_S))
@@ -288,19 +288,19 @@ class _Request:
         return index in self._running
 
     def end(self, index: int) -> None:
-        """Draw no more of a sample: vLLM aborts what nobody listens to."""
+        """Draw no more of a sample: vLLM aborts a request when nobody listens."""
         running = self._running.pop(index, None)
         if running is not None:
             running.cancel()
 
     def end_others(self) -> None:
-        """Draw no more of any."""
+        """Draw no more of any sample."""
         for index in list(self._running):
             self.end(index)
 
 
 class _Drawing:
-    """Puts the samples together from what vLLM says of each, in the thread that waits for them."""
+    """Assembles the samples from what vLLM says of each, in the thread that waits for them."""
 
     def __init__(self, samples: JointSamples, request: _Request, hooks: Hooks) -> None:
         self._samples, self._request, self._hooks = samples, request, hooks
@@ -328,7 +328,7 @@ class _Drawing:
         return self._samples.finish(self._cached_tokens or 0, told)
 
     def _take(self, news: _News) -> None:
-        # All samples but the first to be read find the prompt's blocks of that one.
+        # The first sample to be read fills the cache of the prompt's blocks for the others: its count is the true one.
         cached = news.cached_tokens
         self._cached_tokens = cached if self._cached_tokens is None else min(self._cached_tokens, cached)
         self._scores = self._scores or news.prompt_logprobs
@@ -368,15 +368,15 @@ def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dic
         "max_logprobs": _MOST_LOGPROBS,
         "enable_prefix_caching": True,
         "kv_cache_memory_bytes": int(config.kv_cache_gib * 2**30),
-        # What is left free need not hold more than that: two models of a cascade lie on one device.
+        # vLLM demands that this share of the device is free. Little, since a cascade has two models on one device.
         "gpu_memory_utilization": 0.01,
         "trust_remote_code": False,
         "logits_processors": [_BLANKS],
         "disable_log_stats": True,
     }
     if importlib.import_module("vllm.platforms").current_platform.is_cpu():
-        # A prompt that is read in parts draws a token that is not kept, and vLLM 0.32 then turns the seeded generator
-        # back, which it cannot on a CPU: its worker ends, and with it all requests.
+        # Reading a prompt in parts draws a token that is not kept, after which vLLM 0.32 rewinds the seeded generator.
+        # It cannot do that on a CPU: its worker ends, and with it all requests.
         options["enable_chunked_prefill"] = False
         least = max(context_tokens, config.max_rows or 0)
         if config.prefill_tokens is not None and config.prefill_tokens < least:
@@ -391,7 +391,7 @@ def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dic
 def _read(output: Any, index: int, tells_tops: bool) -> _News:
     tokens: list[tuple[int, float, Top | None]] = []
     for one in output.outputs:
-        if one.finish_reason in ("abort", "error"):  # by vLLM itself: what we abort is not listened to
+        if one.finish_reason in ("abort", "error"):  # by vLLM itself: nobody listens to what we abort
             return _News(index, error=RuntimeError(f"vLLM gave a request up: {one.finish_reason}"))
         for token, row in zip(one.token_ids, one.logprobs or (), strict=True):
             tokens.append((token, row[token].logprob, _top(row) if tells_tops else None))
@@ -426,5 +426,5 @@ def _end(engine: Any, loop: asyncio.AbstractEventLoop, thread: threading.Thread)
 
 def _stop(loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     loop.call_soon_threadsafe(loop.stop)
-    if thread is not threading.current_thread():  # where the last reference was let go
+    if thread is not threading.current_thread():  # the last reference may have been dropped there
         thread.join(timeout=_STOP_S)

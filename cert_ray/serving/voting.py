@@ -1,7 +1,7 @@
-"""The vote over sketches: which sketch most samples agree on, and from when on no other can win.
+"""The vote over sketches: which sketch most samples agree on, and when no other can win any more.
 
-In: samples of the sketcher, and what is known of those that have not ended. Out: the winner, and a `SketchChosen` that
-tells the whole vote. Pure.
+In: samples of the sketcher, and what is known of those still being drawn. Out: the winner, and a `SketchChosen` that
+reports the whole vote. Pure.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Key = tuple[str, tuple[Placeholder, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """One sample of the sketcher, read: its text as a vote counts it, and the sample with its text cut."""
+    """One sample of the sketcher, read: its text as the vote counts it, and the sample with its text cut."""
 
     text: str
     placeholders: tuple[Placeholder, ...]
@@ -29,31 +29,32 @@ class Sketch:
 
     @property
     def key(self) -> _Key:
-        """What makes two sketches the same: a placeholder is not the word that spells it."""
+        """What makes two sketches the same. A placeholder differs from the same word written as code."""
         return self.text, self.placeholders
 
     @property
     def is_code(self) -> bool:
-        """Whether it is an answer as it stands."""
+        """Whether it is an answer as it stands: not blank, and without placeholders."""
         return bool(self.text.strip()) and not self.placeholders
 
 
 def read_sketch(tokenizer: Tokenizer, sample: Completion, blanks: str, stops: Sequence[str]) -> Sketch:
-    """The sample's tokens as text and placeholder spans, cut; the blanks that the prompt ended in are not its own.
+    """The sample's tokens as text and placeholder spans, cut at the first stop string.
 
-    Stop strings are looked for in the code between placeholders, as while it was drawn: a placeholder is never cut.
+    The blanks that the prompt ended in are removed from its start. As during drawing, stop strings are looked for only
+    in the code between placeholders: a placeholder is never cut.
     """
     decoded = prompt_format.decode_sketch(tokenizer, sample.ids)
     start = len(decoded.text) - len(drop_start(decoded.text, blanks))
     shown, places = decoded.text[start:], moved(decoded.placeholders, -start)
     shown = shown[: first_stop(_hidden(shown, places), stops)]
-    text = shown.rstrip()  # trailing blanks make no other sketch
+    text = shown.rstrip()  # trailing blanks do not make another sketch
     placeholders = tuple(place for place in places if place.end <= len(text))
     return Sketch(text, placeholders, replace(sample, text=shown))
 
 
 def read_beginning(tokenizer: Tokenizer, ids: Sequence[int], blanks: str, stops: Sequence[str]) -> str:
-    """The text that a sample's sketch begins with, whatever is drawn behind these first tokens of it."""
+    """The text that a sample's sketch is sure to begin with, whatever is drawn after these first tokens."""
     decoded = prompt_format.decode_sketch(tokenizer, ids)
     text = drop_start(decoded.text, blanks)
     hidden = _hidden(text, moved(decoded.placeholders, len(text) - len(decoded.text)))
@@ -61,7 +62,7 @@ def read_beginning(tokenizer: Tokenizer, ids: Sequence[int], blanks: str, stops:
 
 
 def _hidden(text: str, placeholders: Sequence[Placeholder]) -> str:
-    """`text` with a character that no code holds in place of each one of a placeholder's word."""
+    """`text` with each character of a placeholder replaced by one that no code holds."""
     parts, behind = [], 0
     for place in placeholders:
         parts += [text[behind : place.start], "\0" * (place.end - place.start)]
@@ -70,7 +71,7 @@ def _hidden(text: str, placeholders: Sequence[Placeholder]) -> str:
 
 
 class Ballot:
-    """Votes of `wanted` samples, of which some may still be drawn. Ask for a winner once there is a vote."""
+    """Votes of `wanted` samples, some of which may still be undrawn. Ask for a winner only once there is a vote."""
 
     def __init__(self, wanted: int) -> None:
         self._wanted = wanted
@@ -79,7 +80,7 @@ class Ballot:
         self._best: dict[_Key, Sketch] = {}  # the likeliest sample of each sketch
 
     def add(self, sketch: Sketch, votes: int = 1) -> None:
-        """Count a sketch that so many samples drew."""
+        """Count a sketch that `votes` samples drew."""
         self._sketches.append((sketch, votes))
         self._votes[sketch.key] = self._votes.get(sketch.key, 0) + votes
         best = self._best.get(sketch.key)
@@ -95,25 +96,25 @@ class Ballot:
         return sum(self._votes.values())
 
     def _ordered(self) -> list[Sketch]:
-        """The sketches, most votes first; among equals the likeliest by its best sample, then the first drawn."""
+        """The sketches, most votes first. Ties go to the likelier best sample, then to the one drawn first."""
         return sorted(self._best.values(), key=lambda best: (-self._votes[best.key], -best.completion.mean_logprob))
 
     @property
     def winner(self) -> Sketch:
-        """The sketch that wins as things stand."""
+        """The sketch that leads now."""
         return self._ordered()[0]
 
     def may_be_decided(self, begun: Sequence[int]) -> bool:
-        """Whether `is_decided_for` can hold, by how many samples began alike: that costs no reading of them."""
+        """Whether `is_decided_for` can hold, judged by how many samples began alike: cheap, as it reads no sample."""
         first, *others = sorted(self._votes.values(), reverse=True)
         return first > max((*others[:1], *begun), default=0) + self._wanted - self._counted - sum(begun)
 
     def is_decided_for(self, begun: Sequence[tuple[str, int]]) -> bool:
-        """Whether the winner wins whatever the samples that were not counted yet will say.
+        """Whether the winner wins whatever the samples not yet counted turn out to be.
 
-        Of those in `begun` it is known how their sketches begin, and of how many samples; of the others nothing.
-        A sample adds a vote only to a sketch that begins as its own does: one that has votes, or one that is as long as
-        the longest of those that begin alike.
+        `begun` holds the known beginnings of unfinished sketches, each with its number of samples; nothing is known of
+        the remaining samples. A sample can only vote for a sketch that starts with its own beginning: one that already
+        has votes, or a new one, which all samples with a matching beginning may share.
         """
         if not self._votes:
             return False
@@ -125,7 +126,7 @@ class Ballot:
         return self._votes[first] > max(joined, default=0) + unknown
 
     def result(self) -> SketchChosen:
-        """The vote, told whole."""
+        """The whole vote."""
         candidates = tuple(
             SketchCandidate(best.text, best.placeholders, self._votes[best.key], best.completion.mean_logprob)
             for best in self._ordered()
@@ -142,10 +143,10 @@ class Ballot:
         )
 
     def samples(self, n: int, *, code_only: bool = False, ranked: bool = False) -> list[Completion]:
-        """`n` of the samples: the winner's, then the others as they were drawn, or `ranked` the likeliest first.
+        """`n` of the samples: the winner's first, then the others in the order drawn or, if `ranked`, likeliest first.
 
-        With `code_only` no sample is given that holds a placeholder or nothing, for a winner that holds neither. Where
-        there are fewer than `n`, the winner's come again, or without `code_only` all of them.
+        `code_only`, for a winner that is code, leaves out samples that are blank or hold a placeholder. If there are
+        fewer than `n`, they are repeated: with `code_only` the winner's, else all of them.
         """
         elected = self.winner.key
         known = [entry for entry in self._sketches if not code_only or entry[0].is_code]

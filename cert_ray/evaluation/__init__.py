@@ -1,5 +1,5 @@
 """Scoring generated code on benchmarks: problems and samples in; pass@k, per-problem results and a report out.
 
-Generated code runs only inside `sandbox`, never in the process that asks. How completions are made is not known here:
-a model is a `Complete`, a callable from prompts to completions.
+Generated code runs only inside `sandbox`, never in the calling process. How completions are made is not known here: a
+model is a `Complete`, a callable from prompts to completions.
 """

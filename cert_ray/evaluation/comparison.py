@@ -1,6 +1,6 @@
 """Finished evaluations side by side: runs in; statistics, and reports as Markdown or HTML, out. Writes nothing.
 
-`compare_runs` is for two, problem by problem; `render_table` for any number, beside published scores.
+`compare_runs` compares two, problem by problem; `render_table` shows any number, beside published scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RunComparison:
 
 
 def compare_runs(first: Sequence[Run], second: Sequence[Run], ks: Sequence[int] | None = None) -> RunComparison:
-    """Compare over all benchmarks together; `ks` None: every k that all of them scored.
+    """Compare over all benchmarks together. `ks` None: every k that all of them scored.
 
     Raises:
         ConfigError: when the runs are not over the same problems, or have no k in common.
@@ -124,7 +124,7 @@ def _label(runs: Sequence[Run]) -> str:
 
 
 def _cells(first: Run, second: Run) -> dict[str, Any]:
-    """The matrix of one benchmark: for each problem the share that passed in either run, and who is ahead."""
+    """The matrix of one benchmark: for each problem the share that passed in each run, and which run is ahead."""
     rows = []
     for task_id, (samples, passed) in first.counts.items():
         others, other_passed = second.counts[task_id]

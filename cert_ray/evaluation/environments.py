@@ -1,8 +1,8 @@
 """Interpreters for candidate programs: requirements in, an isolated and verified virtual environment out.
 
 A benchmark is written for certain library versions, which are rarely those of this process. `build_environment` makes
-a virtual environment with exactly these, once for each (requirements, interpreter), below a cache folder, and hands
-out the finished one from then on, also offline. `current_environment` is the one that this process runs in.
+a virtual environment with exactly these, once per (requirements, interpreter), in a cache folder. From then on it
+returns the finished one, also offline. `current_environment` is the one that this process runs in.
 
 Not handled: system libraries, and packages without a wheel (nothing is compiled, so no set-up code runs).
 """
@@ -31,7 +31,7 @@ _RECIPE = 1  # part of the cache key: raise it when the way of building changes
 _COMPLETE = "complete.json"
 _PIP_TIMEOUT_S = 1200.0  # assumed: a slow network, a large wheel
 _PROBE_TIMEOUT_S = 60.0
-# Which Python a pinned library needs, where it is not this one: NumPy 1.23 has wheels for 3.8 to 3.11 (PyPI).
+# The Python that a pinned library needs, if not this one: NumPy 1.23 has wheels for 3.8 to 3.11 (PyPI).
 _PYTHON_OF = {"numpy==1.23": "3.11", "numpy==1.22": "3.10", "numpy==1.21": "3.9", "pandas==1.5": "3.11"}
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9,._ -]+\])?\s*([<>=!~]=?[^;\s@]+|===?[^;\s@]+)?")
 
@@ -66,7 +66,7 @@ class Environment:
 
 
 def current_environment() -> Environment:
-    """The environment of this process, with nothing loaded beforehand."""
+    """The environment of this process, with no libraries preloaded."""
     readable = _prefixes(sys.executable, sys.prefix, sys.base_prefix)
     return Environment(sys.executable, platform.python_version(), readable, (), ())
 
@@ -74,15 +74,15 @@ def current_environment() -> Environment:
 def build_environment(
     requirements: tuple[str, ...], python: str | None = None, cache: str | None = None
 ) -> Environment:
-    """The environment that holds `requirements`, built below `cache` unless it is there already.
+    """The environment that holds `requirements`, built in `cache` unless it is already there.
 
     `python` is a version ("3.11") or the path of an interpreter; None chooses by the requirements, else this
-    interpreter's version. `cache` defaults to `$XDG_CACHE_HOME/cert-ray/environments`. No requirements and no `python`:
-    the current environment. Two builders of the same environment wait for each other.
+    interpreter's version. `cache` defaults to `$XDG_CACHE_HOME/cert-ray/environments`. Without requirements and
+    `python`, it is the current environment. Two builders of the same environment wait for each other.
 
     Raises:
         ConfigError: for a requirement that is not `name` or `name==version`, or a Python that cannot be found.
-        SandboxError: when building or importing fails, with pip's last words.
+        SandboxError: when building or importing fails, with the end of pip's output.
     """
     if not requirements and python is None:
         return current_environment()
@@ -103,10 +103,10 @@ def build_environment(
 def find_interpreter(wanted: str) -> tuple[str, str]:
     """Path and full version of the interpreter `wanted`: a version such as "3.11", or a path.
 
-    Looks at this interpreter, PATH, pyenv's and uv's folders, in this order.
+    Looks at this interpreter, then PATH, then pyenv's and uv's folders.
 
     Raises:
-        ConfigError: when none is found that starts; says how to install one.
+        ConfigError: when none that starts is found; says how to install one.
     """
     if "/" in wanted:
         version = _version_of(wanted)
@@ -178,7 +178,7 @@ def _key(requirements: tuple[str, ...], interpreter: str, version: str) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock `path`; the kernel frees it when its holder dies."""
+    """Hold the lock file `path`; the kernel frees it when its holder dies."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -190,7 +190,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _build(folder: Path, interpreter: str, requirements: tuple[str, ...]) -> None:
-    """Make the environment at its final place; it counts only once `_COMPLETE` has been renamed into it."""
+    """Make the environment in its final place; it counts only once `_COMPLETE` has been renamed into it."""
     shutil.rmtree(folder, ignore_errors=True)  # what a killed builder left
     _step([interpreter, "-m", "venv", str(folder)], "making a virtual environment")
     python = str(folder / "bin" / "python")
@@ -213,7 +213,7 @@ def _load(folder: Path) -> Environment:
 
 
 def _prefixes(python: str, *prefixes: str) -> tuple[str, ...]:
-    """`prefixes`, also as they are without links, and the prefix of the interpreter that `python` links to."""
+    """`prefixes`, also with links resolved, and the prefix of the interpreter that `python` links to."""
     real = Path(python).resolve().parent.parent
     found = [*prefixes, *(os.path.realpath(prefix) for prefix in prefixes), str(real)]
     return tuple(dict.fromkeys(found))

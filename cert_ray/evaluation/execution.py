@@ -1,7 +1,7 @@
 """Running many programs: their sources in, one `Execution` each out, in the same order.
 
-`execute_in_threads` runs them on this machine, one sandbox per thread; `on_ray.execute_on_ray` is the same over a
-cluster. Equal programs are run once and share the outcome, which changes nothing for programs that are deterministic.
+`execute_in_threads` runs them on this machine, one sandbox per thread; `on_ray.execute_on_ray` does the same over a
+cluster. Equal programs run once and share the outcome, which changes nothing for deterministic programs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cert_ray.evaluation.sandbox import Execution, Limits, Sandbox
 
 
 class ExecutionConfig(Config):
-    """Where and within which limits programs run."""
+    """Where programs run, and within which limits."""
 
     requirements: tuple[str, ...] = ()  # pip requirements of the environment; empty: this interpreter's environment
     python: str | None = None  # a version ("3.11") or a path; None: chosen by the requirements
@@ -29,11 +29,11 @@ class ExecutionConfig(Config):
     limits: Limits = Limits()
     workers: int | None = pydantic.Field(default=None, ge=1)  # None: one per core
     unsafe: bool = False  # run without bubblewrap, as this user
-    unfiltered: bool = False  # run also where libseccomp is missing, without a filter of system calls
+    unfiltered: bool = False  # run even where libseccomp is missing, without a filter of system calls
 
     @pydantic.model_serializer(mode="wrap")
     def _without_unfiltered(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """`unfiltered` stands in no dump while it is off: what was finished before there was such a field stays so."""
+        """Dump `unfiltered` only if it is on: evaluations finished before the field existed must stay finished."""
         options: dict[str, Any] = dump(self)
         if not self.unfiltered:
             options.pop("unfiltered", None)
@@ -81,6 +81,6 @@ def run_in_one_sandbox(
     config: ExecutionConfig,
     stopped: threading.Event | None = None,
 ) -> list[tuple[Program | str, Execution]]:
-    """Run `programs` one after the other in a sandbox of their own, until `stopped`."""
+    """Run `programs` one after the other in one sandbox of their own, until `stopped`."""
     with Sandbox(environment, config.limits, unsafe=config.unsafe, unfiltered=config.unfiltered) as sandbox:
         return [(program, sandbox.run(program)) for program in programs if stopped is None or not stopped.is_set()]

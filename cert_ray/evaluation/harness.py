@@ -1,10 +1,10 @@
 """Benchmarks as tasks of other harnesses: lm-evaluation-harness and bigcode-evaluation-harness.
 
 In: benchmark files. Out: OUTPUT/NAME.jsonl (the problems), OUTPUT/NAME.yaml and cert_ray_tasks.py, which both harnesses
-read. They draw the completions; what they hand back is cut and scored here, in the sandbox and with the benchmark's
-library versions, so cert-ray has to be installed beside the harness, and a score is the same in all three.
+read. The harnesses draw the completions; these are cut and scored here, in the sandbox and with the benchmark's library
+versions. So cert-ray must be installed beside the harness, and a score is the same in all three.
 
-A failure of ours ends the harness' run, as it ends one of `cert-ray evaluate`: it is never a wrong answer.
+A failure of ours ends the harness's run, as it ends one of `cert-ray evaluate`: it never counts as a wrong answer.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def create_all_tasks():
 
 
 def export_tasks(problems: Sequence[str], output: str, n: int = 1, temperature: float = 0.0) -> list[str]:
-    """Write task files for the benchmark files `problems` into the local folder `output`; the tasks' names.
+    """Write task files for the benchmark files `problems` into the local folder `output`; returns the tasks' names.
 
-    `n` samples a problem at `temperature` are what lm-eval is told to draw; bigcode has options for that.
+    lm-eval is told to draw `n` samples a problem at `temperature`; bigcode has its own options for that.
 
     Raises:
         BenchmarkFormatError: for a file that cannot be used.
-        ConfigError: for two files of one name, several samples at temperature 0, or a folder that is not local.
+        ConfigError: for two files with the same name, several samples at temperature 0, or a folder that is not local.
     """
     names = [_task_name(url) for url in problems]
     if len(set(names)) < len(names):
@@ -83,7 +83,7 @@ def _task_name(url: str) -> str:
 
 
 def _row(problem: Problem) -> dict[str, str]:
-    """Strings alone, which both harnesses can hold; `problem` is the whole of it."""
+    """Only strings, which both harnesses can hold; `problem` is the whole problem as JSON."""
     return {
         "task_id": problem.task_id,
         "prompt": problem.prompt,
@@ -99,7 +99,7 @@ def _problem(row: dict[str, Any]) -> Problem:
 
 
 def _yaml(name: str, data: str, n: int, temperature: float) -> str:
-    """The task for lm-eval. Its `!function` tags name functions of the module beside it."""
+    """The task for lm-eval. Its `!function` tags name functions in the module beside it."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9}  # PAPER.md's top_p
@@ -130,7 +130,7 @@ def judge_rows(
     execute: Execute = execute_in_threads,
     environment: ExecutionConfig | None = None,
 ) -> list[list[str]]:
-    """The outcome ("passed", "failed", ...) of each completion of each row's problem; all programs run together.
+    """The outcome ("passed", "failed", ...) of each completion of each row's problem. All programs run together.
 
     Raises:
         SandboxError: when programs could not be run.
@@ -149,14 +149,14 @@ def judge_rows(
 
 
 def score_outcomes(outcomes: Sequence[Sequence[str]]) -> dict[str, float]:
-    """pass@k of one problem, by name, for those of 1, 10 and 100 that the number of samples allows."""
+    """pass@k of one problem, by name, for each k of 1, 10 and 100 that the number of samples allows."""
     flat = [outcome for some in outcomes for outcome in ([some] if isinstance(some, str) else some)]
     passed = sum(outcome == str(Outcome.PASSED) for outcome in flat)
     return {f"pass@{k}": pass_at_k(len(flat), passed, k) for k in _KS if k <= len(flat)}
 
 
 def bigcode_tasks(folder: Path) -> dict[str, Callable[[], BigCodeTask]]:
-    """A task for each benchmark file in `folder`, by its name with a hyphen: bigcode's registry takes them."""
+    """A task for each benchmark file in `folder`, by its name with hyphens, for bigcode's registry."""
 
     def task_of(path: Path) -> Callable[[], BigCodeTask]:
         return lambda: BigCodeTask(path)
@@ -166,7 +166,7 @@ def bigcode_tasks(folder: Path) -> dict[str, Callable[[], BigCodeTask]]:
 
 class BigCodeTask:
     """What bigcode's evaluator calls of a task. It needs no base class, and no `--allow_code_execution`: nothing runs
-    in its process. A reference is a task_id, so a `--limit` cannot shift answers and problems."""
+    in the evaluator's process. A reference is a task_id, so `--limit` cannot shift answers against problems."""
 
     def __init__(self, path: Path, execute: Execute = execute_in_threads) -> None:
         self.stop_words = list(STOPS)
@@ -185,11 +185,11 @@ class BigCodeTask:
         return str(doc["prompt"])
 
     def get_reference(self, doc: dict[str, Any], get_solution: bool = False) -> str:
-        """The task_id, or the benchmark's own answer behind its prompt, for `--check_references`."""
+        """The task_id; with `get_solution` (`--check_references`), the prompt and the benchmark's own answer."""
         return str(doc["prompt"] + doc["canonical_solution"] if get_solution else doc["task_id"])
 
     def postprocess_generation(self, generation: str, idx: int) -> str:
-        """The prompt and the completion, cut, also at the end of text that the evaluator adds to `stop_words`."""
+        """The prompt and the completion, cut. The evaluator adds the end of text to `stop_words`, which also cuts."""
         prompt = self.get_prompt(self.get_dataset()[idx])
         return prompt + truncate(generation.removeprefix(prompt), tuple(self.stop_words))
 

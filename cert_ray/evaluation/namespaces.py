@@ -1,13 +1,13 @@
-"""How bubblewrap gets its namespaces on this machine, a network of its own among them.
+"""How bubblewrap gets its namespaces on this machine, including a network of its own.
 
-Usually it makes all of them. Where it ends over the loopback device, util-linux' `unshare` makes the network namespace
-(and, for whoever is not root, the user namespace that it takes), and starts bubblewrap inside, which makes the others.
-That is so below gVisor: it gives a new loopback device its address, and bubblewrap, which would give it the same one,
-ends ("loopback: Failed RTM_NEWADDR", gVisor's issue 13438). Elsewhere loopback is down that way, so nothing else, and
-no slow start, leads to it.
+Usually bubblewrap makes all of them. Where it fails over the loopback device, util-linux's `unshare` makes the network
+namespace (and, unless run by root, the user namespace this needs) and starts bubblewrap inside, which makes the others.
+That is so under gVisor: it gives a new loopback device its address, and bubblewrap fails when it sets the same one
+("loopback: Failed RTM_NEWADDR", gVisor's issue 13438). Elsewhere this way would leave loopback down, so no other error,
+and no slow start, leads to it.
 
-A way is taken after it has been seen to start in another network namespace than this process'; one that starts in this
-one is refused. Where none starts, the first one is used, and ends with bubblewrap's own words.
+A way is used only once it was seen to start in a network namespace other than this process's; one that starts in this
+process's is refused. If none starts, the first one is used, and fails with bubblewrap's own words.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 NOBODY = 65534
 SEARCHED = "/usr/bin:/bin"  # PATH in the sandbox, and of what starts it
-_LOOPBACK = "loopback:"  # so begins what bubblewrap says where it cannot have a network of its own
+_LOOPBACK = "loopback:"  # in what bubblewrap says if it cannot have a network of its own
 _NETWORK = "/proc/self/ns/net"
-# Until the program in the sandbox has become nobody, without any capability, for good:
+# Until the program in the sandbox has become nobody, for good and without any capability:
 _TO_BECOME_NOBODY = ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP")
 _TO_RENAME_ROOT = ("CAP_SETFCAP",)  # to map the outer root into a user namespace: user_namespaces(7), since Linux 5.12
 _OTHERS = ("--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try", "--cap-drop", "ALL")
@@ -40,21 +40,21 @@ _FOUND: dict[str, Way] = {}  # by the path of bubblewrap
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """A command line around bubblewrap: what starts it, and its options about namespaces and capabilities."""
+    """A command line around bubblewrap: what starts it, and its options for namespaces and capabilities."""
 
     before: tuple[str, ...]
     options: tuple[str, ...]
     renames_root: bool = False  # what it starts is root of a user namespace that knows no other user
 
     def command(self, bubblewrap: str) -> list[str]:
-        """Up to the options about files."""
+        """The command up to the options about files."""
         return [*self.before, bubblewrap, "--die-with-parent", "--new-session", *self.options]
 
 
 def ways() -> tuple[Way, ...]:
-    """Bubblewrap alone, and inside of another's network namespace where `unshare` is installed.
+    """Bubblewrap alone and, if `unshare` is installed, bubblewrap inside a network namespace made by that.
 
-    As root without a user namespace, since the child then becomes a user without any rights; else with one.
+    As root without a user namespace, since the child then becomes a user without any rights; otherwise with one.
     """
     unshare = shutil.which("unshare")
     if os.geteuid() == 0:
@@ -64,7 +64,7 @@ def ways() -> tuple[Way, ...]:
     alone = Way((), ("--unshare-all", "--uid", str(NOBODY), "--gid", str(NOBODY)))
     if unshare is None:
         return (alone,)
-    before = (unshare, "--user", "--map-root-user", "--net", "--")  # bubblewrap takes capabilities from root alone
+    before = (unshare, "--user", "--map-root-user", "--net", "--")  # bubblewrap takes capabilities only from root
     return alone, Way(before, (*_OTHERS, *_kept(_TO_RENAME_ROOT)), renames_root=True)
 
 
@@ -73,13 +73,13 @@ def _kept(capabilities: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def find_way(bubblewrap: str, patience_s: float) -> Way:
-    """The first way that starts here, with a network of its own; where none does, the first. Kept, but for errors.
+    """The first way that starts here, with a network of its own; if none does, the first. Remembered, except errors.
 
-    One thread looks, and tells of it; others wait for what it finds, each as long as it has patience.
+    One thread looks, and logs what it finds. Others wait for its result, each as long as its patience lasts.
 
     Raises:
-        SandboxError: where a way starts in this machine's own network, or that cannot be told.
-        OSError: where it could not be tried, or did not start within `patience_s`: another time it may.
+        SandboxError: when a way starts in this machine's own network, or it cannot be told in which.
+        OSError: when a way could not be tried, or did not start within `patience_s`: another time it may.
     """
     if not _LOOKING.acquire(timeout=patience_s):
         raise TimeoutError(f"it took more than {patience_s:.0f} s")
@@ -104,7 +104,7 @@ def _look(bubblewrap: str, patience_s: float) -> Way:
 
 
 def _try(bubblewrap: str, way: Way, patience_s: float) -> str | None:
-    """None where `way` starts, in a network that is not ours; what it said where it ended without."""
+    """None if `way` starts in a network that is not ours; what it said if it ended without starting."""
     asked = [sys.executable, "-I", "-S", "-c", f"import os; print(os.readlink({_NETWORK!r}))"]
     command = [*way.command(bubblewrap), "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "--", *asked]
     try:

@@ -1,9 +1,9 @@
 """The same as `execution.execute_in_threads`, spread over a Ray cluster: chunks of programs, one sandbox per task.
 
 Each node needs bubblewrap and libseccomp (or `unsafe`, `unfiltered`), and builds the environment for itself at its
-first task. A task whose worker or node is lost runs again elsewhere, without end, as in preprocessing; under `unsafe`
-three times only, since there generated code itself can end one worker after the other. What a task raises ends the
-evaluation at once. Chunks come from the order of the programs, so the result does not depend on the workers.
+first task. A task whose worker or node is lost runs again elsewhere, without limit, as in preprocessing; under `unsafe`
+only three times, since there generated code itself can end one worker after the other. An error that a task raises ends
+the evaluation at once. Chunks follow the order of the programs, so the result does not depend on the workers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from cert_ray.on_ray import LOST, own_errors
 from cert_ray.telemetry.on_ray import count_programs
 
 _CHUNK_PROGRAMS = 32  # measured on 2 cores: starting a sandbox with pandas costs what 40 programs cost (0.5 s, 12 ms)
-_UNSAFE_RETRIES = 3  # assumed: more losses of one chunk are its programs' doing, not the nodes'
+_UNSAFE_RETRIES = 3  # assumed: when one chunk is lost more often, its programs are to blame, not the nodes
 
 
 def execute_on_ray(programs: Sequence[Program | str], config: ExecutionConfig) -> list[Execution]:
-    """Run `programs` as Ray tasks of one CPU each; at most `config.workers` at once, where that is given.
+    """Run `programs` as Ray tasks of one CPU each; at most `config.workers` at once, if given.
 
     Raises:
-        SandboxError: when one of them could not be run at all, or, with `config.unsafe`, its worker lost four times.
+        SandboxError: when one of them could not be run at all or, with `config.unsafe`, its worker was lost four times.
     """
     distinct = list(dict.fromkeys(programs))
     chunks = [distinct[start : start + _CHUNK_PROGRAMS] for start in range(0, len(distinct), _CHUNK_PROGRAMS)]

@@ -22,7 +22,7 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
 
 
 def mean_pass_at_k(counts: Iterable[tuple[int, int]], k: int) -> float:
-    """Mean pass@k over problems, given (samples, passed) of each; independent of their order.
+    """Mean pass@k over problems, given each one's (samples, passed); independent of their order.
 
     Raises:
         ValueError: when there is no problem, or as `pass_at_k` does.

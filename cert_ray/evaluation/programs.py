@@ -1,12 +1,12 @@
-"""From a problem and a completion to the program that decides it.
+"""From a problem and a completion to the program that decides whether it is right.
 
 In: a `Problem`, a completion as text. Out: a `Program`, whose two parts run one after the other and end without an
-exception exactly when the completion passes. Nothing is executed here. `truncate` belongs to freshly generated text; a
+exception exactly when the completion passes. Nothing is executed here. `truncate` is for freshly generated text; a
 sample file is scored as it stands. Sources: the layout of HumanEval's checker (Chen et al. 2021) and, for problems
 without an entry point, of PandasEval and NumpyEval (Zan et al. 2022), whose `check()` looks at module variables.
 
-The parts are compiled apart, so that a completion cannot change what the tests mean: a decorator or an open string at
-its end is a syntax error there instead of a part of the tests.
+The parts are compiled separately, so that a completion cannot change what the tests mean: a decorator or an open string
+at its end is a syntax error there instead of a part of the tests.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Program:
     code: str
     test: str = ""
     entry_point: str | None = None
-    aliases: tuple[tuple[str, str], ...] = ()  # name and module, of the prompt's imports: the tests rely on them
-    renamed: tuple[tuple[str, str], ...] = ()  # name and library: what the code imports by a name that is not installed
+    aliases: tuple[tuple[str, str], ...] = ()  # (name, module) of the prompt's imports: the tests rely on them
+    renamed: tuple[tuple[str, str], ...] = ()  # (name, library): names the code imports that are not installed
 
     @property
     def text(self) -> str:
@@ -57,7 +57,7 @@ def assemble(problem: Problem, completion: str) -> Program:
 
 
 def assemble_gold(problem: Problem) -> tuple[Program, ...]:
-    """The programs of the benchmark's own answers, in its order; none where it has none."""
+    """The programs of the benchmark's own answers, in its order; empty if it has none."""
     return tuple(assemble(problem, answer) for answer in problem.canonical_solutions)
 
 

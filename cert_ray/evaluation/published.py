@@ -1,7 +1,7 @@
-"""Published scores, to stand beside measured ones and to be marked as published. Percent, pass@k by k.
+"""Published scores, to stand beside measured ones and be marked as published. Percent, pass@k by k.
 
-Sources: Zan et al. 2022 (arXiv:2206.06888) for every row; the authors' sample file for PyCodeGPT on PandasEval. They
-were measured by others, with other samples, temperatures (the best of ten) and evaluators: no intervals belong to them.
+Sources: Zan et al. 2022 (arXiv:2206.06888) for every row; the authors' sample file for PyCodeGPT on PandasEval. Others
+measured them, with other samples, temperatures (the best of ten) and evaluators, so they come without intervals.
 """
 
 from __future__ import annotations

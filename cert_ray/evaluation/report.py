@@ -1,7 +1,7 @@
 """An evaluation for people: a summary and a result in; Markdown, HTML and JSONL rows out. Writes nothing.
 
-Completions, error messages and outputs are generated text and hostile: HTML is escaped by the template engine and
-carries a policy that runs no script; Markdown shows them inside fences longer than any run of back-ticks in them.
+Completions, error messages and outputs are generated text and hostile: the template engine escapes HTML, and the page
+has a policy that runs no script; Markdown shows them in fences longer than any run of back-ticks inside.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from cert_ray.evaluation.runs import label_of
 from cert_ray.evaluation.sandbox import Outcome
 from cert_ray.evaluation.scoring import EvaluationResult, ProblemResult
 
-_SHOWN_PROBLEMS = 20  # in Markdown, with one completion each; HTML has them all, the rest is in results.jsonl
-_SHOWN_SAMPLES = 40  # kinds of samples of a problem, in HTML
+_SHOWN_PROBLEMS = 20  # in Markdown, with one completion each; HTML has all problems, results.jsonl also the rest
+_SHOWN_SAMPLES = 40  # distinct samples shown per problem in HTML
 _SHOWN_CHARS = 2000
 
 
 def result_rows(result: EvaluationResult) -> Iterator[dict[str, Any]]:
-    """One JSON-ready row a problem, in the benchmark's order."""
+    """One JSON-ready row per problem, in the benchmark's order."""
     for one in result.problems:
         yield {
             "task_id": one.problem.task_id,
@@ -58,13 +58,13 @@ def fenced(text: str) -> str:
 
 
 def inline(text: str) -> str:
-    """`text` on one line, with everything that Markdown or HTML would read escaped."""
+    """`text` on one line, with everything escaped that Markdown or HTML would interpret."""
     flat = " ".join(text.split())
     return re.sub(r"([\\`*_{}\[\]()#+!|<>&~:@])", r"\\\1", flat)
 
 
 def percent(share: float) -> str:
-    """A share in percent, with two digits."""
+    """A share in percent, with two decimals."""
     return f"{100 * share:.2f}"
 
 
@@ -80,14 +80,14 @@ def ends(interval: Sequence[float]) -> str:
 
 @cache
 def template(name: str) -> jinja2.Template:
-    """One of the templates beside this module; HTML escapes what is put into it."""
+    """One of the templates beside this module. HTML templates escape the values put into them."""
     engine = template_engine(jinja2.PackageLoader("cert_ray.evaluation", "templates"), html=name.endswith(".html.j2"))
     engine.filters.update(fenced=fenced, inline=inline, percent=percent, points=points, ends=ends)
     return engine.get_template(name)
 
 
 def template_engine(loader: jinja2.BaseLoader, *, html: bool) -> jinja2.Environment:
-    """How every report's templates are read: HTML escapes what is put into it, and a missing value is an error."""
+    """The environment of every report's templates: HTML escapes values, and a missing value is an error."""
     return jinja2.Environment(
         loader=loader,
         autoescape=html,
@@ -123,14 +123,14 @@ def _context(summary: Mapping[str, Any], result: EvaluationResult, shown: int | 
 
 
 def _origins(one: ProblemResult) -> Iterator[dict[str, Any]]:
-    """What is known about how each sample came about."""
+    """What is known of how each sample came about."""
     for sample in one.samples:
         known = {"sketch": sample.sketch, "route": sample.route, "vote_share": sample.vote_share}
         yield {name: value for name, value in known.items() if value is not None}
 
 
 def _shown(one: ProblemResult) -> dict[str, Any]:
-    """A problem with its kinds of samples, shortened: failed ones first, the most frequent of them first."""
+    """A problem with its distinct samples, shortened: failed ones first, the most frequent of those first."""
     kinds: Counter[tuple[Any, ...]] = Counter()
     for sample, text, run in zip(one.samples, one.completions, one.executions, strict=True):
         kinds[(text, run.outcome, run.detail, run.output, sample.sketch, sample.route, sample.vote_share)] += 1

@@ -1,14 +1,14 @@
-"""Which of several completions to believe: a prompt and candidates in, their order from best to worst out.
+"""Which of several completions to trust: a prompt and candidates in, their order from best to worst out.
 
     logprob    mean log-probability of a token under the model that drew it
-    syntax     how many candidates have the same syntax tree, variables renamed in order and docstrings left out
+    syntax     how many candidates have the same syntax tree, with variables renamed in order and docstrings left out
     agreement  how many candidates do the same on generated inputs, run in the sandbox: the idea of CodeT (Chen et al.
                2022, arXiv:2207.10397) without a second model that writes tests
 
-Inputs are made from the prompt alone: variants of its literals where it computes at module level, and calls from the
-docstring's examples and the annotations of its last function. Where neither is there (a function without examples and
-annotations), agreement falls back to syntax. The tests of a benchmark are never looked at. Ties go to the more likely
-candidate, then to the earlier one, so the order is a function of the input alone.
+Inputs are made from the prompt alone: variants of its literals if it computes at module level, and calls from its last
+function's docstring examples and annotations. With neither (a function without examples and annotations), agreement
+falls back to syntax. A benchmark's tests are never looked at. Ties go to the more likely candidate, then to the earlier
+one, so the order is a function of the input alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _INPUTS = 4  # assumed: each costs a run of every distinct candidate
 _SEEN = "Fingerprint: "
 _WORD = re.compile(r"[A-Za-z_]\w*")
 _EXAMPLE = re.compile(r"^\s*>>>\s*(\w+\(.*\))\s*$", re.MULTILINE)
-# Runs after the candidate, in its module: tells what `names` hold, or what the calls return, by raising it.
+# Runs after the candidate, in its module: reports what `names` hold or what the calls return, by raising it.
 _TELL = """
 import hashlib as _hashlib, re as _re, types as _types
 class Fingerprint(Exception): pass
@@ -51,7 +51,7 @@ raise Fingerprint(_hashlib.sha256("\\n".join(_found).encode("utf-8", "replace"))
 
 
 class RerankMethod(StrEnum):
-    """By what candidates are ordered."""
+    """What candidates are ordered by."""
 
     LOGPROB = "logprob"
     SYNTAX = "syntax"
@@ -60,7 +60,7 @@ class RerankMethod(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A completion, and the mean log-probability of its tokens where that is known."""
+    """A completion, and the mean log-probability of its tokens if known."""
 
     text: str
     logprob: float | None = None
@@ -70,7 +70,7 @@ Run = Callable[[Sequence[Program]], Sequence[Execution]]
 
 
 def rank(prompt: str, candidates: Sequence[Candidate], method: RerankMethod, run: Run | None = None) -> list[int]:
-    """The candidates' places in `candidates`, best first. `run` executes programs in a sandbox, for `AGREEMENT`.
+    """The candidates' indices in `candidates`, best first. `run` executes programs in a sandbox, for `AGREEMENT`.
 
     Raises:
         ValueError: for `AGREEMENT` without `run`, and for `LOGPROB` when no candidate has one.
@@ -93,7 +93,7 @@ def _ordered(candidates: Sequence[Candidate], votes: Sequence[float]) -> list[in
 
 
 def normal_form(source: str) -> str | None:
-    """The syntax tree of `source` as text, variables renamed in order of appearance; None where it does not parse."""
+    """The syntax tree of `source` as text, variables renamed in order of appearance; None if it does not parse."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -124,7 +124,7 @@ def _syntax_votes(prompt: str, candidates: Sequence[Candidate]) -> list[float]:
 
 
 def _agreement_votes(prompt: str, candidates: Sequence[Candidate], run: Run) -> list[float] | None:
-    """For each candidate, how many do as it does, times the share of inputs that it does without an error."""
+    """For each candidate: how many behave like it, times the share of inputs it handles without an error."""
     texts = list(dict.fromkeys(candidate.text for candidate in candidates))
     inputs = _inputs(prompt)
     if not inputs:
@@ -181,7 +181,7 @@ def _calls(prompt: str, function: ast.FunctionDef) -> list[str]:
 
 
 def _drawn(annotation: str | None, source: random.Random) -> str | None:
-    """A literal of the type, drawn from `source`; None for a type that is not known here."""
+    """A literal of the type, drawn from `source`; None for an unknown type."""
     if annotation is None:
         return None
     kind = annotation.replace("typing.", "").lower()

@@ -6,8 +6,8 @@
     OUTPUT/summary.json    written last: options, inputs' checksums, environment, isolation (as of this process; other
                            nodes of a cluster may differ in whether libseccomp is there), scores
 
-Completions come from a sample file, or from a `Complete`; what was drawn of them is kept in OUTPUT/parts until the end,
-so a killed run goes on with the same options. Nothing here knows models, and no clock stands in the files.
+Completions come from a sample file, or from a `Complete`. What the latter draws is kept in OUTPUT/parts until the end,
+so a killed run continues with the same options. Nothing here knows models, and the files hold no times.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ class EvaluateConfig(Config):
     n: int = pydantic.Field(default=1, ge=1)  # samples a problem, of a `Complete`
     k: tuple[int, ...] | None = None  # None: those of 1, 10, 100 that the number of samples allows
     temperature: float | None = pydantic.Field(default=None, ge=0.0)  # recorded: the `Complete` applies it
-    max_tokens: int | None = pydantic.Field(default=None, ge=1)  # recorded, as is the next
+    max_tokens: int | None = pydantic.Field(default=None, ge=1)  # recorded, like the next
     source: dict[str, str] = pydantic.Field(default_factory=dict)  # recorded: whom the `Complete` asks
-    source_digest: str = ""  # tells models apart that come to stand at the same place
-    seed: int = pydantic.Field(default=0, ge=0)  # recorded: the `Complete` draws by it
+    source_digest: str = ""  # tells apart models that are put in the same place one after the other
+    seed: int = pydantic.Field(default=0, ge=0)  # recorded: the `Complete` draws with it
     cut: bool | None = None  # at PAPER.md's stops; None: generated completions yes, a sample file no
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems, from the first
     prompts_per_call: int = pydantic.Field(default=16, ge=1)
     calls_at_once: int = pydantic.Field(default=1, ge=1)  # more keep the replicas behind an endpoint busy
     requirements: tuple[str, ...] | None = None  # None: what the benchmark was written for
-    rerank: tuple[RerankMethod, ...] = ()  # also the share of problems whose first candidate passes when reordered
+    rerank: tuple[RerankMethod, ...] = ()  # also score the first candidate of each problem after reordering
     sketch_kind: str = "constants"  # of the cascade whose sketches are measured
     run_gold: bool = True  # also run the benchmark's own answers, for the score of the valid subset
     execution: ExecutionConfig = ExecutionConfig()
@@ -88,13 +88,13 @@ def run_evaluation(
     """Sample (or read samples), run, score, and write `config.output`.
 
     Args:
-        keep_parts: batches of samples are kept while it runs, and taken over when it is killed and run again. False is
+        keep_parts: keep batches of samples while running, and reuse them when a killed run is started again. False is
             for a `complete` that does so itself.
 
     Raises:
-        ConfigError: unless there is exactly one of `config.samples` and `complete`; when `complete` does not return
-            `n` strings for each prompt; when k and the samples do not fit; when samples without log-probabilities are
-            to be ordered by them.
+        ConfigError: unless exactly one of `config.samples` and `complete` is given; when `complete` does not return
+            `n` strings for each prompt; when k does not fit the samples; when samples are to be ordered by
+            log-probabilities that they lack.
         BenchmarkFormatError: for a benchmark or sample file that cannot be used.
         SandboxError: when programs could not be run.
     """
@@ -102,8 +102,8 @@ def run_evaluation(
         raise ConfigError("evaluate: give either a sample file (--samples) or a model or endpoint to sample from.")
     problems = read_problems(config.problems)[: config.limit]
     execution = _execution(config, problems)
-    environment = execution.environment()  # before sampling: what cannot be scored should not be sampled for hours
-    if execute is execute_in_threads:  # this machine runs them; nodes of a cluster speak for themselves
+    environment = execution.environment()  # before sampling: do not sample for hours what cannot be scored
+    if execute is execute_in_threads:  # this machine runs them; a cluster's nodes check for themselves
         refuse_unprotected(execution.unsafe, execution.unfiltered)
     remove_sweep(config.output)
     samples = _samples(config, problems, complete, keep_parts)
@@ -137,7 +137,7 @@ def _warn_of_gold(result: EvaluationResult) -> None:
 
 
 def draw_samples(config: EvaluateConfig, complete: Complete) -> list[Sample]:
-    """The samples that `run_evaluation` would have `complete` draw, in the same calls; nothing is run or written.
+    """The samples that `run_evaluation` would have `complete` draw, in the same calls. Nothing is run or written.
 
     Raises:
         ConfigError, BenchmarkFormatError: as `run_evaluation`.
@@ -217,7 +217,7 @@ def _sample(task_id: str, answer: Answer) -> Sample:
 
 
 def _sampling_digest(config: EvaluateConfig) -> str:
-    """Of what decides which samples are drawn: a part of other options is not taken over."""
+    """A digest of the options that decide which samples are drawn: parts made with other options are not reused."""
     decisive = config.model_dump(
         mode="json",
         include={"n", "temperature", "max_tokens", "seed", "source", "source_digest", "limit", "prompts_per_call"},
@@ -233,7 +233,7 @@ def _remove_parts(output: str) -> None:
 
 
 def _check_answers(answers: Sequence[Sequence[str | Answer]], batch: Sequence[Problem], n: int) -> None:
-    """Fewer samples than asked for would raise pass@k's variance in silence: they are an error."""
+    """Refuse fewer samples than asked for: they would silently raise pass@k's variance."""
     if len(answers) != len(batch):
         raise ConfigError(f"the model returned completions for {len(answers)} prompts instead of {len(batch)}.")
     for problem, texts in zip(batch, answers, strict=True):
@@ -293,7 +293,7 @@ def _summary(
 
 
 def _rerank_scores(result: EvaluationResult, reranked: dict[str, list[Counts]]) -> dict[str, dict[str, float]]:
-    """By method: pass@1 of the first candidate, and how that differs from plain pass@1 of the same samples."""
+    """By method: pass@1 of the first candidate, and its difference from plain pass@1 of the same samples."""
     plain = {one.problem.task_id: (one.num_samples, one.num_passed) for one in result.problems}
     found = {}
     for method, counts in reranked.items():
@@ -311,7 +311,7 @@ def _rerank_scores(result: EvaluationResult, reranked: dict[str, list[Counts]]) 
 
 @cache
 def _commit() -> str | None:
-    """The commit of the checkout that this package runs from; None where it was installed."""
+    """The commit of the checkout that this package runs from; None if it was installed."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,6 +1,6 @@
-"""Finished evaluations, read back: a folder that `run` or `sweep` wrote in, counts, scores and labels out.
+"""Finished evaluations, read back: a folder that `run` or `sweep` wrote in; counts, scores and labels out.
 
-A folder holds one evaluation or one sweep: whichever begins removes the other's scores.
+A folder holds one evaluation or one sweep: starting either removes the other's scores.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Run:
 
     @property
     def benchmark(self) -> str:
-        """What the problems call themselves: the part of task_id before the slash, or the file's name."""
+        """What the problems call themselves: the part of task_id before the slash, else the file's name."""
         names = {task_id.partition("/")[0] for task_id in self.counts}
         return names.pop() if len(names) == 1 else storage.name_of(self.summary["config"]["problems"])
 
     @property
     def temperature(self) -> float | None:
-        """At which it was sampled, where that is known."""
+        """The temperature it was sampled at, if known."""
         value = self.summary["config"]["temperature"]
         return None if value is None else float(value)
 
@@ -74,14 +74,14 @@ def read_run(folder: str) -> Run:
         rows = [json.loads(line) for line in storage.read_text(storage.join(folder, RESULTS)).splitlines()]
         counts = {str(row["task_id"]): (int(row["num_samples"]), int(row["num_passed"])) for row in rows}
         run = Run(folder, summary, counts)
-        _ = (run.temperature, run.label, run.ks, run.benchmark)  # raise here what their parts lack
+        _ = (run.temperature, run.label, run.ks, run.benchmark)  # raise here if the summary lacks any of these
         return run
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise InputError(folder, f"not a finished evaluation: {error!r}", "Evaluate again.") from error
 
 
 def read_runs(folder: str) -> list[Run]:
-    """The evaluation in `folder`; of a sweep, each benchmark's at its best temperature, in the sweep's order.
+    """The evaluation in `folder`; for a sweep, each benchmark's at its best temperature, in the sweep's order.
 
     Raises:
         InputError: when there is none, or what is there cannot be read.
@@ -98,17 +98,17 @@ def read_runs(folder: str) -> list[Run]:
 
 
 def remove_evaluation(folder: str) -> None:
-    """Remove the scores of one evaluation in `folder`, where a sweep begins. Its samples stay."""
+    """Remove the scores of one evaluation in `folder`, because a sweep begins there. Its samples stay."""
     _remove(folder, SUMMARY, RESULTS, "report.md", "report.html")
 
 
 def remove_sweep(folder: str) -> None:
-    """Remove the scores of a sweep in `folder`, where one evaluation begins. The sweep's own evaluations stay."""
+    """Remove the scores of a sweep in `folder`, because one evaluation begins there. The sweep's evaluations stay."""
     _remove(folder, SWEEP, "sweep.md", "sweep.html")
 
 
 def _remove(folder: str, *names: str) -> None:
-    """In this order: without the first, the others count for nothing."""
+    """Remove files in this order: without the first, the others count for nothing."""
     for name in names:
         if storage.exists(url := storage.join(folder, name)):
             storage.remove(url)

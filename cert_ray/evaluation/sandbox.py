@@ -1,10 +1,10 @@
-"""The wall around generated code: a program as text in, what became of it out.
+"""The wall around generated code: a program as text in, its outcome out.
 
-A `Sandbox` is one child process (bubblewrap around `sandbox_inside`) in an `Environment`, which loads the libraries
-once and forks a supervised, limited child per program. Whatever generated code does is an `Outcome`; whatever goes
-wrong on our side is retried and then raised as `SandboxError`, so that it is never counted as a wrong answer.
+A `Sandbox` is one child process (bubblewrap around `sandbox_inside`) in an `Environment`. It loads the libraries once
+and forks a supervised, limited child per program. Whatever generated code does is an `Outcome`; whatever goes wrong on
+our side is retried and then raised as `SandboxError`, so that it never counts as a wrong answer.
 
-One `Sandbox` belongs to one thread. `describe_isolation` says what protects, and from what nothing does.
+One `Sandbox` belongs to one thread. `describe_isolation` says what is protected against, and what is not.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from cert_ray.evaluation.programs import Program
 from cert_ray.evaluation.system_calls import find_filter
 
 _INSIDE = tuple(Path(__file__).with_name(f"sandbox_{part}.py") for part in ("inside", "guard", "watch"))
-_INSIDE_FOLDER = "/cert-ray"  # where the sandbox sees them; the first is the program
+_INSIDE_FOLDER = "/cert-ray"  # where the sandbox sees these files; the first is the program
 _BOX = "/box"  # the candidate's working folder
 _ATTEMPTS = 3
-_START_S = 180.0  # assumed: pandas loads in 0.5 s, on a busy machine with a cold disk in far more
-_ASKED_S = 20.0  # assumed: well below what a cluster's nodes are given to answer, 30 or 60 s
+_START_S = 180.0  # assumed: pandas loads in 0.5 s, but on a busy machine with a cold disk it takes far longer
+_ASKED_S = 20.0  # assumed: well below the 30 or 60 s in which a cluster's nodes must answer
 _SLOWEST = 10.0  # as in sandbox_watch: times wall_time_s
-_GRACE_S = 30.0  # assumed: how much later than its own deadline the supervisor may answer
+_GRACE_S = 30.0  # assumed: how long after its own deadline the supervisor may answer
 _FRAME_BYTES_MAX = 1 << 20
 _HARMLESS = Program("pass")
 
@@ -79,7 +79,7 @@ class Outcome(StrEnum):
     TIMED_OUT = "timed_out"
     OUT_OF_MEMORY = "out_of_memory"
     TOO_MUCH_OUTPUT = "too_much_output"
-    KILLED = "killed"  # by a signal: a crash of native code, mostly
+    KILLED = "killed"  # by a signal: usually a crash of native code
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +92,15 @@ class Execution:
 
 
 class _BrokenError(Exception):
-    """This sandbox process did not do its part; a fresh one may."""
+    """This sandbox process failed at its task; a fresh one may not."""
 
 
 class _SilentError(_BrokenError):
-    """No answer about a program: our fault, or the program killed or stopped who should give it."""
+    """No answer about a program: either our fault, or the program killed or stopped what should answer."""
 
 
 def find_bubblewrap() -> str | None:
-    """The path of `bwrap`, or None where it is not installed."""
+    """The path of `bwrap`, or None if it is not installed."""
     return shutil.which("bwrap")
 
 
@@ -156,11 +156,11 @@ class Sandbox:
     """A child process that runs programs, started with the first; a context manager.
 
     Args:
-        patience_s: make one attempt, and in it wait no longer than this for any one answer; for whoever only asks.
+        patience_s: make only one attempt, and wait no longer than this for any one answer in it; for mere checks.
 
     Raises:
-        SandboxError: from the constructor when bubblewrap is missing and `unsafe` is false, or libseccomp is and
-            `unfiltered` is.
+        SandboxError: from the constructor, when bubblewrap is missing and `unsafe` is false, or when libseccomp is
+            missing and `unfiltered` is false.
     """
 
     def __init__(
@@ -197,7 +197,7 @@ class Sandbox:
         """Run `program` to its end or to a limit; a string is a program without tests.
 
         Raises:
-            SandboxError: when it could not be run, in three attempts each with a fresh process; at once where
+            SandboxError: when it could not be run in three attempts, each with a fresh process; at once when
                 bubblewrap does not keep it from this machine's network.
         """
         program = Program(program) if isinstance(program, str) else program
@@ -217,7 +217,7 @@ class Sandbox:
         ) from problems[-1]
 
     def _works(self) -> bool:
-        """Whether a harmless program runs now: then it was not us who failed before."""
+        """Whether a harmless program runs now: then the earlier failure was not ours."""
         try:
             return self._attempt(_HARMLESS).outcome is Outcome.PASSED
         except _BrokenError:
@@ -230,12 +230,12 @@ class Sandbox:
         if self._process is None:
             self._process = self._start(self._nested)
         answer = self._process.ask(program)
-        if not self._nested:  # a sandbox that saw a program is not shown to the next
+        if not self._nested:  # a sandbox that has seen a program must not run another one
             self.close()
         return Execution(Outcome(answer["outcome"]), str(answer["detail"]), str(answer["output"]))
 
     def _can_nest(self) -> bool:
-        """Whether every program can have namespaces of its own inside the sandbox; not under every kernel's policy."""
+        """Whether every program can have its own namespaces inside the sandbox; some kernels' policies forbid it."""
         self._process = self._start(nested=True)
         try:
             return bool(self._process.ask(_HARMLESS)["outcome"] == Outcome.PASSED)
@@ -290,10 +290,10 @@ class _SandboxProcess:
             self._read(_START_S)
         except _BrokenError as error:
             self.close()
-            raise _BrokenError(str(error)) from error  # silence before the first program is nobody else's doing
+            raise _BrokenError(str(error)) from error  # silence before the first program cannot be a program's fault
 
     def ask(self, program: Program) -> dict[str, Any]:
-        """Send one program, return the supervisor's answer."""
+        """Send one program and return the supervisor's answer."""
         payload = json.dumps(dataclasses.asdict(program)).encode()
         try:
             self._write(struct.pack("<I", len(payload)) + payload)
@@ -358,7 +358,7 @@ class _SandboxProcess:
 
 
 def refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
-    """Raise `SandboxError` where this machine lacks a protection that was not waived."""
+    """Raise `SandboxError` if this machine lacks a protection that was not waived."""
     lacks = {
         "bubblewrap": (unsafe, "generated code would not be contained", "--unsafe"),
         "libseccomp2": (unfiltered, "system calls of generated code would not be filtered", "--unfiltered"),
@@ -375,9 +375,9 @@ def refuse_unprotected(unsafe: bool, unfiltered: bool) -> None:
 
 
 def why_no_sandbox(unfiltered: bool = False) -> str | None:
-    """Runs a harmless program, contained and filtered as any other: None where it passes, else one line that says why.
+    """Run a harmless program, contained and filtered like any other. None if it passes, else one line that says why.
 
-    Takes up to a second where it works, and `_ASKED_S` where bubblewrap hangs. To be asked where nothing is
+    Takes up to a second if it works, and `_ASKED_S` if bubblewrap hangs. Ask only when nothing is
     `missing_protection`, or that is waived.
     """
     try:
@@ -396,7 +396,7 @@ def _encoded_filter(network: bool) -> str | None:
 
 
 def _variables(box: str) -> dict[str, str]:
-    """All environment variables of the sandbox: one thread each, and the same order of sets in every run."""
+    """All environment variables of the sandbox: one thread per library, and the same order of sets in every run."""
     threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")}
     places = {"HOME": box, "TMPDIR": box, "PATH": SEARCHED}
     return {**threads, **places, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg"}
@@ -410,7 +410,7 @@ def _way(bubblewrap: str, patience_s: float) -> Way:
 
 
 def _file_options(environment: Environment, limits: Limits) -> list[str]:
-    """Bubblewrap's, up to the program. Order matters: a later mount hides an earlier one below it."""
+    """Bubblewrap's options, up to the program. Order matters: a later mount hides an earlier one below it."""
     size = ("--perms", "1777", "--size", str(limits.file_bytes), "--tmpfs")
     options = ["--proc", "/proc", "--dev", "/dev", *size, "/dev/shm", *size, "/tmp", *size, _BOX]
     options += ["--ro-bind", "/usr", "/usr"]
@@ -421,7 +421,7 @@ def _file_options(environment: Environment, limits: Limits) -> list[str]:
             options += ["--ro-bind-try", name, name]
     shown = [folder for folder in _outermost(environment.readable) if not _below(folder, "/usr")]
     for parent in _parents([*shown, f"{_INSIDE_FOLDER}/x", "/etc/localtime"]):
-        options += ["--perms", "0755", "--dir", parent]  # made on the way to a mount they would be 0700
+        options += ["--perms", "0755", "--dir", parent]  # made implicitly for a mount, they would be 0700
     for name in ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime"):
         options += ["--ro-bind-try", name, name]
     for folder in shown:
@@ -442,7 +442,7 @@ def _below(folder: str, root: str) -> bool:
 
 
 def _parents(paths: Sequence[str]) -> list[str]:
-    """Every folder above one of `paths`, outer before inner, apart from the root and what is mounted already."""
+    """Every folder above one of `paths`, outer before inner, except the root and what is already mounted."""
     found = {str(parent) for path in paths for parent in Path(path).parents}
     return sorted(found - {"/", "/tmp", "/usr"})
 

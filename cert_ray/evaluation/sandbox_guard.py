@@ -1,11 +1,10 @@
-"""Whether generated code changed what judges it: taken before it runs, asked before the tests and after them.
+"""Whether generated code changed what judges it: recorded before it runs, checked before and after the tests.
 
 Runs inside the sandbox, under the environment's interpreter: the standard library of Python 3.8 only. A `Guard` holds
-the attributes of builtins, of the preloaded libraries and their public classes, and of modules that tests lean on. It
+the attributes of builtins, of the preloaded libraries and their public classes, and of modules that tests rely on. It
 also says whether the tests' own names (`all`, `np`) were bound to something else, and refuses trace functions.
 
-It is a list of tricks that were thought of, not a proof: code in the same interpreter can still deceive
-(`sandbox.KNOWN_LIMITS`).
+It is a list of known tricks, not a proof: code in the same interpreter can still deceive (`sandbox.KNOWN_LIMITS`).
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ if TYPE_CHECKING:
 
 _LEANED_ON = ("builtins", "math", "operator", "functools", "itertools", "unittest.case", "copy", "json", "re")
 _TESTING = ("testing", "_testing")  # submodules of a library that tests call
-# By these a program would rewrite the judge's frames or search for its objects; nothing that is benchmarked needs them.
+# With these a program could rewrite the judge's frames or search for its objects; no benchmarked code needs them.
 _REFUSED_EVENTS = frozenset(
     ["sys.settrace", "sys.setprofile", "sys._current_frames", "gc.get_objects", "gc.get_referrers", "gc.get_referents"]
 )
 _REFUSED_FIELDS = frozenset(["__code__", "__defaults__", "__kwdefaults__"])
 _OWN_FILES = frozenset(["<program>", "<tests>", "<string>"])  # "<string>": functions that namedtuple and others make
-# What a comparison of results calls: added to a class, it hides the inherited one.
+# Methods that a comparison of results calls: one added to a class hides the inherited one.
 _COMPARISONS = frozenset(
     {"__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "__bool__", "__len__", "__iter__", "__contains__"}
     | {"__hash__", "__getattribute__", "__getattr__", "__array__", "__array_ufunc__", "__array_function__"}
@@ -43,12 +42,12 @@ class Guard:
     """The state of a freshly loaded interpreter."""
 
     def __init__(self, preload: list[str]) -> None:
-        """Look at the modules of `preload`, which are imported already, and at those that tests lean on."""
+        """Record the modules of `preload`, which are already imported, and those that tests rely on."""
         self._modules: dict[str, types.ModuleType] = {}
         for name in (*_LEANED_ON, *preload, *(f"{one}.{part}" for one in preload for part in _TESTING)):
             try:
                 self._modules[name] = importlib.import_module(name)
-            except ImportError:  # a library without a module for tests
+            except ImportError:  # a library without a module for testing
                 continue
         own = tuple(name.partition(".")[0] for name in self._modules)
         classes = {id(one): one for module in self._modules.values() for one in _classes(module, own)}
@@ -75,8 +74,8 @@ class Guard:
     def shadowed(self, names: list[str], scope: dict[str, Any], job: dict[str, Any]) -> str | None:
         """The first of the tests' `names` that `scope` binds to something that deceives them, or None.
 
-        That is: a builtin bound to something callable, or a library's alias of the prompt bound to something else.
-        To be asked when nothing is `changed`.
+        That is: a builtin's name bound to something callable, or the prompt's alias of a library bound to something
+        else. Ask only when nothing is `changed`.
         """
         for name in names:
             value = scope.get(name, _ABSENT)
@@ -94,7 +93,7 @@ class _Attributes:
     """The attributes of one module or class, as they are now and as they were.
 
     Comparing them one by one costs a page fault for every page of objects that the fork shares (9 ms for pandas and
-    NumPy), so where CPython counts the changes of a dictionary, an unchanged count is taken for unchanged attributes.
+    NumPy). So where CPython counts a dictionary's changes, an unchanged count is taken to mean unchanged attributes.
     """
 
     def __init__(self, label: str, attributes: dict[str, Any], is_class: bool) -> None:
@@ -119,7 +118,7 @@ class _Attributes:
 
 
 def _counts_changes() -> bool:
-    """Whether this interpreter counts the changes of a dictionary where it is looked for."""
+    """Whether this interpreter counts a dictionary's changes, in the expected place."""
     if sys.implementation.name != "cpython" or not (3, 8) <= sys.version_info[:2] <= (3, 13):
         return False
     tried: dict[str, int] = {"a": 1}
@@ -134,7 +133,7 @@ _COUNTED = _counts_changes()
 
 
 def loaded_names(source: str) -> list[str]:
-    """The names that `source` reads, in alphabetical order; none where it does not parse."""
+    """The names that `source` reads, in alphabetical order; empty if it does not parse."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -143,7 +142,7 @@ def loaded_names(source: str) -> list[str]:
 
 
 def refuse_tricks() -> None:
-    """From now on: no trace functions, no search through the interpreter's objects, no new code in a function."""
+    """From now on, forbid trace functions, searching the interpreter's objects, and new code in a function."""
     refused, fields, own, failure = _REFUSED_EVENTS, _REFUSED_FIELDS, _OWN_FILES, RuntimeError
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -152,7 +151,7 @@ def refuse_tricks() -> None:
         if event == "object.__setattr__" and arguments[1] in fields:
             function, name, new = arguments
             code = function.__code__
-            # `types.coroutine` sets a flag of a function that stays the same otherwise.
+            # `types.coroutine` sets a flag of a function that is otherwise unchanged.
             same = name == "__code__" and new.co_code == code.co_code and new.co_consts is code.co_consts
             if not same and code.co_filename not in own:
                 raise failure(f"{name} of a library's function cannot be replaced")
@@ -161,7 +160,7 @@ def refuse_tricks() -> None:
 
 
 def _classes(module: types.ModuleType, own: tuple[str, ...]) -> Iterator[type]:
-    """Public classes of `module` and what they inherit, as far as both belong to one of the libraries `own`."""
+    """Public classes of `module` and their bases, as far as these belong to one of the libraries `own`."""
     for name, value in list(vars(module).items()):
         if isinstance(value, type) and not name.startswith("_"):
             for one in value.__mro__:

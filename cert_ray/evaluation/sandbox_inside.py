@@ -8,12 +8,12 @@ other end. It runs under the environment's own interpreter, so it needs only the
 
 With `nested`, the candidate is cloned as the first process of its own user, PID, mount and IPC namespaces: it cannot
 see or signal the zygote, its files vanish with it, and when it ends the kernel kills what it left behind. Without, a
-supervisor stands between both, adopts and kills what is left, and a whole sandbox serves one job only (`sandbox` sees
-to that). A fork less is worth it: every page of pandas that is touched after one costs a fault.
+supervisor stands between the two, adopts and kills what is left, and a whole sandbox serves only one job (`sandbox`
+sees to that). One fork less is worth it: every page of pandas that is touched after a fork costs a fault.
 
 While generated code runs, its process has neither the descriptor for the verdict nor the token that makes it count: it
-asks the supervisor for both when the tests are through, once. `sandbox_guard` looks before and after the tests whether
-the code changed what judges it. More is possible: it runs in the process that judges it (`sandbox.KNOWN_LIMITS`).
+asks the supervisor for both once, after the tests. `sandbox_guard` checks before and after the tests whether the code
+changed what judges it. Code can still do more: it runs in the process that judges it (`sandbox.KNOWN_LIMITS`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from cert_ray.evaluation.sandbox_guard import Guard, loaded_names, refuse_tricks
     from cert_ray.evaluation.sandbox_watch import ASK, NOT_SET_UP, SET_UP, TOKEN_BYTES, Watch, judge
-else:  # in the sandbox there is no cert_ray: both lie beside this file
+else:  # in the sandbox there is no cert_ray: both files lie beside this one
     from sandbox_guard import Guard, loaded_names, refuse_tricks
     from sandbox_watch import ASK, NOT_SET_UP, SET_UP, TOKEN_BYTES, Watch, judge
 
@@ -50,13 +50,13 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRI
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_CAPBSET_DROP = 22, 2, 24
 _CAPABILITY_VERSION_3, _CAPABILITIES = 0x20080522, 64  # bits of a set; Linux 6 knows 41
 _KEPT_DETAIL_CHARS = 2000
-_KEPT_TESTS = 512  # compiled: a benchmark's; programs come by problem, so fewer would do
-_FILES = 1 << 14  # in each of its file systems: what a name costs the kernel is in no other limit
+_KEPT_TESTS = 512  # compiled, enough for a benchmark; programs come problem by problem, so fewer would do
+_FILES = 1 << 14  # in each of its file systems: no other limit covers what a name costs the kernel
 _BELL = 3  # the candidate's socket to its supervisor
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_python_libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, for the call that doubles it
-_CLONE_CALL = {"x86_64": 56, "aarch64": 220}  # the kernel's number of clone, by machine; others cannot nest
+_python_libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, for the call that forks it
+_CLONE_CALL = {"x86_64": 56, "aarch64": 220}  # the kernel's number of clone, by machine; other machines cannot nest
 
 
 def _call(name: str, *arguments: Any) -> None:
@@ -92,17 +92,17 @@ def _read_exactly(descriptor: int, size: int) -> bytes | None:
 
 
 def main() -> None:
-    """Load the libraries, say so, then answer jobs until their pipe is closed."""
+    """Load the libraries, report ready, then answer jobs until their pipe is closed."""
     settings = json.loads(sys.argv[1])
     jobs, answers = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
     os.close(null)
-    if settings["user"] is not None:  # the limit on processes does not hold for root
+    if settings["user"] is not None:  # the limit on processes does not apply to root
         _become(settings["user"], settings["renamed"])
     settings["numbers"] = os.getuid(), os.getgid()  # in a new user namespace both read as nobody
-    # Nested, /proc/self/uid_map has to be ours; else nobody of the same user may look into this process.
+    # Nested, /proc/self/uid_map has to be ours; otherwise no process of the same user may look into this one.
     _call("prctl", _PR_SET_DUMPABLE, 1 if settings["nested"] else 0, 0, 0, 0)
     del sys.path[0]  # this file's folder
     with warnings.catch_warnings():
@@ -130,9 +130,9 @@ def main() -> None:
 
 
 def _become(user: int, renamed: bool) -> None:
-    """From root to `user` without capabilities; `renamed`: root of a user namespace that knows no other user.
+    """From root to `user`, without capabilities. `renamed`: this is root of a user namespace that knows no other user.
 
-    Then a further user namespace, in which the same user has that number.
+    In that case it first enters a further user namespace, in which the same user has the number `user`.
     """
     if renamed:
         own = os.getuid(), os.getgid()
@@ -147,13 +147,13 @@ def _become(user: int, renamed: bool) -> None:
 
 
 class _Tests:
-    """The benchmark's tests as code and the names that they read, compiled once for all samples of a problem."""
+    """The benchmark's tests as code, and the names they read, compiled once for all samples of a problem."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[types.CodeType | None, list[str], str]] = {}
 
     def compiled(self, source: str) -> tuple[types.CodeType | None, list[str], str]:
-        """Code (None without tests, or where they do not compile), names, and what is wrong with the source."""
+        """Code (None without tests, or if they do not compile), names, and what is wrong with the source."""
         if source not in self._known:
             if len(self._known) >= _KEPT_TESTS:
                 self._known.clear()
@@ -212,7 +212,7 @@ def _clone_into_namespaces() -> int:
     """Like `os.fork`, but the child is the first process of namespaces of its own.
 
     `os.fork` has no such flags, and `unshare` does not move the caller into its new PID namespace. Python is told
-    before and after, as its own fork does; this process has one thread.
+    before and after, as in its own fork; this process has one thread.
     """
     number = _CLONE_CALL[os.uname().machine]
     python = ctypes.pythonapi
@@ -229,7 +229,7 @@ def _clone_into_namespaces() -> int:
 
 
 def _name_user(user: int, group: int, outer_user: int, outer_group: int) -> None:
-    """Give this user a number inside its new user namespace, where it has none yet."""
+    """Give this user a number in its new user namespace, where it has none yet."""
     for name, text in (
         ("setgroups", "deny"),
         ("uid_map", f"{user} {outer_user} 1"),
@@ -238,7 +238,7 @@ def _name_user(user: int, group: int, outer_user: int, outer_group: int) -> None
         try:
             opened = os.open(f"/proc/self/{name}", os.O_WRONLY)
         except FileNotFoundError:
-            if name == "setgroups":  # gVisor has none, and wants none
+            if name == "setgroups":  # gVisor has no such file, and needs none
                 continue
             raise
         try:
@@ -253,7 +253,7 @@ def _become_candidate(
     """In the child: shut every door, then run the program. Never returns."""
     try:
         _call("prctl", _PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        os.setsid()  # a signal to its process group reaches nobody else, in whatever namespace
+        os.setsid()  # a signal to its process group reaches nothing else, in whatever namespace
         _move_descriptors(bell, output)
         if settings["nested"]:
             _name_user(*settings["numbers"], *settings["numbers"])
@@ -274,7 +274,7 @@ def _become_candidate(
 def _move_descriptors(bell: int, output: int) -> None:
     """0 is empty, 1 and 2 are the output pipe, 3 the supervisor's socket; everything else is closed."""
     moved, shown = os.dup(bell), os.dup(output)
-    while moved <= 3:  # keep it clear of the places to be filled
+    while moved <= 3:  # keep both clear of the numbers to be filled
         moved = os.dup(moved)
     while shown <= 3:
         shown = os.dup(shown)
@@ -285,7 +285,7 @@ def _move_descriptors(bell: int, output: int) -> None:
 
 
 def _mount_private(settings: dict[str, Any]) -> None:
-    """An empty, bounded file system to write to, and nothing to see of other processes."""
+    """Mount an empty, bounded file system to write to, and hide what /proc shows of other processes."""
     _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
     size = f"size={settings['limits']['file_bytes']},nr_inodes={_FILES},mode=0700".encode()
     box = os.fsencode(settings["box"])
@@ -297,12 +297,13 @@ def _mount_private(settings: dict[str, Any]) -> None:
 
 
 def _empty_bounding_set() -> None:
-    """No program that this process starts can have a capability, whatever its file says.
+    """Keep programs that this process starts from having capabilities, whatever their files say.
 
-    As far as this process may: it wants CAP_SETPCAP, which `unsafe` lacks; where else it is missing, bubblewrap did it.
+    Only as far as this process may: it needs CAP_SETPCAP, which `unsafe` lacks; where else it is missing, bubblewrap
+    has done this.
     """
     for capability in range(_CAPABILITIES):
-        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:  # EINVAL: the kernel knows no further one
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:  # EINVAL: the kernel knows no further ones
             return
 
 
@@ -342,7 +343,7 @@ def _set_limits(limits: dict[str, Any], nested: bool) -> None:
 
 
 def _own_threads() -> int:
-    """Threads of this user that can be seen: the kernel counts them against the limit on processes."""
+    """Visible threads of this user: the kernel counts them against the limit on processes."""
     count = 0
     for name in os.listdir("/proc"):  # noqa: PTH208
         try:
@@ -372,16 +373,16 @@ def _run(job: dict[str, Any], guard: Guard) -> NoReturn:
         flush()
     except anything:
         pass
-    close(_BELL + 1, 1024)  # room for one more, whatever the program left open
+    close(_BELL + 1, 1024)  # frees a descriptor for the verdict, whatever the program left open
     ask(question)  # from here on nothing runs that the program could have replaced
     token, ancillary, _, _ = receive(token_bytes, room)
     write(unpack("i", ancillary[0][2][:4])[0], token + verdict)
     leave(0)
-    raise AssertionError(this)  # unreachable; it keeps this module alive, which the program's takes the place of
+    raise AssertionError(this)  # unreachable; keeps this module alive, whose place the program's module takes
 
 
 def _judge_program(job: dict[str, Any], guard: Guard) -> str | None:
-    """Run code and tests; what was tampered with, or None. Raises whatever they raise."""
+    """Run code and tests. Returns what was tampered with, or None; raises whatever they raise."""
     changed, shadowed, run, loaded = guard.changed, guard.shadowed, exec, sys.modules
     test, names, fault = job["test"]
     job["aliases"] = dict(job["aliases"])
@@ -407,7 +408,7 @@ def _judge_program(job: dict[str, Any], guard: Guard) -> str | None:
 
 
 def _rename_libraries(renamed: list[list[str]], loaded: dict[str, types.ModuleType]) -> None:
-    """Let each library and its loaded submodules be imported by another name as well."""
+    """Make each library and its loaded submodules importable by another name as well."""
     for name, library in renamed:
         importlib.import_module(library)
         for full, module in list(loaded.items()):

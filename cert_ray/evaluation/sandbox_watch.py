@@ -1,10 +1,10 @@
 """What the supervisor sees of a candidate: its process and pipes in, an answer for `sandbox` out.
 
 Runs inside the sandbox, beside `sandbox_inside`: the standard library of Python 3.8 only. Limits that the kernel does
-not hold are held here: output, time without work, memory of all processes of a program together.
+not enforce are enforced here: output, time without work, memory of all processes of a program together.
 
 Time: CPU time is the kernel's limit. `wall_time_s` bounds how long a program may neither work nor wait for a core, so
-that a busy machine does not turn a slow answer into a wrong one; where the kernel does not tell, it bounds the time
+that a busy machine does not turn a slow answer into a wrong one; if the kernel does not report this, it bounds the time
 since the start.
 """
 
@@ -18,11 +18,11 @@ import socket
 import time
 from typing import Any
 
-SET_UP, NOT_SET_UP, ASK = b"\x01", b"\x00", b"?"  # what a candidate may say: one of the first two, then the third once
+SET_UP, NOT_SET_UP, ASK = b"\x01", b"\x00", b"?"  # what a candidate may say: one of the first two, then ASK once
 TOKEN_BYTES = 16
 _KEPT_OUTPUT_BYTES = 8192
 _VERDICT_BYTES = 1 << 16
-_TICK_S = 0.02  # how late the end of a candidate whose descendants hold its pipes may be seen
+_TICK_S = 0.02  # how late a candidate's end may be noticed if descendants hold its pipes
 _SLOWEST = 10.0  # times wall_time_s: then even a program that only waits for a core is ended
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -34,9 +34,9 @@ class Watch:
         self._pid, self._bell, self._output, self._limits = pid, bell, output, limits
         self._proc, self._processes = proc, Processes(proc)
         self._started = time.monotonic()
-        self._looked_s = 0.0  # when memory was looked at, since the start
+        self._looked_s = 0.0  # when memory was last looked at, since the start
         self._token = os.urandom(TOKEN_BYTES)
-        self._verdict: int | None = None  # the reading end, once it was asked for
+        self._verdict: int | None = None  # the reading end, once the candidate has asked
         self._bell_number = bell.fileno()
         self._opened = {self._bell_number, output}
         self._texts = {output: _Text(limits["output_bytes"])}
@@ -44,7 +44,7 @@ class Watch:
         self._strange = False
 
     def until_ended(self) -> dict[str, Any]:
-        """Read what the candidate says until it ends, or end it at a limit."""
+        """Read what the candidate says until it ends, or kill it at a limit."""
         reason = None
         while True:
             ended, status, usage = os.wait4(self._pid, os.WNOHANG)
@@ -70,7 +70,7 @@ class Watch:
         }
 
     def close(self) -> None:
-        """Close every descriptor that it was given or made."""
+        """Close every descriptor that was given to it or made by it."""
         self._bell.close()
         for descriptor in (*self._texts, self._proc):
             os.close(descriptor)
@@ -87,14 +87,14 @@ class Watch:
             return "timed_out"
         if self._too_much():
             return "too_much_output"
-        if elapsed_s - self._looked_s >= _TICK_S:  # by time: a program that never stops talking is looked at as well
+        if elapsed_s - self._looked_s >= _TICK_S:  # by time, so that a program that never stops talking is checked too
             self._looked_s = elapsed_s
             if self._processes.memory_bytes(os.getpid()) > self._limits["memory_bytes"]:
                 return "out_of_memory"
         return None
 
     def _read_ready(self, wait_s: float) -> bool:
-        """Read once from everything that has something within `wait_s`; say whether anything came."""
+        """Read once from everything that is ready within `wait_s`; returns whether anything came."""
         came = False
         for descriptor in select.select(list(self._opened), [], [], wait_s)[0]:
             part = os.read(descriptor, 1 << 16)
@@ -149,7 +149,7 @@ class Processes:
         self._proc = proc
 
     def idle_s(self, pid: int, elapsed_s: float) -> float:
-        """How long the first thread of `pid` neither ran nor waited for a core; if nothing tells, `elapsed_s`."""
+        """How long the first thread of `pid` neither ran nor waited for a core; `elapsed_s` if that is not known."""
         try:
             ran_ns, waited_ns = (int(word) for word in self._read(f"{pid}/schedstat").split()[:2])
         except (OSError, ValueError):
@@ -157,9 +157,9 @@ class Processes:
         return elapsed_s - (ran_ns + waited_ns) / 1e9
 
     def memory_bytes(self, root: int) -> int:
-        """Memory of all descendants of `root` together; pages that they share count once, where the kernel says so.
+        """Memory of all descendants of `root` together. Shared pages count once, if the kernel reports them so.
 
-        0 for a single one: what that may take is a limit of the kernel.
+        0 for a single one: the kernel limits what that may take.
         """
         found, waiting = [], self._children(root)
         while waiting:
@@ -192,7 +192,7 @@ class Processes:
 
 
 def judge(watched: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
-    """What became of the candidate, from what it wrote and how it ended."""
+    """The candidate's outcome, from what it wrote and how it ended."""
     if watched["setup"] != SET_UP:
         said = watched["setup"].lstrip(NOT_SET_UP).decode(errors="replace")
         return {"broken": f"the candidate's process could not be set up: {said}"}
@@ -217,7 +217,7 @@ def _verdict(watched: dict[str, Any], limits: dict[str, Any]) -> tuple[str, str]
 
 
 def _ending(watched: dict[str, Any], limits: dict[str, Any]) -> tuple[str, str]:
-    """What a process that ended without a verdict met."""
+    """The outcome of a process that ended without a verdict."""
     if not os.WIFSIGNALED(watched["status"]):
         return "failed", f"exited with status {os.WEXITSTATUS(watched['status'])} before check() returned"
     number = os.WTERMSIG(watched["status"])

@@ -1,8 +1,8 @@
 """Problems, samples and a way to run programs in; per-problem counts and pass@k out.
 
-The raw score counts every problem. Some problems of the published benchmarks fail even with their own answers (under
-every library version that was tried); where gold answers are run too, the score of the problems whose answer passes
-is given beside the raw one, never instead of it.
+The raw score counts every problem. Some problems of the published benchmarks fail even with their own answers, under
+every library version that was tried. When gold answers are run too, the score over the problems whose answer passes is
+given beside the raw one, never instead of it.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _DEFAULT_K = (1, 10, 100)  # the values that the papers report
 
 @dataclass(frozen=True, slots=True)
 class ProblemResult:
-    """The samples of one problem and what became of each. `gold_passed` is None where the answer was not run.
+    """The samples of one problem and what became of each. `gold_passed` is None if the answer was not run.
 
     `gold_detail` is what the answer failed with.
     """
 
     problem: Problem
     samples: tuple[Sample, ...]
-    completions: tuple[str, ...]  # as they were run: cut, where cutting was asked for
+    completions: tuple[str, ...]  # as they were run: cut, if cutting was asked for
     executions: tuple[Execution, ...]
     gold_passed: bool | None = None
     gold_detail: str = ""
@@ -50,7 +50,7 @@ class ProblemResult:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationResult:
-    """Every problem's result, in the benchmark's order, and pass@k by k: of all, and of those whose answer passes."""
+    """Every problem's result, in the benchmark's order; pass@k by k, over all and over those whose answer passes."""
 
     problems: tuple[ProblemResult, ...]
     pass_at_k: dict[int, float]
@@ -78,9 +78,9 @@ def evaluate(
     run_gold: bool = False,
     execute: Execute = execute_in_threads,
 ) -> EvaluationResult:
-    """Run every sample and count. With `cut`, completions are cut at PAPER.md's stops first.
+    """Run every sample and count. With `cut`, completions are first cut at PAPER.md's stops.
 
-    `k` None takes those of 1, 10 and 100 that the number of samples allows.
+    `k` None takes each of 1, 10 and 100 that the number of samples allows.
 
     Raises:
         ConfigError: when a problem has no sample, a sample no problem, or fewer samples than the largest k.
@@ -109,8 +109,7 @@ def rerank_counts(
 ) -> list[Counts]:
     """Whether each problem's first candidate passes after reordering, as counts of one sample each.
 
-    All programs of all problems run together: the order is asked for twice, first to learn what has to be run.
-
+    All programs of all problems run together, so candidates are ranked twice: first to learn what has to be run.
     Raises:
         ConfigError: when `method` needs log-probabilities and the samples have none.
         SandboxError: when programs could not be run.
@@ -179,7 +178,7 @@ def _chosen_k(k: Sequence[int] | None, grouped: dict[str, tuple[Sample, ...]]) -
 
 
 def _own(answers: Sequence[Execution]) -> tuple[bool | None, str]:
-    """Whether one of a problem's own answers passed, and what the last one failed with where none did."""
+    """Whether one of a problem's own answers passed and, if none did, what the last one failed with."""
     if not answers:
         return None, ""
     if any(one.outcome is Outcome.PASSED for one in answers):

@@ -1,8 +1,8 @@
-"""How good a cascade's sketches are: results whose samples say their sketch in; matches, votes, routes and blame out.
+"""How good a cascade's sketches are: results whose samples have sketches in; matches, votes, routes and blame out.
 
-The gold sketch is the sketch of the benchmark's own answer, as it stands behind the prompt. A failed sample is blamed
-on the sketch where its sketch is neither a gold one nor that of a sample that passed, else on the generator: other
-sketches may lead to a right answer too, so the sketch's share of the blame is an upper bound.
+The gold sketch is that of the benchmark's own answer, as it stands after the prompt. A failed sample is blamed on its
+sketch if that is neither a gold one nor the sketch of a sample that passed, else on the generator. Other sketches may
+also lead to a right answer, so the sketch's share of the blame is an upper bound.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cert_ray.sketching import sketch_spans
 
 
 def sketch_of_answer(prompt: str, answer: str, kind: str = "constants") -> str | None:
-    """The sketch of `answer` behind `prompt`, without the prompt's; None where both together do not parse."""
+    """The sketch of `answer` after `prompt`, without the prompt's own; None if the two together do not parse."""
     try:
         sketched = sketch_spans(prompt + answer, kind)
     except SketchError:
@@ -33,10 +33,10 @@ def sketch_of_answer(prompt: str, answer: str, kind: str = "constants") -> str |
 
 
 def measure_sketches(results: Sequence[ProblemResult], kind: str = "constants") -> dict[str, Any] | None:
-    """Figures over all samples that say their sketch; None where none does. Shares are of samples.
+    """Figures over all samples that have a sketch; None if none has. Shares are of samples.
 
-    `exact_match` counts the problems whose answer has a sketch only. `vote_share` is the mean of what the winners have
-    at least: of sketches asked for, those that agreed before the vote ended.
+    `exact_match` counts only problems whose answer has a sketch. `vote_share` is the mean of the winners' least shares:
+    of the sketches asked for, those that agreed before the vote ended.
     """
     routes: Counter[str] = Counter()
     blame: Counter[str] = Counter()

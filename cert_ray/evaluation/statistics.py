@@ -1,11 +1,11 @@
-"""How sure a score is: counts per problem in; intervals, comparisons of two runs and detectable differences out. Pure.
+"""How certain a score is: counts per problem in; intervals, comparisons of two runs, detectable differences out. Pure.
 
-Problems are the unit: they are drawn again in the bootstrap and flipped in the test, so the intervals speak about other
-problems of the same kind as well as about other samples. Samples of one problem are not independent observations.
+Problems are the unit: the bootstrap resamples them and the test flips them, so the intervals speak about other problems
+of the same kind as well as about other samples. Samples of one problem are not independent observations.
 
-Several benchmarks are strata: each is resampled for itself, and the pooled score counts every problem once. What is
-not handled: choosing the best of many runs (say the best temperature) makes its score too high, and no interval here
-corrects that. Resampling is by scipy, with a fixed seed: equal input gives equal output.
+Several benchmarks are strata: each is resampled by itself, and the pooled score counts every problem once. Not handled:
+choosing the best of many runs (say, the best temperature) makes its score too high, and no interval here corrects that.
+Resampling is by scipy, with a fixed seed: equal input gives equal output.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Interval:
 class Comparison:
     """A second run against a first on the same problems, by pass@k.
 
-    `wins` are the problems where the second run's pass@k is higher. `p_value` is two-sided, for the hypothesis that
-    the runs are exchangeable on every problem; `test` names how it was found. `detectable` is
-    `smallest_detectable_difference` of these problems.
+    `wins` are the problems on which the second run's pass@k is higher. `p_value` is two-sided, for the hypothesis that
+    the runs are exchangeable on every problem; `test` names how it was computed. `detectable` is
+    `smallest_detectable_difference` for these problems.
     """
 
     k: int
@@ -62,11 +62,11 @@ class Comparison:
 def score_interval(benchmarks: Sequence[Sequence[Counts]], k: int, *, seed: int = 0) -> Interval:
     """Mean pass@k over the problems of all `benchmarks`, with a 95% interval by bootstrap over problems (BCa).
 
-    Where every problem has none or every one has all, resampling shows no spread at all: the interval is then
-    Clopper and Pearson's of that many trials. A single problem, or equal scores in between, say nothing: 0 to 1.
+    If the score is 0 on every problem, or 1 on every one, resampling shows no spread at all: the interval is then
+    Clopper and Pearson's for that many trials. A single problem, or equal scores in between, say nothing: 0 to 1.
 
     Raises:
-        ValueError: without problems, or when k and a problem's samples do not fit.
+        ValueError: without problems, or when k does not fit a problem's samples.
     """
     value = mean_pass_at_k((counts for problems in benchmarks for counts in problems), k)
     strata = [np.array([pass_at_k(*counts, k) for counts in problems]) for problems in benchmarks if problems]
@@ -82,10 +82,11 @@ def score_interval(benchmarks: Sequence[Sequence[Counts]], k: int, *, seed: int 
 def compare(
     first: Sequence[Mapping[str, Counts]], second: Sequence[Mapping[str, Counts]], k: int, *, seed: int = 0
 ) -> Comparison:
-    """Compare two runs problem by problem: one mapping of task_id to counts for each benchmark, in the same order.
+    """Compare two runs problem by problem: one mapping of task_id to counts per benchmark, in the same order.
 
-    The test flips the sign of each problem's difference: exactly, as McNemar's test, where every difference is a whole
-    problem (one sample each, say); exactly by enumeration up to 13 differing problems; else with 9,999 random flips.
+    The test flips the sign of each problem's difference: exactly, as McNemar's test, if every difference is a whole
+    problem (with one sample each, say); exactly, by enumeration, up to 13 differing problems; else with 9,999 random
+    flips.
 
     Raises:
         ValueError: when the runs do not have the same problems, or k does not fit the samples.
@@ -117,10 +118,10 @@ def compare(
 def smallest_detectable_difference(
     differences: npt.ArrayLike, *, significance: float = _SIGNIFICANCE, power: float = _POWER
 ) -> float | None:
-    """The true difference in mean score that a paired comparison of as many problems would find in 80 of 100 trials.
+    """The true difference in mean score that a paired comparison on this many problems would find in 80 of 100 trials.
 
     (z(1 - significance / 2) + z(power)) * s / sqrt(n), with s the standard deviation of the per-problem `differences`:
-    the usual normal approximation for a paired test. None for fewer than two problems or without any spread, where s
+    the usual normal approximation for a paired test. None for fewer than two problems or without any spread, when s
     is not known.
 
     Raises:
@@ -149,7 +150,7 @@ def _check_same_problems(first: Sequence[Mapping[str, Counts]], second: Sequence
 
 
 def _bootstrap(strata: Sequence[npt.NDArray[np.float64]], seed: int) -> tuple[float, float]:
-    """Ends of the interval of the mean over all strata, each resampled for itself if any of them shows a spread."""
+    """Ends of the interval of the mean over all strata, each resampled by itself if any of them shows a spread."""
     total = sum(len(stratum) for stratum in strata)
     if all(stratum.min() == stratum.max() for stratum in strata):
         strata = [np.concatenate(strata)]
@@ -175,13 +176,13 @@ def _difference_interval(
     value = float(differences.mean())
     if differences.min() < differences.max():
         return Interval(value, *_bootstrap(strata, seed))
-    # No spread is no certainty: as many problems may all have gone one way where a share of them goes the other.
+    # No spread is not certainty: all these problems may go one way although a share of all problems goes the other.
     unlike = float(stats.binomtest(0, len(differences)).proportion_ci(_CONFIDENCE, method="exact").high)
     return Interval(value, max(-1.0, value - 2 * unlike), min(1.0, value + 2 * unlike))
 
 
 def _sign_flip_test(differences: npt.NDArray[np.float64], seed: int) -> tuple[float, str]:
-    """Two-sided p-value of the differences' mean under random signs; problems without a difference say nothing."""
+    """Two-sided p-value of the differences' mean under random signs; problems without a difference do not count."""
     told = differences[differences != 0]
     if len(told) < 2:
         return 1.0, f"{len(told) or 'no'} problem differs"

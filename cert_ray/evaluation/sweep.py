@@ -1,11 +1,11 @@
-"""Several benchmarks at several temperatures as one resumable job: one folder for each pair, and one report over all.
+"""Several benchmarks at several temperatures as one resumable job: a folder for each pair, and one report over all.
 
-    OUTPUT/NAME-tTEMPERATURE/   as `run` writes it; finished ones are not done again
+    OUTPUT/NAME-tTEMPERATURE/   as `run` writes it; finished ones are not repeated
     OUTPUT/sweep.md, sweep.html
     OUTPUT/sweep.json           written last: every pair's scores with intervals, and each benchmark's best temperature
 
-The paper reports the best temperature. That is the largest of several noisy figures, so it is too high on average: it
-stands beside all of them, with that said.
+The paper reports the best temperature. As the largest of several noisy figures, it is too high on average, so the
+report shows it beside all of them and says so.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SweepConfig(Config):
 
     problems: tuple[str, ...]
     temperatures: tuple[float, ...]
-    each: EvaluateConfig  # its own problems, temperature and output are replaced, but for the output's folder
+    each: EvaluateConfig  # its problems and temperature are replaced; its output becomes the parent folder
 
     def cells(self) -> list[EvaluateConfig]:
         """One evaluation for each pair, benchmark by benchmark, temperatures as given.
@@ -61,7 +61,7 @@ class SweepConfig(Config):
 def run_sweep(
     config: SweepConfig, complete_at: Callable[[float], Complete], execute: Execute = execute_in_threads
 ) -> dict[str, Any]:
-    """Evaluate every pair that is not finished, and write the report over all; returns what stands in sweep.json.
+    """Evaluate every pair that is not finished, and write the report over all; returns the contents of sweep.json.
 
     Raises:
         As `run_evaluation`.
@@ -94,7 +94,7 @@ def _write(config: SweepConfig, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _benchmark(group: Sequence[Run]) -> dict[str, Any]:
-    """One benchmark's scores at every temperature, and the temperature that is best at the smallest k."""
+    """One benchmark's scores at every temperature, and the best temperature at the smallest k."""
     scores: list[dict[str, Any]] = [
         {"temperature": run.temperature, "folder": storage.name_of(run.folder), "pass_at_k": _intervals(run)}
         for run in group
@@ -128,7 +128,7 @@ def draw(benchmark: str, scores: Sequence[dict[str, Any]]) -> str:
     axes.tick_params(labelsize=9)
     axes.legend(frameon=False, fontsize=9)
     stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "cert-ray"}):  # else its ids differ from run to run
+    with mpl.rc_context({"svg.hashsalt": "cert-ray"}):  # otherwise its ids differ from run to run
         figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     text = stream.getvalue()
     return text[text.index("<svg") :]

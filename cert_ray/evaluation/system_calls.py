@@ -1,11 +1,11 @@
 """The system calls that generated code may not make: a seccomp filter as bytes, made by libseccomp through pyseccomp.
 
-The bytes are a program for the kernel; `sandbox_inside` loads it into each candidate just before generated code runs,
-since the sandbox itself still needs calls that candidates do not. It is a list of what is refused, with EPERM, not of
-what is allowed: numerical libraries differ too much. Calls of another architecture's table kill the process.
+The bytes are a program for the kernel. `sandbox_inside` loads it into each candidate just before generated code runs,
+since the sandbox itself still needs calls that candidates do not. It lists what is refused, with EPERM, not what is
+allowed: numerical libraries differ too much. Calls from another architecture's table kill the process.
 
-Chosen from the calls that Docker's default profile refuses to containers without capabilities, and those by which
-memory could be taken beside the limits (memfd, System V segments and queues).
+Chosen from the calls that Docker's default profile refuses to containers without capabilities, and those that could
+take memory outside the limits (memfd, System V segments and queues).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _TERMINAL_INJECTION = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: ioctl_tty(2)
 
 
 def find_filter(*, network: bool) -> bytes | None:
-    """The filter, or None where pyseccomp or libseccomp is missing. Without `network`, no internet sockets either.
+    """The filter, or None if pyseccomp or libseccomp is missing. Without `network`, it also refuses internet sockets.
 
     Raises:
-        SandboxError: where libseccomp is too old, or the filter could not be made.
+        SandboxError: when libseccomp is too old, or the filter could not be made.
     """
     library = _library()
     if library is None:
@@ -76,7 +76,7 @@ def _compiled(library: ModuleType, network: bool) -> bytes:
             continue
     for flag in _CLONE_NEW:
         rules.add_rule(refuse, "clone", library.Arg(0, library.MASKED_EQ, flag, flag))
-    rules.add_rule(library.ERRNO(errno.ENOSYS), "clone3")  # its flags lie in memory, unseen: libc then calls clone
+    rules.add_rule(library.ERRNO(errno.ENOSYS), "clone3")  # a filter cannot see its flags: libc then calls clone
     for request in _TERMINAL_INJECTION:
         rules.add_rule(refuse, "ioctl", library.Arg(1, library.MASKED_EQ, 0xFFFFFFFF, request))
     allowed = {socket.AF_UNIX, *((socket.AF_INET, socket.AF_INET6) if network else ())}

@@ -1,8 +1,8 @@
 """What a replica of the deployment `engine` does: it holds models, and answers what front doors ask of them.
 
-In: a `ServeConfig`. Out: answers, or events and then the answers. A single model is loaded at the start. Of several, all
-are checked first, and each is loaded when it is asked for. Requests for one that cannot be loaded get the reason, so
-that a damaged folder stops no other model. No Ray in here: `on_ray.py` has resources and which models stay in memory.
+In: a `ServeConfig`. Out: answers, or events and then the answers. A single model is loaded at the start. Of several,
+all are checked first, and each is loaded when asked for. Requests for one that cannot be loaded get the reason, so that
+a damaged folder stops no other model. No Ray in here: `on_ray.py` has resources and which models stay in memory.
 """
 
 from __future__ import annotations

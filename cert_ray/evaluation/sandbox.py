@@ -92,7 +92,7 @@ class Execution:
 
 
 class _BrokenError(Exception):
-    """This sandbox process failed at its task; a fresh one may not."""
+    """This sandbox process failed at its task; a fresh one may succeed."""
 
 
 class _SilentError(_BrokenError):

@@ -1,12 +1,12 @@
 """The API of a Python package as a file: one JSON object a line, `name`, `signature`, `description`.
 
-In: a package by its import name, or its folder. Out: every public function, class and method by the shortest name under
-which users reach it (`pandas.DataFrame.head`, not `pandas.core.generic.NDFrame.head`), in the order of names; the
-signature without annotations; the documentation's prose, up to its first section or example. Where a module says what
-it exports (`__all__`), nothing else of it is public; tests are not.
+In: a package, by its import name or its folder. Out: every public function, class and method, sorted by name, under the
+shortest name that users can reach it by (`pandas.DataFrame.head`, not `pandas.core.generic.NDFrame.head`); its
+signature without annotations; its documentation's prose, up to the first section or example. If a module says what it
+exports (`__all__`), nothing else in it is public. Tests are not public.
 
-griffe reads the source and runs nothing. What a package compiles or makes while it is imported is not there to be read;
-with `imports` the package is imported for it and inspected, which runs what importing runs.
+griffe reads the source and runs nothing. So it cannot see what a package compiles, or makes while it is imported. With
+`imports`, the package is imported and inspected for that, which runs what importing runs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Longer ones cost the prompt's room: 98 of the 2,796 signatures of pandas 3.1.1 are (2026-11-26). Assumed.
+# Longer signatures take up the prompt: 98 of the 2,796 of pandas 3.1.1 are longer (2026-11-26). Assumed.
 _SIGNATURE_CHARS = 120
 _SUMMARY_CHARS = 120
 _DEFAULT_CHARS = 20
-_DESCRIPTION_CHARS = 600  # what a doc is found by
+_DESCRIPTION_CHARS = 600  # the text a doc is found by
 _SECTION = re.compile(
     r"^\s*(?:-{3,}|={3,}|>>>.*|\.\. .*|:(?:param|return).*|(?:Args|Arguments|Returns|Raises|Examples?):)\s*$"
 )
@@ -51,8 +51,8 @@ class ApiDoc:
     """One function, class or method. `name` begins with the library, as prompts import it."""
 
     name: str
-    signature: str  # "(by=None, axis=0)"; empty where it is not known
-    description: str  # without line breaks; empty where nothing is documented
+    signature: str  # "(by=None, axis=0)"; empty if not known
+    description: str  # without line breaks; empty if nothing is documented
 
     @property
     def summary(self) -> str:
@@ -68,7 +68,7 @@ class ApiDoc:
 
 @dataclass(frozen=True, slots=True)
 class LibraryDocs:
-    """What was found in a package. `unread` are public names whose source is not there: compiled, or made at import."""
+    """What was found in a package. `unread` are public names without source: compiled, or made at import."""
 
     docs: tuple[ApiDoc, ...]
     unread: tuple[str, ...]
@@ -77,9 +77,9 @@ class LibraryDocs:
 def collect_docs(
     package: str, shown_as: str | None = None, paths: Sequence[str] = (), imports: bool = False
 ) -> LibraryDocs:
-    """The API of `package`: an import name, found in `paths` and then where this interpreter looks, or a folder.
+    """The API of `package`: an import name, looked for in `paths` and then where this interpreter looks, or a folder.
 
-    `shown_as` is the name by which prompts import it, where that is another one.
+    `shown_as` is the name by which prompts import it, if it differs.
 
     Raises:
         InputError: when there is no such package or folder, or it documents nothing.
@@ -105,10 +105,10 @@ def write_docs(url: str, docs: Iterable[ApiDoc]) -> storage.Written:
 
 
 def read_docs(url: str) -> tuple[ApiDoc, ...]:
-    """The docs of the file at `url`.
+    """The docs in the file at `url`.
 
     Raises:
-        InputError: when there is none, naming the first line that cannot be used.
+        InputError: when there is none, or for the first line that cannot be used, with its number.
     """
     cure = "Make it with `cert-ray library-docs PACKAGE`."
     if not storage.exists(url) or storage.is_folder(url):
@@ -132,7 +132,7 @@ def _text(value: object) -> str:
 
 
 def _place(package: str, paths: Sequence[str]) -> tuple[str, list[str]]:
-    """The import name of `package`, and where it is looked for before this interpreter's own path."""
+    """The import name of `package`, and the folders searched before this interpreter's own path."""
     for path in paths:
         if not Path(path).is_dir():
             raise InputError(path, "no folder to look in", "Name an existing one with --path.")
@@ -148,7 +148,7 @@ def _load(package: str, paths: Sequence[str], imports: bool) -> griffe.Object:
     import griffe
 
     loader = griffe.GriffeLoader(allow_inspection=imports, search_paths=[*paths, *filter(None, sys.path)])
-    logging.getLogger("griffe").setLevel(logging.ERROR)  # docstring sections that it cannot read are no matter here
+    logging.getLogger("griffe").setLevel(logging.ERROR)  # docstring sections that it cannot read do not matter here
     try:
         loaded = loader.load(package, try_relative_path=False)
         loader.resolve_aliases(implicit=True, external=False)
@@ -162,16 +162,16 @@ def _load(package: str, paths: Sequence[str], imports: bool) -> griffe.Object:
 class _Reached:
     items: dict[str, griffe.Object]  # by the shortest public path
     unread: list[str]
-    assigned: list[str]  # names that a module gives a value, which may be one that can be called
+    assigned: list[str]  # names that a module assigns a value, which may be callable
 
 
 def _inspect(package: str, names: Sequence[str], paths: Sequence[str]) -> tuple[dict[str, ApiDoc], set[str]]:
-    """What of `names` can be called once the package is imported; and those that fail when they are asked for."""
+    """Which of `names` are callable once the package is imported, and which ones fail when looked up."""
     found, failed = {}, set()
     with _importing_from(paths):
         try:
             module = importlib.import_module(package)
-        except Exception as error:  # whatever a package does when it is imported
+        except Exception as error:  # a package may raise anything when imported
             raise InputError(package, f"cannot be imported: {error!r}", "Leave --import out.") from error
         for name in names:
             try:
@@ -188,12 +188,12 @@ def _inspect(package: str, names: Sequence[str], paths: Sequence[str]) -> tuple[
 
 
 def _inspected(name: str, value: Any) -> ApiDoc | None:
-    """What `value` is; None where it is nothing that can be called."""
+    """The doc of `value`; None if it is not callable."""
     if not callable(value):
         return None
     try:
         parameters = inspect.signature(value).parameters.values()
-    except (ValueError, TypeError):  # many compiled functions do not tell theirs
+    except (ValueError, TypeError):  # many compiled functions do not give theirs
         signature = ""
     else:
         told = ((one.name, one.kind.description, _default_of(one)) for one in parameters)
@@ -202,7 +202,7 @@ def _inspected(name: str, value: Any) -> ApiDoc | None:
 
 
 def _default_of(parameter: inspect.Parameter) -> str | None:
-    """The default as a literal or a type's name; any other object may look otherwise in each process."""
+    """The default as a literal or a type's name; any other object may look different in each process."""
     default = parameter.default
     if default is inspect.Parameter.empty:
         return None
@@ -246,7 +246,7 @@ def _reach(root: griffe.Object) -> _Reached:
                 continue
             if not isinstance(target, griffe.Object) or not _is_own(root, target.path):
                 continue
-            # A method that subclasses inherit is another method of each: `DataFrame.head`, `Series.head`.
+            # A method that subclasses inherit counts once for each: `DataFrame.head`, `Series.head`.
             identity = target.path if item.is_module else f"{path}.{name}"
             if identity in seen:
                 continue
@@ -255,7 +255,7 @@ def _reach(root: griffe.Object) -> _Reached:
                 found.assigned.append(f"{path}.{name}")
             if target.is_function or target.is_class:
                 found.items[f"{path}.{name}"] = target
-            # A class that another one only mentions has its own place; following it could go in circles.
+            # A class that another one only mentions has its own place; following the mention could go in circles.
             if target.is_module or (target.is_class and (item.is_module or target.parent is item)):
                 waiting.append((f"{path}.{name}", target))
     return found
@@ -321,9 +321,9 @@ def _description(item: griffe.Object) -> str:
 
 
 def _prose(docstring: str, name: str) -> str:
-    """What the documentation of `name` begins with, in one line."""
+    """What the documentation of `name` begins with, on one line."""
     text = docstring.strip()
-    if text.startswith(f"{name}("):  # as compiled functions tell their signature
+    if text.startswith(f"{name}("):  # compiled functions begin with their signature
         text = text.partition("\n\n")[2]
     prose: list[str] = []
     for line in text.splitlines():

@@ -1,10 +1,10 @@
-"""Log lines with the run, the stage and the shard they are about, as text or JSON; and one run's story, kept beside it.
+"""Log lines that name their run, stage and shard, as text or JSON; and one run's story, kept beside the run.
 
-`configure` is called once, at an entry point: lines go to stderr in the form that is asked for, `CERT_RAY_LOG_FORMAT`
-where none is; a worker on another machine takes over what its driver `inherited`. `scope` names what lines are about.
-`story` also writes every line, shard by shard, as JSON to files of RUN/logs/BEGAN-VERB-PID, so that what jobs and
-retries did can be read in order when their machines are gone. A story that cannot be written is a warning, never the
-end of a run, and a store that hangs holds nobody up.
+Entry points call `configure` once: lines go to stderr in the form asked for, else in that of `CERT_RAY_LOG_FORMAT`. A
+worker on another machine takes over what its driver `inherited`. `scope` names what lines are about. `story` also
+writes every line, shard by shard, as JSON to files in RUN/logs/BEGAN-VERB-PID, so that one can read in order what jobs
+and retries did when their machines are gone. A story that cannot be written is a warning, and never ends a run; a store
+that hangs holds nobody up.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 FORM_VARIABLE = "CERT_RAY_LOG_FORMAT"
 FOLDER = "logs"
 _NOISY = ("ray", "httpx", "urllib3", "filelock", "matplotlib", "fsspec", "azure")
-_FLUSH_EVERY_S = 30.0  # assumed: what a killed job's story may lack
-_CLOSE_S = 60.0  # assumed: a job that is done waits no longer for its story to be written
-_WAITING_LINES = 100_000  # some 50 MB; what comes beyond, while the store takes nothing, is lost
+_FLUSH_EVERY_S = 30.0  # assumed: the most that a killed job's story may lack
+_CLOSE_S = 60.0  # assumed: a finished job waits no longer for its story to be written
+_WAITING_LINES = 100_000  # some 50 MB; further lines, while the store takes nothing, are lost
 _SCOPE: ContextVar[Mapping[str, str]] = ContextVar("scope", default={})  # noqa: B039 - never changed, only replaced
 
 
@@ -47,10 +47,10 @@ class Form(StrEnum):
 
 
 def configure(form: str | None = None) -> None:
-    """Send log lines to stderr; does nothing where logging is configured already.
+    """Send log lines to stderr. Does nothing if logging is already configured.
 
     Raises:
-        ConfigError: for another `form` than text or json.
+        ConfigError: for a `form` other than text or json.
     """
     wanted = chosen_form(form)
     if logging.getLogger().handlers:
@@ -71,10 +71,10 @@ def _to_stderr(form: Form) -> logging.Handler:
 
 
 def chosen_form(form: str | None = None) -> Form:
-    """`form`, else that of the environment, else text.
+    """`form`, else the environment's, else text.
 
     Raises:
-        ConfigError: for another than text or json.
+        ConfigError: for a form other than text or json.
     """
     name = form or os.environ.get(FORM_VARIABLE) or Form.TEXT
     try:
@@ -84,7 +84,7 @@ def chosen_form(form: str | None = None) -> Form:
 
 
 def formatter(form: Form) -> logging.Formatter:
-    """Of lines for people, or one JSON object a line: time (UTC), level, what it is about, message, and where from."""
+    """For people, or one JSON object a line: time (UTC), level, what the line is about, message, and its origin."""
     if form == Form.TEXT:
         return logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
     return _Json(
@@ -112,7 +112,7 @@ def _add_scope(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def scope(**fields: str) -> Iterator[None]:
-    """Lines of the block carry `fields`, e.g. run=, stage=, model=, besides those of blocks around it."""
+    """Lines logged in the block carry `fields`, e.g. run=, stage=, model=, besides those of enclosing blocks."""
     token = _SCOPE.set({**_SCOPE.get(), **fields})
     try:
         yield
@@ -122,10 +122,10 @@ def scope(**fields: str) -> Iterator[None]:
 
 @contextmanager
 def warnings_alone(library: str, but: str | None = None) -> Iterator[None]:
-    """In the block, the terminal shows warnings and errors of logger `library` ("" is the root); its files keep all.
+    """In the block, the terminal shows only warnings and errors of logger `library` ("" is the root); files keep all.
 
     Args:
-        but: the beginning of a warning that is not shown either, since it tells what we asked for.
+        but: the beginning of a warning that is not shown either, since it reports what we asked for.
     """
 
     def shown(record: logging.LogRecord) -> bool:
@@ -154,7 +154,7 @@ class Inherited:
 
 
 def inherited() -> Inherited:
-    """What a worker of this process, on another machine, takes over."""
+    """What a worker of this process on another machine takes over."""
     formatters = [handler.formatter for handler in logging.getLogger().handlers]
     configured = Form.JSON if any(isinstance(one, _Json) for one in formatters) else Form.TEXT
     return Inherited(configured if formatters else chosen_form(), dict(_SCOPE.get()))
@@ -162,10 +162,10 @@ def inherited() -> Inherited:
 
 @contextmanager
 def taken_over(given: Inherited, kept_as: str | None = None) -> Iterator[None]:
-    """In a worker: lines of the block go to stderr, which Ray forwards, as those of the process that `inherited`.
+    """In a worker: log lines of the block go to stderr, which Ray forwards, like those of the process that `inherited`.
 
     Args:
-        kept_as: the verb of a story of the worker's own, where the scope names a run; None keeps none.
+        kept_as: the verb of the worker's own story, if the scope names a run; None keeps none.
     """
     ours = logging.getLogger("cert_ray")
     before = ours.level, ours.propagate
@@ -215,7 +215,7 @@ def story(run: str, verb: str) -> Iterator[None]:
 def _why(error: BaseException) -> str:
     if isinstance(error, Exception):
         return str(error) or type(error).__name__
-    return f"{type(error).__name__} {error}".strip()  # of SIGTERM, and so of `ray job stop`: SystemExit 143
+    return f"{type(error).__name__} {error}".strip()  # for SIGTERM, and so for `ray job stop`: SystemExit 143
 
 
 def _versions() -> dict[str, str]:
@@ -223,10 +223,10 @@ def _versions() -> dict[str, str]:
 
 
 class _Story(logging.Handler):
-    """Keeps lines in numbered files, each with what came since the one before: object stores do not append.
+    """Keeps lines in numbered files, each with what came since the one before: object stores cannot append.
 
-    A thread of its own writes them (a `QueueListener` would write line by line, a `MemoryHandler` inside the call that
-    logs). Nothing that guards the writes of whoever logs holds there: a run that was superseded tells so.
+    A thread of its own writes them (a `QueueListener` would write line by line, a `MemoryHandler` inside the logging
+    call). What guards the caller's writes does not apply in it, so a run that was superseded can still say so.
     """
 
     def __init__(self, folder: str) -> None:
@@ -234,7 +234,7 @@ class _Story(logging.Handler):
         self.setFormatter(formatter(Form.JSON))
         self.addFilter(_add_scope)
         self._folder, self._parts = folder, 0
-        self._waiting, self._lost = list[str](), 0  # the list: others append, and only the thread takes away
+        self._waiting, self._lost = list[str](), 0  # the list: others append to it, and only the thread removes
         self._warned = False
         self._ending = threading.Event()
         self._writer = threading.Thread(target=Context().run, args=(self._write_now_and_then,), daemon=True)
@@ -268,7 +268,7 @@ class _Story(logging.Handler):
         if not lines:
             return
         try:
-            # Once: it is tried again with the lines that come, and each try would tell of itself in the story.
+            # Written once: the next flush tries again anyway, and each retry here would log itself into the story.
             storage.write_text_once(storage.join(self._folder, f"part-{self._parts:05d}.jsonl"), "".join(lines))
         except Exception as error:  # noqa: BLE001 - clients of object stores raise errors of their own
             if not self._warned:

@@ -1,4 +1,4 @@
-"""What a figure was had on: this machine in a few words, for reports and manifests."""
+"""What a figure was measured on: this machine in a few words, for reports and manifests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 def machine() -> str:
     """Processor, cores and GPU."""
-    import torch  # 3 s that who tells of no machine need not wait
+    import torch  # here, since it takes 3 s that others need not wait
 
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else None

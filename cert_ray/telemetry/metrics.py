@@ -1,9 +1,9 @@
 """The metric catalogue: every metric that cert-ray emits, with its unit, labels and meaning. Names only; no emission.
 
 Ray exports them with the prefix `ray_` (and `_total` for counters) on each node's metrics port. Ray 2.60 adds up a
-counter over all processes that a node has had, and keeps it when they are gone: a counter is since the node's start, of
-every run. What is of one run, such as how far it is, is a gauge, which goes a minute after its process (seen by
-`tests/dashboards/scrape.py`).
+counter over all processes that a node has had, and keeps it when they are gone: a counter counts since the node's
+start, over all runs. What belongs to one run, such as how far it is, is a gauge, which goes a minute after its process
+(seen by `tests/dashboards/scrape.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Metric:
 
     @property
     def exported_name(self) -> str:
-        """The name that Prometheus sees; of a histogram that of its buckets."""
+        """The name that Prometheus sees; for a histogram, that of its buckets."""
         endings = {MetricKind.COUNTER: "_total", MetricKind.GAUGE: "", MetricKind.HISTOGRAM: "_bucket"}
         return f"ray_{self.name}{endings[self.kind]}"
 
@@ -50,7 +50,7 @@ SHARDS_PLANNED = Metric(
     "cert_ray_shards_planned", MetricKind.GAUGE, "shards", ("stage",), "Work units of the stage that is running"
 )
 
-# From a token's time on a GPU to a long answer on a CPU.
+# From a token on a GPU to a long answer on a CPU.
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
 _SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

@@ -33,7 +33,7 @@ def _observe(metric: Metric, value: float, **labels: str) -> None:
 
 
 def count_plan(stage: str, shards: int) -> None:
-    """Say how many work units `stage` has, none of them done."""
+    """Set how many work units `stage` has, none of them done."""
     _emitter(metrics.SHARDS_PLANNED).set(shards, tags={"stage": stage})
     _emitter(metrics.SHARDS_DONE).set(0, tags={"stage": stage})
 
@@ -48,7 +48,7 @@ def count_report(stage: str, report: ShardReport, done: int) -> None:
 
 
 def count_in_flight(requests: int) -> None:
-    """Say how many completion requests this front door has, whenever one comes or ends."""
+    """Set how many completion requests this front door has. Call it whenever one comes or ends."""
     _emitter(metrics.IN_FLIGHT).set(requests)
 
 
@@ -73,7 +73,7 @@ def count_answer(
     _add(metrics.ANSWERS, 1, model=model, route=route)
     if vote_share is not None:
         _observe(metrics.VOTE_SHARE, vote_share, model=model)
-    if from_cache:  # its time and its tokens were counted when it was drawn
+    if from_cache:  # time and tokens were counted when it was drawn
         _add(metrics.CACHE_HITS, 1, model=model)
         return
     for stage, seconds in timings_s.items():
@@ -92,7 +92,7 @@ def count_step(
     mfu: float | None,
     memory_bytes: int | None,
 ) -> None:
-    """Say where a training run stands after a step that learned from `tokens` tokens; None was not measured."""
+    """Report where a training run stands after a step that learned from `tokens` tokens. None: not measured."""
     _add(metrics.TRAIN_TOKENS, tokens, model=model)
     measured = {
         metrics.TRAIN_STEP: step,

@@ -1,9 +1,9 @@
 """Progress of long work: a live view at a terminal, a plain log line every few seconds elsewhere.
 
-In: how much there is, and each step as it is done, with the rows and bytes it handled and why it dropped rows. Out: one
-view on stderr (rich), or lines through `logging`: rows/s, MB/s, share kept, drops by reason, time left. Rates and the
-time left count the steps that were done now; what a finished run left behind is taken over in no time and would flatter
-them. Nothing here knows what a stage does.
+In: the number of steps, and each step as it is done, with its rows and bytes and why it dropped rows. Out: one view on
+stderr (rich), or lines through `logging`: rows/s, MB/s, share kept, drops by reason, time left. Rates and the time left
+count only steps done now: taking over what an earlier run finished takes no time and would flatter them. Nothing here
+knows what a stage does.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import rich.text
 logger = logging.getLogger(__name__)
 
 _LINE_EVERY_S = 5.0  # assumed: often enough to see life, rare enough for a log
-_REASONS_SHOWN = 6  # the others are summed
+_REASONS_SHOWN = 6  # the others are added up
 
 
 class Progress:
-    """Counts steps of `total`, and what they did. Use as a context manager."""
+    """Counts steps of `total`, and what they did. Use it as a context manager."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Progress:
         self._console = console or rich.console.Console(stderr=True)
         self._clock = clock
         self._steps = self._reused = 0
-        self._rows: Counter[str] = Counter()  # read and kept, and read and bytes now
+        self._rows: Counter[str] = Counter()  # read, kept; now and bytes_now: of steps not reused
         self._dropped: Counter[str] = Counter()
         self._started_s = self._last_line_s = clock()
         self._live: rich.live.Live | None = None
@@ -80,8 +80,8 @@ class Progress:
         """Count one more step.
 
         Args:
-            size_bytes: of the text that the step kept, or of what it moved where it has no rows; 0 where it has none.
-            reused: the step had been done by an earlier run.
+            size_bytes: of the text that the step kept, or of what it moved if it has no rows; 0 if it has neither.
+            reused: the step was done by an earlier run.
         """
         self._steps += 1
         self._reused += reused
@@ -92,7 +92,7 @@ class Progress:
             self._line()
 
     def figures(self) -> dict[str, str]:
-        """What there is to tell, in a fixed order."""
+        """The figures to show, in a fixed order."""
         elapsed_s = max(self._clock() - self._started_s, 1e-9)
         read, kept = self._rows["read"], self._rows["kept"]
         done_now, left = self._steps - self._reused, self._total - self._steps
@@ -111,7 +111,7 @@ class Progress:
         return figures
 
     def drops(self) -> dict[str, int]:
-        """Rows dropped by reason, most first; the rarest ones together."""
+        """Rows dropped by reason, most first; the rarest ones are added up."""
         ordered = sorted(self._dropped.items(), key=lambda item: (-item[1], item[0]))
         shown = dict(ordered[:_REASONS_SHOWN])
         if more := sum(count for _, count in ordered[_REASONS_SHOWN:]):

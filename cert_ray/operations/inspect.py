@@ -1,8 +1,8 @@
 """`cert-ray inspect`: rows of a dataset, why files were dropped, and a file beside its sketch.
 
 In: a run's folder or its `dataset`. Out: text on a `rich` console: tables in colour at a terminal, else plain lines
-with tabs between columns. Reads what it shows: the first shards for rows, the shards whose reports count a reason for
-drops, and one row group of one shard for a document, whose id starts with its shard's name.
+with tabs between columns. Reads only what it shows: for rows, the first shards; for drops, the shards whose reports
+count the reason; for a document, one row group of the shard that its id begins with.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NUMBERS = {"number", "float", "floatexponant", "complex"}
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A finished dataset, and the stages that it was made from, as far as they are still there."""
+    """A finished dataset, and those of the stages it was made from that are still there."""
 
     folder: str
     manifest: Manifest
@@ -47,7 +47,7 @@ class Opened:
 
 @dataclass(frozen=True, slots=True)
 class DroppedFile:
-    """A file that is not in the dataset. `survivor` is the file that stands for a duplicate: its id, and its name."""
+    """A file that is not in the dataset. `survivor` is the id and name of the file that was kept for a duplicate."""
 
     path: str
     source: str
@@ -134,7 +134,7 @@ def _drops_of_shard(opened: Opened, shard: str, reason: str, limit: int) -> Iter
 
 
 def _survivor(opened: Opened, number: str | None) -> str | None:
-    """The document of that number in the whole corpus: its id and path, or its place where its text is gone."""
+    """The document with that number in the whole corpus: its id and path, or its place if its text is gone."""
     if opened.documents is None or opened.run is None or not (number or "").isdecimal():
         return None
     row = int(number or 0)
@@ -150,7 +150,7 @@ def _survivor(opened: Opened, number: str | None) -> str | None:
 
 
 def _row_at(url: str, row: int, columns: Sequence[str]) -> dict[str, Any]:
-    """One row, by reading its row group alone."""
+    """One row, reading only its row group."""
     with storage.open_parquet(url) as table:
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
@@ -162,7 +162,7 @@ def _row_at(url: str, row: int, columns: Sequence[str]) -> dict[str, Any]:
 
 
 def document_of(opened: Opened, doc_id: str) -> dict[str, Any] | DroppedFile:
-    """The dataset's row of `doc_id`, or why the cleaned document of that id is not in the dataset.
+    """The dataset's row of `doc_id`, or why the cleaned document with that id is not in the dataset.
 
     Raises:
         InputError: when no document has this id.
@@ -195,7 +195,7 @@ def _find(url: str, doc_id: str) -> int | None:
 
 
 def _dropped_document(opened: Opened, shard: str, doc_id: str) -> DroppedFile | None:
-    """Why a cleaned document left: a duplicate by its cluster, else what the drops say of its path."""
+    """Why a cleaned document was dropped: a duplicate by its cluster, else what the drops say about its path."""
     if opened.run is None:
         return None
     documents = storage.join(opened.run, "documents", f"{shard}.parquet")
@@ -291,7 +291,7 @@ def _show_facts(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _plain(console: Console, line: str) -> None:
-    console.file.write(line + "\n")  # `rich` would spread tabs and break lines
+    console.file.write(line + "\n")  # `rich` would expand tabs and break lines
 
 
 def _side_by_side(blocks: Sequence[Block]) -> Table:

@@ -1,4 +1,4 @@
-"""What the entries in `jobs/` share: read the recipe, join the job's Ray, run one stage, tell the outcome."""
+"""What the scripts in `jobs/` share: read the recipe, join the job's Ray, run one stage, report the outcome."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from cert_ray.operations.on_ray import ray_session
 from cert_ray.operations.recipe import Recipe, load_recipe
 from cert_ray.telemetry import logs
 
-_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the environment of what `ray job submit` runs; the name is its own
+_SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set for what `ray job submit` runs; this really is the variable's name
 
 
 def run_job(stage: Callable[[Recipe], Any]) -> None:
     """Run `stage` on the recipe that the command line names; exit status 0, 1 (failed) or 2 (cannot be used).
 
-    The last line on standard output is `{"outcome": "finished", ...}`, `{"outcome": "failed", "error": ...}`, or after
-    Ctrl-C and `ray job stop` (with the status that such a program has) `{"outcome": "stopped", "run": ...}`.
+    The last line on standard output is `{"outcome": "finished", ...}`, `{"outcome": "failed", "error": ...}` or, after
+    Ctrl-C or `ray job stop`, `{"outcome": "stopped", "run": ...}` (with the usual exit status of such a program).
     """
     try:
         logs.configure()

@@ -1,8 +1,8 @@
-"""Tells Ray that this node is going to be taken away, so that nothing new starts here and training writes a checkpoint.
+"""Tells Ray that this node will be taken away, so that nothing new starts here and training writes a checkpoint.
 
-In: nothing but the time that is left, or what a cloud's metadata server says of this machine. Out: a drained node, by
+In: only the time that is left, or what a cloud's metadata server says about this machine. Out: a node drained by
 `ray drain-node`. Where notices come from: AWS, "Spot Instance interruption notices" (two minutes before); Google Cloud,
-"Preemption process of Spot VMs" (30 s before). Kubernetes says it by stopping the pod.
+"Preemption process of Spot VMs" (30 s before). Kubernetes gives notice by stopping the pod.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _log = logging.getLogger(__name__)
 Cloud = Literal["aws", "gcp"]
 
 _SERVERS: dict[Cloud, str] = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
-_POLL_S: dict[Cloud, float] = {"aws": 5.0, "gcp": 1.0}  # AWS advises its; of Google's 30 s none are to be lost
-_ANSWERS_S = 5.0  # assumed: the server is the machine's own host
+_POLL_S: dict[Cloud, float] = {"aws": 5.0, "gcp": 1.0}  # AWS advises its value; Google gives only 30 s
+_ANSWERS_S = 5.0  # assumed: the server is on the machine's own host
 _GCP_LEAVES_S = 30.0
-_RAY_ANSWERS_S = 20.0  # assumed; where the head goes first, nobody answers
+_RAY_ANSWERS_S = 20.0  # assumed; if the head goes first, nobody answers
 
 
 def wait_for_notice(cloud: Cloud, server: str | None = None) -> float:
-    """Return once `cloud` says that this machine will be taken away: the seconds left. That may take for ever."""
+    """Wait until `cloud` says that this machine will be taken away; returns the seconds left. May wait for ever."""
     ask: Callable[[str], float | None] = {"aws": _asked_aws, "gcp": _asked_gcp}[cloud]
     server = server or _SERVERS[cloud]
     told = False
     while True:
         try:
             left = ask(server)
-        except (OSError, ValueError, KeyError) as error:  # of which urllib's and json's are
+        except (OSError, ValueError, KeyError) as error:  # urllib's and json's errors are among these
             if not told:
                 _log.warning("%s: %s: %s; asking again", server, type(error).__name__, error)
             told, left = True, None
@@ -53,12 +53,12 @@ def wait_for_notice(cloud: Cloud, server: str | None = None) -> float:
 def drain(node_id: str, address: str, within_s: float) -> None:
     """Tell the cluster whose GCS is at `address` that a node, this one, will be gone in `within_s` seconds.
 
-    Returns when that time is over, or Ray has ended here, as it does once nothing runs.
+    Returns when that time is over, or when Ray has ended here, as it does once nothing runs.
 
     Raises:
         ClusterError: when Ray does not answer there, or refuses.
     """
-    # The module of the `ray` command, since the one on the path may be another environment's.
+    # The `ray` command's module, since the command on the path may belong to another environment.
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", address, "--node-id", node_id]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "this machine will be taken away"]
     command += ["--deadline-remaining-seconds", str(max(0, round(within_s)))]
@@ -77,7 +77,7 @@ def drain(node_id: str, address: str, within_s: float) -> None:
 
 
 def _asked_aws(server: str) -> float | None:
-    """Seconds until the time that the notice names, if there is one. IMDSv2: every question takes a token."""
+    """Seconds until the time that the notice names, if there is one. IMDSv2: every request needs a token."""
     token = _get(f"{server}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, "PUT")
     try:
         answer = _get(f"{server}/latest/meta-data/spot/instance-action", {"X-aws-ec2-metadata-token": token})

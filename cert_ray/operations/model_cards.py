@@ -1,7 +1,7 @@
 """The card of a recipe's model, gathered from what the stages wrote. In: a recipe, a model's name. Out: its README.md.
 
-Written after training, and again when scores are there; it is no part of the model's manifest, so writing it anew
-leaves the model what it was.
+It is written after training, and again when there are scores. It is not in the model's manifest, so rewriting it leaves
+the model as it was.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def write_card(recipe: Recipe, name: str, scores: Sequence[Score] = ()) -> str:
 
 
 def gather(recipe: Recipe, name: str, scores: Sequence[Score] = ()) -> ModelFacts:
-    """What the stages know of model `name`, which is trained."""
+    """What the stages know about the trained model `name`."""
     folders, model = RunFolders(recipe.run), recipe.models[name]
     folder = folders.model(name)
     manifest = manifests.read_manifest(folder, "model", "train")

@@ -1,8 +1,8 @@
-"""The nodes of a cluster, judged: do they run the same code as this process, and have they room?
+"""The nodes of a cluster, judged: do they run the same code as this process, and do they have room?
 
-In: `NodeFacts`, which `on_ray.ask_nodes` gathers. Out: `Finding`s of `doctor`, one per node and complaint, and lines by
-which an evaluation tells at its start on which nodes generated code will not run, or will run without a filter of
-system calls. No Ray in here. Ray itself refuses nodes of another Ray or Python; cert-ray's version it does not know.
+In: `NodeFacts`, gathered by `on_ray.ask_nodes`. Out: `Finding`s for `doctor`, one per node and complaint; and lines in
+which an evaluation says, when it starts, on which nodes generated code will not run, or will run without a filter of
+system calls. No Ray in here. Ray itself refuses nodes with another Ray or Python; cert-ray's version it does not know.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _GIB = 1 << 30
 _MEMORY_PER_CPU_BYTES = (
     1.5 * _GIB
 )  # assumed: a preprocessing task takes about 1 GB (docs/planning.md), and Ray its share
-_NAMED = 3  # nodes of a kind in one line
+_NAMED = 3  # nodes of one kind that a line names
 _DISK_WANTED_BYTES = 5 * _GIB  # assumed: object spilling and logs
 
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """One node: where it is, what Ray counts on it, and what it said; or why it is silent, or what asking it raised."""
+    """One node: where it is, what Ray counts on it, and its answer; or why it is silent, or what asking it raised."""
 
     address: str
     cpus: float
@@ -42,17 +42,17 @@ class NodeFacts:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     memory_bytes: int = 0
     disk_free_bytes: int = 0
-    missing_protection: Sequence[str] = ()  # of generated code: packages
-    sandbox_failure: str | None = None  # why a harmless program did not run in it, where that was tried
+    missing_protection: Sequence[str] = ()  # packages that protect from generated code
+    sandbox_failure: str | None = None  # why a harmless program did not run in the sandbox, if that was tried
     silence: str | None = None
     error: str | None = None
 
     def answered(self, said: Mapping[str, Any]) -> NodeFacts:
-        """With what `facts_of_this_node` gave there."""
+        """With the result of `facts_of_this_node` there."""
         return dataclasses.replace(self, **said)
 
     def silent(self, why: str) -> NodeFacts:
-        """Without an answer: slow, or gone meanwhile."""
+        """Without an answer: the node is slow, or gone by now."""
         return dataclasses.replace(self, silence=why)
 
     def failed(self, error: str) -> NodeFacts:
@@ -66,12 +66,12 @@ def versions_here() -> dict[str, str]:
 
 
 def facts_of_this_node(try_sandbox: bool = False) -> dict[str, Any]:
-    """What a node says of itself; runs there.
+    """What a node says of itself. Runs on that node.
 
     Args:
-        try_sandbox: start one, which takes about a second.
+        try_sandbox: start a sandbox, which takes about a second.
     """
-    from cert_ray.evaluation import sandbox  # a third of a second, which no other verb need wait for
+    from cert_ray.evaluation import sandbox  # here, since it takes a third of a second, and only this verb needs it
 
     missing = _missing_protection()
     tried = try_sandbox and "bubblewrap" not in missing
@@ -85,7 +85,7 @@ def facts_of_this_node(try_sandbox: bool = False) -> dict[str, Any]:
 
 
 def _missing_protection() -> tuple[str, ...]:
-    """As the sandbox says; a filter that cannot be made is none, and no reason to refuse the node other work."""
+    """What the sandbox says is missing. A filter that cannot be made counts as missing, but bars no other work."""
     from cert_ray.evaluation.sandbox import missing_protection
 
     try:
@@ -101,10 +101,10 @@ def judge_nodes(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> list[Fin
 
 
 def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -> None:
-    """Nothing, where every node that answered runs what this process does; a silent one is a warning.
+    """Do nothing if every node that answered runs what this process runs. A silent node is a warning.
 
     Raises:
-        ConfigError: naming each node that does not, and what it runs, or the error with which it answered.
+        ConfigError: naming each node that does not, with what it runs or the error that it answered with.
     """
     found = []
     for node in nodes:
@@ -123,7 +123,7 @@ def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -
 
 
 def _other_versions(node: NodeFacts, here: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """What of `here` the node has in another version: its name, the node's version and the one wanted."""
+    """What the node has in another version than `here`: its name, the node's version, and the one wanted."""
     for part, wanted in here.items():
         if (has := node.versions.get(part, "none")) != wanted:
             yield part, has, wanted
@@ -151,7 +151,7 @@ def _judge(node: NodeFacts, here: Mapping[str, str]) -> list[Finding]:
 
 
 def _lack_of_protection(node: NodeFacts, unsafe: bool = False, unfiltered: bool = False) -> tuple[str, str] | None:
-    """Why generated code does not run on `node`, and what to do; None where it does, or would not be sent there."""
+    """Why generated code does not run on `node`, and what to do; None if it does, or would not be sent there."""
     if not node.cpus:
         return None
     waived = {"bubblewrap": unsafe, "libseccomp2": unfiltered, "pyseccomp": unfiltered}
@@ -163,7 +163,7 @@ def _lack_of_protection(node: NodeFacts, unsafe: bool = False, unfiltered: bool 
 
 
 def _lack_of_filter(node: NodeFacts) -> tuple[str, str] | None:
-    """Why no system call of generated code is refused on `node`, and what to do; None where some are."""
+    """Why no system call of generated code is refused on `node`, and what to do; None if some are refused."""
     missing = [package for package in node.missing_protection if package != "bubblewrap"]
     if not (node.cpus and missing):
         return None
@@ -173,11 +173,11 @@ def _lack_of_filter(node: NodeFacts) -> tuple[str, str] | None:
 def tell_unprotected(nodes: Iterable[NodeFacts], unsafe: bool, unfiltered: bool) -> list[str]:
     """A line for each kind of node (its resources, and what it lacks) on which generated code will not run.
 
-    Also for each on which it will run though no system call is refused there (under `unfiltered`), and for each on
-    which that is not known, since it did not answer.
+    There is also one for each kind where it will run but no system call is refused (under `unfiltered`), and one for
+    each where this is not known, since the node did not answer.
 
     Args:
-        unsafe, unfiltered: as an evaluation was told.
+        unsafe, unfiltered: the options of the evaluation.
     """
     kinds: dict[tuple[float, float, str, str], list[str]] = {}
     for node in nodes:

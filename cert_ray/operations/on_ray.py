@@ -1,4 +1,4 @@
-"""Joining or starting Ray, for the verbs that need it; and asking the nodes of a cluster what they are."""
+"""Joins or starts Ray for the verbs that need it, and asks a cluster's nodes about themselves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from cert_ray.telemetry import logs
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-_JOINING_S = 30.0  # assumed: a node starts a process within it; one that is slower is not waited for
+_JOINING_S = 30.0  # assumed: long enough for a node to start a process; slower nodes are not waited for
 _TOKEN_IS_USED = "Token authentication is enabled for this Ray cluster"  # another warning says that no token was found
 _REFUSED = "it does not take this process' token, or there is none here"
 _TOKEN = (
@@ -45,20 +45,20 @@ _TOKEN = (
 _WHICH_PORT = "It is the GCS' port that is wanted, 6379 where nobody chose another; the dashboard's is 8265."
 _VERSIONS = "Use the cluster's image, or install its versions here: `ray[default]==VERSION` in the same Python."
 _START = "Start one with `ray start --head`, or give its HOST:PORT; without an address Ray is started here."
-_HEAD = "node:__internal_head__"  # Ray's resource of the head alone
+_HEAD = "node:__internal_head__"  # Ray's resource that only the head has
 _NODE_ANSWERS_S = 20.0  # assumed
-_LATE = "timed out during startup"  # of a bare Exception, Ray 2.60's, when a process of its own was not up in time
-_RETRIES = 20  # assumed: well above the nodes that one evaluation really loses
+_LATE = "timed out during startup"  # in Ray 2.60's bare Exception for a process of its own that was not up in time
+_RETRIES = 20  # assumed: well above the number of nodes that one evaluation really loses
 
 _WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # Ray runs as many processes as there are cores
     "TOKENIZERS_PARALLELISM": "false",
-    # Serve gives up a proxy that was not up at three looks of 5 s, which a busy machine's start takes; the whole start
-    # has a minute.
+    # Serve gives up on a proxy that was not up at three checks of 5 s; on a busy machine its start takes longer. The
+    # whole start has a minute.
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",
-    # Serve's processes ask each other by gRPC and not by actor calls, which cost more (docs/serving.md). On one machine
-    # nothing is lost by that: a host that vanishes, which Ray would notice sooner, takes all of them with it. The bound
-    # on a message is gRPC's highest; by default an answer of more than 4 MiB would fail.
+    # Serve's processes call each other by gRPC, since actor calls cost more (docs/serving.md). On one machine nothing
+    # is lost by that: a vanished host, which Ray would notice sooner, takes all of them with it. The bound on a message
+    # is gRPC's highest; with the default, an answer of more than 4 MiB would fail.
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str((1 << 31) - 1),
 }
@@ -75,13 +75,13 @@ def ray_session(
 
     Args:
         check_versions: ask the nodes that are there now; those that an autoscaler adds later have the same image.
-        patience_s: how long a head that does not answer is waited for.
+        patience_s: how long to wait for a head that does not answer.
 
     Raises:
-        ClusterError: where there is no cluster, or none that takes this process' token, Ray and Python; or when a
+        ClusterError: when there is no cluster, or none that accepts this process's token, Ray and Python; or when a
             private Ray is not up in time.
-        ConfigError: for what is no address, and when a node of the cluster runs another version of Python, Ray or
-            cert-ray, or none of it.
+        ConfigError: for something that is no address, and when a node of the cluster runs another version of Python,
+            Ray or cert-ray, or no cert-ray.
     """
     if ray.is_initialized():
         yield
@@ -99,8 +99,8 @@ def ray_session(
             ray.shutdown()
         return
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: sockets lie below it
-        with logs.warnings_alone("ray", but=_TOKEN_IS_USED):  # as it is meant to be
+    with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: paths of sockets
+        with logs.warnings_alone("ray", but=_TOKEN_IS_USED):  # it is meant to be enabled
             logger.info("ray: a private one is started")
             context = _start(folder)
         resources = ray.cluster_resources()
@@ -119,23 +119,23 @@ def ray_session(
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """What Ray sets when a driver starts prints a stack of the process first, and ends it with status 15."""
-    if threading.current_thread() is not threading.main_thread():  # no other one may set a signal's handler
+    """Replace the handler that Ray sets for a driver: it first prints a stack of the process, and exits with 15."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:
-        if before is not None:  # a host's own, not set from Python, which Python cannot set again
+        if before is not None:  # a handler not set from Python, which Python cannot set again
             signal.signal(signal.SIGTERM, before)
 
 
 def node_here() -> tuple[str, str]:
-    """Id of the node on which this process runs, and the address of its cluster, of `RAY_ADDRESS` or found here.
+    """The id of the node that this process runs on, and its cluster's address (`RAY_ADDRESS`, or the Ray found here).
 
     Raises:
-        ClusterError: where no Ray runs, or this node is the head, with which the cluster would go.
+        ClusterError: when no Ray runs, or when this node is the head: the whole cluster would go with it.
     """
     with ray_session(os.environ.get("RAY_ADDRESS", "auto"), check_versions=False, patience_s=_NODE_ANSWERS_S):
         context = ray.get_runtime_context()
@@ -151,7 +151,7 @@ def _start(folder: str) -> BaseContext:
         return ray.init(
             address="local",
             include_dashboard=True,  # on loopback; Ray Train asks its state API every second, and warns without it
-            log_to_driver=True,  # a training worker tells its steps on its own stderr
+            log_to_driver=True,  # a training worker reports its steps on its own stderr
             logging_level=logging.WARNING,
             _temp_dir=folder,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT, "worker_process_setup_hook": know_own_cluster},
@@ -174,26 +174,26 @@ def _join(target: str, patience_s: float) -> None:
         host = find_host(found) if found is not None else None
     if host is not None:
         wait_for_listener(*host, patience_s)
-        # Without a mode, Ray may find a token by itself for `auto`: after this, and only there.
+        # Without a mode, Ray may find a token by itself for `auto`, but only there and only later.
         if not target.startswith("ray://") and (target != "auto" or "RAY_AUTH_MODE" in os.environ):
             name = f"[{host[0]}]" if ":" in host[0] else host[0]
             _greet(target, f"{name}:{host[1]}", patience_s)
     try:
-        ray.init(address=target, logging_level=logging.WARNING)  # our own line says where we are
+        ray.init(address=target, logging_level=logging.WARNING)  # our own log line says what was joined
     except ray.exceptions.AuthenticationError as error:
         raise ClusterError(target, _REFUSED, _TOKEN) from error
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        ray.shutdown()  # it may have got as far as being connected
+        ray.shutdown()  # it may already be connected
         other = "Version mismatch" in str(error)
         problem = " ".join(str(error).split()) if other else _last_line(error)
         raise ClusterError(target, problem.rstrip("."), _VERSIONS if other else _START) from error
 
 
 def _greet(target: str, gcs: str, patience_s: float) -> None:
-    """Nothing, where a GCS answers and takes our token: `ray.init` would try either again and again.
+    """Return if a GCS answers and accepts our token; on its own, `ray.init` would retry again and again.
 
     Raises:
-        ClusterError: for another token at once, for no answer after `patience_s`.
+        ClusterError: at once for a wrong token, and for no answer within `patience_s`.
     """
     try:
         ensure_token_if_auth_enabled(create_token_if_missing=False)  # without one the client would abort this process
@@ -208,7 +208,7 @@ def _greet(target: str, gcs: str, patience_s: float) -> None:
         return None
 
     try:
-        refusal = answered_within(patience_s, ask)  # it cannot be ended, and may wait for 40 s
+        refusal = answered_within(patience_s, ask)  # it cannot be stopped, and may wait for 40 s
     except TimeoutError:
         problem = (
             f"somebody listens there, and does not answer as a head of Ray {ray.__version__} within {patience_s:g} s"
@@ -221,21 +221,22 @@ def _greet(target: str, gcs: str, patience_s: float) -> None:
 
 
 def know_own_cluster() -> None:
-    """In every process of a private Ray, when it starts: its cluster is the one of this session.
+    """Runs in every process of a private Ray when it starts: makes the cluster of this session its own.
 
-    What Ray Train leaves behind to free a dead driver's places looks for a cluster by itself, and fails where two run.
+    What Ray Train leaves behind to free a dead driver's resources looks for a cluster itself, and fails if two run.
     """
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
 
 
 def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Result:
-    """What `work` returns, run in a task where these resources are: a job's own process may stand where there are none.
+    """Run `work` in a task that has these resources, which a job's own process may lack; returns its result.
 
-    Its log lines are told as the caller's, and kept beside them as those of VERB-worker. Where its worker or node is
-    lost it runs again, up to 20 times: it has to go on from what it kept.
+    Its log lines appear as the caller's, and are kept beside them as those of VERB-worker. If its worker or node is
+    lost it runs again, up to 20 times, so it must continue from what it has kept.
 
     Raises:
-        CertRayError: as `work`, at once, without Ray's wrapping; or when worker or node were lost more often.
+        CertRayError: what `work` raises, at once and without Ray's wrapping; or when worker or node were lost more
+            often.
     """
     log = logs.inherited()
 
@@ -257,16 +258,16 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
 
 
 def warn_of_unprotected_nodes(unsafe: bool, unfiltered: bool) -> None:
-    """A warning for each kind of node on which generated code will not run, or unfiltered; others may join later."""
+    """Warn of each kind of node on which generated code will not run, or unfiltered. Others may join later."""
     for line in tell_unprotected(ask_nodes(_JOINING_S, try_sandbox=not unsafe), unsafe, unfiltered):
         logger.warning("%s", line)
 
 
 def ask_nodes(timeout_s: float = 60.0, try_sandbox: bool = False) -> list[NodeFacts]:
-    """What every living node of the connected cluster says of itself, by address; of others why there is no answer.
+    """What every living node of the connected cluster says of itself, sorted by address; or why it does not answer.
 
     Args:
-        try_sandbox: start one where tasks of one CPU may run, as those of an evaluation.
+        try_sandbox: start a sandbox where tasks of one CPU may run, as those of an evaluation do.
     """
     task = ray.remote(facts_of_this_node)
     asked = {}
@@ -274,7 +275,7 @@ def ask_nodes(timeout_s: float = 60.0, try_sandbox: bool = False) -> list[NodeFa
         if node["Alive"]:
             pinned = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name, resources = str(node["NodeManagerAddress"]), node["Resources"]
-            # No argument where none is wanted: an older node's function takes none, and is to tell its version.
+            # No argument unless one is needed: an older node's function takes none, and must still report its version.
             tries = (True,) if try_sandbox and resources.get("CPU", 0) > 0 else ()
             reference = task.options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*tries)
             asked[reference] = NodeFacts(address=name, cpus=resources.get("CPU", 0), gpus=resources.get("GPU", 0))

@@ -1,4 +1,4 @@
-"""The stages of a recipe, one function each: what `cert-ray VERB` and `jobs/VERB.py` both call.
+"""The stages of a recipe, one function each, called by both `cert-ray VERB` and `jobs/VERB.py`.
 
 In: a `Recipe`. Out: the stage's manifest or result. Every stage reuses what is finished. Ray must be running.
 """
@@ -35,10 +35,10 @@ def run_preprocess(recipe: Recipe) -> Manifest:
 
 
 def run_tokenizer(recipe: Recipe) -> Manifest:
-    """Annotated dataset to tokenizer; or the tokenizer of the base, where every model goes on from one from outside.
+    """Annotated dataset to tokenizer; or the tokenizer of the outside base, if every model goes back to one.
 
     Raises:
-        TokenizerMismatchError: when the models' bases from outside have different tokenizers.
+        TokenizerMismatchError: when the models' outside bases have different tokenizers.
     """
     folders = RunFolders(recipe.run)
     if recipe.adopts_tokenizer:
@@ -48,7 +48,7 @@ def run_tokenizer(recipe: Recipe) -> Manifest:
 
 
 def run_pack(recipe: Recipe, view: View, limit: int | None = None) -> Manifest:
-    """Annotated dataset and tokenizer to one packed view, of the dataset's first `limit` documents."""
+    """Annotated dataset and tokenizer to one packed view of the dataset's first `limit` documents."""
     folders = RunFolders(recipe.run)
     config = PackConfig(
         view=view,
@@ -72,9 +72,9 @@ def run_train(recipe: Recipe, name: str) -> TrainResult:
 
 
 def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
-    """Trained models to pass@k, below RUN/evaluation; sampling is one task, programs are tasks of their own.
+    """Trained models to pass@k, in RUN/evaluation. Sampling is one task; programs are tasks of their own.
 
-    The scores go into the models' cards, too, unless the recipe has a claim, whose scores stand there.
+    The scores also go into the models' cards, unless the recipe has a claim: then the claim's scores stand there.
 
     Raises:
         ConfigError: for a recipe without an evaluation.
@@ -90,7 +90,7 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
     for folder in source.values():
         if not storage.exists(storage.join(folder, "config.json")):
             raise NotFinishedError(folder, "train")
-    # As given: in a job submitted again, the same file lies in another folder.
+    # Recorded as given: when a job is submitted again, the same file lies in another folder.
     if (retrieve := recipe.view_retrieve(recipe.models[next(iter(names.values()))].view)) is not None:
         source["retrieve"] = retrieve.text
     config = EvaluateConfig.from_mapping(
@@ -117,13 +117,13 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
         for name in names.values():
             try:
                 write_card(recipe, name, scores)
-            except CertRayError as error:  # what the card tells of the run is gone; the scores are there
+            except CertRayError as error:  # part of the run that the card describes is gone; the scores are kept
                 logger.warning("the card of %s does not tell its scores: %s", name, error)
     return found
 
 
 def _card_scores(evaluation: str, system: str) -> list[Score]:
-    """The scores of a finished evaluation; of several temperatures, those of each benchmark's best."""
+    """The scores of a finished evaluation; with several temperatures, those at each benchmark's best one."""
     scores = []
     for run in read_runs(evaluation):
         mode = "greedy" if run.temperature == 0 else f"sampled at temperature {run.temperature}"
@@ -156,7 +156,7 @@ def run_models(recipe: Recipe, names: Sequence[str] | None = None) -> dict[str, 
     """Train the models `names` of the recipe (None: all), in that order.
 
     Raises:
-        ConfigError, NotFinishedError: before the first one is trained, when one starts from what is not there, or its
+        ConfigError, NotFinishedError: before any is trained, when one starts from something that is not there, or its
             view is not packed.
     """
     names = list(recipe.models) if names is None else names

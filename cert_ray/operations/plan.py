@@ -1,10 +1,10 @@
-"""`cert-ray plan corpus`: what preprocessing so many files would take, stage by stage, before a cluster is paid for.
+"""`cert-ray plan corpus`: what preprocessing a corpus would take, stage by stage, before a cluster is paid for.
 
 In: the size of the corpus and of the cluster, and `Costs`: what a document and a byte cost each stage, as data measured
 by `tests/bench/bench_growth.py --write-costs`. Out: time, memory, bytes moved and disk. Nothing is read or started.
 
-A stage takes its fixed seconds, and its core-seconds shared by as many cores as it can use: work units share them all,
-near edges at most one core per band, clusters are the driver's alone. It cannot be faster than storage moves its bytes.
+A stage takes its fixed seconds, plus its core-seconds divided by the cores it can use: all for work units, at most one
+per band for near edges, and only the driver's for clusters. No stage is faster than storage moves its bytes.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Cost(Config):
 
 
 class StageCost(Config):
-    """What one stage costs. Documents and bytes are those of the raw input, so what cleaning drops is in the costs."""
+    """What one stage costs. Documents and bytes are those of the raw input, so costs include what cleaning drops."""
 
     name: str
-    shared_by: Literal["units", "bands", "driver"]  # how many cores the stage can use
+    shared_by: Literal["units", "bands", "driver"]  # decides how many cores the stage can use
     seconds: Cost  # fixed: wall seconds, whatever the cluster; the others: core-seconds
     read_bytes: Cost
     written_bytes: Cost
@@ -60,7 +60,7 @@ class StageCost(Config):
 
 
 class Costs(Config):
-    """A measurement: every stage's costs, and where, when, on what and by which command they were taken."""
+    """A measurement: every stage's costs, and where, when, on what and with which command they were taken."""
 
     machine: str
     cores: int = pydantic.Field(ge=1)
@@ -73,7 +73,7 @@ class Costs(Config):
 
 
 class PlanConfig(Config):
-    """What is planned: a corpus and a cluster of equal nodes."""
+    """What to plan: a corpus and a cluster of equal nodes."""
 
     files: float = pydantic.Field(gt=0)
     size_bytes: float = pydantic.Field(gt=0)
@@ -85,7 +85,7 @@ class PlanConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """The prediction for one stage. Memory is of one worker and of the driver, at their peaks."""
+    """The prediction for one stage. Memory is that of one worker and of the driver, at their peaks."""
 
     name: str
     seconds: float
@@ -113,12 +113,12 @@ class Plan:
 
     @property
     def node_hours(self) -> float:
-        """All nodes are there from start to end."""
+        """The hours of all nodes, from start to end."""
         return self.config.nodes * self.seconds / 3600
 
     @property
     def disk_bytes(self) -> float:
-        """On storage at the end, intermediates included, beside the input."""
+        """On storage at the end, including intermediates but not the input."""
         return sum(stage.written_bytes for stage in self.stages)
 
     @property
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def node_memory_bytes(self) -> float:
-        """What the fullest node needs: the driver and a worker on each core, at the worst stage."""
+        """What the fullest node needs: the driver and a worker on each core, in the worst stage."""
         cores = self.config.cores
         return max(
             stage.driver_memory_bytes + min(cores, stage.cores_used) * stage.worker_memory_bytes
@@ -164,7 +164,7 @@ def make_plan(config: PlanConfig, costs: Costs) -> Plan:
 
 
 def cores_used(shared_by: str, cores: int, files: float, size_bytes: float) -> int:
-    """How many of `cores` a stage can use: one per work unit, one per task of dedup's bands, or the driver's own."""
+    """How many of `cores` a stage can use: one per work unit, one per task of dedup's bands, or only the driver's."""
     unit_bytes = SourceConfig(inputs=("planned",)).unit_bytes_of(round(size_bytes))
     bands = len(band_tasks(MinHashConfig(), round(files)))
     limits = {"units": math.ceil(size_bytes / unit_bytes), "bands": bands, "driver": 1}
@@ -172,7 +172,7 @@ def cores_used(shared_by: str, cores: int, files: float, size_bytes: float) -> i
 
 
 def _keys_in_a_task(files: float) -> float:
-    """Keys of the largest task of dedup's bands, which `minhash.keys_in_memory` bounds."""
+    """Keys in the largest task of dedup's bands, which `minhash.keys_in_memory` bounds."""
     tasks = band_tasks(MinHashConfig(), round(files))
     return max(len(bands) * files / parts for bands, (_, parts) in tasks)
 
@@ -185,7 +185,7 @@ def _plan_stage(stage: StageCost, config: PlanConfig) -> StagePlan:
     nodes_used = min(config.nodes, used)
     compute_s = core_seconds / used
     worker_files = config.files
-    if stage.shared_by == "bands":  # as few files as have so many keys in a task, which then holds more bands
+    if stage.shared_by == "bands":  # the fewest files with that many keys in a task, which then holds more bands
         worker_files = _keys_in_a_task(config.files) / _keys_in_a_task(1)
     storage_s = (read_bytes + written_bytes) / (nodes_used * config.storage_bytes_per_s)
     return StagePlan(

@@ -1,6 +1,6 @@
 """`cert-ray plan train`: from a recipe's models to their memory and time. In: a `Recipe`. Out: text.
 
-What a model starts from is followed through the recipe to a preset, a folder or a hub id; only its config is read.
+A model's start is followed through the recipe to a preset, a folder or a hub id, of which only the config is read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cert_ray.training.models import base_shape
 
 
 def render_training(recipe: Recipe, names: Sequence[str], gpu: str, mfu: float | None = None) -> str:
-    """The plan of the models `names` on one `gpu` per worker; `mfu` as for `memory.render`.
+    """The plan for the models `names` on one `gpu` per worker; `mfu` as in `memory.render`.
 
     Raises:
         ConfigError: for a model or a GPU that is unknown, or a start whose config cannot be read.

@@ -24,9 +24,9 @@ from cert_ray.tokens.encoding import View
 from cert_ray.tokens.vocabulary import TokenizerConfig
 from cert_ray.training.config import LoggerName, TrainConfig
 
-_STAGES = ("sketcher", "generator")  # what an evaluation scores that names no model
+_STAGES = ("sketcher", "generator")  # the models that an evaluation scores if it names none
 _MODEL_NAME = re.compile(r"\w[\w.-]*")
-# TrainConfig's fields that the recipe works out by itself.
+# Fields of TrainConfig that the recipe works out by itself.
 _WORKED_OUT = ("base", "tokenizer", "tokens", "output")
 
 
@@ -42,9 +42,9 @@ class EvaluationRecipe(Config):
     """What `jobs/evaluate.py` scores, after training."""
 
     problems: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]  # files, or names that `cert-ray evaluate` knows
-    model: str | None = None  # a model of this recipe alone; None: its sketcher and generator
+    model: str | None = None  # one model of this recipe; None: its sketcher and generator
     n: int = pydantic.Field(default=200, ge=1)  # PAPER.md's samples a problem
-    temperatures: Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = (0.2,)  # several: the best is named, too
+    temperatures: Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = (0.2,)  # several: names the best as well
     max_tokens: int = pydantic.Field(default=100, ge=1)  # PAPER.md's
     seed: int = pydantic.Field(default=0, ge=0)
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems of each benchmark, for a trial
@@ -55,19 +55,19 @@ class EvaluationRecipe(Config):
 
 
 class Recipe(Config):
-    """A whole run. `run` is the folder or URL below which everything is written."""
+    """A whole run. `run` is the folder or URL under which everything is written."""
 
     run: str = pydantic.Field(min_length=1)
-    # The sketcher, the generator and XL read the files that import one of them.
+    # The sketcher, the generator and XL read only files that import one of these.
     libraries: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None  # None: every file (PAPER.md's CERTg)
     preprocess: PreprocessConfig
-    # Cleaned documents, keys and signatures after preprocessing: about as big as the dataset; kept, they save a rerun.
+    # Cleaned documents, keys and signatures, about as big as the dataset. Kept after preprocessing, they save a rerun.
     intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
     pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read the dataset's first so many; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
-    # Documentation of the libraries ahead of each file that the sketcher, the generator and XL read; serve it likewise.
+    # Library documentation, ahead of each file that the sketcher, the generator and XL read. Serve them with it too.
     retrieve: RetrieveConfig | None = None
     models: dict[str, ModelRecipe] = pydantic.Field(default_factory=dict)
     loggers: tuple[LoggerName, ...] = ()  # of every model that names none itself
@@ -137,7 +137,7 @@ class Recipe(Config):
 
     @property
     def outside_bases(self) -> list[str]:
-        """The folders and hub ids that models start from, neither presets nor models of this recipe."""
+        """The folders and hub ids that models start from: neither presets nor models of this recipe."""
         from cert_ray.training.presets import PRESETS
 
         starts = dict.fromkeys(model.start for model in self.models.values())
@@ -145,9 +145,9 @@ class Recipe(Config):
 
     @property
     def adopts_tokenizer(self) -> bool:
-        """Whether the run's tokenizer is that of its base from outside, extended, rather than one trained here.
+        """Whether the run's tokenizer is its outside base's own, extended, rather than one trained here.
 
-        It is unless a model starts from a preset: then bases from outside must know the run's own tokenizer.
+        It is, unless a model starts from a preset: then outside bases must know the run's own tokenizer.
         """
         from cert_ray.training.presets import PRESETS
 
@@ -155,11 +155,11 @@ class Recipe(Config):
 
     @property
     def views(self) -> list[View]:
-        """The views that a model reads, in the models' order."""
+        """The views that models read, in the models' order."""
         return list(dict.fromkeys(model.view for model in self.models.values()))
 
     def view_libraries(self, view: View) -> tuple[str, ...] | None:
-        """Which files `view` reads: the base's are all (None), the others import one of `libraries`."""
+        """Whose files `view` reads: the base's view reads all (None), the others those that import `libraries`."""
         return None if view == View.BASE else self.libraries
 
     def view_retrieve(self, view: View) -> RetrieveConfig | None:
@@ -168,7 +168,7 @@ class Recipe(Config):
 
 
 class RunFolders:
-    """Where the parts of a run lie below its folder."""
+    """Where the parts of a run lie in its folder."""
 
     def __init__(self, run: str) -> None:
         self.run = storage.absolute(run)
@@ -189,8 +189,8 @@ def load_recipe(url: str, assignments: Sequence[str] = (), replacements: Mapping
     """Read the recipe at `url`, replace values, and check it.
 
     Args:
-        assignments: `KEY=VALUE` texts with dotted keys and YAML values, as people give them.
-        replacements: values by dotted key, after the assignments.
+        assignments: `KEY=VALUE` texts with dotted keys and YAML values, as people type them.
+        replacements: values by dotted key, applied after the assignments.
 
     Raises:
         InputError: as `load_mapping`.
@@ -208,7 +208,7 @@ def load_recipe(url: str, assignments: Sequence[str] = (), replacements: Mapping
 
 
 def load_mapping(url: str) -> dict[str, Any]:
-    """The YAML mapping at `url`, not checked yet.
+    """The YAML mapping at `url`, unchecked.
 
     Raises:
         InputError: when there is no such file, or it is not a YAML mapping, or has a key twice.
@@ -228,12 +228,12 @@ def load_mapping(url: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML of plain values, in which no mapping has a key twice: the last one would count, and nobody would know."""
+    """YAML of plain values. Refuses a mapping that has a key twice: the last one would count, and nobody would know."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         found: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set()
-        for key, _ in found.value:  # not what `<<` brings: that may be replaced
+        for key, _ in found.value:  # without what `<<` merges in: that may be replaced
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
                     raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
@@ -250,7 +250,7 @@ def _yaml(text: str, where: str, cure: str) -> Any:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(where, f"not YAML: {place}{error.problem or error.context}", cure) from error
-    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that there is not
+    except (yaml.YAMLError, ValueError) as error:  # the latter for a date that does not exist
         raise InputError(where, f"not YAML: {' '.join(str(error).split())}", cure) from error
 
 

@@ -1,8 +1,8 @@
 """`cert-ray remove`: a takedown. Files of a repository leave a run, and no later run of its recipe brings them back.
 
-In: a run's folder and what to remove. Out: the entry of `removals.jsonl`, and a run below which the text is nowhere in
-the clear: not in the dataset, the cleaned documents, the card, nor in packed tokens. Models trained before are not
-touched: what they learned stays until they are trained again.
+In: a run's folder and what to remove. Out: an entry in `removals.jsonl`, and a run that holds the text nowhere in the
+clear: not in the dataset, the cleaned documents, the card, or the packed tokens. Models trained before are not touched:
+they keep what they learned until they are trained again.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def preview(run: str, removal: Removal) -> list[RewrittenFile]:
 
 
 def remove(run: str, removal: Removal, keep_out: bool = False) -> Removal:
-    """Take what `removal` names out of `run`; asked again, it finishes what was interrupted, else changes nothing.
+    """Take what `removal` names out of `run`. Called again, it finishes what was interrupted, else changes nothing.
 
     Raises:
-        InputError: when there is no run, or it holds nothing of the kind and `keep_out` is false.
-        ShardCorruptError: when a shard disagrees with its report; nothing is removed from it.
+        InputError: when there is no run, or it holds nothing that matches and `keep_out` is false.
+        ShardCorruptError: when a shard disagrees with its report; nothing is removed from that shard.
     """
     run = storage.absolute(run)
     requested = request_removal(run, removal, keep_out)
@@ -48,7 +48,7 @@ def remove(run: str, removal: Removal, keep_out: bool = False) -> Removal:
 
 
 def _forget_tokens(run: str, shards: set[str]) -> Iterable[str]:
-    """Delete the packed tokens of `shards` where they were made from another dataset; yields the views."""
+    """Delete the packed tokens of `shards`, if they were made from another dataset; yields the views concerned."""
     folder = storage.join(run, "tokens")
     digest = datasets.digest_of(storage.join(run, "dataset"))
     for view in storage.list_folders(folder):

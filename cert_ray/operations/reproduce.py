@@ -1,11 +1,11 @@
-"""`cert-ray reproduce`: the claim of CERT, measured. In: a recipe with a `claim`. Out, below RUN/claim: evaluations,
+"""`cert-ray reproduce`: the claim of CERT, measured. In: a recipe with a `claim`. Out, in RUN/claim: evaluations,
 `claim.json`, `claim.md`, `claim.html` and `claim.png`.
 
-The stages are the recipe's own (`pipeline`), and reuse what is finished; so does every evaluation, as a whole, and
-within one every batch of prompts that was answered. What a part was made from is digested, so another model is never
-scored by an earlier one's answers; what answers depend on apart, since the sandbox that runs them has no say in them.
-Training wants Ray; evaluating does not. Models are loaded once, and only where an answer of theirs is missing: what a
-machine with a GPU answered can be run by one that has a sandbox, and of the models no more than their manifests.
+The stages are the recipe's own (`pipeline`) and reuse what is finished. So does every evaluation as a whole and, within
+one, every batch of prompts that was answered. A digest records what a part was made from, so one model's answers never
+score another. A second one covers only what answers depend on, since the sandbox that runs them has no influence on
+them. Training needs Ray; evaluating does not. Models are loaded once, and only if one of their answers is missing: a
+machine with a sandbox can run what a machine with a GPU answered, and of the models needs only their manifests.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def claim_folder(recipe: Recipe) -> str:
 
 
 def train_models(recipe: Recipe) -> dict[str, TrainResult]:
-    """Preprocess, pack and train everything that the claim compares; Ray must be running.
+    """Preprocess, pack and train everything that the claim compares. Ray must be running.
 
     Raises:
         ConfigError: at once, when the claim cannot be compared, or its base is a folder that is not there.
@@ -65,18 +65,18 @@ def train_models(recipe: Recipe) -> dict[str, TrainResult]:
     names = models_to_train(wanted)
     used = wanted.model_copy(update={"models": {name: wanted.models[name] for name in names}})
     for start in used.outside_bases:
-        check_there(start, "start")  # before hours of preprocessing, which want no base
+        check_there(start, "start")  # before hours of preprocessing, which need no base
     pipeline.run_preprocess(wanted)
-    # Whether the run has a tokenizer of its own is for all models to say; where not, it is that of those trained here.
+    # All models decide whether the run has its own tokenizer; if not, it has that of the bases of those trained here.
     pipeline.run_tokenizer(used if wanted.adopts_tokenizer else wanted)
     pipeline.run_views(used)
     return {name: pipeline.run_train(wanted, name) for name in names}
 
 
 def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS, *, answers_only: bool = False) -> None:
-    """Evaluate `systems`, models by models; what is finished and made from the same ones is left as it is.
+    """Evaluate `systems`, grouped by models. What is finished and made from the same ones is left as it is.
 
-    `answers_only`: let the models answer and keep what they say; nothing is run, so no sandbox is wanted.
+    `answers_only`: let the models answer and keep the answers. Nothing is run, so no sandbox is needed.
 
     Raises:
         ConfigError, InputError, SandboxError: as `run_evaluation`, or when a model cannot be loaded.
@@ -92,7 +92,7 @@ def evaluate_parts(recipe: Recipe, systems: Sequence[str] = SYSTEMS, *, answers_
 
 
 def _by_models(recipe: Recipe, asked: Iterable[Part]) -> list[list[Part]]:
-    """The parts that the same models answer, together: these are loaded once, and no others lie beside them."""
+    """Group the parts that the same models answer: these are loaded once, and no others beside them."""
     found: dict[tuple[str, ...], list[Part]] = {}
     for part in asked:
         found.setdefault(tuple(model_folders(recipe, part).values()), []).append(part)
@@ -100,20 +100,20 @@ def _by_models(recipe: Recipe, asked: Iterable[Part]) -> list[list[Part]]:
 
 
 def is_finished(recipe: Recipe, part: Part) -> bool:
-    """Whether `part` was evaluated, from the models and with the options of now."""
+    """Whether `part` was evaluated with the current models and options."""
     url = storage.join(claim_folder(recipe), part.name, PART_FILE)
     return storage.exists(url) and json.loads(storage.read_text(url))["digest"] == part_digest(recipe, part)
 
 
 def part_digest(recipe: Recipe, part: Part) -> str:
-    """Digest of everything that a part's outcome depends on: models, problems, sampling, sandbox."""
+    """A digest of everything that a part's outcome depends on: models, problems, sampling, sandbox."""
     claim = check_claim(recipe)
     wanted = _evaluate_config(recipe, claim, part).model_dump(mode="json", exclude={"output", "problems"})
     return _digest(recipe, part, {"evaluate": wanted})
 
 
 def answers_digest(recipe: Recipe, part: Part) -> str:
-    """Digest of what a part's answers depend on: models, problems, sampling."""
+    """A digest of what a part's answers depend on: models, problems, sampling."""
     config = _evaluate_config(recipe, check_claim(recipe), part)
     return _digest(recipe, part, {"drawn": [config.n, config.temperature, config.seed, config.limit]})
 
@@ -151,7 +151,7 @@ def _load(recipe: Recipe, part: Part, claim: ClaimConfig) -> _Maker:
     found = {option: str(local_folder(folder, option)) for option, folder in model_folders(recipe, part).items()}
     engine = {"dtype": claim.dtype, "threads": claim.threads}
     options = {**found, "engine": engine, "answer_cache": 0, "prompts_at_once": claim.prompts_together}
-    options["retrieve"] = recipe.retrieve  # to every system, the base included: what they read is the same
+    options["retrieve"] = recipe.retrieve  # for every system, even the base: all read the same
     answerer = Answerer.load(ModelConfig.from_mapping(options, "claim"))
     return lambda sampling: LocalCompleter(answerer, CompleterConfig.from_mapping(sampling, "claim"))
 
@@ -167,7 +167,7 @@ def _evaluate(recipe: Recipe, claim: ClaimConfig, part: Part, load: Callable[[],
         draw_samples(config, remembered)
         return
     _log.info("evaluating %s", part.name)
-    digest = part_digest(recipe, part)  # before: other models may come to stand there meanwhile
+    digest = part_digest(recipe, part)  # now, since other models may be put there meanwhile
     began = time.perf_counter()
     run_evaluation(config, remembered, keep_parts=False)
     figures = {
@@ -197,23 +197,23 @@ def _evaluate_config(recipe: Recipe, claim: ClaimConfig, part: Part) -> Evaluate
 
 
 class Remembered:
-    """A `Complete` that writes down each batch of answers, and asks again only for batches that are not there.
+    """A `Complete` that writes down each batch of answers, and asks again only for missing batches.
 
-    One JSON object a line: what was asked (`key`), the answers, and the seconds they took. A line that a kill cut short
-    is asked for again.
+    One JSON object a line: what was asked (`key`), the answers, and the seconds they took. A batch whose line a kill
+    cut short is asked for again.
     """
 
     def __init__(self, load: Callable[[], Complete], url: str, digest: str) -> None:
-        """`load` makes what answers, where an answer is missing.
+        """`load` makes the `Complete` that answers, if an answer is missing.
 
-        `digest` names what the answers depend on besides the prompts; answers under another one do not count.
+        `digest` stands for what the answers depend on besides the prompts; answers under another digest do not count.
         """
         self._load, self._url, self._digest = load, url, digest
         self._lines = storage.read_text(url).splitlines() if storage.exists(url) else []
         self._known = {entry["key"]: entry for entry in map(_parsed, self._lines) if entry is not None}
-        self.loading_s = 0.0  # in no other sum
-        self.seconds = 0.0  # of answering, also what earlier runs spent
-        self.earlier_s = 0.0  # of it, by earlier runs
+        self.loading_s = 0.0  # in none of the other sums
+        self.seconds = 0.0  # of answering, including earlier runs
+        self.earlier_s = 0.0  # the part of it spent by earlier runs
         self.machines: set[str] = set()  # that answered
 
     def __call__(self, prompts: list[str], n: int) -> list[list[str]]:

@@ -1,7 +1,7 @@
 """`cert-ray summary`: one page about a run, RUN/summary.html. How far, rows in and out, who did what when, links.
 
-In: a `Recipe`. Out: HTML that needs no network; its links are relative, so a copy of the run's folder keeps them. All
-of it is read off the run's folder, as `status` does.
+In: a `Recipe`. Out: HTML that needs no network. Its links are relative, so they still work in a copy of the run's
+folder. Everything is read from the run's folder, as in `status`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cert_ray.operations.story import attempts, read_story, render_line
 from cert_ray.training.records import PICTURE_NAME
 
 PAGE_NAME = "summary.html"
-_LINES = 2_000  # of the story, the newest; assumed: what a browser shows at once
+_LINES = 2_000  # the newest of the story; assumed: what a browser shows at once
 _MODEL = "model"  # what its manifest calls the stage of models/NAME
 _PAGES = (
     ("dataset card", "dataset/card/card.html"),
@@ -34,7 +34,7 @@ _PAGES = (
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """What a finished stage's manifest says: by which Python, and how many rows, bytes and files."""
+    """What a finished stage's manifest says: which Python made it, and how many rows, bytes and files."""
 
     stage: str
     python: str
@@ -74,7 +74,7 @@ def render_summary(recipe: Recipe) -> str:
 
 
 def _pictures(recipe: Recipe, folders: RunFolders) -> Iterator[tuple[str, str, str]]:
-    """Each trained model's name, folder below the run, and loss curves in base64."""
+    """Each trained model's name, its folder in the run, and its loss curves in base64."""
     for name in recipe.models:
         url = storage.join(folders.model(name), PICTURE_NAME)
         if storage.exists(url):

@@ -1,8 +1,8 @@
-"""Whom to ask for completions: a model, a sketcher and a generator, or an endpoint; and how that becomes a `Complete`.
+"""Who completes prompts: a model, a sketcher and a generator, or an endpoint; and how that becomes a `Complete`.
 
-In: a `Source`, from the command line or a recipe. Out: from a temperature to a `Complete`. Models are loaded once,
-whatever their kind: one with an encoder and a decoder is told by its config. Here serving's answers meet evaluation's
-`Complete`: evaluation never imports serving.
+In: a `Source`, from the command line or a recipe. Out: a function from a temperature to a `Complete`. Models of any
+kind are loaded once; one with an encoder and a decoder is recognised by its config. This module joins serving's answers
+to evaluation's `Complete`: evaluation never imports serving.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 class Source(Config, hide_input_in_errors=True):
-    """Either `model`, or `sketcher` and `generator`, or `endpoint`. Names and addresses only: it is recorded whole."""
+    """Either `model`, or `sketcher` and `generator`, or `endpoint`. Names and addresses only: all of it is recorded."""
 
     model: str | None = None
     sketcher: str | None = None
     generator: str | None = None
-    mask: str | None = None  # what a sequence-to-sequence `model` wants where it is to write
+    mask: str | None = None  # the text that tells a sequence-to-sequence `model` where to write
     endpoint: str | None = None
     endpoint_model: str | None = None  # None: the first that the endpoint lists
     api_key_env: str | None = None  # the environment variable that holds the endpoint's key
@@ -69,7 +69,7 @@ class Source(Config, hide_input_in_errors=True):
 
     @property
     def recorded(self) -> dict[str, str]:
-        """What an evaluation's record says of it."""
+        """What an evaluation's record says about it."""
         given = self.model_dump(exclude_none=True, exclude={"retrieve"})
         if self.retrieve is not None:
             given["retrieve"] = self.retrieve.text
@@ -83,7 +83,7 @@ class Source(Config, hide_input_in_errors=True):
 
 
 def _check_address(url: str) -> None:
-    """Refuse, without showing it, an address that may hold a password or key: it is recorded and logged whole."""
+    """Refuse, without showing it, an address that may hold a password or key: addresses are recorded and logged."""
     try:
         parts = urlsplit(url)
         secret = "@" in parts.netloc or parts.query or parts.fragment
@@ -98,10 +98,10 @@ def _check_address(url: str) -> None:
 
 
 def complete_at(source: Source, sampling: dict[str, Any]) -> Callable[[float], Complete]:
-    """From a temperature to a `Complete` by `source`. Models are loaded when the first is asked for, and once.
+    """A function from a temperature to a `Complete` by `source`. Models are loaded once, when first asked for.
 
     Raises:
-        ConfigError: for a model that is neither a folder nor on the hub, and a key that is not in the environment.
+        ConfigError: for a model that is neither a folder nor on the hub, or a key that is not in the environment.
         InputError: for documentation or a model that cannot be used.
     """
     retrieve = None if source.retrieve is None else source.retrieve.pinned()
@@ -146,7 +146,7 @@ def _documented(complete: Callable[[list[str], int], list[list[str]]], retrieve:
 
 
 def complete_with_answers(answerer: Answerer, config: CompleterConfig) -> Complete:
-    """A `Complete` by models of this machine, which says of every sample how it came about."""
+    """A `Complete` by models on this machine, which says of every sample how it came about."""
 
     def complete(prompts: list[str], n: int) -> list[list[Answer]]:
         return [_answers(answer) for answer in answerer.answer(prompts, config.sampling(n))]

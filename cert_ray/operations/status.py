@@ -1,8 +1,8 @@
-"""`cert-ray status`: how far a run is, read off its folder alone, and what to run next.
+"""`cert-ray status`: how far a run is, read only from its folder, and what to run next.
 
-In: a `Recipe`. Out: one `StageStatus` per stage, in pipeline order. Any machine that reads the run's storage can ask,
-with no Ray; nothing is changed or verified (a rerun checks checksums). A stage is finished when its manifest is there;
-before that, its unit reports and checkpoints tell how much of it will not be done again.
+In: a `Recipe`. Out: one `StageStatus` per stage, in pipeline order. Works on any machine that can read the run's
+storage, without Ray. Nothing is changed or verified (a rerun checks checksums). A stage is finished when its manifest
+is there; before that, its unit reports and checkpoints tell how much of it need not be repeated.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class State(StrEnum):
     FINISHED = "finished"
     STARTED = "started"
     WAITING = "waiting"  # nothing of it is there
-    UNUSABLE = "unusable"  # what is there is another version's
+    UNUSABLE = "unusable"  # what is there is from another version
 
 
 @dataclass(frozen=True, slots=True)
 class StageStatus:
-    """One stage: what of it is done, in `unit`s (shards, steps), of how many where that is known, and by which verb."""
+    """One stage: how many `unit`s (shards, steps) of it are done, of how many if that is known, and by which verb."""
 
     stage: str
     verb: str
@@ -90,16 +90,16 @@ def _model(recipe: Recipe, name: str) -> StageStatus:
 
 
 def next_verb(stages: Sequence[StageStatus]) -> str | None:
-    """The verb that goes on with the run; None when every stage is finished."""
+    """The verb that continues the run; None when every stage is finished."""
     return next((stage.verb for stage in stages if stage.state != State.FINISHED), None)
 
 
 def render_status(stages: Sequence[StageStatus], arguments: str, last_job: str | None = None) -> str:
-    """A table for people, below it what the last job did, and the command that goes on.
+    """A table for people; below it, what the last job did and the command that continues the run.
 
     Args:
-        arguments: that name the run.
-        last_job: as `story` tells it.
+        arguments: the arguments that name the run.
+        last_job: the line from `story.last_job`.
     """
     return "\n".join(_lines(stages, arguments, last_job))
 

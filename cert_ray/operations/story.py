@@ -1,7 +1,7 @@
-"""What happened to a run, in order: the lines that its jobs kept below RUN/logs (`telemetry.logs`).
+"""What happened to a run, in order: the lines that its jobs kept in RUN/logs (`telemetry.logs`).
 
-In: a run's folder. Out: its `Line`s by time, and its `Attempt`s, one per job; of the last job, without reading those
-before it, where it ran and how it stands. Nothing is changed.
+In: a run's folder. Out: its `Line`s by time, and its `Attempt`s, one per job; also where the last job ran and how it
+stands, without reading the jobs before it. Nothing is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ENDINGS: Final = ("finished", "failed", "stopped")  # events of a job's last li
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One log line, and the folder below RUN/logs that has it."""
+    """One log line, and the folder in RUN/logs that holds it."""
 
     time: str
     level: str
@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One job: `outcome` is finished, failed, stopped (by a signal), or open (killed, or at work)."""
+    """One job: `outcome` is finished, failed, stopped (by a signal), or open (killed, or still at work)."""
 
     verb: str
     began: str
@@ -47,7 +47,7 @@ class Attempt:
 
 
 def read_story(run: str) -> list[Line]:
-    """Every line of every job of `run`, by time; none where nothing was kept."""
+    """Every line of every job of `run`, by time; empty if nothing was kept."""
     return _read(_files(run))
 
 
@@ -73,7 +73,7 @@ def _lines(url: str) -> Iterator[Line]:
         except ValueError:
             continue  # cut short
         if not isinstance(fields, dict):
-            continue  # another's
+            continue  # written by something else
         about = {name: str(fields.get(name, "")) for name in ("time", "level", "verb", "stage", "shard", "message")}
         yield Line(**about, log=_log_of(url), fields=fields)
 
@@ -102,12 +102,12 @@ def _attempt(lines: list[Line]) -> Attempt:
 
 
 def last_job(run: str) -> str | None:
-    """A line on the job that began last: where, when, of which versions, and how it ended or what it said last.
+    """A line about the job that began last: where, when, which versions, and how it ended or what it said last.
 
-    None where nothing was kept. What workers of a job said, which keep logs of their own, is the job's.
+    None if nothing was kept. Workers of a job keep logs of their own, but what they said counts as the job's.
     """
     files = _files(run)
-    jobs = [log for log in map(_log_of, files) if re.fullmatch(r"[^-]+-[^-]+-\d+", log)]  # workers' have a longer name
+    jobs = [log for log in map(_log_of, files) if re.fullmatch(r"[^-]+-[^-]+-\d+", log)]  # workers' names are longer
     if not jobs:
         return None
     newest = max(jobs)

@@ -1,6 +1,6 @@
 """`cert-ray VERB`: parses options and calls the stage. One module per part of the flow; `app` is their frame.
 
-Verbs are registered, and listed by `--help`, in the order of these imports.
+The order of these imports is the order in which verbs are registered, and in which `--help` lists them.
 """
 
 from cert_ray.cli import corpus, retrieval, training, serving, evaluation, operations  # noqa: I001  in the order of the flow

@@ -1,7 +1,7 @@
-"""The command line's frame: the application, the options that several verbs share, and how an error ends.
+"""The command line's frame: the application, the options that several verbs share, and how errors end.
 
 Heavy imports stand inside the verbs, so that `--help` is quick. Exit status: 0 done, 1 failed, 2 an input or option
-that cannot be used, 130 interrupted; the message says what to change. No traceback is shown for an error raised on
+that cannot be used, 130 interrupted; the message says what to change. No traceback is shown for errors raised on
 purpose, nor for what a disk, the network or a store refuses.
 """
 
@@ -51,14 +51,14 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="print what would be don
 Address = Annotated[
     str | None, typer.Option(help="a running Ray cluster; default: RAY_ADDRESS, else a private Ray on this machine")
 ]
-Limit = Annotated[int | None, typer.Option(min=1, help="do only so many (files, steps, problems)")]
+Limit = Annotated[int | None, typer.Option(min=1, help="do at most this many (files, steps, problems)")]
 ModelFolder = Annotated[
-    str | None, typer.Option("--model", help="folder or URL of one language model: plain, or of both stages")
+    str | None, typer.Option("--model", help="folder or URL of one language model: plain, or trained for both stages")
 ]
 Sketcher = Annotated[str | None, typer.Option(help="folder of the sketcher (with --generator)")]
 Generator = Annotated[str | None, typer.Option(help="folder of the generator (with --sketcher)")]
 Endpoint = Annotated[str | None, typer.Option(help="base URL of an OpenAI-compatible server")]
-EndpointModel = Annotated[str | None, typer.Option(help="its model; default: the first that it lists")]
+EndpointModel = Annotated[str | None, typer.Option(help="the endpoint's model; default: the first one it lists")]
 ApiKeyEnv = Annotated[
     str | None, typer.Option(metavar="NAME", help="the environment variable that holds the endpoint's key")
 ]
@@ -66,20 +66,20 @@ AnswerMode = Annotated[
     str | None,
     typer.Option(
         "--mode",
-        help="of a cascade: cascade (default), constrained (the sketch's fixed text must come), sketch_only or "
+        help="for a cascade: cascade (default), constrained (the sketch's fixed text must come), sketch_only or "
         "generator_only",
     ),
 ]
 Mask = Annotated[
-    str | None, typer.Option(help="of a sequence-to-sequence model, as <extra_id_0>: where it is to write")
+    str | None, typer.Option(help="text that tells a sequence-to-sequence model where to write, e.g. <extra_id_0>")
 ]
 Retrieve = Annotated[
-    str | None, typer.Option(help="file of library-docs: the documentation that suits stands ahead of each prompt")
+    str | None, typer.Option(help="file of library-docs: the documentation that suits a prompt is put ahead of it")
 ]
 
 
 def main() -> None:
-    """Entry point: run the verb; errors raised on purpose, and those of storage, become one line and an exit status."""
+    """Entry point: run the verb. Errors raised on purpose, and those of storage, become one line and an exit status."""
     try:
         app()
     except CertRayError as error:
@@ -99,15 +99,15 @@ def main() -> None:
 
 
 def _value_of_recipe(arguments: list[str]) -> str | None:
-    """The first KEY=VALUE that stands behind a recipe without `--set`, as jobs take it."""
+    """The first KEY=VALUE that follows a recipe without `--set`, as jobs take it."""
     behind = next((place for place, one in enumerate(arguments) if one.endswith((".yaml", ".yml"))), len(arguments))
     pairs = pairwise(arguments[behind:])
     return next((one for before, one in pairs if re.match(r"[a-z_][\w.]*=", one) and not before.startswith("-")), None)
 
 
 def _told_by_storage(error: Exception) -> str | None:
-    """What a disk, the network or a store said, in one line; None for any other error."""
-    error = getattr(error, "cause", error)  # Ray's error of a task is one of its cause's class, and holds it
+    """What a disk, the network or a store said, on one line; None for any other error."""
+    error = getattr(error, "cause", error)  # Ray's error for a task has its cause's class, and holds the cause
     if isinstance(error, OSError) and error.filename is not None:
         place = error.filename if error.filename2 is None else error.filename2
         return f"{place}: {error.strerror}. Check the path, and who may read and write there."
@@ -115,7 +115,7 @@ def _told_by_storage(error: Exception) -> str | None:
         kind, said = type(error).__name__, " ".join(str(error).split())
         if not said:
             said = kind
-        elif isinstance(error, OSError) and error.errno is None:  # as fsspec's, whose text may be the path alone
+        elif isinstance(error, OSError) and error.errno is None:  # e.g. fsspec's, whose text may be only the path
             said = f"{kind}: {said}"
         return f"{said.rstrip('.')}. Check the disk, or the network and the credentials for the store."
     return None
@@ -131,7 +131,7 @@ def _version(wanted: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,  # noqa: ARG001
     log_format: Annotated[
-        str | None, typer.Option(envvar=logs.FORM_VARIABLE, help="text or json: of the lines on standard error")
+        str | None, typer.Option(envvar=logs.FORM_VARIABLE, help="form of the lines on standard error: text or json")
     ] = None,
 ) -> None:
     logs.configure(log_format)
@@ -146,7 +146,7 @@ def load(
 
 
 def perform(verb: str, recipe: Recipe, address: str | None, dry_run: bool, what: str, stage: Callable[[], Any]) -> Any:
-    """Run one stage of a recipe with Ray up, keeping its log below the run, or say `what` it would do."""
+    """Run one stage of a recipe with Ray up, keeping its log in the run's folder; or say `what` it would do."""
     if dry_run:
         typer.echo(f"# would {what}")
         typer.echo(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -178,7 +178,7 @@ def model_options(model: str | None, sketcher: str | None, generator: str | None
     """The models to serve.
 
     Raises:
-        ConfigError: unless it is one model, or both stages.
+        ConfigError: unless it is one model, or sketcher and generator.
     """
     found = source_options(model, sketcher, generator)
     if set(found) not in ({"model"}, {"sketcher", "generator"}):

@@ -40,10 +40,10 @@ def preprocess(
 def inspect(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="a run's folder, or its dataset")],
     dropped: Annotated[
-        str | None, typer.Option(metavar="REASON", help="files dropped for it, e.g. not_python_3")
+        str | None, typer.Option(metavar="REASON", help="show files dropped for this reason, e.g. not_python_3")
     ] = None,
-    doc: Annotated[str | None, typer.Option(metavar="ID", help="one file beside its sketch")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="show only so many")] = 20,
+    doc: Annotated[str | None, typer.Option(metavar="ID", help="show this file beside its sketch")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="show at most this many")] = 20,
 ) -> None:
     """Show rows of a dataset, why files were dropped, or a file beside its sketch; plain lines when not at a terminal.
 
@@ -69,19 +69,19 @@ def inspect(
 def remove(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the run's folder, which holds `dataset`")],
     repository: Annotated[
-        str | None, typer.Option("--repo", help="files of this repository, whatever its case")
+        str | None, typer.Option("--repo", help="files of this repository; case does not matter")
     ] = None,
     source: Annotated[str | None, typer.Option(help="files of this input, as the recipe names it")] = None,
-    path_prefix: Annotated[str | None, typer.Option(help="files whose path in the input starts so")] = None,
+    path_prefix: Annotated[str | None, typer.Option(help="files whose path in the input begins with this")] = None,
     reason: Annotated[str, typer.Option(help="for the record, e.g. the number of the request")] = "",
     date: Annotated[str | None, typer.Option(help="when it was asked for, YYYY-MM-DD; default: today")] = None,
-    keep_out: Annotated[bool, typer.Option("--keep-out", help="record it also if no file of the run matches")] = False,
+    keep_out: Annotated[bool, typer.Option("--keep-out", help="record it even if no file of the run matches")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Take a repository out of a finished dataset (a takedown), and keep it out of later runs of the recipe.
 
-    Rewrites the shards that hold it, in the dataset, the cleaned documents and the packed tokens, and the card; says in
-    RUN/removals.jsonl what was done. Killed, run it again. Trained models keep what they learned.
+    Rewrites the shards that hold it (in the dataset, the cleaned documents and the packed tokens) and the card, and
+    records in RUN/removals.jsonl what was done. If killed, run it again. Trained models keep what they learned.
 
     Example: cert-ray remove runs/numpy --repo someone/something --reason "request 17"
     """
@@ -141,5 +141,5 @@ def _opened(file: str) -> contextlib.AbstractContextManager[IO[bytes]]:
     if file == "-":
         return contextlib.nullcontext(sys.stdin.buffer)
     if storage.is_local(file):
-        return storage.local_path(file).open("rb")  # also a pipe, as a shell's <(...) is one
+        return storage.local_path(file).open("rb")  # also a pipe, such as a shell's <(...)
     return storage.open_read(file)

@@ -29,7 +29,7 @@ from cert_ray.errors import ConfigError
 def evaluate(
     problems: Annotated[
         list[str],
-        typer.Option(help="pandas-eval, numpy-eval, human-eval, or a file of their format or MBPP's; repeatable"),
+        typer.Option(help="pandas-eval, numpy-eval, human-eval, or a file in their format or MBPP's; repeatable"),
     ],
     output: Annotated[str, typer.Option(help="folder for results.jsonl, report.html, ...")] = "evaluation",
     samples: Annotated[str | None, typer.Option(help="score this file of samples instead of sampling")] = None,
@@ -46,15 +46,15 @@ def evaluate(
     max_tokens: int = 100,
     seed: int = 0,
     requirement: Annotated[
-        list[str] | None, typer.Option(help="library of the sandbox, e.g. pandas==1.5.3; default: the benchmark's")
+        list[str] | None, typer.Option(help="library for the sandbox, e.g. pandas==1.5.3; default: the benchmark's")
     ] = None,
-    python: Annotated[str | None, typer.Option(help="interpreter of the sandbox, e.g. 3.11")] = None,
+    python: Annotated[str | None, typer.Option(help="interpreter for the sandbox, e.g. 3.11")] = None,
     unsafe: Annotated[bool, typer.Option("--unsafe", help="run generated code without bubblewrap")] = False,
     unfiltered: Annotated[
-        bool, typer.Option("--unfiltered", help="run generated code also where libseccomp is missing")
+        bool, typer.Option("--unfiltered", help="run generated code even where libseccomp is missing")
     ] = False,
     rerank: Annotated[
-        list[str] | None, typer.Option(help="logprob, syntax or agreement: also pass@1 of the first by it; repeatable")
+        list[str] | None, typer.Option(help="logprob, syntax or agreement: add pass@1 of its first choice; repeatable")
     ] = None,
     calls_at_once: Annotated[int, typer.Option(min=1, help="requests to an endpoint at a time")] = 1,
     on_ray: Annotated[bool, typer.Option("--on-ray", help="run the programs as Ray tasks")] = False,
@@ -62,7 +62,7 @@ def evaluate(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox. Killed, run it again.
+    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox. If killed, run it again.
 
     Example: cert-ray evaluate --problems PandasEval.jsonl.gz --samples samples.jsonl --requirement pandas==1.5.3
     """
@@ -109,9 +109,9 @@ def evaluate(
 def compare(
     runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="folders of finished evaluations")],
     output: Annotated[str, typer.Option(help="folder for the reports")] = "comparison",
-    k: Annotated[list[int] | None, typer.Option("--k", help="repeatable; default: all that both scored")] = None,
+    k: Annotated[list[int] | None, typer.Option("--k", help="repeatable; default: every k that both scored")] = None,
 ) -> None:
-    """Put evaluations on one table beside published scores; two are also compared problem by problem.
+    """Put evaluations in one table beside published scores; two are also compared problem by problem.
 
     Example: cert-ray compare runs/base runs/cert
     """
@@ -127,10 +127,10 @@ def compare(
 
 @app.command("export-tasks")
 def export_tasks(
-    problems: Annotated[list[str], typer.Option(help="as of evaluate; repeatable")],
+    problems: Annotated[list[str], typer.Option(help="as for evaluate; repeatable")],
     output: Annotated[str, typer.Option(help="folder for the task files")] = "tasks",
-    n: Annotated[int, typer.Option(min=1, help="samples per problem, of lm-eval")] = 1,
-    temperature: Annotated[float, typer.Option(min=0.0, help="of lm-eval")] = 0.0,
+    n: Annotated[int, typer.Option(min=1, help="samples per problem, for lm-eval")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.0, help="for lm-eval")] = 0.0,
     dry_run: DryRun = False,
 ) -> None:
     """Write benchmarks as tasks of lm-eval and bigcode-evaluation-harness; cert-ray scores what they draw.

@@ -13,13 +13,13 @@ from cert_ray import retries, storage
 from cert_ray.cli.app import Address, DryRun, Overrides, RecipeFile, app, load, perform, show
 from cert_ray.errors import ConfigError, InputError
 
-_ANSWERS_S = 5.0  # assumed: who asks for a cluster's health wants to know when it has none
-_STORE_ANSWERS_S = 10.0  # assumed: clients that are refused try again for some seconds, and tell why
+_ANSWERS_S = 5.0  # assumed: anyone who asks for a cluster's health wants to hear quickly that there is none
+_STORE_ANSWERS_S = 10.0  # assumed: clients that are refused retry for some seconds, and then say why
 
 
 @app.command()
 def doctor(
-    folder: Annotated[str, typer.Option(help="look at the disk below it")] = ".",
+    folder: Annotated[str, typer.Option(help="check the disk of this folder")] = ".",
     cluster: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="ask every node of this Ray cluster instead, e.g. auto")
     ] = None,
@@ -36,7 +36,7 @@ def doctor(
         from cert_ray.operations.nodes import judge_nodes, versions_here
         from cert_ray.operations.on_ray import ask_nodes, ray_session
 
-        with ray_session(cluster, check_versions=False, patience_s=_ANSWERS_S):  # it names them all
+        with ray_session(cluster, check_versions=False, patience_s=_ANSWERS_S):  # the findings name other versions
             findings = judge_nodes(ask_nodes(try_sandbox=True), versions_here())
     for finding in findings:
         typer.echo(f"{finding.level.value:5} {finding.name:20} {finding.found}")
@@ -47,7 +47,7 @@ def doctor(
 
 @contextmanager
 def _storage_asked_once(run: str) -> Iterator[None]:
-    """Storage that refuses is one line, after what its client tries by itself; so is one that says nothing."""
+    """Report storage that refuses on one line, once its client's own retries are over; also storage that is silent."""
     try:
         with retries.asked_once():
             storage.resolve(run)  # which may import a driver
@@ -67,7 +67,7 @@ def status(
     overrides: Overrides = None,
     story: Annotated[bool, typer.Option("--story", help="first every line that the run's jobs kept, in order")] = False,
 ) -> None:
-    """Show how far a run is, read off its folder, what its last job did and where, and the command that goes on.
+    """Show how far a run is, read from its folder; what its last job did and where; and the command that continues it.
 
     Example: cert-ray status jobs/numpy.yaml --set run=s3://bucket/runs/numpy
     """
@@ -97,21 +97,21 @@ def summary(recipe: RecipeFile, overrides: Overrides = None) -> None:
 @app.command()
 def drain(
     when: Annotated[
-        Literal["now", "aws", "gcp"], typer.Option(help="now, or once this cloud gives notice of its spot machine")
+        Literal["now", "aws", "gcp"], typer.Option(help="now, or once this cloud gives notice to its spot machine")
     ] = "now",
     within_s: Annotated[float, typer.Option(min=0, help="with now: seconds until this node is gone")] = 100.0,
 ) -> None:
     """Tell Ray on this node that the node will be gone: training writes a checkpoint, nothing new starts here.
 
-    It ends when the time is over, so that a pod stays for as long, or sooner, when Ray has ended here: it does once
-    nothing runs. The cluster is that of RAY_ADDRESS, else the one whose Ray runs here. A head is never drained.
+    The command ends when the time is over, so that a pod stays that long, or as soon as Ray has ended here, as it does
+    once nothing runs. The cluster is that of RAY_ADDRESS, else of the Ray that runs here. A head is never drained.
 
     Example: cert-ray drain --when aws
     """
     from cert_ray.operations import leaving
     from cert_ray.operations.on_ray import node_here
 
-    node_id, address = node_here()  # now: later there may be little time
+    node_id, address = node_here()  # now: there may be little time later
     left = within_s if when == "now" else leaving.wait_for_notice(when)
     leaving.drain(node_id, address, left)
 
@@ -130,9 +130,9 @@ def plan_corpus(
     size_bytes: Annotated[float, typer.Option("--bytes", help="bytes of the raw corpus, e.g. 330e9")],
     cores: Annotated[int, typer.Option(help="cores of each node")],
     nodes: Annotated[int, typer.Option(help="nodes of the cluster")] = 1,
-    storage_mb_per_s: Annotated[float | None, typer.Option(help="what storage moves for each node")] = None,
+    storage_mb_per_s: Annotated[float | None, typer.Option(help="MB/s that storage moves for each node")] = None,
     node_hour_price: Annotated[
-        float | None, typer.Option(help="what a node costs for an hour, in any currency; default: no cost is told")
+        float | None, typer.Option(help="price of a node for an hour, in any currency; default: show no cost")
     ] = None,
     costs: Annotated[str | None, typer.Option(metavar="FILE", help="another measurement than cert-ray's own")] = None,
 ) -> None:
@@ -159,7 +159,7 @@ def plan_train(
     ] = "h100",
     mfu: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1, help="share of the GPU's peak that is reached; default: the range measured"),
+        typer.Option(min=0.01, max=1, help="share of the GPU's peak that is reached; default: the measured range"),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -183,7 +183,7 @@ def reproduce(
         bool,
         typer.Option(
             "--answers-only",
-            help="once trained, models answer and no program is run; that is done without it, elsewhere",
+            help="let trained models answer, but run no program; run these later, elsewhere, without this option",
         ),
     ] = False,
     overrides: Overrides = None,
@@ -225,7 +225,7 @@ def reproduce(
 
 
 def _brief(comparisons: list[dict[str, Any]]) -> dict[str, str]:
-    """Each difference of the pooled score in points, with its interval."""
+    """Each difference of the pooled scores in percentage points, with its interval."""
     pooled = [row for row in comparisons if row["benchmark"] == "pooled"]
     return {
         f"{row['mode']}: {row['pair'][1]} - {row['pair'][0]}": (
@@ -240,7 +240,7 @@ def _brief(comparisons: list[dict[str, Any]]) -> dict[str, str]:
 def demo(
     output: Annotated[str, typer.Option(help="folder of the run; finished stages in it are reused")] = "demo",
     small: Annotated[bool, typer.Option("--small", help="less input and fewer steps, for a quick look")] = False,
-    max_input_bytes: Annotated[int | None, typer.Option(help="read at most so many bytes of Python files")] = None,
+    max_input_bytes: Annotated[int | None, typer.Option(help="read at most this many bytes of Python files")] = None,
     base_steps: Annotated[int | None, typer.Option(help="training steps of the base model")] = None,
     dry_run: DryRun = False,
     address: Address = None,

@@ -11,20 +11,20 @@ from cert_ray.cli.app import DryRun, app, show
 
 @app.command("library-docs")
 def library_docs(
-    package: Annotated[str, typer.Argument(help="a package by the name that Python imports it by, or its folder")],
+    package: Annotated[str, typer.Argument(help="a package, by the name that Python imports, or by its folder")],
     output: Annotated[str, typer.Option(help="file to write")] = "docs.jsonl",
     shown_as: Annotated[
-        str | None, typer.Option("--as", metavar="NAME", help="the name by which prompts import it, if another")
+        str | None, typer.Option("--as", metavar="NAME", help="the name that prompts import it by, if it differs")
     ] = None,
     path: Annotated[
-        list[str] | None, typer.Option(help="look in this folder (a site-packages, say) first; repeatable")
+        list[str] | None, typer.Option(help="look first in this folder (e.g. a site-packages); repeatable")
     ] = None,
     imports: Annotated[
-        bool, typer.Option("--import", help="import the package and inspect it: for compiled parts; runs its code")
+        bool, typer.Option("--import", help="also import the package and inspect it, for compiled parts; runs its code")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the signatures and descriptions of a package's public API; its source is read, and nothing of it is run.
+    """Write the signatures and descriptions of a package's public API. Its source is read, and nothing of it is run.
 
     `evaluate`, `generate` and `serve` take the file as --retrieve, a recipe as `retrieve: {docs: FILE}`.
 

@@ -32,10 +32,10 @@ def serve(
     model: ModelFolder = None,
     sketcher: Sketcher = None,
     generator: Generator = None,
-    host: Annotated[str, typer.Option(help="any other than loopback needs --api-keys-file")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="any but loopback needs --api-keys-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_keys_file: Annotated[str | None, typer.Option(help="one key per line")] = None,
-    name: Annotated[str, typer.Option(help="the model name that requests give")] = "cert",
+    name: Annotated[str, typer.Option(help="the model name that requests use")] = "cert",
     mode: AnswerMode = None,
     retrieve: Retrieve = None,
     dry_run: DryRun = False,
@@ -43,7 +43,7 @@ def serve(
 ) -> None:
     """Serve a cascade of two models or of one of both stages, or a plain model, behind OpenAI's /v1/completions.
 
-    Until interrupted.
+    Runs until interrupted.
 
     Example: cert-ray serve --sketcher demo/models/sketcher --generator demo/models/generator
     """
@@ -62,7 +62,7 @@ def serve(
     if dry_run:
         show(config.model_dump(mode="json"))
         raise typer.Exit
-    config.check_models()  # before Ray is started for nothing
+    config.check_models()  # before Ray is started in vain
     with ray_session(address), start_server(config, checked=True) as served:
         typer.echo(f"serving {name} at {served.base_url}/v1/completions; Ctrl-C stops", err=True)
         signal.pause()
@@ -70,7 +70,7 @@ def serve(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="code to go on from, or - for standard input")] = "-",
+    prompt: Annotated[str, typer.Argument(help="code to continue, or - for standard input")] = "-",
     model: ModelFolder = None,
     sketcher: Sketcher = None,
     generator: Generator = None,
@@ -80,13 +80,13 @@ def generate(
     api_key_env: ApiKeyEnv = None,
     mode: AnswerMode = None,
     retrieve: Retrieve = None,
-    n: Annotated[int, typer.Option(min=1, help="completions")] = 1,
+    n: Annotated[int, typer.Option(min=1, help="how many completions")] = 1,
     temperature: float = 0.2,
     max_tokens: int = 100,
     seed: int = 0,
     dry_run: DryRun = False,
 ) -> None:
-    """Complete one prompt with models at hand or an endpoint.
+    """Complete one prompt with local models or an endpoint.
 
     Example: cert-ray generate --endpoint http://127.0.0.1:8000 'import numpy as np\\nx = '
     """

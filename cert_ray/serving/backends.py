@@ -114,7 +114,7 @@ class LocalBackend:
     """A `Backend` over answerers in this process."""
 
     def __init__(self, answerers: Mapping[str, tuple[str | None, Answerer]], max_threads: int = 64) -> None:
-        """`answerers` by name, each with its library. Beyond `max_threads` requests, they wait for a thread."""
+        """`answerers` by name, each with its library. Requests beyond `max_threads` wait for a thread."""
         self._answerers = answerers
         self._bridge = Bridge(max_threads)
 

@@ -149,7 +149,7 @@ class _Cascade:
         try:
             return self._go_on(answer, chosen, ballot, mode)
         finally:
-            del drawn  # its `pin` is held until stage two has its answer; after an error, no longer than this
+            del drawn  # held for its `pin` until stage two has its answer; after an error, let go at once
 
     def _go_on(self, answer: CascadeAnswer, chosen: SketchChosen, ballot: Ballot, mode: Mode) -> CascadeAnswer:
         winner, timings_s = ballot.winner, answer.timings_s

@@ -24,7 +24,7 @@ class CascadeConfig(Config):
     # the placeholder words in the text, which takes `astype(float)` for a placeholder (PAPER.md). `released` also gives
     # the models plain text instead of special tokens; it goes with `kind: released` and models trained on that.
     routing: Literal["special_tokens", "released"] = "special_tokens"
-    # Repeat the same samples after this many, as the authors' code did after 50. None: every sample is drawn anew.
+    # Repeat the same samples after this many, as the authors' code did after 50. None: never.
     reseed_every: int | None = pydantic.Field(default=None, ge=1)
     # Answers in the order drawn, or the likeliest per token first. Where sketches are the answers, the winner's come
     # first either way.

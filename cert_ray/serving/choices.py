@@ -20,9 +20,7 @@ _ANSWER_SHARE: Final = 0.5
 
 
 def has_room(prompt: Sequence[int], sampling: Sampling, engine: Engine, stages: int) -> bool:
-    """Whether a prompt with documentation leaves room for the answer. A second stage's prompt also holds the sketch,
-    which is about as long as an answer.
-    """
+    """Whether a prompt with documentation leaves room. A second stage's also holds the sketch, about an answer long."""
     wanted = sampling.max_tokens * (2 * stages - 1)
     return len(prompt) + min(wanted, int(engine.context_tokens * _ANSWER_SHARE)) <= engine.context_tokens
 

@@ -27,11 +27,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cert_ray.serving.packed_attention import Part, Tree, attend_one
 
-_LEAST_SLOTS = 4_096  # size of a new arena; assumed
+_LEAST_SLOTS = 4_096  # least size of an arena; assumed
 _MOST_GATHERED = 1 << 18  # slots per call: 200 MB of keys and values for SmolLM2-135M in bf16; assumed
 _ALIGNED_KEYS = 8  # the fused kernels want the rows of masks to be a multiple of this many bf16 numbers long
 
-_GIVEN_BACK = 4  # memory is given back when capacity exceeds this many times what is held, or `_LEAST_SLOTS`; assumed
+_GIVEN_BACK = 4  # an arena shrinks above this many times what is held, and `_LEAST_SLOTS`; assumed
 
 SlotNumbers = npt.NDArray[np.int64]
 

@@ -64,8 +64,8 @@ class Described:
 def describe(folder: str, *, with_weights: bool = True) -> Described:
     """The configuration and tokenizer of the model in `folder`. Its weights must be there, but are not read.
 
-    Without `with_weights`, neither the presence of the weights nor that every token of the tokenizer has an embedding
-    is checked.
+    Without `with_weights`, it is not checked that they are there as transformers wants them, nor that every token of
+    the tokenizer has an embedding.
 
     Raises:
         InputError: when it is no such folder, lacks a file, or one of these files is damaged.

@@ -11,7 +11,7 @@ no longer being seen.
 On a GPU, `gathered_attention` keeps the keys and attends to them.
 
 In: a loaded model, `Feed`s. Out: logits. Works for models with transformers' attention interface and for GPT-Neo, whose
-layers may be local. `enable` refuses models that add more than a scale and a window (sinks, soft caps).
+layers may be local. With more than a scale and a window (sinks, soft caps), `forward` raises `NotImplementedError`.
 
 Shapes: S tokens of the step, Q of them of one request, K keys kept, H heads, G key heads, D head size, V vocabulary.
 """

@@ -155,7 +155,7 @@ class Engines:
         self._failures = 0
 
     def check_health(self) -> None:
-        """Raise when this engine fails at all it is asked, or hangs; Serve then starts another in its place."""
+        """Raise when this engine fails whatever it is asked, or hangs; Serve then starts another in its place."""
         if self._failures >= _FAILURES:
             raise RuntimeError(f"the last {self._failures} requests failed inside the engine")
         step_s = max((steps.step_s for steps in self._steps), default=0.0)

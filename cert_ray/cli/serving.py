@@ -41,7 +41,7 @@ def serve(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Serve a cascade of two models or of one of both stages, or a plain model, behind OpenAI's /v1/completions.
+    """Serve a cascade (two models, or one that is both stages) or a plain model behind OpenAI's /v1/completions.
 
     Runs until interrupted.
 

@@ -42,7 +42,7 @@ class NodeFacts:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     memory_bytes: int = 0
     disk_free_bytes: int = 0
-    missing_protection: Sequence[str] = ()  # packages that protect from generated code
+    missing_protection: Sequence[str] = ()  # missing packages that protect from generated code
     sandbox_failure: str | None = None  # why a harmless program did not run in the sandbox, if that was tried
     silence: str | None = None
     error: str | None = None

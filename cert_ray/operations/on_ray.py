@@ -119,7 +119,7 @@ def ray_session(
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Replace the handler that Ray sets for a driver: it first prints a stack of the process, and exits with 15."""
+    """Replace the handler that Ray sets for a driver, which prints the process's stack and ends it with status 15."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
         yield
         return

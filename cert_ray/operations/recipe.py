@@ -44,7 +44,7 @@ class EvaluationRecipe(Config):
     problems: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]  # files, or names that `cert-ray evaluate` knows
     model: str | None = None  # one model of this recipe; None: its sketcher and generator
     n: int = pydantic.Field(default=200, ge=1)  # PAPER.md's samples a problem
-    temperatures: Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = (0.2,)  # several: names the best as well
+    temperatures: Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = (0.2,)  # several: also names the best
     max_tokens: int = pydantic.Field(default=100, ge=1)  # PAPER.md's
     seed: int = pydantic.Field(default=0, ge=0)
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems of each benchmark, for a trial
@@ -65,7 +65,7 @@ class Recipe(Config):
     intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
-    pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read the dataset's first so many; None: all
+    pack_documents: int | None = pydantic.Field(default=None, ge=1)  # documents that views read, from the first; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     # Library documentation, ahead of each file that the sketcher, the generator and XL read. Serve them with it too.
     retrieve: RetrieveConfig | None = None
@@ -159,7 +159,7 @@ class Recipe(Config):
         return list(dict.fromkeys(model.view for model in self.models.values()))
 
     def view_libraries(self, view: View) -> tuple[str, ...] | None:
-        """Whose files `view` reads: the base's view reads all (None), the others those that import `libraries`."""
+        """The libraries whose users `view` reads; None: every file, as in the base's view."""
         return None if view == View.BASE else self.libraries
 
     def view_retrieve(self, view: View) -> RetrieveConfig | None:

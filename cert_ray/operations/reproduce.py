@@ -5,7 +5,7 @@ The stages are the recipe's own (`pipeline`) and reuse what is finished. So does
 one, every batch of prompts that was answered. A digest records what a part was made from, so one model's answers never
 score another. A second one covers only what answers depend on, since the sandbox that runs them has no influence on
 them. Training needs Ray; evaluating does not. Models are loaded once, and only if one of their answers is missing: a
-machine with a sandbox can run what a machine with a GPU answered, and of the models needs only their manifests.
+machine with a sandbox can run what a machine with a GPU answered, and needs only the models' manifests.
 """
 
 from __future__ import annotations

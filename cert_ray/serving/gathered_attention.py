@@ -83,7 +83,7 @@ class Arena:
         return holder
 
     def forget(self, holder: Holder) -> None:
-        """Count one user less of its slots."""
+        """Count one user fewer of its slots."""
         self._forgotten.append(holder)
 
     def take(self, count: int) -> SlotNumbers:
@@ -109,7 +109,7 @@ class Arena:
         self._uses = np.concatenate([self._uses, np.zeros(capacity - self.capacity, np.int32)])
 
     def release(self, slots: SlotNumbers) -> None:
-        """Count one user less of `slots`."""
+        """Count one user fewer of `slots`."""
         self._uses[slots] -= 1
         self._free += slots[self._uses[slots] == 0].tolist()
 

@@ -219,7 +219,7 @@ class JointSamples:
             return None
         tops = branch.tops if top is None else (*branch.tops, top)
         left = self._first_tokens.left_after(branch.start_left, token) if branch.start_left else None
-        if left is None:  # also where no token fits
+        if left is None:  # also when no token fits the blanks
             self._tokens += len(samples)
         blanks = branch.blanks + (left is not None)
         course = None if branch.course is None else branch.course.after(token)

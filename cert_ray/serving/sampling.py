@@ -64,7 +64,7 @@ class Sampling(Config):
     # The prompt stands before each choice's text. Whoever writes the response puts it there: `Completion.text` never
     # holds it. Together with `logprobs`, `CascadeAnswer.prompt_logprobs` is filled.
     echo: bool = False
-    suffix: str | None = None  # text behind the answer; for models that were trained to fill in the middle
+    suffix: str | None = None  # text after the answer; for models that were trained to fill in the middle
     mode: Mode | None = None  # None: the deployment's own
 
     @pydantic.model_validator(mode="after")

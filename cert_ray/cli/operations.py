@@ -183,7 +183,7 @@ def reproduce(
         bool,
         typer.Option(
             "--answers-only",
-            help="let trained models answer, but run no program; run these later, elsewhere, without this option",
+            help="once trained, let models answer but run no program; run these later, elsewhere, without it",
         ),
     ] = False,
     overrides: Overrides = None,

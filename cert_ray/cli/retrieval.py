@@ -24,7 +24,7 @@ def library_docs(
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the signatures and descriptions of a package's public API. Its source is read, and nothing of it is run.
+    """Write the signatures and descriptions of a package's public API. Its source is read, and only --import runs it.
 
     `evaluate`, `generate` and `serve` take the file as --retrieve, a recipe as `retrieve: {docs: FILE}`.
 

@@ -65,7 +65,7 @@ class Recipe(Config):
     intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
     context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
-    pack_documents: int | None = pydantic.Field(default=None, ge=1)  # documents that views read, from the first; None: all
+    pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read this many documents; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     # Library documentation, ahead of each file that the sketcher, the generator and XL read. Serve them with it too.
     retrieve: RetrieveConfig | None = None

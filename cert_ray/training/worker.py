@@ -164,7 +164,7 @@ def _run(
             tell = together.everywhere(lambda: stack.enter_context(tells))
             rows = stack.enter_context(closing(trainer.rows()))
             for record in trainer.steps(rows):
-                if record.step == first or record.held_out_loss is not None:  # both compile
+                if record.step == first or record.held_out_loss is not None:  # the steps that may compile
                     keep_compiled()
                 tell(record)
                 if count is not None and together.rank == 0:

@@ -52,6 +52,17 @@ def test_a_later_start_begins_with_what_was_kept_and_nothing_else_stays() -> Non
         assert _there() == {}
 
 
+def test_what_a_power_failure_emptied_is_kept_anew(tmp_path: Path) -> None:
+    for _ in range(2):
+        with compiled_code("one") as keep:
+            assert _there() == {}
+            _compile("ab/step.so")
+            keep()
+        (kept,) = (tmp_path / "cache").rglob("step.so")
+        assert kept.read_bytes() == b"library"
+        kept.write_bytes(b"")
+
+
 def test_processes_at_once_do_not_see_what_the_other_compiles() -> None:
     with compiled_code("one") as keep:
         _compile("ab/step.so")
@@ -100,4 +111,15 @@ def test_where_nothing_can_be_kept_training_goes_on(tmp_path: Path, caplog: pyte
         _compile("ab/step.so")
         keep()
         assert set(_there()) == {"ab/step.so"}
-    assert "not kept" in caplog.text
+    assert "could not be kept" in caplog.text
+
+
+def test_without_a_home_training_goes_on(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def lost() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lost)
+    with caplog.at_level(logging.WARNING), compiled_code("one") as keep:
+        keep()
+    assert "home directory" in caplog.text

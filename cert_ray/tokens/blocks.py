@@ -1,6 +1,6 @@
-"""The blocks of a document as the views take them: text, sketch and placeholders, offsets counted in code points.
+"""Documents as the blocks that views are made of: code, sketch and placeholders.
 
-In: rows of schemas.ANNOTATED as Python objects, where offsets are bytes of UTF-8. Out: `Block`s.
+In: rows of schemas.ANNOTATED as Python objects; their offsets are UTF-8 bytes. Out: `Block`s, offsets in code points.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ PlacedSketch = tuple[str, list[Placeholder]]  # a sketch, and its placeholders c
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A segment's code, and its sketch, or None where it stands alone."""
+    """The code of a segment and its sketch, which is None if the code stands alone."""
 
     code: str
     sketch: PlacedSketch | None
-    gap: str = ""  # blank lines between the block ahead and this one
+    gap: str = ""  # blank lines between the previous block and this one
 
 
 def blocks_of(row: dict[str, Any]) -> list[Block]:
-    """The blocks of one row; of a file without segments its code."""
+    """The blocks of one row. A file without segments is one block of code."""
     return list(_blocks(row)) or [Block(row["content"], None)]
 
 
@@ -40,7 +40,7 @@ def sketch_of(row: dict[str, Any]) -> PlacedSketch:
 
 
 def parts_of(sketch: PlacedSketch, spans: Iterable[tuple[int, int]]) -> Iterator[PlacedSketch]:
-    """The sketch between each start and end."""
+    """The part of `sketch` between each start and end."""
     text, placeholders = sketch
     starts = [placeholder.start for placeholder in placeholders]
     for start, end in spans:

@@ -1,18 +1,18 @@
-"""Training text in which the context comes first: code, then the sketch of what follows it, then what follows it.
+"""Training text in which the context comes first: code, then the sketch of the code that follows, then that code.
 
-In: the blocks of a document. Out: `Example`s, which together hold its code once, in order. `prompt_format` says how one
-is spelled. It is what one model of both stages reads at serving: the prompt, its sketch of the rest, the rest. So the
-context of an example is code without sketches between it, and ends where prompts end. (Packed into one row, earlier
-examples of the same document stand ahead of it, sketches and all.)
+In: the blocks of a document. Out: `Example`s, which together hold its code once, in order. `prompt_format` spells them.
+At serving, one model for both stages reads the same: the prompt, its own sketch of the rest, the rest. So the context
+of an example is code without sketches in it, and ends where prompts end. (Packed into one row, earlier examples of the
+same document precede it, sketches included.)
 
-A class is taken method by method, and so is whatever else has definitions one level in behind blank lines. A prompt
-ends inside a block more often than ahead of one, so the part of a block that is sketched begins at a place drawn among
-those where a word ends and blanks follow: there serving ends a prompt (`serving.boundaries`), and code and sketch
-agree, since a sketch keeps its code's lines (where it does not, the whole block is taken, however long). None begins
-behind `np.` or `(`, where prompts end, too. Answers are short: a part is at most the last `_PART_LINES` lines of a
-block, behind the blanks that its context would have ended in. Every other block with a sketch, as drawn, is context of
-a later one; the last such block of a document never is. What is drawn depends on the content's hash and the block's
-number alone.
+A class is split into its methods, and so is any block that has definitions one level in, after blank lines. Prompts end
+inside a block more often than before one. So the sketched part of a block begins at a random place where a word ends
+and blanks follow: serving ends prompts there (`serving.boundaries`), and code and sketch agree, since a sketch keeps
+its code's lines. (Where it does not, the part is the whole block, however long.) No part begins after `np.` or `(`,
+although prompts end there, too. Answers are short: a part is at most the last `_PART_LINES` lines of a block, preceded
+by the blanks that its context would have ended in. About half of the blocks with a sketch, chosen at random, become
+context of a later one; the last such block of a document never does. Random choices depend only on the content's hash
+and the block's number.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from cert_ray.tokens.blocks import Block, PlacedSketch, parts_of
 _PART_LINES: Final = 8  # assumed: an answer is a line or a few
 _BLANKS: Final = " \t\r\n"
 _WORD_END: Final = re.compile(r"(?<=\S)[ \t]")
-# A run of blank lines is entered behind text only, and never given back: linear, however long it is.
+# A run of blank lines is matched only after text and never backtracked into, so time is linear in its length.
 _BEFORE_METHOD: Final = compile_pattern(r"(?<=[^ \t\n])[ \t]*+\n(?:[ \t]*+\n)++(?=(?: {4}|\t)(?:@|def |async def ))")
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Code, and behind it a part that stands there as sketch and as code; only code at the end of some documents."""
+    """Context, then a part as sketch and as code. The last example of a document may be context alone."""
 
     context: str
     sketch: PlacedSketch | None = None
@@ -47,7 +47,7 @@ class Example:
 
 
 def examples_of(blocks: Sequence[Block], content_hash: str, ahead: str = "") -> Iterator[Example]:
-    """The examples of one document. `ahead` is documentation, which is context of the first."""
+    """The examples of one document. `ahead` is documentation; it becomes context of the first."""
     context = ahead
     smaller = [part for block in blocks for part in _methods(block)]
     last = max((number for number, block in enumerate(smaller) if block.sketch is not None), default=-1)
@@ -64,7 +64,7 @@ def examples_of(blocks: Sequence[Block], content_hash: str, ahead: str = "") -> 
 
 
 def _methods(block: Block) -> Iterator[Block]:
-    """The block, cut ahead of its definitions one level in, where code and sketch have them in the same number."""
+    """The block, cut before each definition one level in; uncut if code and sketch have different numbers of them."""
     if block.sketch is None:
         yield block
         return
@@ -79,22 +79,22 @@ def _methods(block: Block) -> Iterator[Block]:
 
 
 def _between(cuts: Sequence[re.Match[str]], length: int) -> list[tuple[int, int]]:
-    """Starts and ends of what the matches leave of a text."""
+    """Start and end of each stretch of text between the matches."""
     starts = [0, *(cut.end() for cut in cuts)]
     return list(zip(starts, [*(cut.start() for cut in cuts), length], strict=True))
 
 
 def _before_methods(text: str) -> list[re.Match[str]]:
-    """The blank lines ahead of definitions one level in; those inside a string are none."""
+    """The blank lines before definitions one level in, except those inside a string."""
     found = list(_BEFORE_METHOD.finditer(text))
-    if not found:  # as in most texts: they need not be scanned
+    if not found:  # most texts: no need to scan them
         return []
     uncut = _Uncut(text)
     return [one for one in found if one.start() not in uncut]
 
 
 class _Uncut:
-    """The strings and comments of some code: a place inside of one is `in` it, its ends are not."""
+    """The strings and comments of some code. A place inside one is `in` this set; its start and end are not."""
 
     def __init__(self, code: str) -> None:
         spans = [
@@ -122,10 +122,10 @@ def _example(context: str, code: str, sketch: PlacedSketch, drawn: int) -> Examp
 
 
 def places_of(code: str, sketch: str) -> list[tuple[int, int]]:
-    """Where the part of a block that is sketched may begin, in its code and in its sketch: never none.
+    """Where the sketched part of a block may begin, in its code and in its sketch; at least one place.
 
-    As many lines on both sides mean that no placeholder took a line break away, so the lines belong to each other.
-    Comments and strings are not cut inside.
+    If both have the same number of lines, no placeholder removed a line break, so line n of one is line n of the other.
+    Comments and strings are never cut.
     """
     code_lines, sketch_lines = code.split("\n"), sketch.split("\n")
     if len(code_lines) != len(sketch_lines):

@@ -1,11 +1,11 @@
 """Reading the annotated dataset: its shards, and a weighted, seeded sample of its documents.
 
 In: the URL of a finished dataset (schemas.ANNOTATED). Out: shard files, columns, and a stream of sampled texts in
-dataset order. Texts are read in small batches, so memory is bounded by 24 bytes a document and one batch of text.
+dataset order. Texts are read in small batches, so memory is bounded by 24 bytes per document and one batch of text.
 
 The sample is drawn without replacement with probabilities that follow the sampling weights: Efraimidis and Spirakis
-2006, "Weighted random sampling with a reservoir" (the documents with the smallest -ln(u) / weight), where u comes from
-the seed and the content's hash, so it depends neither on shards nor on order.
+2006, "Weighted random sampling with a reservoir" (the documents with the smallest -ln(u) / weight). Here u comes from
+the seed and the content's hash, so the sample depends neither on shards nor on order.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from cert_ray.manifests import Manifest, WrittenFile
 
 STAGE = "dataset"
 VERB = "preprocess"
-_SHARD_NAME = re.compile(r"shard-[^/.]+\.parquet")  # of the manifest's files; drops/ holds others
+_SHARD_NAME = re.compile(r"shard-[^/.]+\.parquet")  # among the manifest's files; those in drops/ do not match
 _BATCH_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """A finished annotated dataset; `digest` names its bytes."""
+    """A finished annotated dataset; `digest` identifies its bytes."""
 
     url: str
     shards: tuple[WrittenFile, ...]
@@ -56,7 +56,7 @@ def open_dataset(url: str) -> Dataset:
 
 
 def digest_of(url: str) -> str:
-    """The digest that `open_dataset` gives the dataset at `url`, which may hold no document.
+    """The digest that `open_dataset` gives the dataset at `url`, even when it holds no document.
 
     Raises:
         NotFinishedError, SchemaVersionError: as `open_dataset`.
@@ -74,7 +74,7 @@ def _digest(shards: Sequence[WrittenFile]) -> str:
 
 
 def uniform_of_hash(content_hash: str, seed: int) -> float:
-    """A number in (0, 1) that depends on the content and the seed alone."""
+    """A number in (0, 1) that depends only on the content and the seed."""
     return (float(xxhash.xxh3_64_intdigest(content_hash.encode(), seed=seed)) + 0.5) / 2.0**64
 
 
@@ -114,7 +114,7 @@ def choose(
     sizes: npt.NDArray[np.int64],
     limit_bytes: int,
 ) -> npt.NDArray[np.bool_]:
-    """Which documents to draw, so that their sizes add up to at most `limit_bytes` (but one is drawn at least)."""
+    """Which documents to draw: at least one, otherwise as many as fit into `limit_bytes`."""
     drawable = np.flatnonzero(weights > 0)
     keys = -np.log(uniforms[drawable]) / weights[drawable]
     ordered = drawable[np.argsort(keys, kind="stable")]
@@ -136,7 +136,7 @@ def sampled_texts(dataset: Dataset, sample: Sample) -> Iterator[str]:
 
 
 def common_libraries(dataset: Dataset, count: int) -> Sequence[tuple[str, int]]:
-    """The `count` libraries that most documents import, with their numbers of documents."""
+    """The `count` libraries that the most documents import, each with its number of documents."""
     found: Counter[str] = Counter()
     for shard in dataset.shards:
         table = storage.read_parquet(storage.join(dataset.url, shard.name), ["libraries"])

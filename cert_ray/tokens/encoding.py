@@ -1,23 +1,24 @@
 """From rows of the annotated dataset to the tokens and pieces of one view.
 
-In: a table of schemas.ANNOTATED, a tokenizer, a `PackConfig`. Out: an `EncodedShard`. It reads and writes no file.
+In: a table of schemas.ANNOTATED, a tokenizer, a `PackConfig`. Out: an `EncodedShard`. It reads and writes no files.
 
     base, xl    the code, <|endoftext|>
     sketcher    the sketch with its placeholders as special tokens, <|endoftext|>
-    generator   per segment its sketch and its code (`prompt_format.encode_pair`), or its code alone where it stands
-                without a sketch; three line breaks between segments; <|endoftext|>
-    context_first   the code in runs (`context_first`), each with the sketch of its last part ahead of that part
+    generator   per segment its sketch and its code (`prompt_format.encode_pair`), or its code alone where it has no
+                sketch; three line breaks between segments; <|endoftext|>
+    context_first   the code in runs (`context_first`), each with the sketch of its last part before that part
                 (`prompt_format.encode_context_first`); three line breaks between runs; <|endoftext|>
 
-A document is one piece, which may be cut at a row's border. In the generator's view it is one piece per segment, with
-what follows the segment; those with a sketch are atomic, unless they are longer than a row: then the code stands alone,
-and is counted. So it is with the runs of context_first, a piece each; of a context that does not fit the row beside
-its pair, what is nearest to the pair stays with it, and the rest is a piece that may be cut. base and xl make the same
-text: they differ by the libraries chosen and by the recipe.
+A piece is a stretch of tokens; unless it is atomic, it may be cut at the end of a row. In base, xl and sketcher, a
+document is one piece. In generator, each segment is one piece, including the line breaks or end token after it. A
+segment with a sketch is atomic; if it is longer than a row, its code stands alone instead, and is counted. The same
+holds for each run of context_first. If a run's context does not fit into the row with its pair, the end of the context
+stays with the pair and the rest is a piece that may be cut. base and xl have the same text: they differ in the
+libraries chosen and in the recipe.
 
-With `retrieve`, documentation of the library stands ahead of a file that imports it, as comments: in the code, in the
-sketch (where comments stay as they are), in the code of the first segment, and in the context of the first run, which
-is where serving puts it.
+With `retrieve`, a file that imports the library is preceded by the library's documentation, as comments: in the code,
+in the sketch (which keeps comments as they are), in the code of the first segment, and in the context of the first run,
+which is where serving puts it.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from cert_ray.tokens.index import BoolArray
 from cert_ray.tokens.shards import UNIGRAMS, token_dtype
 from cert_ray.tokens.vocabulary import vocabulary_size
 
-SEGMENT_JOIN = "\n\n\n"  # PAPER.md, "The generator's training text"
-_BATCH_ROWS = 64  # measured: 512 are 2% slower, and what the library keeps of a token, 100 bytes and more, adds up
+SEGMENT_JOIN = "\n\n\n"  # as in the paper
+_BATCH_ROWS = 64  # measured: 512 are 2% slower, and the library keeps 100 bytes or more per token, which adds up
 
 
 class View(StrEnum):
@@ -63,7 +64,7 @@ class View(StrEnum):
 
 
 SKETCH_VIEWS = frozenset({View.SKETCHER, View.GENERATOR, View.CONTEXT_FIRST})
-MODEL_VIEW = "cert_ray_view"  # in a trained model's config.json: the view that it read last
+MODEL_VIEW = "cert_ray_view"  # in a trained model's config.json: the view that it was last trained on
 
 
 class PackConfig(Config):
@@ -74,12 +75,12 @@ class PackConfig(Config):
     libraries: tuple[str, ...] | None = None  # only files that import one of them; None takes every file
     held_out_fraction: float = pydantic.Field(0.02, ge=0, lt=1)  # by content hash: the same files in every view
     seed: int = pydantic.Field(0, ge=0)  # of the held-out split
-    limit: int | None = pydantic.Field(None, ge=1)  # read only so many documents of the dataset, the first
-    retrieve: RetrieveConfig | None = None  # documentation ahead of each file
+    limit: int | None = pydantic.Field(None, ge=1)  # read only the first so many documents of the dataset
+    retrieve: RetrieveConfig | None = None  # documentation before each file
 
     @pydantic.field_serializer("retrieve")
     def _describe_retrieve(self, retrieve: RetrieveConfig | None) -> dict[str, Any] | None:
-        """A pinned file is what its checksum says, wherever it lies: a job's files come to lie in another folder."""
+        """Identify a pinned file by its checksum, not by its path: a job's files end up in another folder."""
         if retrieve is None:
             return None
         return retrieve.model_dump(mode="json", exclude=None if retrieve.checksum is None else {"docs"})
@@ -133,7 +134,7 @@ def encode_shard(
 
 @dataclass(frozen=True, slots=True)
 class _EncodedRows:
-    """The tokens of all rows, one after the other, and per piece its row, its length and whether it is atomic."""
+    """The tokens of all rows, one after the other; for each piece its row, its length and whether it is atomic."""
 
     tokens: npt.NDArray[np.unsignedinteger]
     rows: npt.NDArray[np.int32]
@@ -150,7 +151,7 @@ def _encode_rows(kept: pa.Table, encoder: _Encoder, vocab_size: int) -> _Encoded
     for start in range(0, kept.num_rows, _BATCH_ROWS):
         for row, pieces in enumerate(encoder.documents(kept.slice(start, _BATCH_ROWS)), start):
             for piece in pieces:
-                tokens.fromlist(piece.ids)  # half the time of `numpy.array` over a list
+                tokens.fromlist(piece.ids)  # takes half the time of `numpy.array` over a list
                 rows.append(row)
                 lengths.append(len(piece.ids))
                 atomic.append(piece.atomic)
@@ -178,7 +179,7 @@ class _Encoder:
             View.GENERATOR: self._segments,
             View.CONTEXT_FIRST: self._examples,
         }
-        self.documents = views.get(config.view, self._codes)  # from a batch of rows, the pieces of each row
+        self.documents = views.get(config.view, self._codes)  # takes a batch of rows, yields the pieces of each row
 
     def _codes(self, rows: pa.Table) -> Iterator[list[_Piece]]:
         codes = [self._header(content) + content for content in rows["content"].to_pylist()]
@@ -199,7 +200,7 @@ class _Encoder:
             yield [_Piece(ids)]
 
     def _segments(self, rows: pa.Table) -> Iterator[list[_Piece]]:
-        """One piece per segment, each with what follows it; a file without segments is its code."""
+        """One piece per segment, with the tokens that follow it; a file without segments is one piece of code."""
         columns = rows.select(["content", "sketch", "placeholders", "segments"])
         blocks = [blocks_of(row) for row in columns.to_pylist()]
         for row, content in zip(blocks, columns["content"].to_pylist(), strict=True):
@@ -216,7 +217,7 @@ class _Encoder:
             ]
 
     def _examples(self, rows: pa.Table) -> Iterator[list[_Piece]]:
-        """One piece per run, or two, each with what follows it."""
+        """One or two pieces per run, with the tokens that follow it."""
         columns = rows.select(["content", "content_hash", "sketch", "placeholders", "segments"]).to_pylist()
         documents = [
             list(examples_of(blocks_of(row), row["content_hash"], self._header(row["content"]))) or [Example("")]
@@ -239,7 +240,7 @@ class _Encoder:
             ]
 
     def _run(self, ids: list[int], example: Example, after: list[int]) -> list[_Piece]:
-        """Context and pair, the pair never cut; the code alone where the pair does not fit a row."""
+        """Context and pair, the pair never cut; context and code alone if the pair does not fit into a row."""
         self.counts["pairs"] += 1
         context_tokens = ids.index(prompt_format.separator_id(self._tokenizer))
         room = self._row_tokens - (len(ids) - context_tokens) - len(after)
@@ -257,7 +258,7 @@ class _Encoder:
         return header
 
     def _pair(self, ids: list[int], code: str, after: list[int]) -> _Piece:
-        """A sketch and its code, never parted; the code alone where both do not fit a row."""
+        """A sketch and its code, never cut; the code alone if the two do not fit into a row."""
         self.counts["pairs"] += 1
         if len(ids) + len(after) <= self._row_tokens:
             return _Piece(ids + after, atomic=True)
@@ -266,12 +267,12 @@ class _Encoder:
 
 
 def _behind(header: str, sketch: str, placeholders: list[Placeholder]) -> PlacedSketch:
-    """The sketch of a file behind `header`, whose sketch is itself."""
+    """The sketch of a file with `header` before it; a header is its own sketch."""
     return header + sketch, moved(placeholders, len(header))
 
 
 def unigram_entropy_nats(counts: npt.NDArray[np.int64]) -> float | None:
-    """Entropy of the tokens' own distribution, in nats per token: the loss of the best model without context."""
+    """Entropy of the tokens' frequencies, in nats per token: the loss of the best model without context."""
     total = counts.sum()
     if not total:
         return None
@@ -280,7 +281,7 @@ def unigram_entropy_nats(counts: npt.NDArray[np.int64]) -> float | None:
 
 
 def kept_rows(table: pa.Table, config: PackConfig) -> tuple[pa.Table, dict[str, int]]:
-    """The rows that the view takes, and how many were dropped for which reason."""
+    """The rows that the view takes, and how many were dropped, by reason."""
     dropped: dict[str, int] = {}
     if config.libraries is not None:
         kept = table.filter(uses_any(table["libraries"], config.libraries))

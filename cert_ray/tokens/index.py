@@ -1,8 +1,8 @@
-"""The index of a pack: where each piece of each document lies, weights, held-out marks; as arrays over all shards.
+"""The index of a pack: where each piece of each document lies, weights and held-out marks, as arrays over all shards.
 
-In: the pieces' table of each shard (`COLUMNS` of schemas.PIECES). Out: `Documents` and `Pieces`. Those of a large pack
-are gigabytes, so they are written once per machine, shard by shard, into a folder below TMPDIR, and every process maps
-them: the machine holds them once, and a later start finds them. Tokens are `shards`' own.
+In: the table of pieces of each shard (`COLUMNS` of schemas.PIECES). Out: `Documents` and `Pieces`. For a large pack
+these take gigabytes. So they are written once per machine, shard by shard, into a folder below TMPDIR, and every
+process memory-maps them: the machine holds one copy, and a later start finds it. `shards` handles the tokens.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
-COLUMNS = ["document", "tokens", "weight", "held_out", "atomic"]  # what the index is made of
+COLUMNS = ["document", "tokens", "weight", "held_out", "atomic"]  # that the index is built from
 _OF_A_PIECE = {"start": "<i8", "tokens": "<i4", "atomic": "?"}
 _OF_A_DOCUMENT = {"weight": "<f8", "cumulative": "<f8", "size": "<i8", "held_out": "?", "first": "<i8"}
 _DTYPES = {name: np.dtype(kind) for name, kind in (_OF_A_PIECE | _OF_A_DOCUMENT).items()}
@@ -32,19 +32,19 @@ Part = dict[str, npt.NDArray[Any]]  # arrays by name
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """One entry per document, in the order of shards and of rows within them: its ordinal is its index here."""
+    """One entry per document, in the order of shards and of rows within them; its index is the document's ordinal."""
 
     weight: FloatArray  # sampling weight
-    cumulative: FloatArray  # of the weights up to and with it; held-out documents add nothing
+    cumulative: FloatArray  # sum of the weights up to and including it; held-out documents add nothing
     tokens: IntArray  # tokens of the document, the closing <|endoftext|> included
     held_out: BoolArray  # never trained on
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """One entry per piece; a document's pieces lie next to each other, and so do their tokens.
+    """One entry per piece; a document's pieces are adjacent, and so are their tokens.
 
-    Addresses are in one address space over all shards: shard after shard, as if their files were one.
+    Addresses count tokens over all shards, as if their files were joined in order.
     """
 
     first: IntArray  # documents + 1 entries: pieces first[d] to first[d + 1] belong to document d
@@ -54,19 +54,19 @@ class Pieces:
 
 
 def in_memory(shards: Iterable[Part]) -> tuple[Documents, Pieces]:
-    """The index as arrays of this process."""
+    """The index as arrays in this process's memory."""
     parts = list(_joined(shards))
     return _index({name: np.concatenate([part[name] for part in parts]) for name in _DTYPES})
 
 
 def size_bytes(pieces: int, documents: int) -> int:
-    """What `write` takes of a disk."""
+    """How much disk space `write` takes."""
     each = [(pieces, _OF_A_PIECE), (documents + 1, _OF_A_DOCUMENT)]
     return sum(count * sum(_DTYPES[name].itemsize for name in names) for count, names in each)
 
 
 def write(shards: Iterable[Part], folder: Path) -> None:
-    """Write the index as `folder`, one file per array, whole or not at all; one process at a time."""
+    """Write the index as `folder`, one file per array, whole or not at all. Only one process may do so at a time."""
     arriving = folder.with_suffix(".partial")
     shutil.rmtree(arriving, ignore_errors=True)
     arriving.mkdir()
@@ -82,7 +82,7 @@ def write(shards: Iterable[Part], folder: Path) -> None:
 
 
 def mapped(folder: Path) -> tuple[Documents, Pieces]:
-    """The index that `write` left, by memory map."""
+    """The index that `write` wrote, memory-mapped."""
     return _index({name: np.memmap(folder / name, dtype, mode="r") for name, dtype in _DTYPES.items()})
 
 
@@ -92,7 +92,7 @@ def _index(arrays: dict[str, npt.NDArray[np.generic]]) -> tuple[Documents, Piece
 
 
 def part_of(table: pa.Table) -> Part:
-    """The part of the index that is one shard's, as if it stood alone: most of the work, and shards need no order."""
+    """The index of one shard on its own. This is most of the work, and shards can be done in any order."""
     tokens = table["tokens"].to_numpy().astype(np.int64)
     first = np.flatnonzero(np.diff(table["document"].to_numpy(), prepend=-1))
     bounds = np.append(first, len(tokens))
@@ -110,7 +110,7 @@ def part_of(table: pa.Table) -> Part:
 
 
 def _joined(shards: Iterable[Part]) -> Iterator[Part]:
-    """Every array's part of each shard: ordinals, addresses and sums go on from one shard to the next."""
+    """The parts with ordinals, addresses and sums continued from one shard to the next."""
     yield {name: np.zeros(1 if name == "first" else 0, dtype) for name, dtype in _DTYPES.items()}
     pieces, address, weights = 0, 0, 0.0
     for part in shards:
@@ -122,7 +122,7 @@ def _joined(shards: Iterable[Part]) -> Iterator[Part]:
 
 
 def _cumulative(weights: FloatArray, before: float) -> FloatArray:
-    """Sums that go on from `before`, added one by one: the same however the weights lie in shards.
+    """Running sums that start at `before`. Weights are added one by one, so their division into shards has no effect.
 
     Raises:
         ValueError: when a weight is negative or not finite.

@@ -1,7 +1,7 @@
 """Packing on Ray: one work unit per shard of the dataset, then the manifest.
 
 In: URLs of an annotated dataset and of a tokenizer's folder. Out: token shards (`shards`), the same bytes on any number
-of workers. What a unit does stands in `pack_unit`, which needs no Ray; this module holds placement alone.
+of workers. `pack_unit` does the work of a unit, without Ray; this module only places units.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cert_ray.tokens.pack import pack_with
 def pack_dataset(dataset: str, tokenizer: str, output: str, config: PackConfig, workers: int | None = None) -> Manifest:
     """Encode every document of the view and write the token shards into `output`, the manifest last.
 
-    Only what is missing, or was made from other inputs or options, is done. `workers` bounds the tasks that run at a
-    time; None is as many as the cluster has CPUs. Ray must have been started.
+    Only shards that are missing, or were made from other inputs or options, are made. `workers` limits how many tasks
+    run at a time; None means as many as the cluster has CPUs. Ray must have been started.
 
     Raises:
         InputError: when the dataset holds no document of the view, or there is no tokenizer at `tokenizer`.
@@ -36,6 +36,6 @@ def pack_dataset(dataset: str, tokenizer: str, output: str, config: PackConfig, 
 
 
 def _on_one_cpu(work: Work, unit: WorkUnit) -> ShardReport:
-    """Keep the tokenizer from starting a thread per core of the node in each of the node's tasks."""
+    """Do `unit` with one tokenizer thread; otherwise each task would start one per core of the node."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return work(unit)

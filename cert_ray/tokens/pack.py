@@ -1,4 +1,4 @@
-"""A pack, whatever runs its units: plan them from the dataset's shards, do one, sum them up.
+"""A pack, independent of what runs its units: plan units from the dataset's shards, do one, sum up their reports.
 
 In: URLs of an annotated dataset and of a tokenizer's folder, and a `PackConfig`. Out: a folder of token shards with a
 manifest of stage "tokens". How units are run (Ray, or one process) is the caller's choice: `RunUnits`.
@@ -35,8 +35,8 @@ from cert_ray.tokens.vocabulary import (
 _LIBRARIES_NAMED = 12  # in the message when no document matches
 _COLUMNS = ["content", "content_hash", "libraries", "weight"]
 _SKETCH_COLUMNS = ["sketch", "placeholders", "segments"]
-# Work of encoding a byte of a shard's Parquet, as of cleaning so many bytes of text: 1.6 of text (the claim's dataset),
-# at about half of cleaning's pace.
+# Encoding one byte of a shard's Parquet takes as long as cleaning this many bytes of text. It holds 1.6 bytes of text
+# (in the claim's dataset), and encoding is about half as fast as cleaning.
 _WEIGHT_PER_BYTE = 3
 
 
@@ -54,7 +54,7 @@ def pack_in_process(dataset: str, tokenizer: str, output: str, config: PackConfi
 
 
 def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, config: PackConfig) -> Manifest:
-    """See `on_ray.pack_dataset`, which this is but for what runs the units."""
+    """`on_ray.pack_dataset`, with `run_units` to run the units."""
     dataset, output = storage.absolute(dataset), storage.absolute(output)
     if config.retrieve is not None:
         config = config.model_copy(update={"retrieve": config.retrieve.pinned()})
@@ -82,7 +82,7 @@ def pack_with(run_units: RunUnits, dataset: str, tokenizer: str, output: str, co
 
 
 def _units(shards: tuple[WrittenFile, ...], limit: int | None) -> Iterator[WorkUnit]:
-    """A unit per shard that holds one of the first `limit` documents; its `rows` are what it may read."""
+    """A unit per shard that holds any of the first `limit` documents; its `rows` say how many it may read."""
     left = limit if limit is not None else sum(shard.rows for shard in shards)
     for shard in shards:
         if left > 0:
@@ -97,13 +97,14 @@ def _units(shards: tuple[WrittenFile, ...], limit: int | None) -> Iterator[WorkU
 
 
 def _check_view(dataset: Dataset, units: list[WorkUnit], config: PackConfig) -> None:
-    """Raise `InputError` unless the view takes a document of `units`; reads on until it finds one, mostly in the first.
+    """Check that the view takes some document of `units`. Reads until it finds one, mostly in the first unit.
 
     Raises:
+        InputError: when it takes none.
         ShardCorruptError: when a shard that cannot be read disagrees with the dataset's manifest.
     """
     columns = ["libraries"] * (config.libraries is not None) + ["sketch"] * (config.view in SKETCH_VIEWS)
-    if not columns:  # it takes every document, and an opened dataset has one
+    if not columns:  # the view takes every document, and an opened dataset has at least one
         return
     for unit in units:
         shard = _shard_of(unit)
@@ -118,7 +119,7 @@ def _check_view(dataset: Dataset, units: list[WorkUnit], config: PackConfig) -> 
 
 
 def _tell_of_replacing(output: str, units: list[WorkUnit], config: PackConfig, options_digest: str) -> None:
-    """Warn that the finished pack in `output` is not what is wanted, and goes; not where shards are added to it."""
+    """Warn if the finished pack in `output` will be replaced; adding shards to it is not worth a warning."""
     if manifests.is_finished(output):
         before = manifests.read_manifest(output, STAGE, VERB)
         others = config.differing(before.config)
@@ -146,7 +147,7 @@ def pack_unit(unit: WorkUnit, *, dataset: str, output: str, tokenizer_json: str,
     encoded = encode_shard(table.slice(0, unit.payload["rows"]), _parsed(tokenizer_json), config, retriever)
     return ShardReport(
         shard=unit.name,
-        unit_digest="",  # set by what runs the unit
+        unit_digest="",  # set by whatever runs the unit
         files=write_shard(output, unit.name, encoded.tokens, encoded.pieces, encoded.unigrams),
         rows_read=encoded.rows_read,
         rows_kept=encoded.documents,
@@ -169,7 +170,7 @@ def _notes(
         "vocab_size": vocab_size,
         "tokenizer_digest": digest,
         "dataset_digest": dataset.digest,
-        "dataset": dataset.files,  # for cards
+        "dataset": dataset.files,  # for the dataset and model cards
         "pad_id": vocabulary.token_to_id(PAD),
         "end_id": vocabulary.token_to_id(END_OF_TEXT),
         "held_out_unigram_entropy_nats": unigram_entropy_nats(held_out_unigrams(output, files, vocab_size)),

@@ -2,11 +2,11 @@
 
 In: a `PackedTokens` and the ordinals of an epoch's documents, in order, repeats allowed. Out: a `RowPlan` of rows of
 `context_tokens + 1` tokens, read by index. A plan is a pure function of its arguments. It moves no tokens: `row`
-reads the slices that it needs from the memory map. Sampling the documents is training's work.
+reads the slices that it needs from the memory map. Training samples the documents.
 
 Views without atomic pieces are one stream, cut at row borders, so only the last row is padded. The generator's pairs
-must stay whole: rows are filled in order, and what is left is filled with the largest piece that fits among the next
-ones (best fit with look-ahead); what still is left is padded.
+must stay whole: rows are filled in order, and the gap at the end of a row takes the largest piece that fits among the
+next ones (best fit with look-ahead). What is then still empty is padded.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class PlanStats:
     """What a plan does with its tokens."""
 
     rows: int
-    tokens: int  # of the epoch's documents; every one stands in exactly one row
+    tokens: int  # that the rows hold; each is in exactly one row
     padding: int
-    cut_pairs: int  # atomic pieces that lie in two rows: always 0
-    pairs_too_long: int  # pairs of the whole pack that were emitted as code alone
+    cut_pairs: int  # atomic pieces split over two rows: always 0
+    pairs_too_long: int  # pairs of the whole pack that were written as code alone
 
     @property
     def used_share(self) -> float:
@@ -64,7 +64,7 @@ class RowPlan:
         return len(self._slices.first) - 1
 
     def row(self, index: int) -> tuple[IntArray, BoolArray]:
-        """Row `index`: ids int64 [context_tokens + 1], padded at the end, and whether each is a token to learn from.
+        """Row `index`: ids int64 [context_tokens + 1], padded at the end, and a bool mask, false where padded.
 
         Raises:
             IndexError: unless 0 <= index < len(self).
@@ -101,7 +101,7 @@ class RowPlan:
 
 
 def plan_rows(packed: PackedTokens, documents: IntArray, context_tokens: int, most_rows: int | None = None) -> RowPlan:
-    """Plan the rows over the document ordinals `documents`, in their order; of atomic pieces at most `most_rows`.
+    """Plan rows over the document ordinals `documents`, in order; stop after `most_rows` if any piece is atomic.
 
     Raises:
         ConfigError: when `context_tokens` is not positive, or an atomic piece is longer than a row.
@@ -151,7 +151,7 @@ def _cut_stream(start: IntArray, tokens: IntArray, row_tokens: int) -> _Slices:
 def _fit_pieces(
     start: IntArray, tokens: IntArray, atomic: BoolArray, row_tokens: int, most_rows: int | None
 ) -> _Slices:
-    """Fill rows in order; where the next piece is atomic and too long for the rest, look ahead for the best fit."""
+    """Fill rows in order. If the next piece is atomic and too long for the gap, look ahead for the best fit."""
     fitter = _Fitter(tokens, atomic, row_tokens)
     while len(fitter.row_first) - 1 != most_rows and fitter.fill_row():
         pass
@@ -168,8 +168,8 @@ def _fit_pieces(
 class _Fitter:
     """The state of a fit: which pieces are placed, and the pieces ahead by length.
 
-    `_ahead` holds, per length, the waiting pieces of the window in order, and `_lengths` has bit L set when one of
-    length L waits: the best fit for a gap is the highest bit up to it, one operation on a `row_tokens` bit integer.
+    `_ahead` holds, per length, the waiting pieces of the window in order. `_lengths` has bit L set when a piece of
+    length L waits, so the best fit for a gap is the highest bit up to it: one operation on a `row_tokens` bit integer.
     A piece that leaves the window, in order or as a best fit, is always the first of its length.
     """
 
@@ -179,9 +179,9 @@ class _Fitter:
         self._atomic = np.ascontiguousarray(atomic).data
         self._row_tokens = row_tokens
         self._placed = bytearray(len(tokens))
-        self._next = 0  # every piece before it is placed
-        self._seen = 0  # every piece before it was put into the window
-        self._carry: tuple[int, int] | None = None  # a cut piece, and how much of it is placed
+        self._next = 0  # every earlier piece is placed
+        self._seen = 0  # every earlier piece has entered the window
+        self._carry: tuple[int, int] | None = None  # a piece that was cut, and how many of its tokens are placed
         self._ahead: list[deque[int]] = [deque() for _ in range(row_tokens + 1)]
         self._lengths = 0
 
@@ -248,7 +248,7 @@ class _Fitter:
         self._seen = max(self._seen, end)
 
     def _leave_window(self, count: int) -> int:
-        """Take the first waiting piece of `count` tokens out of the window; longer ones than a row never were in it."""
+        """Take the first waiting piece of `count` tokens out of the window. Pieces longer than a row never enter it."""
         if count > self._row_tokens:
             return -1
         queue = self._ahead[count]

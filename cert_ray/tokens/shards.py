@@ -1,10 +1,10 @@
-"""Token shards: how a packed view lies on disk, and random access to its documents.
+"""Token shards: how a packed view is stored on disk, and random access to its documents.
 
 In: the tokens and pieces of one dataset shard. Out: `<name>.bin` (little endian, uint16 or uint32),
 `<name>.pieces.parquet` (schemas.PIECES: where each piece of each document lies, its weight, whether it may be cut) and
-`<name>.unigrams.parquet` (how often each token stands in held-out documents). `PackedTokens` opens a finished pack,
-local by memory map, remote through a copy on the local disk that later starts find again, and checks every file against
-the manifest. It does not plan rows: `packing` does.
+`<name>.unigrams.parquet` (how often each token occurs in held-out documents). `PackedTokens` opens a finished pack and
+checks every file against the manifest. It memory-maps a local pack; a remote one it first copies to the local disk,
+where later starts find it. It does not plan rows: `packing` does.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ VERB = "pack"
 UNIGRAMS = pa.schema([("token", pa.int32()), ("count", pa.int64())])
 _TOKENS_SUFFIX = ".bin"
 _PIECES_SUFFIX = ".pieces.parquet"
-_SHOWN_FROM_BYTES = 1e9  # from some seconds on, assumed
-_READ_AT_ONCE = 8  # of a local disk, each shard's pieces: tens of MB; assumed
+_SHOWN_FROM_BYTES = 1e9  # show progress when reading this much, which takes some seconds; assumed
+_READ_AT_ONCE = 8  # files of a local disk, of which the tables of pieces have tens of MB; assumed
 _COPIES_AT_ONCE = 8  # assumed: one stream of an object store is seldom faster than 100 MB/s
-# Beside a copy, and never removed: who fills or removes it holds the first, who reads it the second, whose time is that
-# of its last use.
+# Lock files beside a copy, never removed. Whoever fills or removes the copy holds the first, whoever reads it the
+# second, whose modification time is that of the last use.
 _LOCK, _USED = ".lock", ".used"
-_CHECKED = ".checked"  # beside them: how the files of a local pack were when they were read, and right
-_COPIES_SHARE = 0.5  # of the disk of TMPDIR, beyond which copies that no process uses go; assumed
+_CHECKED = ".checked"  # beside these: size, time and inode of a local pack's files when they were last found correct
+_COPIES_SHARE = 0.5  # of TMPDIR's disk; above it, copies that no process uses are removed; assumed
 _UNIGRAMS_SUFFIX = ".unigrams.parquet"
-_INDEX = "index-1"  # below a pack's folder below TMPDIR; the number is its layout's
-_PIECES_IN_MEMORY = 1 << 20  # 13 MB; of a larger pack the processes of a machine share one index
+_INDEX = "index-1"  # in a pack's folder below TMPDIR; the number is the version of its layout
+_PIECES_IN_MEMORY = 1 << 20  # 13 MB; with more pieces, the processes of a machine share one index
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
@@ -76,7 +76,7 @@ def _measures(written: storage.Written) -> dict[str, int | str]:
 
 
 def held_out_unigrams(folder: str, files: list[WrittenFile], vocab_size: int) -> IntArray:
-    """How often each token stands in the held-out documents of `files`, added up over the shards."""
+    """How often each token occurs in the held-out documents of `files`, summed over the shards."""
     counts = np.zeros(vocab_size, np.int64)
     for file in files:
         if file.name.endswith(_UNIGRAMS_SUFFIX):
@@ -89,7 +89,7 @@ class PackedTokens:
     """A finished pack: its documents, and their tokens by address. Open it once per process; do not pickle it."""
 
     def __init__(self, manifest: Manifest, folder: Path) -> None:
-        """`folder` is on a local disk and holds the files that `manifest` lists. Callers use `open`."""
+        """`folder` is on a local disk and holds the files that `manifest` lists. Call `open` instead."""
         self.manifest = manifest
         self.view: str | None = manifest.config.get("view")
         self.vocab_size: int = manifest.notes["vocab_size"]
@@ -108,12 +108,12 @@ class PackedTokens:
     def open(cls, url: str, verify: bool = True) -> PackedTokens:
         """Open the pack at `url`, checking sizes and checksums (one read of every file) unless `verify` is false.
 
-        Of a remote pack they are checked while it is copied, once.
+        The files of a remote pack are also checked as they are copied.
 
         Raises:
             NotFinishedError, SchemaVersionError: when `url` is no finished pack of this version.
             ShardCorruptError: when a file is missing or disagrees with the manifest.
-            DiskFullError: when TMPDIR has no room for a remote one.
+            DiskFullError: when TMPDIR has no room for a remote pack, or for the index of a large one.
         """
         manifest = manifests.read_manifest(url, STAGE, VERB)
         with ExitStack() as undone:
@@ -137,13 +137,13 @@ class PackedTokens:
         return len(self.documents.tokens)
 
     def read(self, start: int, count: int) -> npt.NDArray[np.unsignedinteger]:
-        """The `count` tokens from address `start` on, a view of the memory map; they lie in one shard."""
+        """The `count` tokens from address `start` on, as a view of the memory map. All must be in one shard."""
         shard = int(np.searchsorted(self._shard_ends, start, side="right"))
         offset = start - (int(self._shard_ends[shard - 1]) if shard else 0)
         return self._shards[shard][offset : offset + count]
 
     def tokens(self, document: int) -> npt.NDArray[np.unsignedinteger]:
-        """The tokens of the document with that ordinal, a view of the memory map."""
+        """The tokens of the document with this ordinal, as a view of the memory map."""
         first = self.pieces.first[document]
         return self.read(int(self.pieces.start[first]), int(self.documents.tokens[document]))
 
@@ -160,10 +160,10 @@ def pack_digest(pack: Manifest) -> str:
 
 
 def check_pack(url: str) -> Manifest:
-    """The manifest of the pack at `url`, whose files are there: read and compared, or of a remote one by their sizes.
+    """Check the files of the pack at `url` and return its manifest.
 
-    What this machine has read before is not read again while size, time and inode are as they were. Whoever opens a
-    remote pack copies it, and compares what arrives.
+    The files of a local pack are read and compared; those that this machine has read before are skipped while size,
+    time and inode are unchanged. Of a remote pack only sizes are compared: whoever opens it copies and compares it.
 
     Raises:
         NotFinishedError, SchemaVersionError, ShardCorruptError: as `PackedTokens.open`.
@@ -185,19 +185,19 @@ def _check_unless_known(folder: Path, manifest: Manifest) -> None:
         noted = own.with_suffix(_CHECKED)
         try:
             known = json.loads(noted.read_text())
-        except (OSError, ValueError):  # none yet, or cut short
+        except (OSError, ValueError):  # missing, or cut short
             known = {}
         now = {str(folder / file.name): _state(folder / file.name) for file in manifest.files}
         unknown = [file for file in manifest.files if known.get(path := str(folder / file.name)) != now[path]]
         check = functools.partial(manifests.check_file, str(folder), verb=VERB)
         _each(unknown, check, _READ_AT_ONCE, f"comparing {folder}")
         if unknown:
-            with suppress(OSError):  # a disk that is full: it is read again next time
+            with suppress(OSError):  # e.g. disk full: then the files are read again next time
                 noted.write_text(json.dumps(now))
 
 
 def _state(path: Path) -> list[int]:
-    """What changes when a file is written again; empty without one."""
+    """Size, time and inode, which change when a file is written again; empty if there is no file."""
     if not path.exists():
         return []
     found = path.stat()
@@ -205,14 +205,15 @@ def _state(path: Path) -> list[int]:
 
 
 def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
-    """The pack at `url` below this machine's TMPDIR, where it stays: known by its content, for every later start.
+    """Copy the pack at `url` below this machine's TMPDIR; return the folder and a file descriptor that protects it.
 
-    One process of a machine copies, the others wait for it. What a kill cut short is gone on with, file by file. Until
-    the file descriptor that is returned beside it is closed, or this process ends, nobody removes it.
+    The copy is identified by its content and stays, so later starts find it. One process per machine copies while the
+    others wait. A copy that was interrupted continues with the files that are missing. No other process removes the
+    copy until the file descriptor is closed or this process ends.
 
     Raises:
-        DiskFullError: before anything is copied, when the disk has no room for what is missing.
-        ShardCorruptError: when what arrives is not what the manifest says.
+        DiskFullError: before anything is copied, when the disk has no room for the missing files.
+        ShardCorruptError: when a copied file disagrees with the manifest.
     """
     with _own_folder(manifest) as folder, ExitStack() as undone:
         in_use = os.open(folder.with_suffix(_USED), os.O_RDWR)
@@ -228,7 +229,7 @@ def _local_copy(url: str, manifest: Manifest) -> tuple[Path, int]:
 
 @contextmanager
 def _progress(what: str, files: Sequence[WrittenFile]) -> Iterator[Callable[[WrittenFile], None]]:
-    """Counts those of `files` that the block says are done; shown where it may take a while."""
+    """Show progress over `files` if they may take a while. The block calls the yielded function for each file done."""
     if sum(file.size_bytes for file in files) < _SHOWN_FROM_BYTES:
         yield lambda _: None
         return
@@ -237,7 +238,7 @@ def _progress(what: str, files: Sequence[WrittenFile]) -> Iterator[Callable[[Wri
 
 
 def _each(files: Sequence[WrittenFile], work: Callable[[WrittenFile], None], at_once: int, what: str) -> None:
-    """Do `work`, which is called `what`, on every one of `files`; after a failure, no more begin."""
+    """Call `work` on each of `files`, with progress labelled `what`. After a failure, no more are started."""
     with ThreadPoolExecutor(at_once) as threads, _progress(what, files) as done:
         for file, _ in zip(files, threads.map(work, files), strict=True):
             done(file)
@@ -252,7 +253,7 @@ def _copy(url: str, folder: Path, file: WrittenFile) -> None:
 
 @contextmanager
 def _own_folder(manifest: Manifest) -> Iterator[Path]:
-    """This machine's folder below TMPDIR for what belongs to the pack, for one process at a time; it is used now."""
+    """This machine's folder for the pack, below TMPDIR. One process holds it at a time; its last use is set to now."""
     folder = Path(tempfile.gettempdir()) / f"cert-ray-tokens-{os.getuid()}" / pack_digest(manifest)
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with _locked(folder.with_suffix(_LOCK)):
@@ -263,14 +264,14 @@ def _own_folder(manifest: Manifest) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """The block holds the file `path` locked; the system lets it go when this process ends, however it does."""
+    """Lock the file `path` during the block. The system releases the lock when this process ends, however it ends."""
     with path.open("ab") as lock:
         fcntl.flock(lock, kind)
         yield
 
 
 def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
-    """The index of the pack whose files lie in `folder`; of a large one, as this machine's processes share it."""
+    """The index of the pack in `folder`. The processes of this machine share that of a large pack."""
     files = [file for file in manifest.files if file.name.endswith(_PIECES_SUFFIX)]
     parts = _index_parts(folder, files)
     pieces = sum(file.rows for file in files)
@@ -280,11 +281,11 @@ def _index_of(manifest: Manifest, folder: Path) -> tuple[Documents, Pieces]:
         if not (own / _INDEX).is_dir():
             _make_room(str(folder), index.size_bytes(pieces, manifest.rows_kept), own.parent)
             index.write(parts, own / _INDEX)
-        return index.mapped(own / _INDEX)  # what is mapped stays readable, though another pack's copy remove its file
+        return index.mapped(own / _INDEX)  # a mapping stays readable even if another pack's copy removes the file
 
 
 def _index_parts(folder: Path, files: Sequence[WrittenFile]) -> Iterator[index.Part]:
-    """The index of each shard, in order; a thread a core works ahead."""
+    """The index of each shard, in order; one thread per core, at most `_READ_AT_ONCE`, works ahead."""
     at_once = min(_READ_AT_ONCE, os.cpu_count() or 1)
 
     def read(file: WrittenFile) -> index.Part:
@@ -308,7 +309,11 @@ def _has_arrived(path: Path, file: WrittenFile) -> bool:
 
 
 def _make_room(url: str, needed_bytes: int, copies: Path) -> None:
-    """Remove copies that no process uses, the longest unused first, until the new one has room, and its share."""
+    """Remove unused copies, least recently used first, until the new one fits on the disk and in `_COPIES_SHARE`.
+
+    Raises:
+        DiskFullError: when it still does not fit on the disk.
+    """
     disk = shutil.disk_usage(copies)
     room_bytes = disk.free - needed_bytes - storage.RESERVE_BYTES
     sizes = {folder: _size_bytes(folder) for folder in copies.iterdir() if folder.is_dir()}
@@ -335,7 +340,7 @@ def _size_bytes(folder: Path) -> int:
 
 
 def _last_used(folder: Path) -> float:
-    """When it was last opened; of what an earlier version copied, when that was."""
+    """When the copy was last opened; for copies by earlier versions, when it was made."""
     used = folder.with_suffix(_USED)
     return (used if used.exists() else folder).stat().st_mtime
 

@@ -2,14 +2,14 @@
 
 In: texts, or the URL of an annotated dataset. Out: a `tokenizers.Tokenizer`, and a folder that
 `AutoTokenizer.from_pretrained` loads without a network. Every byte is in the vocabulary, so any text survives encoding
-and decoding. The special tokens of `sketching.prompt_format` have the first ids; where they stand in text is
-`prompt_format`'s business, never that of their spelling.
+and decoding. The special tokens of `sketching.prompt_format` have the first ids. Only `prompt_format` places them;
+text that is spelled like one stays text.
 
-The split pattern is GPT-4's in style (cl100k_base of tiktoken, without the English contractions). Measured on
-2.5 MB of held-out standard library, NumPy and Ray code, characters per token with 8,000 / 32,000 entries trained on
-21 MB: this pattern 3.31 / 3.75, GPT-2's 3.20 / 3.48, this one with single digits 3.24 / 3.61. So numbers are split into
-up to three digits: constants in code are short, and generation does no arithmetic on them. A line break and the
-indentation after it are apart, so that a prompt which ends in a line break is split as it was in training.
+The split pattern follows GPT-4's (cl100k_base of tiktoken, without the English contractions). Measured on 2.5 MB of
+held-out standard library, NumPy and Ray code, characters per token with 8,000 / 32,000 entries trained on 21 MB: this
+pattern 3.31 / 3.75, GPT-2's 3.20 / 3.48, this one with single digits 3.24 / 3.61. So numbers are split into groups of
+up to three digits: constants in code are short, and generation does no arithmetic on them. A line break is split from
+the indentation after it, so that a prompt which ends in a line break is split as in training.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ STAGE = "tokenizer"
 VERB = "tokenizer"
 TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
-_MEASURED_TEXTS = 256  # characters per token are measured on so many texts of the sample
+_MEASURED_TEXTS = 256  # of the sample, to measure characters per token on
 
 PYTHON_PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with what stands before it: a space, a dot, an underscore
+    r"[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with the character before it: a space, a dot, an underscore
     r"|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # operators, with the end of their line
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # operators, with the line end after them
     r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"  # indentation, but for the space that belongs to the next word
+    r"|\s+(?!\S)"  # indentation, except the space that belongs to the next word
     r"|\s+"
 )
 
@@ -53,7 +53,7 @@ class TokenizerConfig(Config):
     """How to train a tokenizer."""
 
     vocab_size: int = 32_000  # the paper's
-    min_frequency: int = pydantic.Field(2, ge=1)  # of a pair in the sample, to be merged
+    min_frequency: int = pydantic.Field(2, ge=1)  # how often a pair must occur in the sample to be merged
     max_token_length: int = pydantic.Field(32, ge=1)  # in bytes
     sample_bytes: int = pydantic.Field(200_000_000, ge=1)  # measured: 60 MB cost 0.4% more tokens
     context_tokens: int = pydantic.Field(1_024, ge=1)  # written as `model_max_length`
@@ -72,7 +72,7 @@ def train_vocabulary(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer
     """Train a tokenizer on `texts`; the same texts in the same order give the same tokenizer.
 
     Raises:
-        ConfigError: when `vocab_size` has no room for every byte and special token, or `pattern` is no regex.
+        ConfigError: when `vocab_size` has no room for all bytes and special tokens, or `pattern` is no valid regex.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(SPECIAL_TOKENS)
@@ -109,29 +109,29 @@ def _regex(pattern: str) -> Regex:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """The largest id plus one: what an embedding needs, also where a foreign tokenizer leaves ids out."""
+    """The largest id plus one: the size that an embedding needs, even if a foreign tokenizer skips ids."""
     return _vocabulary_size_of(tokenizer, tokenizer.get_vocab_size(with_added_tokens=True))
 
 
-# As in `prompt_format`, how many tokens there are is part of the key. Looking takes 15 ms: 1% of a small shard.
+# As in `prompt_format`, the number of tokens is part of the cache key. Uncached it takes 15 ms: 1% of a small shard.
 @lru_cache(maxsize=8)
 def _vocabulary_size_of(tokenizer: Tokenizer, tokens: int) -> int:  # noqa: ARG001
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """xxh3-128 of the tokenizer's JSON: equal digests encode equally."""
+    """xxh3-128 of the tokenizer's JSON: tokenizers with equal digests encode equally."""
     return str(xxhash.xxh3_128_hexdigest(tokenizer.to_str(pretty=False).encode()))
 
 
 def splits_otherwise(one: Tokenizer, other: Tokenizer) -> list[str]:
-    """What makes two tokenizers split text differently, though their tokens have equal ids: names in their JSON."""
+    """What makes two tokenizers with equal token ids split text differently, as names in their JSON."""
     parts = [_splitting(tokenizer) for tokenizer in (one, other)]
     return [name for name in sorted(parts[0] | parts[1]) if parts[0].get(name) != parts[1].get(name)]
 
 
 def _splitting(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Normaliser, pre-tokeniser, and of the model all but its vocabulary: merges, and what they are applied with."""
+    """Normalizer, pre-tokenizer, and the model without its vocabulary: the merges and how they are applied."""
     found = json.loads(tokenizer.to_str())
     model = {f"model.{name}": value for name, value in found["model"].items() if name != "vocab"}
     return {name: found[name] for name in ("normalizer", "pre_tokenizer")} | model
@@ -160,10 +160,10 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str, context_tokens: int) -> tu
 
 
 def load_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer whose `tokenizer.json` stands in `folder`: one of ours, or of any Hugging Face model.
+    """The tokenizer of the `tokenizer.json` in `folder`: one of ours, or that of any Hugging Face model.
 
     Raises:
-        InputError: when there is none, or it cannot be read.
+        InputError: when there is no such file, or it cannot be read.
     """
     url = storage.join(folder, TOKENIZER_FILE)
     if not storage.exists(url):
@@ -172,10 +172,10 @@ def load_tokenizer(folder: str) -> Tokenizer:
 
 
 def parse_tokenizer(text: str, where: str) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, read from `where`.
+    """The tokenizer in `text`, a `tokenizer.json` read from `where`.
 
     Raises:
-        InputError: when the text is not one.
+        InputError: when `text` is not a tokenizer.
     """
     try:
         return Tokenizer.from_str(text)
@@ -184,10 +184,10 @@ def parse_tokenizer(text: str, where: str) -> Tokenizer:
 
 
 def adopt_tokenizer(folder: str, output: str, context_tokens: int) -> Manifest:
-    """Write the tokenizer of a model made elsewhere into `output`, with the special tokens that it lacks added.
+    """Write the tokenizer of a model made elsewhere into `output`, adding the special tokens that it lacks.
 
-    Its own ids stay as they are, so the model's embeddings need only be extended to `vocab_size` of the notes.
-    A finished folder made from the same tokenizer and options is kept as it is.
+    Existing ids do not change, so the model's embeddings need only be extended to the manifest's `vocab_size`.
+    A finished folder made from the same tokenizer and options is kept.
 
     Raises:
         InputError: when `folder` holds no `tokenizer.json`.
@@ -215,7 +215,7 @@ def adopt_tokenizer(folder: str, output: str, context_tokens: int) -> Manifest:
 def train_on_dataset(dataset: str, output: str, config: TokenizerConfig, seed: int) -> Manifest:
     """Train on a sample of the annotated dataset and write the tokenizer's folder, its manifest last.
 
-    A finished folder made from the same dataset, options and seed is kept as it is.
+    A finished folder made from the same dataset, options and seed is kept.
 
     Raises:
         ConfigError: see `train_vocabulary`.
@@ -250,7 +250,7 @@ def train_on_dataset(dataset: str, output: str, config: TokenizerConfig, seed: i
 
 
 def _withdraw(output: str, run: Config, inputs_digest: str, inputs: str) -> None:
-    """Remove the manifest of a finished tokenizer in `output`, with a warning if that is another than `run` makes."""
+    """Remove the manifest of a finished tokenizer in `output`; warn if `run` makes a different tokenizer."""
     if manifests.is_finished(output):
         before = manifests.read_manifest(output, STAGE, VERB)
         others = run.differing(before.config)
@@ -261,7 +261,7 @@ def _withdraw(output: str, run: Config, inputs_digest: str, inputs: str) -> None
 
 
 def _characters_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float | None:
-    """Over the first texts of the sample that the vocabulary was trained on: a little better than on unseen code."""
+    """Measured on the first texts of the training sample, so a little higher than on unseen code."""
     measured = [text for _, text in zip(range(_MEASURED_TEXTS), texts, strict=False)]
     tokens = sum(map(len, tokenizer.encode_batch_fast(measured)))
     return round(sum(map(len, measured)) / tokens, 3) if tokens else None

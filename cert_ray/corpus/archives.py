@@ -1,11 +1,11 @@
 """Archives, read as streams: tar in any compression, zip, wheels and source distributions.
 
 In: the URL of an archive. Out: its regular members whose names match, in member order, each at most `max_file_bytes`
-long whatever its header claims. Nothing is written to disk and no more than one member is held. A damaged archive gives
-what stands before the damage, then one `DAMAGED_ARCHIVE` drop; a zip keeps its list of members at the end, so one cut
-short gives nothing before that drop. Archives inside archives stay closed.
+long, whatever its header claims. Nothing is written to disk, and at most one member is held in memory. A damaged
+archive yields the members before the damage, then one `DAMAGED_ARCHIVE` drop. A zip has its list of members at the end,
+so one that was cut short yields only that drop. Archives inside archives are not opened.
 
-Decompression is Arrow's (gzip, bzip2, zstd; unlike others it tells a stream that was cut short) and `lzma`'s.
+Arrow decompresses gzip, bzip2 and zstd (unlike others, it notices that a stream was cut short), `lzma` decompresses xz.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cert_ray.corpus.inputs import InputKind, Matcher, RawDocument, Record, Sour
 from cert_ray.errors import InputError
 from cert_ray.schemas import Dropped, DropReason
 
-# What reading damaged bytes raises, by fuzzing. NotImplementedError: a flipped bit asks for an unknown method or type.
+# What reading damaged bytes raises, by fuzzing. NotImplementedError: a flipped bit names an unknown method or type.
 DAMAGE = (
     OSError,
     EOFError,
@@ -42,7 +42,7 @@ DAMAGE = (
     lzma.LZMAError,
 )
 _COMPRESSIONS = {".gz": "gzip", ".tgz": "gzip", ".bz2": "bz2", ".tbz2": "bz2", ".zst": "zstd", ".tzst": "zstd"}
-# What one call asks of Arrow's decompressors: where the stream is damaged, at most so much before it is lost.
+# Bytes read per call of Arrow's decompressors. At damage, at most this much of the good data before it is lost.
 _SALVAGE_BYTES = 512
 # Real extended headers and long names are below 100 kB; a larger one would be read into memory whole. Assumed.
 _MAX_HEADER_BYTES = 1 << 20
@@ -86,7 +86,7 @@ def read_archive(url: str, source: str, kind: InputKind, config: SourceConfig) -
 
 @contextmanager
 def open_bytes(url: str) -> Iterator[IO[bytes]]:
-    """The bytes of `url`; a fault of the disk or store is an `InputError`, so that it is not taken for damage."""
+    """The bytes of `url`. A fault of the disk or store raises `InputError`, so that it is not mistaken for damage."""
     try:
         opened = storage.open_read(url)
         stream = opened.__enter__()
@@ -105,7 +105,7 @@ def _store_failed(url: str, error: OSError) -> InputError:
 
 
 class _Store(io.RawIOBase):
-    """A stream of `storage` whose faults are `InputError`s."""
+    """A stream of `storage` whose faults raise `InputError`."""
 
     def __init__(self, stream: IO[bytes], url: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class _Store(io.RawIOBase):
 
 
 def decompressed(stream: IO[bytes], url: str) -> io.RawIOBase | IO[bytes]:
-    """`stream` decompressed as the name of `url` says; reads give all bytes before any damage, then raise."""
+    """`stream`, decompressed according to the name in `url`. Reads return what precedes any damage, then raise."""
     name = url.lower()
     if name.endswith((".xz", ".txz")):
         return _Salvaged(lzma.LZMAFile(stream))
@@ -144,7 +144,7 @@ def decompressed(stream: IO[bytes], url: str) -> io.RawIOBase | IO[bytes]:
 
 
 class _Salvaged(io.RawIOBase):
-    """A decompressor's stream that delivers what it has before it raises."""
+    """A decompressor's stream that returns what it has before it raises."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class _Salvaged(io.RawIOBase):
 
 
 class _Header(tarfile.TarInfo):
-    """A tar header that refuses huge extended headers and tells its archive when it was the end mark."""
+    """A tar header that refuses huge extended headers, and tells its archive when it is the end mark."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -191,7 +191,7 @@ class _Header(tarfile.TarInfo):
 
 
 class _Tar(tarfile.TarFile):
-    """A tar that knows whether its end mark was read: without one it was cut short, which `tarfile` passes over."""
+    """A tar that knows whether its end mark was read. Without it the tar was cut short, which `tarfile` ignores."""
 
     tarinfo = _Header
     ended = False
@@ -203,7 +203,7 @@ def _tar_members(
     with _Tar.open(fileobj=decompressed(stream, url), mode="r|") as archive:
         assert isinstance(archive, _Tar)
         while (member := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # it would keep every header of the archive
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise it keeps every header of the archive
             path = member.name
             if not matches(path) or member.isdir():
                 continue
@@ -237,12 +237,12 @@ def _zip_members(stream: IO[bytes], matches: Matcher, config: SourceConfig) -> I
 
 
 def _read_zip_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, max_bytes: int) -> bytes | Dropped:
-    """A member's content; damage inside it is its own drop, for the list of members tells where the next one is."""
+    """A member's content. Damage inside it drops this member only: the list of members says where the next one is."""
     if member.flag_bits & 1:
         return Dropped(DropReason.UNREADABLE, "encrypted")
     try:
         with archive.open(member) as content:
-            read = content.read(max_bytes + 1)  # the size in the header is a claim
+            read = content.read(max_bytes + 1)  # the size in the header may be wrong
     except NotImplementedError as error:
         return Dropped(DropReason.UNREADABLE, str(error))
     except DAMAGE as error:

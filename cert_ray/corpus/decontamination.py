@@ -1,18 +1,18 @@
-"""Files that hold a benchmark's problems are found, so that no model is scored on what it was trained on.
+"""Finds files that hold a benchmark's problems, so that no model is scored on what it was trained on.
 
 In: problem files that `evaluation.benchmarks` reads, and cleaned documents. Out: which document matched which problem,
-by words or by syntax tree. Prompts and canonical solutions are looked for; tests are not.
+by words or by syntax tree. Prompts and canonical solutions are searched for; tests are not.
 
-- Words: `ngram_words` words in a row, over prompt and solution together. Ten is what Qwen2.5-Coder (arXiv:2409.12186,
-  section 5) and DeepSeek-Coder (arXiv:2401.14196, "quality screening") drop a file for. A word is a run of letters,
-  digits and `_`, as in `dedup.minhash`. N-grams with few different words outside of import lines (tables of numbers,
-  `import numpy as np` and an array) say nothing and are left out.
-- Tree: the statements of a solution, or of a helper in a prompt, stand in a row in some block of the document, with
-  the same syntax tree once names are numbered by their first use and constants are alike. Attributes, keyword names
-  and builtins stay: they are what a renamed solution keeps. A run of fewer than `min_tree_nodes` nodes never matches.
+- Words: `ngram_words` consecutive words, over prompt and solution together. Qwen2.5-Coder (arXiv:2409.12186, section 5)
+  and DeepSeek-Coder (arXiv:2401.14196, "quality screening") drop a file for ten. A word is a run of letters, digits
+  and `_`, as in `dedup.minhash`. N-grams with few different words outside import lines (tables of numbers,
+  `import numpy as np` and an array) prove nothing and are left out.
+- Tree: consecutive statements in some block of the document have the same syntax tree as a solution, or as a helper in
+  a prompt, once names are numbered by first use and numbers and strings count as equal. Attributes, keyword names and
+  builtins are compared: a renamed solution keeps them. A run of fewer than `min_tree_nodes` nodes never matches.
 
-Words are hashed over all bytes of a batch at once. Of a tree only the statements are visited; runs whose statements
-look from outside like a problem's are compared in full.
+Words are hashed over all bytes of a batch at once. Only the statements of a tree are visited; runs that resemble a
+problem's in outline are then compared in full.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from cert_ray.schemas import Dropped
 
 
 class DecontaminationConfig(Config):
-    """Against which problem files, and what counts as a match. A list alone is read as `problems`."""
+    """Which problem files to search for, and what counts as a match. A bare list is read as `problems`."""
 
     problems: tuple[str, ...] = ()  # JSONL, plain or gzip, in the format of HumanEval or PandasEval
     ngram_words: int = pydantic.Field(default=10, ge=3, le=32)
     # Measured on 8,010 files (120 MB) of the standard library and installed packages, against HumanEval, PandasEval and
-    # NumpyEval: with 6 words `import numpy as np; a = np.array(...)` matched, with 7 nothing did; with 8 nodes 26 of
-    # 3,855 files matched, by statements such as `x[1:] = x[:-1]`, with 12 none.
-    min_ngram_letters: int = pydantic.Field(default=7, ge=1)  # different words that are no numbers
+    # NumpyEval: with 6 words `import numpy as np; a = np.array(...)` matched, with 7 nothing did. With 8 nodes, 26 of
+    # 3,855 files matched, by statements such as `x[1:] = x[:-1]`; with 12, none did.
+    min_ngram_letters: int = pydantic.Field(default=7, ge=1)  # different words that are not numbers
     min_tree_nodes: int = pydantic.Field(default=12, ge=1)
 
     @pydantic.model_validator(mode="before")
@@ -67,7 +67,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A document holds something of a problem."""
+    """A document holds part of a problem."""
 
     owner: Owner
     how: str  # "words" or "tree"
@@ -89,24 +89,24 @@ _WORD = re.compile(rb"[0-9A-Za-z_\x80-\xff]+")
 
 @dataclass(frozen=True)
 class ProblemIndex:
-    """What to look for, made once and sent to every task."""
+    """What to search for, made once and sent to every task."""
 
     config: DecontaminationConfig
     checksums: dict[str, str]  # of the problem files
     owners: tuple[Owner, ...]
     gram_hashes: npt.NDArray[np.uint64]  # sorted
     gram_owners: npt.NDArray[np.int32]  # of each hash
-    gram_flags: npt.NDArray[np.bool_]  # by the highest bits of a hash, whether there may be one
+    gram_flags: npt.NDArray[np.bool_]  # for the highest bits of a hash, whether any hash has them
     tree_owners: dict[str, tuple[int, ...]]  # by fingerprint
     tree_heads: frozenset[Head]  # of each run's first statement
-    tree_outlines: dict[Head, tuple[tuple[Head, ...], ...]]  # by that of the first statement, those of the others
+    tree_outlines: dict[Head, tuple[tuple[Head, ...], ...]]  # outline of the first statement: outlines of the others
 
     @classmethod
     def read(cls, config: DecontaminationConfig) -> Self:
         """Index the problem files of `config`.
 
         Raises:
-            BenchmarkFormatError: for a file that is not there, or a line that cannot be used.
+            BenchmarkFormatError: for a missing file, or a line that cannot be used.
         """
         owners: dict[Owner, int] = {}
         grams: set[tuple[int, int]] = set()
@@ -171,7 +171,7 @@ class ProblemIndex:
         return found
 
     def tree_matches(self, text: str, tree: ast.Module) -> list[Match]:
-        """The problems of which `text`, which parses as `tree`, holds a run of statements."""
+        """The problems that share a run of statements with `text`, which parses as `tree`."""
         found: dict[int, list[list[ast.stmt]]] = defaultdict(list)
         heads, outlines = self.tree_heads, self.tree_outlines
         for block in _blocks(tree):
@@ -198,13 +198,13 @@ def _source(lines: LineIndex, run: list[ast.stmt]) -> str:
 
 
 def _programs(problem: Problem) -> Iterator[tuple[str, int]]:
-    """The prompt with each solution, and where the solution starts; a prompt without any stands alone."""
+    """The prompt with each solution, and where the solution starts. A prompt without solutions stands alone."""
     for solution in problem.canonical_solutions or ("",):
         yield problem.prompt + solution, len(problem.prompt)
 
 
 def _grams(program: str, boundary: int, config: DecontaminationConfig) -> Iterator[tuple[int, str]]:
-    """Hashes of the n-grams that say something, and in which part they start."""
+    """Hashes of the n-grams that prove something, and the part that each starts in."""
     encoded, prompt_bytes = program.encode(), len(program[:boundary].encode())
     hashes, _ = shingle_hashes(
         np.frombuffer(encoded, np.uint8), np.array([0, len(encoded)], np.int64), config.ngram_words
@@ -218,9 +218,9 @@ def _grams(program: str, boundary: int, config: DecontaminationConfig) -> Iterat
 
 
 def _runs(program: str, boundary: int, entry_point: str | None) -> Iterator[tuple[str, list[ast.stmt]]]:
-    """The runs of statements to look for: the solution, and the bodies of the prompt's other functions.
+    """The runs of statements to search for: the solution, and the bodies of the prompt's other functions.
 
-    A prompt's script is left to the words: its trees are those of every test that makes an array.
+    A prompt's top-level code is matched only by words: any test that makes an array has the same trees.
     """
     tree = parse(program)
     if isinstance(tree, Dropped):
@@ -263,7 +263,7 @@ _NESTED = {
 
 
 def _blocks(tree: ast.Module) -> Iterator[list[ast.stmt]]:
-    """Every list of statements in `tree`; lists of handlers and cases come with them, and look like no statement."""
+    """Every list of statements in `tree`. Lists of handlers and cases are included, and never match statements."""
     blocks: list[list[Any]] = [tree.body]
     while blocks:
         block = blocks.pop()
@@ -280,7 +280,7 @@ _HAS_VALUE = {kind for kind in _NESTED if "value" in kind._fields}
 
 
 def _head(statement: ast.AST) -> Head:
-    """What a statement looks like from outside, the same for every renaming of it."""
+    """A statement's outermost form, which renaming does not change."""
     kind = type(statement)
     if kind in _HAS_BODY and kind not in (ast.FunctionDef, ast.AsyncFunctionDef):  # a docstring does not count
         return kind, len(statement.body)  # type: ignore[attr-defined]
@@ -296,7 +296,7 @@ def _head(statement: ast.AST) -> Head:
 
 
 def _outline(statement: ast.AST) -> Head:
-    """`_head`, and the kinds of the statement's own parts and of its value's."""
+    """`_head`, with the kinds of the parts of the statement, its value and its test."""
     parts: list[object] = [*_head(statement)]
     for node in (statement, getattr(statement, "value", None), getattr(statement, "test", None)):
         for field in node._fields if isinstance(node, ast.AST) else ():
@@ -307,9 +307,9 @@ def _outline(statement: ast.AST) -> Head:
 
 
 def fingerprint(run: Iterable[ast.stmt]) -> tuple[str, int]:
-    """A digest of the statements' tree, equal under renaming and for other constants, and its number of nodes.
+    """A digest of the statements' tree that ignores names, numbers and strings, and the tree's number of nodes.
 
-    Names are numbered by their first use in the run; constants, contexts and annotations do not count as nodes.
+    Names are numbered by their first use in the run. Constants, contexts and annotations do not count as nodes.
     """
     numbers: dict[str, int] = {}
     parts: list[str] = []
@@ -329,7 +329,7 @@ def fingerprint(run: Iterable[ast.stmt]) -> tuple[str, int]:
 
 
 def _children(node: ast.AST, numbers: dict[str, int]) -> Iterator[ast.AST | str]:
-    """What `node` is made of, its type first; lists end with a mark, so that different trees never read alike."""
+    """The parts of `node`, its type first. Lists end with a mark, so that different trees never look the same."""
     yield type(node).__name__
     for field, value in ast.iter_fields(node):
         if field in _LEFT_OUT:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from cert_ray import storage
 from cert_ray.corpus.decontamination import ProblemIndex
 
-_SHOWN_ROWS, _SHOWN_CHARACTERS = 200, 80  # of the Markdown; the JSON has all
+_SHOWN_ROWS, _SHOWN_CHARACTERS = 200, 80  # in the Markdown; the JSON has everything
 
 
 def write_report(folder: str, found: pa.Table, problems: ProblemIndex) -> None:

@@ -1,8 +1,8 @@
-"""One work unit to documents: read, judge its licence, clean, redact secrets, parse once, decontaminate, score, hash.
+"""From a work unit to documents: read, judge licences, clean, redact secrets, parse once, decontaminate, score, hash.
 
 In: a `WorkUnit` of `sources.plan_units`. Out: `UnitDocuments`, whose tables are in input order, and whose rows add up
-to the number of records read. Secrets are redacted before parsing, so every fact is one of the text that is kept; a
-file that redaction broke would be dropped as `not_python_3`, never kept as it was. Memory is bounded by the unit's
+to the number of records read. Secrets are redacted before parsing, so every fact describes the text that is kept. If
+redaction broke a file, it would be dropped as `not_python_3`, never kept unredacted. Memory is bounded by the unit's
 kept content and a batch of raw files.
 """
 
@@ -29,11 +29,11 @@ from cert_ray.quality.features import func_score, ut_score
 from cert_ray.schemas import CONTAMINATION, DOCUMENTS, DROPS, Dropped, DropReason
 from cert_ray.shards.units import WorkUnit
 
-_BATCH_CHARS = 4 << 20  # searched at a time for secrets and problems; assumed: some hundred files
+_BATCH_CHARS = 4 << 20  # searched for secrets and problems at a time: a few hundred files; assumed
 
 
 class DocumentsConfig(Config):
-    """What is read, and what is kept of it."""
+    """What is read, and what of it is kept."""
 
     sources: SourceConfig
     appended: tuple[tuple[str, ...], ...] = ()  # the inputs of each later generation
@@ -45,7 +45,7 @@ class DocumentsConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class UnitDocuments:
-    """What a unit gave: DOCUMENTS, DROPS and CONTAMINATION, and secrets redacted in the documents, by kind."""
+    """What a unit yields: DOCUMENTS, DROPS, CONTAMINATION, and how many secrets were redacted, by kind."""
 
     documents: pa.Table
     drops: pa.Table
@@ -75,7 +75,7 @@ class _Columns:
 def documents_of_unit(unit: WorkUnit, config: DocumentsConfig, problems: ProblemIndex | None = None) -> UnitDocuments:
     """Documents and drops of `unit`; `problems` are those of `config.decontaminate`.
 
-    A `doc_id` is the unit's name and the record's number in the unit, so it does not depend on what else was dropped.
+    A `doc_id` is the unit's name and the record's number in the unit, so drops do not change it.
 
     Raises:
         InputError: when the disk or store fails while reading.
@@ -111,7 +111,7 @@ class _Document:
 
 @dataclass(frozen=True, slots=True)
 class _Cleaned:
-    """A file to keep, so far."""
+    """A file that no rule has dropped yet."""
 
     record: RawDocument
     licence: str | None
@@ -137,7 +137,7 @@ def _batches(records: Iterator[Record], config: DocumentsConfig) -> Iterator[lis
 
 
 def _cleaned(record: RawDocument, config: DocumentsConfig) -> _Cleaned | _Rejected:
-    header = spdx_header(record)  # before cleaning, which takes licence headers away
+    header = spdx_header(record)  # before cleaning, which removes licence headers
     outcome = judge_licence(record, header, config.licences) if config.licences is not None else None
     cleaned = outcome or clean(record, config.cleaning)
     if isinstance(cleaned, CleanText):
@@ -148,14 +148,14 @@ def _cleaned(record: RawDocument, config: DocumentsConfig) -> _Cleaned | _Reject
 def _outcomes(
     batch: list[_Cleaned | _Rejected], config: DocumentsConfig, problems: ProblemIndex | None
 ) -> Iterator[tuple[str, str, _Outcome]]:
-    """Path, source, and what becomes of every item of `batch`, in its order."""
+    """Path, source and outcome of each item of `batch`, in order."""
     texts = [item.text for item in batch if isinstance(item, _Cleaned)]
     redacted = redact(texts, config.secrets or SecretsConfig(kinds=()))
     matches = problems.word_matches([result.text for result in redacted]) if problems else [[] for _ in texts]
     found = zip(redacted, matches, strict=True)
     for item in batch:
         if isinstance(item, _Cleaned):
-            with collector_paused():  # the tree is gone when it ends
+            with collector_paused():  # the tree is freed when the block ends
                 outcome = _document(item, *next(found), problems)
             yield item.record.path, item.record.source, outcome
         else:

@@ -1,7 +1,7 @@
-"""The options of reading, and what one read gives: a raw document, or a drop.
+"""The options for reading inputs, and what a read yields: a raw document, or a drop.
 
 In: recipe options. Out: the types that `sources`, `archives` and `tables` share, and the kind of input that a file
-name stands for. Nothing is opened here.
+name indicates. Nothing is opened here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from cert_ray.schemas import Dropped
 
 Names = str | tuple[str, ...]
 
-# Units for cores to share, each of seconds of work, so little is lost with one. Assumed: more units than a small
-# machine has cores, none so small that starting it shows (a task of Ray's takes 5 ms), none so large that its end is
-# waited for.
+# Units for the cores to share, each seconds of work, so losing one costs little. Assumed: more units than a small
+# machine has cores, none so small that starting it matters (a Ray task takes 5 ms), none so large that the others wait
+# for it to end.
 UNITS_OF_INPUT = 64
 LEAST_UNIT_BYTES, MOST_UNIT_BYTES = 1 << 20, 32 << 20
 
-# Names as they are found: The Stack's first version, its second, and others that people use.
+# Column names in use: those of The Stack v1, of The Stack v2, and others.
 _PATHS = ("max_stars_repo_path", "path")
 _REPOSITORIES = ("max_stars_repo_name", "repo_name", "repository")
 _STARS = ("max_stars_count", "star_events_count", "stars")
@@ -36,11 +36,11 @@ def _nested(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Columns(Config):
-    """Where a Parquet or JSONL input keeps what we read: a column, `a.b` for a field inside one, or several names.
+    """Which columns of a Parquet or JSONL input to read: a name, `a.b` for a field inside a column, or several names.
 
-    Of several names the first that a row has counts. The defaults know the shapes of `PRESETS` apart by themselves.
-    `content` and `path` must be there. The others may be missing unless you name a single column yourself; null means
-    that the input has no such column. Without `path`, a row is called by its number, and nothing counts as a test file.
+    Of several names, the first that a row has is used. The defaults tell the formats of `PRESETS` apart by themselves.
+    `content` and `path` must exist. The others may be missing unless you name a single column yourself. Null means that
+    the input has no such column. Without `path`, a row is named by its number, and nothing counts as a test file.
     """
 
     content: Names = ("content", "text")
@@ -50,7 +50,7 @@ class Columns(Config):
     licence: Names | None = (*_LICENCES, *_nested(_LICENCES))
 
     def required(self) -> dict[str, tuple[str, ...]]:
-        """The fields that an input must have, with the names that they may have."""
+        """The fields that an input must have, each with its possible column names."""
         named = self.named()
         return {
             field: names
@@ -59,19 +59,19 @@ class Columns(Config):
         }
 
     def named(self) -> dict[str, tuple[str, ...]]:
-        """Names by field, without the fields that the input does not have."""
+        """Column names by field, without the fields set to None."""
         fields = ((field, getattr(self, field)) for field in type(self).model_fields)
         return {field: (names,) if isinstance(names, str) else names for field, names in fields if names is not None}
 
 
-# `columns: NAME` in a recipe. The sources: the dataset cards of The Stack and The Stack v2 (with their content filled
-# in), datatrove's `Document` as its JSONL and Parquet writers put it down, dolma's document format.
+# `columns: NAME` in a recipe. Sources: the dataset cards of The Stack and The Stack v2 (with their content filled in),
+# datatrove's `Document` as its JSONL and Parquet writers write it, dolma's document format.
 PRESETS = {
     "auto": Columns(),
     "the-stack": Columns(content="content", path=_PATHS, repository=_REPOSITORIES, stars=_STARS, licence=_LICENCES),
     "datatrove": Columns(
         content="text",
-        path=(*_nested(_PATHS), *_PATHS, "id"),  # without `metadata.` where its writer was told to expand metadata
+        path=(*_nested(_PATHS), *_PATHS, "id"),  # no `metadata.` if its writer was told to expand metadata
         repository=(*_nested(_REPOSITORIES), *_REPOSITORIES),
         stars=(*_nested(_STARS), *_STARS),
         licence=(*_nested(_LICENCES), *_LICENCES),
@@ -92,15 +92,15 @@ class SourceConfig(Config):
     inputs: tuple[str, ...] = pydantic.Field(min_length=1)  # files, folders or globs; local or any fsspec URL
     include: tuple[str, ...] = ("*.py",)  # on the file's name; rows of tables are all read
     exclude: tuple[str, ...] = ()  # on the path inside the input; `*` also crosses `/`
-    # Archives and tables found in a folder: True reads them, False leaves them closed, None reads them only where no
-    # file of the folder matches `include` (a store of archives, as against a source tree with archives as test data).
+    # Archives and tables found in a folder: True reads them, False leaves them closed, None reads them only if no file
+    # of the folder matches `include` (a store of archives, not a source tree with archives as test data).
     open_containers: bool | None = None
     columns: Columns = Columns()  # or one of PRESETS by its name
-    max_file_bytes: int = pydantic.Field(default=1_000_000, gt=0)  # PAPER.md: files under 1 MB
-    # Bytes of a work unit; None fits them to the inputs: `unit_bytes_of`.
+    max_file_bytes: int = pydantic.Field(default=1_000_000, gt=0)  # the paper: files under 1 MB
+    # Bytes per work unit; None derives it from the size of the inputs, see `unit_bytes_of`.
     unit_bytes: int | None = pydantic.Field(default=None, gt=0)
-    # Reading stops after so many files, or before the file that would make it more bytes. Loose files and row groups
-    # count by their size; an archive or JSONL file by its size on disk, and gives at most the bytes that were left.
+    # Reading stops after this many files, or before the file that would exceed this many bytes. Loose files and row
+    # groups count with their size; an archive or JSONL file with its size on disk, and yields at most the bytes left.
     limit: int | None = pydantic.Field(default=None, gt=0)
     max_input_bytes: int | None = pydantic.Field(default=None, gt=0)
 
@@ -114,9 +114,9 @@ class SourceConfig(Config):
         return PRESETS[value]
 
     def unit_bytes_of(self, input_bytes: int) -> int:
-        """Bytes of the units of inputs of so many bytes in all, as they lie in storage.
+        """Bytes per unit for inputs that take `input_bytes` in storage.
 
-        A power of two, so that inputs that grow a little keep their units.
+        By default a power of two, so that inputs that grow a little keep their units.
         """
         if self.unit_bytes is not None:
             return self.unit_bytes
@@ -143,10 +143,10 @@ class Matcher:
 
 @dataclass(frozen=True, slots=True)
 class RawDocument:
-    """A file as it was read, not decoded yet unless it came from a table.
+    """A file as it was read, not yet decoded unless it came from a table.
 
-    `path` is relative to `source`, and `source` is the input as given, so a corpus read from another place by a
-    relative path gives the same rows.
+    `path` is relative to `source`, and `source` is the input as given. So a corpus that was moved gives the same rows
+    if it is read by a relative path.
     """
 
     path: str
@@ -162,7 +162,7 @@ Record = RawDocument | Rejected
 
 
 class InputKind(StrEnum):
-    """What a container's name promises."""
+    """The kind of container that a name indicates."""
 
     TAR = "tar"
     ZIP = "zip"

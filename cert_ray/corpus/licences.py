@@ -1,9 +1,9 @@
-"""Which files may be used: a licence allow-list, against what the repository and the file's SPDX header state.
+"""Which files may be used: compares an allow-list with the licences that repository and SPDX header state.
 
 In: a raw document and SPDX ids (or expressions `ID WITH exception`). Out: the SPDX expression of the file's header, or
-the drop. Expressions are read by `license-expression`: of `OR` one side must be allowed, of `AND` both, and an id
-stands for itself with any exception, which only permits more. Where repository and header both state a licence, each
-must be allowed. No licence text is recognised: what is stated neither way is `licence_unknown`.
+the drop. `license-expression` reads expressions. Of `OR`, one side must be allowed; of `AND`, both. An allowed id also
+allows that licence with any exception, since exceptions only permit more. If repository and header both state a
+licence, both must be allowed. Licence texts are not recognised: a file with neither statement is `licence_unknown`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cert_ray.schemas import Dropped, DropReason
 _HEAD = 4_096  # bytes or characters; assumed: SPDX asks for a line "at or near the top of the file"
 _HEADER = r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9(][A-Za-z0-9(). +:/-]*)"
 _TEXT_HEADER, _BYTES_HEADER = re.compile(_HEADER), re.compile(_HEADER.encode())
-# What stands between several licences of one repository: "MIT, Apache-2.0", "['MIT', 'Apache-2.0']".
+# Separators between several licences of one repository: "MIT, Apache-2.0", "['MIT', 'Apache-2.0']".
 _SEPARATORS = re.compile(r"[\[\]'\",;|]+")
 _AFFIXES = re.compile(r"^the\s+|\s+licen[cs]e$", re.IGNORECASE)
 
@@ -45,12 +45,12 @@ def _known_ids(licences: tuple[str, ...] | None) -> tuple[str, ...] | None:
     return licences
 
 
-# None lets every file in, whatever its licence.
+# None allows every file, whatever its licence.
 AllowedLicences = Annotated[tuple[str, ...] | None, pydantic.AfterValidator(_known_ids)]
 
 
 def spdx_header(document: RawDocument) -> str | None:
-    """The SPDX expression that the first lines of `document` state: canonical if known, else as it stands there."""
+    """The SPDX expression that the first lines of `document` state: in canonical form if known, else as written."""
     payload = document.payload
     if isinstance(payload, bytes):
         found = _BYTES_HEADER.search(payload, 0, _HEAD)
@@ -80,7 +80,7 @@ def judge_licence(document: RawDocument, header: str | None, allowed: tuple[str,
 
 @lru_cache(maxsize=4_096)
 def _read(stated: str) -> tuple[Expression, ...] | None:
-    """The licences of a repository, all of which hold; None where one of them is not known."""
+    """The licences of a repository, all of which apply; None if any is unknown."""
     whole = _parse(stated)
     parts = [part.strip() for part in _SEPARATORS.split(stated)]
     expressions = [whole] if whole is not None else [_parse(part) for part in parts if part]
@@ -89,7 +89,7 @@ def _read(stated: str) -> tuple[Expression, ...] | None:
 
 @lru_cache(maxsize=4_096)
 def _parse(stated: str) -> Expression | None:
-    """`stated` as an expression of known ids in any case; "Apache 2.0" and "MIT License" are read, too."""
+    """`stated` as an expression of known ids, in upper or lower case; "Apache 2.0" and "MIT License" work, too."""
     for text in (stated, "-".join(_AFFIXES.sub("", stated.strip()).split())):
         try:
             return _licensing().parse(text, validate=True)

@@ -29,20 +29,20 @@ REDACTED = "redacted_"  # counts: secrets in the documents, by kind
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All units, how many of them each generation has, what they are cleaned of, and digests of these."""
+    """All units, how many each generation has, the problems to search for, and digests of these."""
 
     units: list[WorkUnit]
     generations: tuple[int, ...]
     problems: ProblemIndex | None
-    options_digest: str  # of what decides a unit's outcome beside the unit: not which other inputs there are
+    options_digest: str  # of all that decides a unit's outcome, except the unit itself
 
     @property
     def inputs_digest(self) -> str:
-        """Of everything that is read."""
+        """The digest of everything that is read."""
         return self.digest_of(len(self.generations))
 
     def digest_of(self, generations: int) -> str:
-        """Of everything that the first so many generations read."""
+        """The digest of everything that the first `generations` read."""
         read = inputs_digest(self.units[: sum(self.generations[:generations])])
         return read if self.problems is None else f"{read}-{_checksums(self.problems)}"
 
@@ -69,7 +69,7 @@ def _checksums(problems: ProblemIndex) -> str:
 
 
 def units_digest(config: DocumentsConfig) -> str:
-    """The digest of what `config` decides about a unit's outcome, beside what the unit says itself."""
+    """The digest of the options that decide a unit's outcome; which inputs there are does not."""
     elsewhere = {"inputs": (), "limit": None, "max_input_bytes": None}
     return config.model_copy(update={"sources": config.sources.model_copy(update=elsewhere), "appended": ()}).digest()
 
@@ -81,12 +81,12 @@ def write_documents(
     folder: str,
     removals: Sequence[Removal] = (),
 ) -> ShardReport:
-    """Read, clean and parse one unit; writes `<shard>.parquet`, its `drops/` and, if asked for, `contamination/`."""
+    """Read, clean and parse one unit; write `<shard>.parquet`, its `drops/` and, given `problems`, `contamination/`."""
     result = documents_of_unit(unit, config, problems)
     documents = blank(result.documents, removals)
     name = f"{unit.name}.parquet"
     written = write_table(folder, name, documents)
-    if documents is not result.documents:  # keys and clusters are those of the whole texts, whenever they were removed
+    if documents is not result.documents:  # keys and clusters are always those of the whole texts
         whole = storage.parquet_bytes(result.documents)
         written = written.model_copy(update={"stands_for": str(xxhash.xxh3_128_hexdigest(whole))})
     files = [written, write_table(folder, f"drops/{name}", result.drops)]
@@ -113,8 +113,8 @@ def clean(
     """Run the stage into `folder` on the plan of `config`; finished shards are reused.
 
     Args:
-        removals: files whose text is left out of every shard made now. Shards made earlier are brought in line by
-            `dataset.removal`, so a takedown makes no other shard again.
+        removals: files whose text is left out of the shards made now. `dataset.removal` updates the shards made
+            earlier, so no other shard is made again because of a takedown.
     """
     problems = plan.problems
     work = functools.partial(write_documents, config=config, problems=problems, folder=folder, removals=removals)

@@ -1,10 +1,10 @@
-"""Takedowns: which files a run must not hold, and what becomes of them in the documents.
+"""Takedowns: which files a run must not hold, and what remains of them in the documents.
 
-In: `RUN/removals.jsonl`, one `Removal` a line, written by `cert-ray remove` and read by preprocessing. Out: documents
+In: `RUN/removals.jsonl`, one `Removal` per line, written by `cert-ray remove` and read by preprocessing. Out: documents
 whose removed rows keep their number, name and hashes, and lose everything that was read from the file. The row stays
-because documents are numbered by it: no other file's number, cluster or shard changes. So a copy of a removed file,
-equal or near, that was dropped for it stays dropped, and a takedown lets none in. Where dedup must look again, after
-damage or for inputs that came later, it takes the text from the input (`dedup.contents`) and keeps nothing of it.
+because documents are numbered by row: no other file's number, cluster or shard changes. So a copy of a removed file,
+exact or near, that was dropped as its duplicate stays dropped: a takedown lets no copy in. If dedup must run again,
+after damage or for later inputs, it reads the text from the input (`dedup.contents`) and stores none of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cert_ray.errors import InputError
 
 RECORD_NAME = "removals.jsonl"
 SELECTORS = ("repository", "source", "path_prefix")
-COLUMNS = ["repository", "source", "path"]  # what selecting needs of a table
+COLUMNS = ["repository", "source", "path"]  # that selecting rows of a table needs
 _READ_FROM_FILE = ("content", "libraries", "statements")
 
 
@@ -37,10 +37,10 @@ class RewrittenFile(Config):
 
 
 class Removal(Config):
-    """A request, and what was done about it. A file is removed when everything that is given holds of it."""
+    """A request, and what was done about it. It removes the files that match every field given."""
 
-    repository: str | None = None  # whatever its case: forges tell names apart without it
-    source: str | None = None  # the input as it was given
+    repository: str | None = None  # in any case: forges ignore the case of names
+    source: str | None = None  # the input, as given in the recipe
     path_prefix: str | None = None  # of the path inside the input
     asked: str = pydantic.Field(pattern=r"^\d{4}-\d\d-\d\d$")
     reason: str = ""
@@ -55,7 +55,7 @@ class Removal(Config):
 
     @property
     def selector(self) -> tuple[str | None, ...]:
-        """What makes this request another one than others."""
+        """What distinguishes this request from others."""
         repository = self.repository.lower() if self.repository else None
         return repository, self.source or None, self.path_prefix or None
 
@@ -65,10 +65,10 @@ class Removal(Config):
 
 
 def read_removals(run: str) -> tuple[Removal, ...]:
-    """The requests that stand in `run`, oldest first.
+    """The requests recorded in `run`, oldest first.
 
     Raises:
-        InputError: when a line is no request.
+        InputError: when a line is not a request.
     """
     url = storage.join(run, RECORD_NAME)
     if not storage.exists(url):
@@ -83,13 +83,13 @@ def read_removals(run: str) -> tuple[Removal, ...]:
 
 
 def write_removals(run: str, removals: Iterable[Removal]) -> None:
-    """Write the whole record, or leave the old one."""
+    """Replace the whole record, or leave the old one as it is."""
     lines = (removal.model_dump_json() + "\n" for removal in removals)
     storage.write_text(storage.join(run, RECORD_NAME), "".join(lines))
 
 
 def selected(table: pa.Table, removals: Sequence[Removal]) -> pa.ChunkedArray:
-    """bool[rows]: which rows of `table` one of `removals` names."""
+    """bool[rows]: which rows of `table` any of `removals` selects."""
     nothing = pa.chunked_array([pa.repeat(pa.scalar(False), len(table))])
     return functools.reduce(pc.or_, (_selected_by(table, removal) for removal in removals), nothing)
 
@@ -107,7 +107,7 @@ def _selected_by(table: pa.Table, removal: Removal) -> pa.ChunkedArray:
 
 
 def blank(documents: pa.Table, removals: Sequence[Removal]) -> pa.Table:
-    """`documents` (DOCUMENTS) with null for all that was read from the files that `removals` name."""
+    """`documents` (DOCUMENTS) with null for everything read from the files that `removals` select."""
     mask = selected(documents, removals)
     if not pc.any(mask).as_py():
         return documents
@@ -119,11 +119,11 @@ def blank(documents: pa.Table, removals: Sequence[Removal]) -> pa.Table:
 
 
 def holds_blanked(url: str) -> bool:
-    """Whether the shard of documents at `url` has rows that were blanked: by the smallest column that these lack."""
+    """Whether the shard of documents at `url` has blanked rows. Reads only the smallest column that blanking clears."""
     return bool(storage.read_parquet(url, ["libraries"]).column("libraries").null_count)
 
 
 def content_bytes(documents: pa.Table) -> int:
-    """Bytes of the texts that `documents` still hold."""
+    """Total bytes of the texts that `documents` still hold."""
     present = pc.is_valid(documents.column("content"))
     return int(pc.sum(documents.column("size_bytes").filter(present), min_count=0).as_py())

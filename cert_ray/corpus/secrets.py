@@ -1,14 +1,14 @@
-"""Secrets in source text become fixed dummies: tokens, private keys, passwords, e-mail and IP addresses.
+"""Replaces secrets in source text by fixed dummies: tokens, private keys, passwords, e-mail and IP addresses.
 
 In: cleaned texts. Out: the texts with dummies, and how many of each kind were replaced. Only strings and comments are
-touched, a dummy never starts inside an escape sequence, and redacting a redacted text changes nothing.
+changed, a dummy never starts inside an escape sequence, and redacting a redacted text changes nothing.
 
-What a token looks like is known by the plugins of `detect-secrets`; e-mail domains are judged by `email-validator`, IP
-addresses by `ipaddress`. Not looked for: anything by its entropy alone (hashes and identifiers would go), and what only
-a dictionary would tell from prose: names, street addresses, passwords made of letters.
+The plugins of `detect-secrets` recognise tokens, `email-validator` checks e-mail domains, `ipaddress` IP addresses. Not
+searched for: strings of high entropy (hashes and identifiers would be lost), and what only a dictionary can tell from
+prose: names, street addresses, passwords made of letters.
 
-A prefilter keeps this cheap: one alternation, run by RE2 over the Arrow buffer of a whole batch, and once more over the
-lines of the few texts that it leaves; only lines that match reach a detector.
+A prefilter keeps this cheap: RE2 runs one alternation over the Arrow buffer of a whole batch, then again over the lines
+of the few texts that match. Only lines that match reach a detector.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from cert_ray.possessive import compile_pattern
 
 
 class SecretKind(StrEnum):
-    """What is looked for. Tokens are counted by who issues them, as `github_token`."""
+    """What is searched for. Tokens are counted by their issuer, e.g. `github_token`."""
 
     EMAIL = "email"
     IP_ADDRESS = "ip_address"
@@ -67,7 +67,7 @@ class SecretsConfig(Config):
 
 @dataclass(frozen=True, slots=True)
 class Redacted:
-    """`text` without secrets, and how many were replaced, by the names that counts carry."""
+    """`text` without secrets, and how many were replaced, by the name used in counts."""
 
     text: str
     counts: Counter[str]
@@ -84,8 +84,8 @@ class _Finding:
         return _Finding(self.start + by, self.end + by, self.name, self.dummy)
 
 
-# The first characters that each detector needs, in the syntax that RE2 and `re` share. `test_secrets.py` holds it to
-# what the detectors find.
+# What must occur for each detector to find something, in the syntax that RE2 and `re` share. `test_secrets.py` checks
+# it against what the detectors find.
 _CANDIDATES: dict[SecretKind, tuple[str, ...]] = {
     SecretKind.EMAIL: (r"[A-Za-z0-9_%+-]@[A-Za-z0-9-]+\.[A-Za-z]",),
     SecretKind.IP_ADDRESS: (r"[0-9]\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]", r"\b[23][0-9a-fA-F]{3}:[0-9a-fA-F]{0,4}:"),
@@ -119,7 +119,7 @@ _CANDIDATES: dict[SecretKind, tuple[str, ...]] = {
 
 
 def redact(texts: Sequence[str], config: SecretsConfig) -> list[Redacted]:
-    """Every one of `texts` without secrets, in order."""
+    """Each of `texts` without secrets, in order."""
     redacted = [Redacted(text, Counter()) for text in texts]
     if not config.kinds:
         return redacted
@@ -145,7 +145,7 @@ def redact(texts: Sequence[str], config: SecretsConfig) -> list[Redacted]:
 
 
 def _matching(texts: Sequence[str], kinds: tuple[SecretKind, ...]) -> list[int]:
-    """Which of `texts` hold what a detector may find."""
+    """Which of `texts` a detector might find something in."""
     pattern = "|".join(part for kind in kinds for part in _CANDIDATES[kind])
     found = pc.match_substring_regex(pa.array(texts, pa.large_string()), pattern=pattern)
     indices: list[int] = pc.indices_nonzero(found).to_pylist()
@@ -153,7 +153,7 @@ def _matching(texts: Sequence[str], kinds: tuple[SecretKind, ...]) -> list[int]:
 
 
 def _replaced(text: str, findings: list[_Finding]) -> Redacted:
-    """`text` with dummies for `findings`, the first and longest of those that overlap, strings and comments alone."""
+    """`text` with dummies for `findings` in strings and comments. Of overlapping ones, the first and longest counts."""
     pieces: list[str] = []
     counts: Counter[str] = Counter()
     position = 0
@@ -167,13 +167,13 @@ def _replaced(text: str, findings: list[_Finding]) -> Redacted:
     return Redacted("".join([*pieces, text[position:]]), counts)
 
 
-_DUMMY = re.compile(r"REDACTED_[A-Z]|redacted@")  # nothing is redacted twice
+_DUMMY = re.compile(r"REDACTED_[A-Z]|redacted@")  # so that nothing is redacted twice
 _LITERAL = compile_pattern(LITERALS, re.DOTALL | re.VERBOSE)
 _ESCAPE = re.compile(r"x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|[0-7]{1,3}|.", re.DOTALL)
 
 
 def _inside_literals(text: str, findings: list[_Finding]) -> Iterator[_Finding]:
-    """Those of `findings`, sorted, that lie inside one string or comment."""
+    """Those of the sorted `findings` that lie inside a single string or comment."""
     literals = _LITERAL.finditer(text)
     literal = next(literals, None)
     for finding in findings:
@@ -186,7 +186,7 @@ def _inside_literals(text: str, findings: list[_Finding]) -> Iterator[_Finding]:
 
 
 def _after_escape(text: str, start: int) -> int:
-    """`start`, or the end of the escape sequence whose backslash stands right before it."""
+    """`start`, or the end of the escape sequence whose backslash is right before it."""
     first = start
     while text.startswith("\\", first - 1) and first:
         first -= 1
@@ -194,7 +194,7 @@ def _after_escape(text: str, start: int) -> int:
     return escape.end() if escape else start
 
 
-# RFC 5322's dot-atom as people use it, without the signs that quoting or templates bring.
+# RFC 5322's dot-atom as people use it, without the signs of quoting and templates.
 _EMAIL = re.compile(
     r"(?<![A-Za-z0-9._%+-])[._%+-]*+([A-Za-z0-9_][A-Za-z0-9._%+-]{0,63})@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}(?![A-Za-z0-9-]*\.?[\w@(/])"
 )
@@ -207,7 +207,7 @@ def _emails(line: str) -> Iterator[_Finding]:
         start = match.start(1)
         address = line[start : match.end()]
         name, _, domain = address.rpartition("@")
-        # `git@host:path` names a server; RFC 2606 domains belong to nobody.
+        # `git@host:path` is a server's address; RFC 2606 domains belong to nobody.
         if name == "git" or _RESERVED_DOMAIN.search(domain) or line.startswith("://", max(0, start - 3)):
             continue
         try:
@@ -252,8 +252,8 @@ def _ip_addresses(line: str) -> Iterator[_Finding]:
 _KEYWORDS = KeywordDetector()
 _MIN_PASSWORD_CHARS, _MAX_PASSWORD_CHARS = 6, 128  # assumed
 _NO_PASSWORD = re.compile(r"""[\s{}<>()\[\]"'\\%]|^\$|://|^[./~]""")
-_ANNOTATION = re.compile(r":[ ]*[A-Za-z_. |\[\]]{1,24}(?==)")  # the plugin knows no `password: str = "..."`
-_LONG_WORD = re.compile(r"\w{129,}+")  # no password, and the plugin's time is quadratic in its length
+_ANNOTATION = re.compile(r":[ ]*[A-Za-z_. |\[\]]{1,24}(?==)")  # the plugin does not recognise `password: str = "..."`
+_LONG_WORD = re.compile(r"\w{129,}+")  # not a password, and the plugin takes quadratic time on it
 _PASSWORD_DUMMY = "REDACTED_PASSWORD"
 
 
@@ -268,7 +268,7 @@ def _passwords(line: str) -> Iterator[_Finding]:
 
 
 def _may_be_password(value: str) -> bool:
-    """Whether a value that is called a password looks like one: letters and digits, no template, path or prose."""
+    """Whether a value named as a password looks like one: letters and digits, not a template, path or prose."""
     return (
         _MIN_PASSWORD_CHARS <= len(value) <= _MAX_PASSWORD_CHARS
         and any(map(str.isdigit, value))
@@ -286,7 +286,7 @@ _KEY_DUMMY = "REDACTED_PRIVATE_KEY"
 
 
 def _private_keys(text: str) -> Iterator[_Finding]:
-    """The base64 of key blocks, whose first and last lines stay; counted once for every line or literal of it."""
+    """The base64 inside key blocks; BEGIN and END lines stay. Each line or literal of it counts as one."""
     position = 0
     for begin in _KEY_BEGINS.finditer(text):
         end = text.find("-----END ", begin.end(), begin.end() + _MAX_KEY_CHARS)
@@ -321,7 +321,7 @@ def _name_of(plugin: type[RegexBasedDetector]) -> str:
 
 _JWT = _name_of(JwtTokenDetector)
 _JWT_REST = re.compile(r"[A-Za-z0-9_.=-]*")  # the plugin's pattern stops before the signature
-# The secret is the whole match, but for AWS's pattern that also matches the name that a key is given.
+# The secret is the whole match, except for the AWS pattern that also matches the name of the key.
 _TOKEN_PATTERNS = tuple(
     (_name_of(plugin), pattern, 1 if plugin is AWSKeyDetector and pattern.groups else 0)
     for plugin in _ISSUERS
@@ -337,12 +337,12 @@ def _tokens(line: str) -> Iterator[_Finding]:
                 if not JwtTokenDetector.is_formally_valid(match[0]):
                     continue
                 end = _JWT_REST.match(line, end).end()  # type: ignore[union-attr] # may be empty, so always matches
-            # In the middle of a longer word it is base64 data, or a DNA sequence.
+            # Inside a longer word, a match is base64 data or a DNA sequence.
             if not (line[start - 1 : start].isalnum() or line[end : end + 1].isalnum()):
                 yield _Finding(start, end, name, f"REDACTED_{name.upper()}")
 
 
-# Private keys are not among them: a key is several lines.
+# Without private keys, which span several lines.
 _OF_LINE: dict[SecretKind, Callable[[str], Iterator[_Finding]]] = {
     SecretKind.EMAIL: _emails,
     SecretKind.IP_ADDRESS: _ip_addresses,

@@ -1,12 +1,12 @@
 """Inputs of every kind, cut into work units and read record by record.
 
 In: `SourceConfig`. `plan_units` lists the inputs and cuts them: loose files are grouped by bytes, Parquet is cut at row
-groups, an archive or a JSONL file is one unit. `read_unit` gives the records of a unit in input order, each of them a
-`RawDocument` or a drop. Planning opens footers of Parquet and first lines of JSONL, to refuse a table without the
-columns at once, and under `limit` counts the members of archives up to it.
+groups, an archive or a JSONL file is one unit. `read_unit` yields the records of a unit in input order, each a
+`RawDocument` or a drop. Planning reads the footers of Parquet files and the first lines of JSONL files, to refuse at
+once a table that lacks columns. With `limit`, it also counts members of archives, up to the limit.
 
-Only regular files are opened. A unit names its files and their sizes, and carries their versions (times of change, tags
-of objects), so that a file written again with the same size is noticed.
+Only regular files are opened. A unit lists its files with their sizes and versions (modification times, object tags),
+so that a file rewritten with the same size is noticed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Payload = dict[str, Any]
 
 @dataclass
 class _Budget:
-    """What `limit` and `max_input_bytes` leave to be planned, None without a bound; and the bytes of a unit."""
+    """How much `limit` and `max_input_bytes` still allow (None: no limit), and the bytes per unit."""
 
     files: int | None
     size_bytes: int | None
@@ -65,7 +65,7 @@ class _Budget:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A unit to be: rows where they are known, the version of its input, and its bytes."""
+    """A planned unit: its rows if known, the version of its input, and its bytes as weight."""
 
     payload: Payload
     rows: int
@@ -74,10 +74,10 @@ class _Planned:
 
 
 def plan_units(config: SourceConfig, first: int = 0) -> list[WorkUnit]:
-    """The units of all inputs, numbered from `first`; they depend on the inputs and `config` alone.
+    """The units of all inputs, numbered from `first`; they depend only on the inputs and `config`.
 
     Raises:
-        InputError: for an input that is not there, holds nothing to read, or is of no known kind.
+        InputError: for an input that does not exist, holds nothing to read, or is of an unknown kind.
         MissingColumnsError: for a table without the columns to read.
     """
     listed = [_listed(given, config) for given in _expanded(config.inputs)]
@@ -103,10 +103,10 @@ def plan_units(config: SourceConfig, first: int = 0) -> list[WorkUnit]:
 
 
 def read_unit(unit: WorkUnit, config: SourceConfig) -> Iterator[Record]:
-    """The records of `unit`, in input order; nothing but the current one is held in memory.
+    """The records of `unit`, in input order; only the current one is held in memory.
 
     Raises:
-        InputError: when the disk or store fails while reading (a damaged file is a drop instead).
+        InputError: when the disk or store fails while reading. (A damaged file is a drop.)
     """
     payload = unit.payload
     if payload["kind"] == "files":
@@ -115,7 +115,7 @@ def read_unit(unit: WorkUnit, config: SourceConfig) -> Iterator[Record]:
 
 
 def _expanded(inputs: tuple[str, ...]) -> Iterator[str]:
-    """Inputs in the order given, globs replaced by what they match, each once."""
+    """Inputs in the order given, without duplicates; globs are replaced by what they match."""
     seen: set[str] = set()
     for given in inputs:
         matches = [given]
@@ -129,7 +129,7 @@ def _expanded(inputs: tuple[str, ...]) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Listed:
-    """What one input holds to be read: loose files below `folder`, then containers, each with its name as a source."""
+    """What to read of one input: loose files below `folder`, then containers, each with the name of its source."""
 
     folder: str
     files: list[FileEntry]
@@ -186,7 +186,7 @@ def _listed_folder(given: str, config: SourceConfig) -> _Listed:
 
 
 def _root_of(given: str) -> str:
-    """What `storage.list_files` puts before the relative paths below the folder `given`."""
+    """The prefix that `storage.list_files` puts before the relative paths below the folder `given`."""
     filesystem, path = storage.resolve(given)
     root = path if storage.is_local(given) else filesystem.unstrip_protocol(path)
     return str(root).rstrip("/") + "/"
@@ -221,7 +221,7 @@ def _plan_files(given: str, entries: list[FileEntry], config: SourceConfig, budg
 
 
 def _cost(entry: FileEntry, config: SourceConfig) -> int:
-    """The bytes of a file that are read: of a loose one not more than the longest that is kept."""
+    """How many bytes of a file are read; of a loose file at most `max_file_bytes`."""
     return entry.size_bytes if kind_of(entry.url) else min(entry.size_bytes, config.max_file_bytes)
 
 
@@ -247,7 +247,7 @@ def _plan_container(source: str, entry: FileEntry, config: SourceConfig, budget:
     if kind is InputKind.JSONL:
         check_jsonl(entry.url, source, config)
     rows = 0
-    if budget.files is not None:  # a limit is small, and counting stops at it
+    if budget.files is not None:  # counting stops at the limit, which is small
         unit = WorkUnit(name="counting", payload=payload)
         rows = sum(1 for _ in read_unit(unit, config))
     yield _Planned(payload, rows, entry.version, entry.size_bytes)
@@ -255,7 +255,7 @@ def _plan_container(source: str, entry: FileEntry, config: SourceConfig, budget:
 
 
 def _as_json(path: str) -> str:
-    """`path` so that JSON can carry it: file names need not be UTF-8. `_from_json` reads it back."""
+    """`path` in a form that JSON can hold, since file names need not be UTF-8. `_from_json` reads it back."""
     return path.encode("utf-8", "surrogateescape").decode("latin-1")
 
 
@@ -264,7 +264,7 @@ def _from_json(text: str) -> str:
 
 
 def _shown(path: str) -> str:
-    """`path` as UTF-8 text; bytes that are none become the replacement character."""
+    """`path` as UTF-8 text; invalid bytes become the replacement character."""
     return path if path.isascii() else path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
@@ -285,7 +285,7 @@ def _read_files(payload: Payload, config: SourceConfig) -> Iterator[Record]:
 
 def _read_local(path: str, max_bytes: int) -> bytes | Dropped:
     try:
-        # O_NONBLOCK: opening a FIFO would otherwise wait for its writer, for ever.
+        # O_NONBLOCK: otherwise opening a FIFO waits for its writer, possibly for ever.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         return Dropped(DropReason.UNREADABLE, error.strerror or "cannot be opened")
@@ -325,7 +325,7 @@ def _read_container(payload: Payload, config: SourceConfig) -> Iterator[Record]:
 
 
 def _bounded(records: Iterator[Record], limit: int | None, max_bytes: int | None) -> Iterator[Record]:
-    """`records` up to `limit` of them, and up to the one that would make it more than `max_bytes` of content."""
+    """At most `limit` of `records`, ending before the one that would exceed `max_bytes` of content."""
     for number, record in enumerate(records):
         if limit is not None and number >= limit:
             return

@@ -1,8 +1,9 @@
 """Rows of tables as records: JSONL (plain, gzip, zstd) and Parquet, as The Stack, datatrove and dolma write them.
 
 In: the URL of a table and `Columns`. Out: one record per row, in row order; all rows are read, whatever their path.
-A row without text is a `BAD_RECORD` drop, a damaged file one `DAMAGED_ARCHIVE` drop after the rows before the damage.
-A line is held up to six times `max_file_bytes` (JSON may escape every character), of Parquet a batch of rows.
+A row without text is a `BAD_RECORD` drop; a damaged file is one `DAMAGED_ARCHIVE` drop after the rows before the
+damage. Held in memory: a line up to six times `max_file_bytes` (JSON may escape every character), or a batch of
+Parquet rows.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from cert_ray.errors import MissingColumnsError
 from cert_ray.retries import tried_again
 from cert_ray.schemas import Dropped, DropReason
 
-_BATCH_ROWS = 256  # assumed: some megabytes of source at a time
+_BATCH_ROWS = 256  # a few megabytes of source at a time; assumed
 
 
 @tried_again
 def check_jsonl(url: str, source: str, config: SourceConfig) -> None:
-    """Look at the first line of a JSONL file: is it a record with the columns to read?
+    """Check that the first line of a JSONL file has the columns to read.
 
     Raises:
-        MissingColumnsError: when it is one without them. A line that is no record at all is a drop later on.
+        MissingColumnsError: when it is a record without them. A line that is not a record becomes a drop later.
     """
     try:
         with open_bytes(url) as stream:
@@ -44,7 +45,7 @@ def check_jsonl(url: str, source: str, config: SourceConfig) -> None:
 
 
 def _keys(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of `row`, those of a mapping inside it with its own and a dot before them."""
+    """The keys of `row`; a key inside a nested mapping is prefixed by the mapping's key and a dot."""
     for key, value in row.items():
         if isinstance(value, dict):
             yield from _keys(value, f"{prefix}{key}.")
@@ -53,7 +54,7 @@ def _keys(row: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _leaves(fields: Iterable[pa.Field], prefix: str = "") -> Iterator[str]:
-    """The same of a table's schema."""
+    """As `_keys`, for the fields of a table's schema."""
     for field in fields:
         if pa.types.is_struct(field.type):
             yield from _leaves(field.type, f"{prefix}{field.name}.")
@@ -89,7 +90,7 @@ def read_jsonl(url: str, source: str, config: SourceConfig) -> Iterator[Record]:
 
 
 def _lines(stream: IO[bytes], config: SourceConfig) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines that are not blank; None for one longer than any record that would be kept."""
+    """The lines that are not blank, with their numbers; None for a line longer than any record that could be kept."""
     most = _line_bytes(config)
     number = 0
     while line := stream.readline(most):
@@ -116,7 +117,7 @@ def _record_of_line(line: bytes | None, name: str, source: str, config: SourceCo
 
 
 def _record(row: Mapping[str, Any], name: str, source: str, config: SourceConfig) -> Record:
-    """A row as a document; `name` stands in for a path that it does not have."""
+    """A row as a document; `name` is used if it has no path."""
     values = {field: _value(row, names) for field, names in config.columns.named().items()}
     path = _text(values.get("path")) or name
     content = values["content"]
@@ -136,7 +137,7 @@ def _record(row: Mapping[str, Any], name: str, source: str, config: SourceConfig
 
 
 def _value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
-    """The value of the first of `names` that `row` has one for; dots lead into mappings."""
+    """The value of the first of `names` for which `row` has one; a dot leads into a nested mapping."""
     for name in names:
         value: Any = row.get(name)
         if value is None and "." in name:
@@ -149,14 +150,14 @@ def _value(row: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _text(value: object) -> str | None:
-    """`value` as text, several joined by commas; None where there is none."""
+    """`value` as text, or None if it is empty; the items of a list are joined by commas."""
     if isinstance(value, list):
         value = ", ".join(str(part) for part in value if part)
     return value.encode("utf-8", "replace").decode() or None if isinstance(value, str) else None
 
 
 def _count(value: object) -> int | None:
-    """`value` as a number of stars. Tables with gaps often store counts as floats."""
+    """`value` as a number of stars. Tables with missing values often store counts as floats."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return int(value) if 0 <= value < 1 << 62 else None
@@ -167,10 +168,10 @@ def row_groups(
 ) -> Iterator[tuple[list[int] | None, int, int]]:
     """The row groups of a Parquet file in runs of about `unit_bytes`: their numbers, rows and uncompressed bytes.
 
-    A file whose footer cannot be read is one run of None: reading it gives the drop.
+    A file whose footer cannot be read is one run with None for the numbers; reading it later yields the drop.
 
     Raises:
-        MissingColumnsError: when it lacks the columns to read.
+        MissingColumnsError: when the file lacks the columns to read.
     """
     metadata = _footer(url)
     if metadata is None:
@@ -193,7 +194,7 @@ def row_groups(
 
 @tried_again
 def _footer(url: str) -> pq.FileMetaData | None:
-    """What stands at the end of a Parquet file; None where it is damaged, which trying again does not mend."""
+    """The footer of a Parquet file, or None if it is damaged, which retrying would not change."""
     try:
         with open_bytes(url) as stream:
             return pq.read_metadata(stream)
@@ -220,14 +221,14 @@ def read_parquet(url: str, source: str, groups: list[int] | None, config: Source
 
 
 def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
-    """The rows of `batch`; text that is not UTF-8 stays bytes, for cleaning to judge."""
+    """The rows of `batch`. Text that is not UTF-8 stays bytes, for cleaning to judge."""
     texts = [pa.types.is_string(field.type) or pa.types.is_large_string(field.type) for field in batch.schema]
     values = []
     for column, is_text in zip(batch.columns, texts, strict=True):
         try:
             values.append(column.to_pylist())
         except UnicodeDecodeError:
-            if not is_text:  # a list of licences: bytes would not do
+            if not is_text:  # a list of licences, which must not be bytes
                 raise
             binary = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
             values.append(column.cast(binary).to_pylist())

@@ -1,8 +1,8 @@
-"""The documents of a shard as dedup compares them: whole, whatever was taken down since.
+"""The documents of a shard as dedup compares them: with all texts, even those taken down since.
 
 In: the shards of the documents stage, where a removed file has a row without a text. Out: the same rows with all texts.
-What was taken down is made again from the input, in memory, so that its copies are found whenever keys are made: before
-the takedown or after it, the same documents are dropped.
+Texts that were taken down are made again from the input, in memory only. So their copies are found whether keys are
+made before the takedown or after it: the same documents are dropped.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from cert_ray.errors import InputError
 from cert_ray.retries import tried_again
 from cert_ray.shards.units import damage_named
 
-VERB = "preprocess"  # makes the documents
+VERB = "preprocess"  # the verb that makes the documents
 
-# The documents of a shard as its input gives them; None where no takedown in it is known.
+# Returns the documents of a shard, made again from the input; None if no takedown in that shard is known.
 Originals = Callable[[str], pa.Table | None]
 
 
 def read_contents(documents: str, shard: str, columns: Sequence[str], originals: Originals | None) -> pa.Table:
-    """`columns`, with `content` and `content_hash` among them, of one shard of `documents`.
+    """`columns` of one shard of `documents`; they must include `content` and `content_hash`.
 
     Args:
-        originals: where removed texts come from; may be None where no file was removed.
+        originals: where removed texts come from; may be None if no file was removed.
 
     Raises:
-        InputError: when the input does not give the shard's documents any more, or nothing tells why texts are missing.
+        InputError: when the input no longer gives the shard's documents, or texts are missing without a known takedown.
         ShardCorruptError: when the shard is damaged.
     """
     url = storage.join(documents, f"{shard}.parquet")
@@ -57,8 +57,8 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
 def texts_at(documents: str, shard: str, rows: I64, originals: Originals | None) -> list[str]:
     """The texts of some `rows` (ascending) of one shard of `documents`, with a few rows in memory at a time.
 
-    Where one of the rows was removed, the whole shard is read and made again from its input, which is tried again where
-    a stream breaks off: in a task, whoever runs its unit does that for `read_contents`.
+    If any of the rows was removed, the whole shard is made again from its input. That is retried when a stream breaks
+    off. (`read_contents` does not retry: it runs in a task, and whatever runs the task's unit retries.)
 
     Args, raises: as `read_contents`.
     """

@@ -1,13 +1,13 @@
-"""Which documents stay: the best of equal contents first, then whoever resembles nothing better that stays.
+"""Decides which documents stay: the best of equal contents, then each that resembles no better document that stays.
 
 In: numpy columns by document number, then verified edges between ranks. Out: the survivor of each document, and how
-many documents it stands for. Numbers name documents, and decide nothing but between equal contents: a document's rank
-comes from what stands in it, so permuting the input gives the same clusters and the same surviving contents.
+many documents it stands for. Numbers only name documents and break ties between equal contents. Ranks come from what
+documents contain, so permuting the input gives the same clusters and the same surviving contents.
 
-A document is dropped exactly when an edge ties it to a better one that stays; so each dropped document resembles its
-survivor, whatever chains lead through a group of similar files, and no edge has two survivors. (That is the first
-maximal independent set by rank. A group's other members, dropped too, make no link.) Memory is a few dozen bytes per
-document, and what is left of the edges after a first look.
+A document is dropped exactly when an edge ties it to a better one that stays. So each dropped document resembles its
+survivor, however long the chains in a group of similar files, and no edge has two survivors. (This is the first maximal
+independent set by rank. Dropped members of a group link no others.) Memory is a few dozen bytes per document, plus the
+edges that the first pass leaves undecided.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Bits = npt.NDArray[np.bool_]
 
 UNRANKED = np.uint32(0xFFFFFFFF)  # a copy of another document, or too short to be compared
 
-# The bits of a precedence, high to low; what is less goes first.
+# The bits of a precedence, high to low. A lower precedence is better.
 _GENERATION_BITS, _STARS_BITS, _SIZE_BITS = 12, 20, 32
 MOST_GENERATIONS = 1 << _GENERATION_BITS
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """For every document the number of its survivor, and for how many documents that one stands (itself included)."""
+    """For every document, the number of its survivor, and how many documents that one stands for (itself included)."""
 
     survivor_D: I64
     size_D: I64
@@ -46,7 +46,7 @@ class Clusters:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """What decides between documents, by number: the content hash's halves (high one first), precedence, shingles."""
+    """What decides between documents, by number: both halves of the content hash (high first), precedence, shingles."""
 
     hashes_D2: U64
     precedence_D: U64
@@ -55,17 +55,17 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """Who stands for equal contents, and in which order the others are kept when they resemble each other."""
+    """Which document stands for equal contents, and which of similar documents is preferred."""
 
-    first_D: I64  # the best of each document's equals
-    rank_D: U32  # from 0; `UNRANKED` where there is none
-    number_R: U32  # by rank
+    first_D: I64  # number of the best document with the same content
+    rank_D: U32  # from 0; `UNRANKED` without a rank
+    number_R: U32  # document number by rank
 
 
 def precedence(stars_D: npt.NDArray[np.integer], size_D: npt.NDArray[np.integer], ends: Sequence[int]) -> U64:
-    """One number for each document, less for what goes first: an earlier generation, more stars, more bytes.
+    """One number per document. It is lower for an earlier generation, then for more stars, then for more bytes.
 
-    Stars beyond a million count as a million.
+    More than a million stars count as a million.
 
     Args:
         ends: documents after each generation.
@@ -80,18 +80,18 @@ def precedence(stars_D: npt.NDArray[np.integer], size_D: npt.NDArray[np.integer]
 
 
 def in_one_generation(documents: Documents) -> Documents:
-    """The same documents as if all of them had come at once."""
+    """The same documents as if they had all come in one generation."""
     bits = np.uint64((1 << (_STARS_BITS + _SIZE_BITS)) - 1)
     return dataclasses.replace(documents, precedence_D=documents.precedence_D & bits)
 
 
 def best_of_equal(documents: Documents) -> I64:
-    """For every document the one of least precedence with the same content hash, of several the least number."""
+    """For every document, the one with the same content hash and lowest precedence; of several, the lowest number."""
     hashes_D2 = documents.hashes_D2
     first_D = np.arange(len(hashes_D2))
     order = np.argsort(hashes_D2[:, 0])
     ordered = hashes_D2[order, 0]
-    equal = np.zeros(len(order) + 1, bool)  # to the one before
+    equal = np.zeros(len(order) + 1, bool)  # to the previous one
     equal[1 : len(order)] = ordered[1:] == ordered[:-1]
     members = order[equal[1:] | equal[:-1]]
     del order, ordered
@@ -103,15 +103,15 @@ def best_of_equal(documents: Documents) -> I64:
 
 
 def rank_documents(documents: Documents, first_D: I64) -> Ranking:
-    """Ranks by precedence, then by content hash; of equal contents only the best one has a rank.
+    """Ranks by precedence, then by content hash. Of equal contents, only the best document has a rank.
 
     Args:
-        first_D: the best of equal contents.
+        first_D: what `best_of_equal` returns.
     """
     count = len(first_D)
     assert count < int(UNRANKED), "documents are numbered in 32 bits"
     compared = np.flatnonzero(documents.has_shingle_D & (first_D == np.arange(count))).astype(np.uint32)
-    # The high half decides between equal precedences: that it is equal, too, among different contents is no case.
+    # The high half of the hash suffices: different contents of equal precedence do not share it in practice.
     order = np.lexsort((documents.hashes_D2[compared, 0], documents.precedence_D[compared]))
     number_R = compared[order]
     rank_D = np.full(count, UNRANKED, np.uint32)
@@ -120,19 +120,19 @@ def rank_documents(documents: Documents, first_D: I64) -> Ranking:
 
 
 def choose_survivors(batches: Iterable[U64], documents: int) -> U32:
-    """By rank, the rank of the best survivor that an edge ties a document to; its own where it survives.
+    """By rank, the rank of the best survivor that an edge ties a document to; its own rank if it survives.
 
     Args:
-        batches: edges, the better rank first, in any order, some perhaps twice; gone through four times.
+        batches: edges, the better rank first, in any order, possibly repeated; iterated over four times.
         documents: how many ranks there are.
     """
     stays_R = np.ones(documents, bool)
     for edges in batches:
-        stays_R[second_of(edges)] = False  # until all that is better and like it is dropped
+        stays_R[second_of(edges)] = False  # not yet: all its better neighbours may be dropped
     dropped_R = np.zeros(documents, bool)
     for edges in batches:
         dropped_R[second_of(edges)[stays_R[first_of(edges)]]] = True
-    undecided = np.zeros(0, np.uint64)  # edges, few: most documents fall to one that nothing better resembles
+    undecided = np.zeros(0, np.uint64)  # few edges: most documents fall to one without better neighbours
     for edges in batches:
         undecided = np.unique(np.concatenate([undecided, edges[_is_open(edges, stays_R, dropped_R)]]))
     _decide(undecided, stays_R, dropped_R)
@@ -145,19 +145,19 @@ def choose_survivors(batches: Iterable[U64], documents: int) -> U32:
 
 
 def _is_open(edges: U64, stays_R: Bits, dropped_R: Bits) -> Bits:
-    """Whether it still depends on an edge's better end what becomes of the other."""
+    """Whether the fate of an edge's other end still depends on the better end."""
     better = first_of(edges)
     return ~(stays_R[better] | dropped_R[better] | dropped_R[second_of(edges)])
 
 
 def _decide(edges: U64, stays_R: Bits, dropped_R: Bits) -> None:
-    """Settle whoever neither stays nor is dropped yet, in place; `edges` are the open ones among them."""
+    """Decide, in place, the documents that neither stay nor are dropped yet; `edges` are the open ones among them."""
     waits_R = np.zeros(len(stays_R), bool)
     left = np.flatnonzero(~(stays_R | dropped_R))
     while len(left):
         better, other = first_of(edges), second_of(edges)
         waits_R[other] = True
-        stays_R[left[~waits_R[left]]] = True  # at least the best of them
+        stays_R[left[~waits_R[left]]] = True  # at least the best one
         waits_R[other] = False
         dropped_R[other[stays_R[better]]] = True
         left = left[~(stays_R[left] | dropped_R[left])]
@@ -165,7 +165,7 @@ def _decide(edges: U64, stays_R: Bits, dropped_R: Bits) -> None:
 
 
 def clusters_of(ranking: Ranking, survivor_R: U32, ends: Sequence[int]) -> Clusters:
-    """Survivors and cluster sizes by document number; a generation's sizes count what had come by its end."""
+    """Survivors and cluster sizes by document number. Sizes in a generation count the documents up to its end."""
     best_D = ranking.rank_D[ranking.first_D]
     ranked = best_D != UNRANKED
     survivor_D = ranking.first_D.copy()
@@ -180,6 +180,6 @@ def clusters_of(ranking: Ranking, survivor_R: U32, ends: Sequence[int]) -> Clust
 
 
 def reranked(edges: U64, rank_R: U32) -> U64:
-    """`edges` between other ranks of the same documents, the better one first again."""
+    """`edges` with the ranks `rank_R` instead, the better one first again."""
     one, other = rank_R[first_of(edges)], rank_R[second_of(edges)]
     return joined(np.minimum(one, other), np.maximum(one, other))

@@ -1,15 +1,15 @@
-"""Signatures and LSH band keys over Arrow string buffers, vectorised: no Python per document or token.
+"""Signatures and LSH band keys over Arrow string buffers, vectorised: no Python loop over documents or tokens.
 
 In: an Arrow string array. Out: (documents, BINS) uint8 signatures and (documents, bands) uint32 band keys.
-Tokens are runs of word bytes; a shingle is `shingle_tokens` of them in a row, hashed to 64 bits. Documents too short
-for one shingle get no keys: they belong to exact dedup alone, since one shared empty signature would merge them all.
+Tokens are runs of word bytes; a shingle is `shingle_tokens` consecutive tokens, hashed to 64 bits. Documents too short
+for one shingle get no keys: only exact dedup handles them, since one shared empty signature would merge them all.
 
-One permutation does the work of hundreds (Li, Owen and Zhang 2012, arXiv:1208.1259): a shingle's hash says into which
-of `BINS` bins it falls and its rank there, and a document keeps the least rank of every bin. One byte of each is the
-signature, whose agreement estimates Jaccard with a root mean square error of 0.014 to 0.018 around 0.7, where 112
-permutations of four bytes give 0.043 to 0.048 (4,000 pairs, tests/bench/bench_dedup_curves.py). Bands take coarser
-bins, and empty ones borrow from others by a fixed random order (Shrivastava 2017, arXiv:1703.04664), so that a band of
-equal rows is as likely as under independent permutations.
+One permutation does the work of hundreds (Li, Owen and Zhang 2012, arXiv:1208.1259): a shingle's hash says which of
+`BINS` bins it falls into and its rank there, and a document keeps the lowest rank in every bin. One byte of each is the
+signature. The agreement of two signatures estimates Jaccard with a root mean square error of 0.014 to 0.018 around 0.7;
+112 permutations of four bytes have 0.043 to 0.048 (4,000 pairs, tests/bench/bench_dedup_curves.py). Bands use coarser
+bins, and empty bins borrow from others in a fixed random order (Shrivastava 2017, arXiv:1703.04664), so that bands
+agree as often as under independent permutations.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ U32 = npt.NDArray[np.uint32]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
-BINS = 512  # bytes of a signature: 27 GB of them for 60M documents
-EMPTY_BIN = 255  # in a signature: no shingle fell there; the others are 0 to 254
+BINS = 512  # bytes per signature: 27 GB for 60M documents
+EMPTY_BIN = 255  # in a signature, a bin that no shingle fell into; other bins are 0 to 254
 
 # Odd 64-bit constants from rrxmrrxmsx_0 (shingles) and Pelle Evensen's mixers (bits).
 _SHINGLE_MULTIPLIER = np.uint64(0x9FB21C651E98DF25)
 _MIX_MULTIPLIER = np.uint64(0xD6E8FEB86659FD93)
-# At a time: temporaries of a few dozen bytes for each, which a core's second cache still holds in part. Measured on
-# 126 MB: 4 MB at a time took 1.6 times as long as 512 kB.
+# Processed at a time. Temporaries take a few dozen bytes for each byte, so a core's L2 cache still holds part of them.
+# Measured on 126 MB: 4 MB at a time took 1.6 times as long as 512 kB.
 _CHUNK_BYTES = 512 << 10
-_CHUNK_DOCUMENTS = 1_024  # as many have 2 MB of bins
+_CHUNK_DOCUMENTS = 1_024  # have 2 MB of bins
 _EMPTY = np.uint32(0xFFFFFFFF)
-_LONG_WORD_BYTES = 64  # a longer word is hashed in one call: encoded data may be a megabyte without a border
-_PROBES = 64  # bins that an empty one asks at random before its neighbours; assumed
+_LONG_WORD_BYTES = 64  # a longer word is hashed in one call: encoded data may go on for a megabyte
+_PROBES = 64  # random bins that an empty one tries before its neighbours; assumed
 _LOW_BYTES = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 
 
@@ -50,13 +50,13 @@ class MinHashConfig(Config):
     """LSH over `bands` of `rows_per_band` bins: a pair shares a band with probability 1 - (1 - J^rows)^bands."""
 
     shingle_tokens: int = pydantic.Field(5, ge=1, le=32)  # datatrove's and Lee et al.'s (arXiv:2107.06499) n-gram
-    # 0.990 of the pairs of Jaccard 0.7 share a band of these; of 14 x 8, datatrove's default, 0.565.
+    # With these, 0.990 of the pairs with Jaccard 0.7 share a band; with datatrove's default, 14 x 8, 0.565.
     bands: int = pydantic.Field(25, ge=1, le=256)
     rows_per_band: int = pydantic.Field(5, ge=1, le=64)
     threshold: float = pydantic.Field(0.7, ge=0, le=1)  # Jaccard of near duplicates; datatrove's knee is 0.72
     seed: int = pydantic.Field(1, ge=0)
-    # What a task that looks for edges holds at a time; neither changes the outcome. Of more documents, keys are cut
-    # into ranges, and signatures wait in a temporary file.
+    # What a task that searches for edges holds at a time; neither changes the outcome. With more documents, keys are
+    # cut into ranges, and signatures go to a temporary file.
     keys_in_memory: Annotated[int, COST_ONLY] = pydantic.Field(20_000_000, ge=1)  # sorting them takes about 0.6 GB
     signatures_in_memory: Annotated[int, COST_ONLY] = pydantic.Field(250_000, ge=1)  # 128 MB
 
@@ -71,16 +71,16 @@ class MinHashConfig(Config):
 
     @property
     def hashes(self) -> int:
-        """Hashes that the bands are made of."""
+        """How many hashes the bands are made of."""
         return self.bands * self.rows_per_band
 
     @property
     def verified_from(self) -> float:
-        """The least estimate of an edge: half a standard error above the threshold.
+        """The lowest estimate that makes an edge: half a standard error above the threshold.
 
-        A document has many neighbours just below the threshold, and falls to any one whose estimate errs upwards. On
-        78,902 real files 0.83 of the drops reached 0.7 with estimates from 0.7, 0.94 from here, 0.99 from a whole error
-        (`dedup.quality`); recall was above 0.999 in all three.
+        A document has many neighbours just below the threshold, and any of them whose estimate errs upwards drops it.
+        On 78,902 real files, 0.83 of the drops really reached 0.7 if edges began at an estimate of 0.7, 0.94 if they
+        began here, and 0.99 a whole error above (`dedup.quality`); recall was above 0.999 in all three.
         """
         return min(1.0, self.threshold + 0.5 * float(np.sqrt(self.threshold * (1 - self.threshold) / BINS)))
 
@@ -90,7 +90,7 @@ def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U8, U32, npt.
 
     Returns:
         uint8[documents, BINS], uint32[documents, bands] and bool[documents]. A document without a shingle has only
-        empty bins, and keys that mean nothing.
+        empty bins, and its keys are meaningless.
     """
     buffer, offsets = _string_buffers(contents)
     signature_DK = np.full((len(contents), BINS), EMPTY_BIN, np.uint8)
@@ -112,12 +112,12 @@ def signatures(contents: pa.Array, config: MinHashConfig) -> tuple[U8, U32, npt.
 
 
 def agreement(signature_DK: U8, left: I64, right: I64) -> npt.NDArray[np.float64]:
-    """Estimated Jaccard similarity of each pair of rows: equal bins among those that are not empty in both.
+    """Estimated Jaccard similarity of each pair of rows: the share of equal bins among those not empty in both.
 
-    One in 255 bins agrees by chance, which is taken off.
+    One in 255 bins agrees by chance, which is subtracted.
     """
     result = np.empty(len(left), np.float64)
-    for start in range(0, len(left), 1 << 14):  # bounds the gathered rows at about 16 MB
+    for start in range(0, len(left), 1 << 14):  # limits the gathered rows to about 16 MB
         part = slice(start, start + (1 << 14))
         one, other = signature_DK[left[part]], signature_DK[right[part]]
         equal = one == other
@@ -128,10 +128,10 @@ def agreement(signature_DK: U8, left: I64, right: I64) -> npt.NDArray[np.float64
 
 
 def shingle_hashes(text: U8, offsets: I64, shingle_tokens: int) -> tuple[U64, I64]:
-    """64-bit hashes of every document's shingles, and where each document's start (length documents + 1).
+    """64-bit hashes of every document's shingles, and where those of each document start (length documents + 1).
 
     Args:
-        text: concatenated UTF-8 of the documents. offsets: their borders in it, from 0 to len(text).
+        text: concatenated UTF-8 of the documents. offsets: their boundaries in it, from 0 to len(text).
     """
     token_hashes, token_starts = _token_hashes(text, offsets)
     borders = np.searchsorted(token_starts, offsets)
@@ -144,21 +144,21 @@ def shingle_hashes(text: U8, offsets: I64, shingle_tokens: int) -> tuple[U64, I6
     for step in range(1, shingle_tokens):
         hashes *= _SHINGLE_MULTIPLIER
         hashes += token_hashes[step : windows + step]
-    inside = np.ones(len(token_hashes), bool)  # windows that start so late that they would reach the next document
+    inside = np.ones(len(token_hashes), bool)  # false for windows that would reach into the next document
     for step in range(shingle_tokens - 1):
         inside[(borders[1:] - 1 - step)[tokens_D > step]] = False
     return _mix(hashes[inside[:windows]]), np.concatenate([[0], np.cumsum(shingles_D)])
 
 
 def _token_hashes(text: U8, offsets: I64) -> tuple[U64, I64]:
-    """64-bit hashes of the word tokens, wherever they stand, and their start offsets: eight bytes at a time."""
+    """64-bit hashes of the word tokens, which do not depend on position, and their start offsets: 8 bytes at a time."""
     size = len(text)
     word = np.zeros(size + 2, bool)  # with a border at either end
     _mark_word_bytes(text, word[1:-1])
     begins = word[1:] > word[:-1]  # at each offset from 0 to size
     ends = word[1:] < word[:-1]
     inner = offsets[(offsets > 0) & (offsets < size)]
-    begins[inner], ends[inner] = word[inner + 1], word[inner]  # a word does not go on into the next document
+    begins[inner], ends[inner] = word[inner + 1], word[inner]  # a word ends where its document ends
     starts, length = np.flatnonzero(begins), np.flatnonzero(ends)
     length -= starts
     padded = np.zeros(size + 8, np.uint8)
@@ -178,7 +178,7 @@ def _token_hashes(text: U8, offsets: I64) -> tuple[U64, I64]:
 
 
 def _mark_word_bytes(text: U8, word: npt.NDArray[np.bool_]) -> None:
-    """Letters, digits, `_`, and every byte of a character beyond ASCII; arithmetic, for a table costs more."""
+    """Mark letters, digits, `_`, and every byte of a non-ASCII character, by arithmetic: a table is slower."""
     np.less((text | np.uint8(32)) - np.uint8(97), 26, out=word)
     word |= text - np.uint8(48) < 10
     word |= text == 95
@@ -186,7 +186,7 @@ def _mark_word_bytes(text: U8, word: npt.NDArray[np.bool_]) -> None:
 
 
 def _least_of_bins(shingles: U64, starts: I64, seed: int) -> U32:
-    """uint32[documents, BINS]: the least rank of each document's shingles in every bin."""
+    """uint32[documents, BINS]: the lowest rank of each document's shingles in every bin."""
     documents = len(starts) - 1
     scrambled = shingles * _scramble(seed)
     bin_bits = BINS.bit_length() - 1
@@ -199,7 +199,7 @@ def _least_of_bins(shingles: U64, starts: I64, seed: int) -> U32:
 
 
 def _band_keys(least_DK: U32, config: MinHashConfig) -> U32:
-    """One key per document and band: equal where all of the band's hashes are equal, and seldom elsewhere."""
+    """One key per document and band: equal if all of the band's hashes are equal, and seldom otherwise."""
     hashes = 1 << (config.hashes - 1).bit_length()
     coarse_DH = least_DK.reshape(len(least_DK), hashes, BINS // hashes).min(axis=2)
     _fill_empty(coarse_DH, config.seed)
@@ -228,7 +228,7 @@ def _fill_empty(least_DH: U32, seed: int) -> None:
 
 @lru_cache(maxsize=4)
 def _probes(hashes: int, seed: int) -> npt.NDArray[np.int64]:
-    """int64[probes, hashes]: which bins an empty one asks in turn: `_PROBES` at random, then all, from its right on."""
+    """int64[probes, hashes]: the bins that an empty one tries in turn: `_PROBES` random ones, then all others."""
     generator = np.random.Generator(np.random.PCG64(seed))
     neighbours = (np.arange(hashes) + np.arange(1, hashes)[:, None]) % hashes
     return np.concatenate([generator.integers(0, hashes, (_PROBES, hashes)), neighbours])
@@ -236,13 +236,13 @@ def _probes(hashes: int, seed: int) -> npt.NDArray[np.int64]:
 
 @lru_cache(maxsize=8)
 def _scramble(seed: int) -> np.uint64:
-    """An odd number: a bijection of 64 bits that is another one for each seed."""
+    """An odd number; multiplying by it permutes the 64-bit numbers, differently for each seed."""
     generator = np.random.Generator(np.random.PCG64(seed))
     return np.uint64(generator.integers(0, 1 << 63, dtype=np.uint64) * np.uint64(2) + np.uint64(1))
 
 
 def _string_buffers(contents: pa.Array) -> tuple[U8, I64]:
-    """Zero-copy view of the array's UTF-8, and its borders as int64."""
+    """Zero-copy view of the array's UTF-8, and the boundaries of its strings as int64."""
     wide = pa.types.is_large_string(contents.type)
     _, offset_buffer, value_buffer = contents.buffers()
     borders = np.frombuffer(offset_buffer, np.int64 if wide else np.int32)

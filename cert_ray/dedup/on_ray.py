@@ -1,6 +1,6 @@
 """Dedup on Ray: key shards as work units, edges of some bands as tasks, decisions on the driver.
 
-What moves between processes is edges, and one rank (4 bytes) per document; keys and signatures stay in storage.
+Only edges and one rank (4 bytes) per document move between processes; keys and signatures stay in storage.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from cert_ray.shards.units import Attempt, WorkUnit, attempt, check_source, made
 logger = logging.getLogger(__name__)
 
 STAGE = "dedup"
-# Times, are keys and signatures: 70 MB a second and core beside 4.4, by a timeline of 969 MB on two cores (2026-11-26).
+# How many times faster keys and signatures are: 70 MB per second and core against 4.4, from a timeline of 969 MB on two
+# cores (2026-11-26).
 _FASTER_THAN_CLEANING = 16
 _QUALITY_NOTE = "near_dedup_quality"
 
@@ -49,20 +50,20 @@ def deduplicate(
     quality: QualityConfig | None = None,
     originals: Originals | None = None,
 ) -> Manifest:
-    """Exact and near duplicates of the documents that `manifest` lists; writes `folder`, see `dedup.survivors`.
+    """Find exact and near duplicates of the documents that `manifest` lists; write `folder`, see `dedup.survivors`.
 
-    A finished and whole `folder` that was made from the same documents by the same options is reused as it is; where
-    only `quality` differs, its clusters are measured anew. The note "generations" of `manifest` says how many shards
-    each generation has; what one decided, later ones leave.
+    A finished and intact `folder` that was made from the same documents with the same options is reused. If only
+    `quality` differs, its clusters are kept and measured again. The note "generations" of `manifest` says how many
+    shards each generation has; a later generation does not change what an earlier one decided.
 
     Args:
-        quality: how near-dedup is measured against brute force, into the manifest's notes; None does not measure it.
-        originals: picklable; where the texts come from that a takedown emptied. None where it emptied none.
+        quality: how near-dedup is measured against brute force, for the manifest's notes; None: it is not measured.
+        originals: where the texts that a takedown removed come from; picklable. None if it removed none.
 
     Raises:
-        ConservationError: when a shard's keys are not those of as many documents as `manifest` says.
-        InputError: when a text that was taken down is needed, and the input does not give it any more.
-        ShardCorruptError: when a shard of documents, keys or signatures is damaged after it was found to be whole.
+        ConservationError: when a shard has keys of more or fewer documents than `manifest` says.
+        InputError: when a text that was taken down is needed, but the input no longer gives it.
+        ShardCorruptError: when a shard of documents, keys or signatures is damaged after it was found to be intact.
         SupersededError: when another run has begun in `folder`, or made other documents.
     """
     options = DedupConfig(minhash=config, quality=quality)
@@ -113,7 +114,7 @@ def _deduplicate(
     edges = _Fetched(list(_near_edges(run, shards, rows, ranking, config, workers)))
     clusters, differences = survivors.cluster_documents(folder, shards, rows, ranking, edges, ends)
     reports = survivors.write_clusters(folder, shards, rows, clusters, first_D, inputs)
-    del edges, ranking, first_D  # two dozen bytes per document, while the sample below is drawn
+    del edges, ranking, first_D  # frees two dozen bytes per document before the sample below is drawn
     notes = {**differences, **_measured(documents, shards, rows, clusters, options, originals)}
     result = manifests.summarize(STAGE, options, inputs, reports, notes)
     manifests.check_handover(STAGE, manifest.rows_kept, result.rows_read)
@@ -121,7 +122,7 @@ def _deduplicate(
 
 
 def _write_keys(unit: WorkUnit, documents: str, **options: Any) -> ShardReport:
-    """In a task: keys are called after the documents that they were made from."""
+    """In a task: write the keys of a shard, then check that its documents are still those that `unit` names."""
     report = survivors.write_keys(unit, documents, **options)
     check_source(documents, unit.name, unit.payload["documents"])
     return report
@@ -135,7 +136,7 @@ def _measured(
     options: DedupConfig,
     originals: Originals | None,
 ) -> dict[str, Any]:
-    """The manifest's note of how well near-dedup did; none where it is not measured."""
+    """The manifest's note on how well near-dedup did; empty if it is not measured."""
     if options.quality is None:
         return {}
     quality = measure_quality(documents, shards, rows, clusters, options.minhash, options.quality, originals)
@@ -145,7 +146,7 @@ def _measured(
 def _measured_anew(
     documents: str, folder: str, finished: Manifest, options: DedupConfig, originals: Originals | None
 ) -> Manifest:
-    """The manifest `finished` with the same clusters, measured as `options` say."""
+    """The manifest `finished`, with the same clusters, measured again with `options`."""
     shards, rows = [shard.shard for shard in finished.shards], [shard.rows_read for shard in finished.shards]
     notes = {name: note for name, note in finished.notes.items() if name != _QUALITY_NOTE}
     if options.quality is not None:
@@ -156,13 +157,13 @@ def _measured_anew(
 
 
 def _documents_after(shards_of_generation: Sequence[int], rows: Sequence[int]) -> list[int]:
-    """Documents after each generation, from its shards' counts."""
+    """The number of documents at the end of each generation, from the rows of its shards."""
     after = np.cumsum([0, *rows])
     return [int(after[last]) for last in np.cumsum(shards_of_generation)]
 
 
 class _Fetched:
-    """Batches of edges, fetched one by one, as often as they are asked for: together they may be too many to hold."""
+    """Batches of edges, fetched one by one in each iteration: together they may be too many to hold."""
 
     def __init__(self, batches: Sequence[ray.ObjectRef]) -> None:
         self._batches = batches
@@ -179,14 +180,14 @@ def _near_edges(
     config: MinHashConfig,
     workers: int | None,
 ) -> Iterator[ray.ObjectRef]:
-    """Every task's edges when it is done, in the order of the tasks, at most `workers` of them at a time."""
+    """The edges of each task when it is done, in the order of the tasks; at most `workers` tasks run at a time."""
     task = ray.remote(_band_edges)
     rank_ref = ray.put(ranking.rank_D)
     pending: list[ray.ObjectRef] = []
     for bands, key_range in survivors.band_tasks(config, len(ranking.number_R)):
         if workers and len(pending) >= workers:
             yield _done(pending.pop(0))
-        # Like Ray Data's tasks, run again whenever a worker or node is lost; an error of the task itself ends the run.
+        # Like Ray Data's tasks, run again whenever a worker or node is lost. An error in the task itself ends the run.
         name = f"{STAGE} bands {bands[0]} to {bands[-1]}, part {key_range[0]}"
         options = {"num_cpus": 1, "max_retries": -1, "name": name}
         pending.append(task.options(**options).remote(run, shards, bands, key_range, rows, rank_ref, config))
@@ -195,7 +196,7 @@ def _near_edges(
 
 
 def _band_edges(run: Attempt, *given: Any) -> U64:
-    """In a task: a shard that cannot be read is not called damaged when a later run has removed it."""
+    """In a task: find edges. A shard that a later run has removed is not reported as damaged."""
     with storage.commits_guarded(run.check):
         return survivors.band_edges(run.folder, *given)
 

@@ -2,16 +2,16 @@
 
 In: the finished clusters, and the documents' shards. Out: a mapping for the manifest's notes, which the card shows.
 
-The sample is drawn by content hash: about half of it whole clusters, half documents of any kind, no two of equal
-content. Every pair of it is judged by the exact Jaccard similarity of the two shingle sets, hashed to 64 bits. A pair
-is *similar* at the threshold and above, and *found* when at most one of its documents stays.
+The sample is drawn by content hash: about half of it are whole clusters, half any documents, no two with equal
+content. Every pair in it is judged by the exact Jaccard similarity of the two shingle sets, hashed to 64 bits. A pair
+is *similar* from the threshold on, and *found* when at most one of its documents stays.
 
     recall = found and similar pairs / similar pairs
     precision = dropped documents that are similar to their survivor / dropped documents
 
-A corpus that is no larger than the sample is judged whole. In a larger one, similar documents that dedup did not tie
-are seldom sampled together, so recall is an upper estimate; `uniform_similar_pairs` and `uniform_found_similar_pairs`
-count the pairs that no choice of clusters brought in. Intervals are Wilson's, as if pairs were independent.
+A corpus no larger than the sample is judged whole. In a larger one, similar documents that dedup did not tie are seldom
+sampled together, so recall is an upper estimate; `uniform_similar_pairs` and `uniform_found_similar_pairs` count only
+the pairs that were not drawn as clusters. Intervals are Wilson's, as if pairs were independent.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from cert_ray.dedup.decisions import Clusters
 from cert_ray.dedup.minhash import I64, MinHashConfig, shingle_hashes
 from cert_ray.shards.units import damage_named
 
-_BLOCK_ROWS = 256  # of the sample, compared with all others at a time: bounds the products in memory
+_BLOCK_ROWS = 256  # of the sample, compared with all others at a time: limits the products in memory
 
 
 class QualityConfig(Config):
-    """How much of the corpus near-dedup is measured on; the bounds make it seconds on a corpus of any size."""
+    """How much of the corpus near-dedup is measured on; with these limits it takes seconds on any corpus."""
 
     documents: int = pydantic.Field(2_000, ge=2)  # assumed: two million pairs
-    cluster_documents: int = pydantic.Field(32, ge=2)  # of one cluster at most; assumed, so that none fills the sample
-    sample_bytes: int = pydantic.Field(64 << 20, ge=1)  # of text at most; assumed: 32 kB a document
-    shards: int = pydantic.Field(32, ge=1)  # read at most; assumed: 1 GB of text
+    cluster_documents: int = pydantic.Field(32, ge=2)  # at most, of one cluster, so that none fills the sample; assumed
+    sample_bytes: int = pydantic.Field(64 << 20, ge=1)  # at most, of text; assumed: 32 kB per document
+    shards: int = pydantic.Field(32, ge=1)  # at most, to read; assumed: 1 GB of text
     seed: int = pydantic.Field(1, ge=0)
 
 
@@ -50,8 +50,8 @@ class _Sample:
     """Documents to compare, in the order of their numbers."""
 
     numbers: I64
-    survivor: I64  # where each one's survivor stands in the sample; -1 where it was not drawn
-    uniform: npt.NDArray[np.bool_]  # drawn whatever its cluster
+    survivor: I64  # the position of each one's survivor in the sample; -1 if that was not drawn
+    uniform: npt.NDArray[np.bool_]  # drawn regardless of its cluster
 
 
 def measure_quality(
@@ -63,7 +63,7 @@ def measure_quality(
     config: QualityConfig,
     originals: Originals | None = None,
 ) -> dict[str, Any]:
-    """Recall and precision of `clusters` on a sample; None where there was nothing to judge.
+    """Recall and precision of `clusters` on a sample; each is None if there was nothing to judge.
 
     Returns:
         Counts of documents and pairs, and `recall` and `precision`, each with `_low` and `_high` of its 95% interval.
@@ -91,14 +91,14 @@ def measure_quality(
 def _share(name: str, hits: int, total: int) -> dict[str, float | None]:
     if not total:
         return {name: None, f"{name}_low": None, f"{name}_high": None}
-    from scipy import stats  # takes half a second, and every worker of every stage would pay for it
+    from scipy import stats  # takes half a second, which every worker of every stage would pay
 
     interval = stats.binomtest(hits, total).proportion_ci(0.95, method="wilson")
     return {name: hits / total, f"{name}_low": float(interval.low), f"{name}_high": float(interval.high)}
 
 
 def _count_pairs(sets: csr_array, sample: _Sample, threshold: float) -> dict[str, int]:
-    """Pairs of the sample that are similar, and found; those among its uniform documents; drops, and rightful ones."""
+    """Counts of pairs of the sample (similar, found), the same among its uniform documents, and of drops (correct)."""
     names = ("similar_pairs", "found_similar_pairs", "uniform_similar_pairs", "uniform_found_similar_pairs")
     counts = dict.fromkeys([*names, "dropped_documents", "dropped_like_survivor"], 0)
     sizes, all_rows = np.diff(sets.indptr), np.arange(len(sample.numbers))
@@ -134,13 +134,13 @@ def _shingle_sets(texts: Iterator[str], shingle_tokens: int) -> csr_array:
 
 
 def _choose_shards(firsts: I64, clusters: Clusters, config: QualityConfig) -> list[int]:
-    """At most `config.shards` of the shards: some of any kind, and those where the rest of their clusters lies."""
+    """At most `config.shards` of the shards: some random ones, and those that hold the rest of their clusters."""
     count = len(firsts) - 1
     if count <= config.shards:
         return list(range(count))
     generator = np.random.default_rng(config.seed)
     chosen = set(generator.permutation(count)[: max(1, config.shards // 4)].tolist())
-    touched = np.zeros(len(clusters.survivor_D), bool)  # by survivor: clusters that reach into the shards so far
+    touched = np.zeros(len(clusters.survivor_D), bool)  # by survivor: clusters with members in the chosen shards
     for shard in chosen:
         touched[clusters.survivor_D[firsts[shard] : firsts[shard + 1]]] = True
     touched &= clusters.size_D > 1
@@ -159,7 +159,7 @@ def _choose_shards(firsts: I64, clusters: Clusters, config: QualityConfig) -> li
 def _draw(
     documents: str, shards: Sequence[str], firsts: I64, chosen: list[int], clusters: Clusters, config: QualityConfig
 ) -> _Sample:
-    """Half of the documents as clusters in the order of their least hash, the others in the order of their own."""
+    """Draw half of the documents as clusters, ordered by their lowest hash, the others ordered by their own hash."""
     numbers, ranks, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], [np.zeros(0, np.int64)]
     for shard in chosen:
         with damage_named(documents, shards[shard], VERB):
@@ -171,11 +171,11 @@ def _draw(
         ranks.append(hashes[::2].astype(np.uint64))
     scramble = np.random.default_rng(config.seed).integers(1 << 62, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
     number, size = np.concatenate(numbers), np.concatenate(sizes)
-    best = np.argsort(clusters.survivor_D[number] != number, kind="stable")  # of equal contents the one that stays
+    best = np.argsort(clusters.survivor_D[number] != number, kind="stable")  # of equal contents the survivor first
     rank, first = np.unique(np.concatenate(ranks)[best] * scramble, return_index=True)  # ascending, and no copies
     number, size = number[best][first], size[best][first]
     survivor = clusters.survivor_D[number]
-    several = np.zeros(len(clusters.survivor_D), bool)  # by survivor; an earlier generation's knows of no later copy
+    several = np.zeros(len(clusters.survivor_D), bool)  # by survivor: sizes of an earlier generation omit later copies
     several[survivor[clusters.size_D[number] > 1]] = True
     tied = np.flatnonzero(several[survivor])
     whole = tied[_whole_clusters(survivor[tied], (number == survivor)[tied], config.cluster_documents)]
@@ -191,7 +191,7 @@ def _draw(
 
 
 def _whole_clusters(cluster: I64, stays: npt.NDArray[np.bool_], most: int) -> I64:
-    """Positions of those whose cluster is there more than once, cluster by cluster, `most` of each, survivors first."""
+    """Positions whose cluster occurs more than once, cluster by cluster, at most `most` of each, survivors first."""
     _, first, inverse, count = np.unique(cluster, return_index=True, return_inverse=True, return_counts=True)
     order = np.lexsort((np.arange(len(cluster)), ~stays, first[inverse]))  # clusters by their first position
     order = order[count[inverse[order]] > 1]
@@ -203,7 +203,7 @@ def _whole_clusters(cluster: I64, stays: npt.NDArray[np.bool_], most: int) -> I6
 def _texts(
     documents: str, shards: Sequence[str], firsts: I64, numbers: I64, originals: Originals | None
 ) -> Iterator[str]:
-    """The content of each of `numbers` (sorted), a part of a shard in memory at a time."""
+    """The content of each of `numbers` (sorted), with part of a shard in memory at a time."""
     for shard in np.unique(np.searchsorted(firsts, numbers, side="right") - 1):
         wanted = numbers[slice(*np.searchsorted(numbers, firsts[shard : shard + 2]))] - firsts[shard]
         yield from texts_at(documents, shards[shard], wanted, originals)

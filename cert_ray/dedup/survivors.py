@@ -1,10 +1,10 @@
 """Dedup over folders: key shards, edges of some bands, clusters of the whole corpus. Pure functions over storage.
 
 In: the shards of the documents stage. Out, below the stage's folder:
-    keys/<shard>.parquet        content hash, stars, size and one column per band (about 130 bytes a document)
+    keys/<shard>.parquet        content hash, stars, size and one column per band (about 130 bytes per document)
     signatures/<shard>.parquet  signatures (512 bytes), read only for documents that share a band
     clusters/<shard>.parquet    per document: keep, why not, number of the survivor, cluster size
-Documents are numbered by (shard, row), made dense by prefix sums of the shards' row counts.
+Documents are numbered in the order of shards and rows: a document's number is its row plus the rows of earlier shards.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from cert_ray.manifests import ShardReport, WrittenFile
 from cert_ray.schemas import DropReason
 from cert_ray.shards.units import WorkUnit, damage_named, write_table
 
-# Small corpora are cut in so many tasks: each of them reads every shard of keys, and more than a few cores are idle.
+# Even small corpora are cut into this many tasks. Not more, because every task reads every shard of keys.
 _LEAST_TASKS = 4
 
 
 def write_keys(
     unit: WorkUnit, documents: str, folder: str, config: MinHashConfig, originals: Originals | None = None
 ) -> ShardReport:
-    """Keys and signatures of one shard of `documents`, of files that were taken down as well: see `contents`."""
+    """Write keys and signatures of one shard of `documents`, including files that were taken down: see `contents`."""
     columns = ["content", "content_hash", "stars", "size_bytes"]
     table = read_contents(documents, unit.name, columns, originals)
     signature_DK, keys_DB, has_shingle_D = signatures(table.column("content").combine_chunks(), config)
@@ -56,7 +56,7 @@ def write_keys(
 
 
 def _write(folder: str, name: str, table: pa.Table) -> WrittenFile:
-    """Hashes, as they are: no dictionary, for no value comes twice, and the fastest compression."""
+    """Write hashes without a dictionary, since values do not repeat, and with the fastest compression."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="lz4", use_dictionary=False, write_statistics=False)
     written = storage.write_bytes(storage.join(folder, name), sink.getvalue())
@@ -64,7 +64,7 @@ def _write(folder: str, name: str, table: pa.Table) -> WrittenFile:
 
 
 def read_documents(folder: str, shards: Sequence[str], rows: Sequence[int], ends: Sequence[int]) -> Documents:
-    """What decides between documents: 25 bytes of each.
+    """What decides between documents: 25 bytes for each.
 
     Args:
         ends: documents after each generation.
@@ -86,12 +86,12 @@ def read_documents(folder: str, shards: Sequence[str], rows: Sequence[int], ends
 
 
 def exact_firsts(documents: Documents) -> I64:
-    """For every document the one that stands for its content: see `decisions.precedence`."""
+    """For every document, the one that stands for its content: see `decisions.precedence`."""
     return decisions.best_of_equal(documents)
 
 
 def band_tasks(config: MinHashConfig, documents: int) -> list[tuple[tuple[int, ...], tuple[int, int]]]:
-    """How the bands are cut into tasks: some bands each, or one band and a range of its keys (which, of how many)."""
+    """The bands of each task, and which range of their keys, of how many: several bands, or a part of one."""
     parts = max(1, math.ceil(documents / config.keys_in_memory))
     most = max(1, min(config.keys_in_memory // max(documents, 1), math.ceil(config.bands / _LEAST_TASKS)))
     groups = [tuple(range(first, min(first + most, config.bands))) for first in range(0, config.bands, most)]
@@ -107,13 +107,13 @@ def band_edges(
     rank_D: U32,
     config: MinHashConfig,
 ) -> U64:
-    """Verified edges between ranks (see `buckets`), of some bands and one range of their keys.
+    """Verified edges between ranks (see `buckets`), for some bands and one range of their keys.
 
-    Memory is a few dozen bytes for each key of the range, and `config.signatures_in_memory` signatures; where more
-    documents share a key, theirs stand in a temporary file meanwhile.
+    Memory is a few dozen bytes per key of the range, and `config.signatures_in_memory` signatures. If more documents
+    than that share keys, their signatures are kept in a temporary file.
 
     Args:
-        key_range: which one, from 0, of how many equal ranges.
+        key_range: which range, from 0, and of how many equal ranges.
 
     Raises:
         ShardCorruptError: when a shard of keys or signatures is damaged.
@@ -145,16 +145,16 @@ def cluster_documents(
     batches: Iterable[U64],
     ends: Sequence[int],
 ) -> tuple[Clusters, dict[str, int]]:
-    """The clusters of the whole corpus from the edges of all bands, in any order, gone through several times.
+    """The clusters of the whole corpus from the edges of all bands, in any order; `batches` is iterated several times.
 
-    What was decided in a generation stays: earlier documents have the lower ranks, so later ones change nothing among
-    them, and one that resembles an old survivor is dropped for it, however good it is.
+    Decisions of a generation are final: earlier documents have lower ranks, so later ones change nothing among them,
+    and one that resembles an old survivor is dropped for it, however good it is.
 
     Args:
         ends: documents after each generation.
 
     Returns:
-        The clusters, and how many documents are kept that a rebuild in one generation would drop, and the reverse.
+        The clusters; and how many documents are kept that a rebuild in one generation would drop, and the reverse.
     """
     clusters = decisions.clusters_of(ranking, decisions.choose_survivors(batches, len(ranking.number_R)), ends)
     if len(ends) == 1:
@@ -167,7 +167,7 @@ def cluster_documents(
 
 
 def _rebuilt(documents: Documents, ranking: Ranking, batches: Iterable[U64]) -> decisions.Bits:
-    """Which documents the same edges would keep if all of them had come at once."""
+    """Which documents the same edges would keep if all documents had come in one generation."""
     documents = decisions.in_one_generation(documents)
     anew = decisions.rank_documents(documents, decisions.best_of_equal(documents))
     rank_R = anew.rank_D[anew.first_D[ranking.number_R]]
@@ -176,7 +176,7 @@ def _rebuilt(documents: Documents, ranking: Ranking, batches: Iterable[U64]) -> 
 
 
 class _Reranked:
-    """Batches of edges between other ranks, as often as they are asked for."""
+    """Batches of edges with other ranks, which can be iterated over repeatedly."""
 
     def __init__(self, batches: Iterable[U64], rank_R: U32) -> None:
         self._batches, self._rank_R = batches, rank_R
@@ -188,7 +188,7 @@ class _Reranked:
 def write_clusters(
     folder: str, shards: Sequence[str], rows: Sequence[int], clusters: Clusters, first_D: I64, digest: str
 ) -> list[ShardReport]:
-    """One clusters file per shard, and the drops by reason: an exact duplicate has another that stands for it."""
+    """Write a clusters file per shard, and count drops by reason. `first_D` tells exact from near duplicates."""
     reports = []
     for shard, part in _parts(shards, rows):
         numbers = np.arange(part.start, part.stop)
@@ -230,7 +230,7 @@ def read_clusters(folder: str, shards: Sequence[str], rows: Sequence[int]) -> Cl
 
 
 def _parts(shards: Sequence[str], rows: Sequence[int]) -> Iterator[tuple[str, slice]]:
-    """Every shard with the range of its documents' numbers."""
+    """Each shard with the range of its documents' numbers."""
     first = 0
     for shard, count in zip(shards, rows, strict=True):
         yield shard, slice(first, first + count)
@@ -244,7 +244,7 @@ def _band_column(band: int) -> str:
 def _read(
     folder: str, kind: str, shard: str, columns: list[str], documents: slice, use_threads: bool = True
 ) -> pa.Table:
-    """Columns of the keys or signatures of a shard, a row for each of its `documents`."""
+    """Columns of the keys or signatures of a shard, checked to have a row for each of its `documents`."""
     url = storage.join(folder, kind, f"{shard}.parquet")
     with damage_named(folder, shard, VERB):
         table = storage.read_parquet(url, columns, use_threads=use_threads)
@@ -268,7 +268,7 @@ def _places(
     key_range: tuple[int, int],
     rank_D: U32,
 ) -> list[U64]:
-    """By band, key and rank of every ranked document whose key falls into the range."""
+    """For each band, key and rank of every ranked document whose key is in the range."""
     part, parts = key_range
     found: list[list[U64]] = [[np.zeros(0, np.uint64)] for _ in bands]
     for shard, documents in _parts(shards, rows):
@@ -283,7 +283,7 @@ def _places(
 
 
 def _reserve(descriptor: int, size_bytes: int) -> None:
-    """Give the open file its room now: a full disk under a memory map would end the process without a word.
+    """Allocate the open file's space now: a full disk under a memory map would kill the process without a message.
 
     Raises:
         StorageFullError: when the temporary folder has too little room.
@@ -301,7 +301,7 @@ def _read_signatures(
     folder: str, shards: Sequence[str], rows: Sequence[int], rank_D: U32, members: U32, signature_MK: U8
 ) -> None:
     """Fill in the signatures of the ranks `members` (sorted), reading only the shards that hold one of them."""
-    wanted_R = np.zeros(int(members.max(initial=0)) + 2, bool)  # the last is nobody's
+    wanted_R = np.zeros(int(members.max(initial=0)) + 2, bool)  # the last belongs to no rank
     wanted_R[members] = True
     for shard, part in _parts(shards, rows):
         ranks = rank_D[part]

@@ -1,7 +1,7 @@
 """The two scores of a file that its sampling weight is made of.
 
 In: the path of a file and the facts of its functions. Out: `ut_score` (how much of the file is unit tests, 0 to 1) and
-`func_score` (how complete its functions are, 0.2 to 1.3). Source: PAPER.md, "Resampling". A file's stars come with it.
+`func_score` (how complete its functions are, 0.2 to 1.3). Source: the paper, on resampling. Stars come with the file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from cert_ray.python_source import FunctionFacts
 
-# unittest's and pytest's fixtures: neither tests nor the code under test. PAPER.md says "setUp and its kin".
+# Fixtures of unittest and pytest: neither tests nor code under test. The paper leaves out `setUp` and its like.
 _FIXTURES = {
     "setUp",
     "tearDown",

@@ -2,7 +2,7 @@
 
     weight = (rs0 + clip(log10(stars + 1), 0, 5) / 5) * clip(1 - ut_score + rs1, 0, 1) * clip(func_score, rs2, 1)
 
-Source: PAPER.md, "Resampling". With the published rs2 = 1 the last factor is always 1.
+Source: the paper, on resampling. With the published rs2 = 1, the last factor is always 1.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From documents and clusters to the annotated dataset's rows: weights, sketches, aligned segments.
 
 In: one documents shard and its clusters shard. Out: `schemas.ANNOTATED` rows, in document order, and `schemas.DROPS`
-for the rest. Offsets leave here as UTF-8 bytes.
+for the rest. Offsets in the rows are UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ def annotate(
 
 
 def with_removed(drops: pa.Table, removed: pa.Table) -> pa.Table:
-    """`drops` with one row more for each of `removed`; all that were removed on request, by source and path, come last.
+    """`drops` with a row for each of `removed`. All rows removed on request come last, sorted by source and path.
 
-    So it is the same table whether one request named them, or several, or the files were gone from the start.
+    So the table is the same whether one request named the files, several did, or they were removed from the start.
     """
     count = len(removed)
     added = removed.select(["path", "source"])
@@ -78,7 +78,7 @@ def with_removed(drops: pa.Table, removed: pa.Table) -> pa.Table:
 
 
 def row_counts(rows: pa.Table) -> dict[str, int]:
-    """What a shard's report counts of its `rows` (ANNOTATED) beside their number."""
+    """What a shard's report counts of its `rows` (ANNOTATED), besides how many there are."""
     return {
         "content_bytes": pc.sum(rows.column("size_bytes"), min_count=0).as_py(),
         "placeholders": pc.sum(pc.list_value_length(rows.column("placeholders")), min_count=0).as_py(),
@@ -105,7 +105,7 @@ def _columns(survivors: pa.Table, sketches: list[Sketched]) -> dict[str, pa.Arra
 
 
 class _StructLists:
-    """A column of lists of structs, grown by one list at a time from the columns of its structs: no dict per struct."""
+    """A column of lists of structs. Lists are added one at a time, as columns, which avoids a dict per struct."""
 
     def __init__(self, struct: pa.StructType) -> None:
         self._struct = struct
@@ -136,7 +136,7 @@ def _placeholder_columns(sketched: Sketched) -> tuple[Sequence[int], Sequence[in
 def _segment_columns(
     content: str, stored: list[dict[str, Any]], sketched: Sketched
 ) -> tuple[Sequence[int], Sequence[int], Sequence[int], Sequence[int], Sequence[bool]]:
-    """Segments in bytes; `stored` are the document's blocks, in bytes."""
+    """The columns of the segments, in bytes; `stored` are the document's blocks, also in bytes."""
     borders = code_points(content, [offset for row in stored for offset in (row["start"], row["end"])])
     blocks = [
         Statement(start, end, StatementKind(row["kind"]))

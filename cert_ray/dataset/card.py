@@ -1,8 +1,8 @@
 """The dataset card: what went in, what came out, why the rest did not, in pictures and numbers.
 
-In: the manifest about to be written, and the shards' statistics. Out: `card/card.md`, `card/card.html` (opens without
-a network: its pictures are inside it) and the pictures as SVG. Of the shards themselves only the examples are read, so
-the card of a large dataset costs one small JSON file per shard, and memory for none of the rows.
+In: the manifest about to be written, and the shards' statistics. Out: `card/card.md`, `card/card.html` (needs no
+network: the pictures are embedded) and the pictures as SVG. Only the examples are read from the shards themselves. So
+the card of a large dataset costs reading one small JSON file per shard, and no memory for its rows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from cert_ray.schemas import DropReason
 from cert_ray.shards.units import damage_named
 from cert_ray.sketching.anonymize import SketchKind
 
-# Which step of the flow gives a reason. A reason of no step here counts as the first one's.
+# The step of the flow that drops files for each reason. Reasons not listed here count for the first step.
 STEPS: dict[str, frozenset[str]] = {
     "read": frozenset(
         {
@@ -69,18 +69,18 @@ STEPS: dict[str, frozenset[str]] = {
 }
 _TOP_LIBRARIES = 20
 _EXAMPLES = 5
-# An example fits a screen, and shows several kinds of placeholders. Assumed.
+# Sizes of an example that fits on a screen and shows several kinds of placeholders. Assumed.
 _EXAMPLE_BYTES = (300, 1_800)
 _EXAMPLE_SHARDS = 5
-_LOOKED_AT = 1_000  # rows of each
+_LOOKED_AT = 1_000  # rows of each such shard
 _BAR_BINS = BINS_PER_OCTAVE // 4  # of the statistics' bins in one bar
-_VERB = "preprocess"  # makes the dataset
+_VERB = "preprocess"  # the verb that makes the dataset
 _COLOUR, _PALE = "#3b6ea5", "#d9e3ee"
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step of the flow: files that reach it, and what it takes away."""
+    """A step of the flow: how many files are left after it, and how many it dropped."""
 
     name: str
     left: int
@@ -113,7 +113,7 @@ def funnel(manifest: Manifest) -> list[Step]:
 
 
 def examples(folder: str, manifest: Manifest) -> list[Example]:
-    """Short files with several kinds of placeholders, from shards spread over the dataset, always the same ones.
+    """Short files with several kinds of placeholders, from shards spread over the dataset; deterministic.
 
     Raises:
         ShardCorruptError: when one of these shards is damaged.
@@ -130,7 +130,7 @@ def examples(folder: str, manifest: Manifest) -> list[Example]:
 
 
 def _candidates(folder: str, shard: str) -> list[dict[str, Any]]:
-    """The rows among the shard's first that show most, best first, at most as many as there are examples."""
+    """The most telling of the shard's first rows, best first, at most as many as the card has examples."""
     url = storage.join(folder, f"{shard}.parquet")
     with damage_named(folder, shard, _VERB):
         best = _most_telling(storage.read_rows(url, range(_LOOKED_AT), ["placeholders", "size_bytes"]).combine_chunks())
@@ -139,7 +139,7 @@ def _candidates(folder: str, shard: str) -> list[dict[str, Any]]:
 
 
 def _most_telling(table: pa.Table) -> list[int]:
-    """The rows of `table` that show most, best first."""
+    """The rows of `table` that show the most kinds of placeholders, best first."""
     sizes = table.column("size_bytes").to_numpy()
     lists = table.column("placeholders")
     parents = pc.list_parent_indices(lists).to_numpy()
@@ -148,7 +148,7 @@ def _most_telling(table: pa.Table) -> list[int]:
     pairs = np.unique(np.stack([parents, kinds.astype(np.int64)]), axis=1)[0]
     np.add.at(variety, pairs, 1)
     fits = (sizes >= _EXAMPLE_BYTES[0]) & (sizes <= _EXAMPLE_BYTES[1])
-    # Where no file fits, the shortest ones do.
+    # If no file fits, the shortest ones are taken.
     best: list[int] = np.lexsort((np.arange(len(table)), np.where(fits, 0, sizes), -variety * fits)).tolist()
     return best[:_EXAMPLES]
 
@@ -157,7 +157,7 @@ def write_card(folder: str, manifest: Manifest) -> None:
     """Write the card below `folder`/card.
 
     Raises:
-        ShardCorruptError: when a shard that it shows examples of, or a shard's counts, are damaged.
+        ShardCorruptError: when a shard that it shows examples of is damaged, or the counts of any shard.
     """
     statistics = collect_statistics(folder, manifest)
     top_libraries = sorted(statistics.libraries.items(), key=lambda item: (-item[1], item[0]))[:_TOP_LIBRARIES]
@@ -197,7 +197,7 @@ def write_card(folder: str, manifest: Manifest) -> None:
         storage.write_text(storage.join(card, name), environment.get_template(f"{name}.j2").render(values))
 
 
-_SHOWN_COUNTS = {"content_bytes", "placeholders"}  # these stand among the figures
+_SHOWN_COUNTS = {"content_bytes", "placeholders"}  # shown among the figures
 
 
 def _figures(manifest: Manifest, statistics: Statistics) -> dict[str, str]:
@@ -213,7 +213,7 @@ def _figures(manifest: Manifest, statistics: Statistics) -> dict[str, str]:
 
 
 def _label(count: str) -> str:
-    """The name of a count of the manifest, for people."""
+    """The readable name of one of the manifest's counts."""
     kind = count.removeprefix("redacted_")
     return kind.replace("_", " ") if kind == count else f"secrets redacted: {kind.replace('_', ' ')}"
 
@@ -226,7 +226,7 @@ def _bytes(count: int) -> str:
 
 
 def _flat(notes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Nested notes as lines: mappings by their path, everything else as its text."""
+    """Nested notes as (path, text) lines."""
     for name, value in notes.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}: ")
@@ -241,7 +241,7 @@ def _largest_first(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _classes(sizes: Mapping[int, int]) -> dict[str, int]:
-    """Cluster sizes by powers of two."""
+    """Cluster sizes grouped by powers of two."""
     classes: Counter[int] = Counter()
     for size, count in sizes.items():
         classes[size.bit_length() - 1] += count
@@ -266,7 +266,7 @@ def _funnel_picture(steps: list[Step]) -> str:
 
 
 def _bars(title: str, unit: str, counts: Mapping[str, int], total: int | None = None) -> str:
-    """A bar for each of `counts`, with its share of `total` (default: of them all)."""
+    """A bar for each of `counts`, with its share of `total` (default: their sum)."""
     figure, axes = _figure(title, height=0.27 * len(counts) + 1.0)
     total = total or sum(counts.values())
     axes.barh(list(counts), list(counts.values()), color=_COLOUR, height=0.7)
@@ -317,6 +317,6 @@ def _svg(figure: Any) -> str:
     import matplotlib as mpl
 
     stream = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "cert-ray"}):  # else its ids differ from run to run
+    with mpl.rc_context({"svg.hashsalt": "cert-ray"}):  # otherwise its ids differ from run to run
         figure.savefig(stream, format="svg", metadata={"Date": None}, transparent=True)
     return stream.getvalue()

@@ -1,12 +1,12 @@
-"""Preprocessing on Ray, whole: inputs -> documents -> clusters -> annotated dataset -> card.
+"""All of preprocessing on Ray: inputs -> documents -> clusters -> annotated dataset -> card.
 
     <output>/documents   cleaned and parsed files, one shard per work unit, with `drops/`
                          and, with `decontaminate`, `contamination/report.md`
     <output>/dedup       keys, signatures and clusters
-    <output>/removals.jsonl   files that `cert-ray remove` took out, and that no later run brings back
+    <output>/removals.jsonl   files that `cert-ray remove` removed; no later run brings them back
     <output>/dataset     the annotated dataset, `drops/`, `statistics/`, `manifest.json` and `card/`
 
-The dataset's manifest counts from the raw files on: read = kept + dropped by every reason of every stage.
+The dataset's manifest counts from the raw files on: read = kept + dropped, by every reason of every stage.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ from cert_ray.shards.units import (
 logger = logging.getLogger(__name__)
 
 STAGE = "dataset"
-# Times, is annotating: about 10 MB a second and core beside 4.4, by a timeline of 969 MB on two cores (2026-11-26).
-# That is 2.3; 3 is assumed, for fewer and larger tasks.
+# How many times faster annotating is: about 10 MB per second and core against 4.4, from a timeline of 969 MB on two
+# cores (2026-11-26). That is 2.3; 3 is assumed, for fewer and larger tasks.
 _FASTER_THAN_CLEANING = 3
 
 Intermediates = Literal["keep", "remove"]
 
 
 class AnnotateUnit(Config):
-    """Payload of one unit: what the shard counted so far, and the checksums of what it is made from."""
+    """Payload of one unit: the counts of its shard so far, and the checksums of what it is made from."""
 
     documents_checksum: str
     clusters_checksum: str
@@ -102,7 +102,7 @@ def write_annotated(unit: WorkUnit, output: str, config: AnnotateConfig) -> Shar
 
 
 def _read_clusters(url: str, checksum: str) -> pa.Table:
-    """The clusters file at `url`, if it is the one that dedup's manifest tells of; dedup's reports tell of keys."""
+    """The clusters file at `url`, checked against dedup's manifest, since dedup's reports list only keys."""
     try:
         payload = storage.read_bytes(url)
     except FileNotFoundError as error:
@@ -115,14 +115,14 @@ def _read_clusters(url: str, checksum: str) -> pa.Table:
 def preprocess(
     config: PreprocessConfig, output: str, workers: int | None = None, intermediates: Intermediates = "keep"
 ) -> Manifest:
-    """Make the annotated dataset `output`/dataset; whatever is finished and whole is reused.
+    """Make the annotated dataset `output`/dataset; whatever is finished and intact is reused.
 
     Args:
         intermediates: "remove" deletes the cleaned documents, keys and signatures once the dataset is finished. A run
             with other options must then make them again.
 
     Raises:
-        InputError: when not one file survived, with the reasons counted.
+        InputError: when no file survived, with counts of the reasons.
         StorageFullError: before the disk is full.
     """
     output = storage.absolute(output)
@@ -142,7 +142,7 @@ def preprocess(
         elif manifests.is_finished(documents):
             _tell_of_replacing(documents, DOCUMENTS_STAGE, documents_config, plan, rewritten=rewritten)
     if rewritten:
-        # At once: when the documents are made anew and this run dies, nothing would tell that the dataset is old.
+        # Now, not later: if this run died after making the documents anew, nothing would show that the dataset is old.
         storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
     if manifest is not None:
         logger.info("dataset: finished before, kept %d of %d files", manifest.rows_kept, manifest.rows_read)
@@ -156,9 +156,9 @@ def preprocess(
 def _tell_of_replacing(
     folder: str, stage: str, config: DocumentsConfig | PreprocessConfig, plan: Plan, *, rewritten: bool
 ) -> None:
-    """Warn that what `stage` finished in `folder` is not what is wanted, and goes; not where it only grows."""
+    """Warn if what `stage` finished in `folder` will be replaced; adding generations is not worth a warning."""
     before = manifests.read_manifest(folder, stage, "preprocess")
-    differ = config.differing(before.config, but=("dedup_quality",))  # which changes a note and no row
+    differ = config.differing(before.config, but=("dedup_quality",))  # changes a note, but no row
     earlier = before.config.get("appended", [])
     if differ == ["appended"] and config.model_dump(mode="json")["appended"][: len(earlier)] == earlier:
         differ = []
@@ -169,7 +169,7 @@ def _tell_of_replacing(
 
 
 def _remove_intermediates(output: str, manifest: Manifest) -> None:
-    """Delete what is big and can be made again; drops, clusters and manifests stay."""
+    """Delete what is large and can be made again; drops, clusters and manifests stay."""
     storage.remove(storage.join(output, "dedup", "keys"))
     storage.remove(storage.join(output, "dedup", "signatures"))
     for shard in manifest.shards:
@@ -226,17 +226,17 @@ def _preprocess(
 
 
 def _withdraw_other(folder: str, manifest: Manifest) -> None:
-    """Remove the manifest of `folder` unless it is `manifest`: killed after the card, it would stand over another's."""
+    """Remove the manifest of `folder` unless it equals `manifest`: a kill must not leave it beside another's card."""
     if manifests.is_finished(folder) and manifests.read_manifest(folder, STAGE, "preprocess") != manifest:
         storage.check_commit()
         storage.remove(storage.join(folder, manifests.MANIFEST_NAME))
 
 
 def _originals(config: DocumentsConfig, plan: Plan, documents: Manifest, output: str) -> Originals | None:
-    """Where dedup finds the texts of files that were taken down; None where none was.
+    """What makes the texts of files that were taken down again, for dedup; None if none was.
 
-    Earlier versions did not note in a shard's report that its files had been down when it was made, so after a takedown
-    the shards are asked, too.
+    Earlier versions did not note in a shard's report that files had been taken down when it was made. So after a
+    takedown the shards themselves are checked, too.
     """
     folder, asked = storage.join(output, DOCUMENTS_STAGE), bool(read_removals(output))
     units = {
@@ -256,10 +256,10 @@ def _original(
 def _summarize(
     config: PreprocessConfig, inputs: str, documents: Manifest, clusters: Manifest, reports: list[ShardReport]
 ) -> Manifest:
-    """The dataset's manifest, once its rows add up with those of the stages before.
+    """The dataset's manifest, after checking that its rows add up with those of the stages before.
 
     Raises:
-        InputError: when not one file survived, with the reasons counted.
+        InputError: when no file survived, with counts of the reasons.
     """
     notes = {**documents.notes, **clusters.notes}
     manifest = manifests.summarize(STAGE, config, inputs, reports, notes=notes)

@@ -18,14 +18,14 @@ class PreprocessConfig(Config):
     """What is read, how it is cleaned, deduplicated, weighted and sketched. `docs/corpus.md` explains cleaning."""
 
     sources: SourceConfig
-    # Inputs that came later, a list for each generation: what earlier ones decided stays, and their shards as well.
+    # Inputs added later, one list per generation: decisions and shards of earlier generations stay.
     appended: tuple[tuple[str, ...], ...] = ()
     cleaning: CleaningConfig = CleaningConfig()
     secrets: SecretsConfig | None = SecretsConfig()  # None keeps them
     licences: AllowedLicences = None  # SPDX ids; None keeps every file
     decontaminate: DecontaminationConfig = DecontaminationConfig()  # or a list of problem files
     minhash: MinHashConfig = MinHashConfig()
-    dedup_quality: QualityConfig | None = QualityConfig()  # None does not measure it
+    dedup_quality: QualityConfig | None = QualityConfig()  # None: not measured
     weights: WeightConfig = WeightConfig()
     sketch_kind: SketchKind = SketchKind.CONSTANTS
 

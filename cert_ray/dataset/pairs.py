@@ -1,8 +1,8 @@
-"""A file beside its sketch, block by block, with what was replaced and the placeholder that stands for it marked.
+"""A file beside its sketch, block by block; replaced code and its placeholders are marked.
 
-In: one row of the annotated dataset. Out: `Block`s whose sides start on the same statement, for the card and for
-`cert-ray inspect` to show. The dataset stores spans of placeholders only; the ranges of the code are found by sketching
-the row again, and stay unmarked where another version of cert-ray wrote it and the sketches differ.
+In: one row of the annotated dataset. Out: `Block`s whose sides start at the same statement, shown by the card and by
+`cert-ray inspect`. The dataset stores only the spans of placeholders; the ranges of code are found by sketching the row
+again. They stay unmarked if another version of cert-ray wrote the row and the sketches differ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COLUMNS = ["doc_id", "path", "repository", "content", "sketch", "placeholders", 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of text; `kind` is that of the placeholder, or None between placeholders."""
+    """A run of text; `kind` is the kind of placeholder, or None between placeholders."""
 
     text: str
     kind: str | None = None

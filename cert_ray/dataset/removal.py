@@ -1,12 +1,12 @@
-"""Taking files out of a run that exists: the shards that hold them are rewritten, and nothing else.
+"""Removes files from an existing run, rewriting only the shards that hold them.
 
 In: a run's folder and the requests in its `removals.jsonl`. Out: `documents` and `dataset` without the text of the
 files named, with reports, manifests and card to match: read = kept + dropped still holds, with `removed_on_request`
-among the reasons. `dedup` holds hashes only and stays. Paths stay where drops are listed.
+among the reasons. `dedup` holds only hashes and stays. Paths stay in the lists of drops.
 
-Killed anywhere and run again, it ends the same. A shard's new report is written first, so that from then on the old
-shard counts as damaged; then its drops and statistics; then the shard, which is last because the others are worked out
-from it. Manifests come after all shards. No preprocessing may run on the folder meanwhile.
+Killed anywhere and run again, it gives the same result. A shard's new report is written first, so that from then on the
+old shard counts as damaged; then its drops and statistics; then the shard, last because the others are computed from
+it. Manifests come after all shards. No preprocessing may run on the folder meanwhile.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ DOCUMENTS, DATASET = "documents", "dataset"
 
 
 def request_removal(run: str, removal: Removal, keep_out: bool = False) -> Removal:
-    """Enter `removal` into the record of `run`, with the shards that it touches; asked again, the first one stands.
+    """Record `removal` in `run`, with the shards that it touches. If it was requested before, return the first request.
 
     Args:
-        keep_out: enter it also when no file of the run is named, so that later preprocessing leaves such files out.
+        keep_out: record it even if it selects no file of the run, so that later preprocessing leaves such files out.
 
     Raises:
-        InputError: when there is no run, or nothing in it is named.
+        InputError: when there is no run, or `removal` selects nothing in it.
     """
     removals = read_removals(run)
     for known in removals:
@@ -69,7 +69,11 @@ def request_removal(run: str, removal: Removal, keep_out: bool = False) -> Remov
 
 
 def touched_files(run: str, removal: Removal) -> Iterator[RewrittenFile]:
-    """The shards of `run` that hold text which `removal` names."""
+    """The shards of `run` that hold text which `removal` selects.
+
+    Raises:
+        InputError: when there is no run.
+    """
     found = False
     for stage in (DOCUMENTS, DATASET):
         folder = storage.join(run, stage)
@@ -80,7 +84,7 @@ def touched_files(run: str, removal: Removal) -> Iterator[RewrittenFile]:
             mask = selected(table, [removal]) if table is not None else None
             if mask is None or not pc.any(mask).as_py():
                 continue
-            if stage == DOCUMENTS:  # rows of an earlier removal have no text any more
+            if stage == DOCUMENTS:  # rows removed earlier no longer have a text
                 present = pc.is_valid(storage.read_parquet(storage.join(folder, name), ["content"]).column("content"))
                 mask = pc.and_(mask, present)
             rows = int(pc.sum(mask).as_py())
@@ -92,7 +96,7 @@ def touched_files(run: str, removal: Removal) -> Iterator[RewrittenFile]:
 
 
 def apply_removals(run: str) -> None:
-    """Rewrite whatever holds text that a request names; on a run that holds none, only the card is written again.
+    """Rewrite whatever holds text that a request selects; if nothing does, only card and manifests are written again.
 
     Raises:
         ShardCorruptError: for a shard that disagrees with its report.
@@ -116,7 +120,7 @@ def apply_removals(run: str) -> None:
 
 
 def finish_removal(run: str, removal: Removal) -> Removal:
-    """Enter into the record of `run` what became of the shards that `removal` touched."""
+    """Record in `run` what became of the shards that `removal` touched."""
     after = {
         f"{stage}/{file.name}": file.checksum
         for stage in (DOCUMENTS, DATASET)
@@ -132,7 +136,7 @@ def finish_removal(run: str, removal: Removal) -> Removal:
 
 
 def _reports(folder: str) -> list[ShardReport]:
-    """The reports of all finished shards in `folder`, and of those that only its manifest knows."""
+    """The reports of all finished shards in `folder`, and of those that only its manifest lists."""
     reports = {}
     if manifests.is_finished(folder):
         manifest = manifests.read_manifest(folder, storage.name_of(folder), VERB)
@@ -146,7 +150,7 @@ def _reports(folder: str) -> list[ShardReport]:
 
 
 def _read_selectors(folder: str, name: str) -> pa.Table | None:
-    """What selecting needs of a shard; None where the shard was deleted as an intermediate."""
+    """The columns of a shard that selecting needs; None if the shard was deleted as an intermediate."""
     url = storage.join(folder, name)
     return _read(url, COLUMNS) if storage.exists(url) else None
 
@@ -159,7 +163,7 @@ def _read(url: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def _without_text(folder: str, report: ShardReport, removals: Sequence[Removal]) -> None:
-    """Rewrite one shard of documents: the rows stay, their text goes."""
+    """Rewrite one shard of documents: its rows stay, without their text."""
     name = f"{report.shard}.parquet"
     documents = _as(DOCUMENT_ROWS, blank(_read(storage.join(folder, name)), removals))
     counts = {**report.counts, "content_bytes": content_bytes(documents)}
@@ -174,7 +178,7 @@ def _without_rows(folder: str, report: ShardReport, removals: Sequence[Removal])
     removed, rows = rows.filter(mask), _as(ANNOTATED, rows.filter(pc.invert(mask)))
     drops = _as(DROPS, _read(storage.join(folder, drops_name)))
     whole = {file.name: manifests.are_whole(folder, [file], VERB) for file in report.files}
-    if whole[name] or not whole[drops_name]:  # else an interrupted removal has come further: they are written already
+    if whole[name] or not whole[drops_name]:  # otherwise an interrupted removal has already written the drops
         drops = with_removed(drops, removed)
     statistics = _without_names(folder, report.shard, rows, removed).model_dump_json() + "\n"
     on_request = int(pc.sum(pc.equal(drops.column("reason"), DropReason.REMOVED_ON_REQUEST)).as_py())
@@ -193,12 +197,12 @@ def _without_rows(folder: str, report: ShardReport, removals: Sequence[Removal])
 
 
 def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
-    """`table` as the stage would have made it: a file that was read names the items of lists in another way."""
+    """`table` as the stage would have made it: Parquet files name the items of lists differently."""
     return table.cast(schema).combine_chunks()
 
 
 def _without_names(folder: str, shard: str, rows: pa.Table, removed: pa.Table) -> ShardStatistics:
-    """The counts of `rows`; clusters whose survivor went keep their size, without its name."""
+    """The counts of `rows`. Clusters whose survivor was removed keep their size, but not its name."""
     before = read_statistics(folder, shard).largest_clusters
     gone = {
         file_name(repository, path)
@@ -211,10 +215,10 @@ def _without_names(folder: str, shard: str, rows: pa.Table, removed: pa.Table) -
 
 
 def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, Any]], **updates: Any) -> None:
-    """Write `contents` (name, rows, bytes) in their order, the report before them.
+    """Write the new report, then `contents` (name, rows, bytes) in order.
 
     Raises:
-        ShardCorruptError: when the files are neither those of the report nor on their way to be these.
+        ShardCorruptError: when the files neither match the report nor come from an interrupted call like this one.
     """
     written = {
         name: WrittenFile(
@@ -223,7 +227,7 @@ def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, An
         for name, rows, payload in contents
     }
     files = tuple(written.get(file.name, file) for file in report.files)
-    if storage.name_of(folder) == DOCUMENTS:  # keys, clusters and sketches made from the rows that stay are still right
+    if storage.name_of(folder) == DOCUMENTS:  # keys, clusters and sketches made from the other rows are still valid
         files = tuple(
             old if new.checksum == old.checksum else new.model_copy(update={"stands_for": old.identity})
             for new, old in zip(files, report.files, strict=True)
@@ -232,7 +236,7 @@ def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, An
     if after == report:
         if manifests.are_whole(folder, report.files, VERB):
             return
-    else:  # an interrupted removal leaves the report that this one arrives at
+    else:  # equal only after an interrupted removal, which leaves the same report
         for file in report.files:
             manifests.check_file(folder, file, VERB)
         after.check(storage.name_of(folder))
@@ -242,7 +246,7 @@ def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, An
 
 
 def _remove_leftovers(folder: str) -> None:
-    """Delete shards that no report tells of: they too may hold text."""
+    """Delete shards that no report lists: they, too, may hold text."""
     if not storage.exists(folder):
         return
     known = {f"{report.shard}.parquet" for report in _reports(folder)}

@@ -1,11 +1,11 @@
-"""What the dataset card shows of a shard, counted while the shard is made: the card then reads no shard again.
+"""What the dataset card shows of a shard, counted while the shard is made, so that the card need not read it again.
 
 In: a shard's ANNOTATED rows, and the clusters of the documents they came from. Out: `ShardStatistics`, one small JSON
-file per shard, and `Statistics`, their sum. Sizes are counted in fixed bins, sixteen to an octave, so a median read off
-them is right within 2.2% and neither memory nor a file grows with the number of rows.
+file per shard, and `Statistics`, their sum. Sizes are counted in fixed bins, sixteen per octave. So a median is right
+within 2.2%, and neither memory nor a file grows with the number of rows.
 
-Tokens here are *lexical*: a run of letters, digits, underscores and bytes beyond ASCII, or one other character that is
-not blank. Strings and comments count like code. No tokenizer is needed, and none of them would count the same.
+Tokens here are *lexical*: a run of letters, digits, underscores and non-ASCII bytes, or one other character that is not
+blank. Strings and comments count like code. No tokenizer is needed, and none would give the same counts.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cert_ray.manifests import Manifest, WrittenFile
 FOLDER = "statistics"
 BINS_PER_OCTAVE = 16
 _LARGEST_PER_SHARD = 20
-_LARGEST = 10  # of the whole dataset; a shard names more, so none of these can be missing from its list
+_LARGEST = 10  # of the whole dataset; each shard lists more, so that none of these is missing
 _COPIES_NAMED = 3
 _CHUNK_BYTES = 4 << 20
 
@@ -41,10 +41,10 @@ _CLASS[[*b"0123456789_", *range(65, 91), *range(97, 123), *range(128, 256)]] = _
 
 
 class ClusterSample(Config):
-    """A cluster of duplicates as one shard sees it. `survivor` numbers its survivor in the whole corpus."""
+    """A cluster of duplicates as one shard sees it. `survivor` is its survivor's number in the whole corpus."""
 
     survivor: int
-    size: int  # documents of the whole corpus
+    size: int  # documents, in the whole corpus
     kept: str | None = None  # the survivor's file, in the shard that holds it
     copies: tuple[str, ...] = ()  # some of the files it stands for
 
@@ -57,7 +57,7 @@ class ShardStatistics(Config):
     tokens: dict[int, int]  # files by bin of their lexical tokens
     tokens_total: int
     libraries: dict[str, int]  # files that import it
-    cluster_sizes: dict[int, int]  # survivors by the documents they stand for
+    cluster_sizes: dict[int, int]  # survivors by the number of documents they stand for
     placeholders: dict[str, int]  # by kind
     largest_clusters: tuple[ClusterSample, ...] = ()
 
@@ -69,7 +69,7 @@ def bin_of(values: I64) -> I64:
 
 
 def lower_edge(number: int) -> float:
-    """The least value of a bin."""
+    """The lowest value in a bin."""
     return float(2.0 ** (number / BINS_PER_OCTAVE))
 
 
@@ -92,7 +92,7 @@ def _count_tokens(contents: pa.StringArray) -> I64:
         borders = offsets[first : last + 1] - offsets[first]
         classes = _CLASS[text[offsets[first] : offsets[last]]]
         before = np.concatenate([[np.uint8(_BLANK)], classes[:-1]])
-        before[borders[:-1][borders[:-1] < len(classes)]] = _BLANK  # a text starts where another one ended
+        before[borders[:-1][borders[:-1] < len(classes)]] = _BLANK  # a word does not continue into the next text
         starts = np.flatnonzero((classes == _SIGN) | ((classes == _WORD) & (before != _WORD)))
         counts[first:last] = np.diff(np.searchsorted(starts, borders))
         first = last
@@ -125,7 +125,7 @@ def _counted(values: pa.ChunkedArray) -> dict[str, int] | dict[int, int]:
 
 
 def largest_clusters(documents: pa.Table, clusters: pa.Table) -> tuple[ClusterSample, ...]:
-    """The largest clusters that a shard's `documents` belong to, each with the names of some of its files here."""
+    """The largest clusters of a shard's `documents`, each with the names of some of its files in this shard."""
     size = clusters.column("cluster_size").to_numpy()
     survivor = clusters.column("survivor").to_numpy()
     keep = clusters.column("keep").to_numpy()
@@ -137,7 +137,7 @@ def largest_clusters(documents: pa.Table, clusters: pa.Table) -> tuple[ClusterSa
     for start in np.sort(first)[:_LARGEST_PER_SHARD].tolist():
         number, documents_tied = int(survivor[members[start]]), int(size[members[start]])
         here = [row for row in members[start : start + _COPIES_NAMED + 1].tolist() if survivor[row] == number]
-        kept = np.flatnonzero(keep & present & (survivor == number))  # it may stand behind the copies
+        kept = np.flatnonzero(keep & present & (survivor == number))  # may come after the copies named
         samples.append(
             ClusterSample(
                 survivor=number,
@@ -154,12 +154,12 @@ def _name(documents: pa.Table, row: int) -> str:
 
 
 def file_name(repository: str | None, path: str) -> str:
-    """A file as the card names it: with its repository, where the input says which."""
+    """A file as the card names it: with its repository, if the input names one."""
     return f"{repository}: {path}" if repository else str(path)
 
 
 def write_statistics(folder: str, shard: str, statistics: ShardStatistics) -> WrittenFile:
-    """Write a shard's counts into the dataset `folder`; returns the report's entry for the file."""
+    """Write a shard's counts into the dataset `folder`; return the report's entry for the file."""
     name = f"{FOLDER}/{shard}.json"
     written = storage.write_text(storage.join(folder, name), statistics.model_dump_json() + "\n")
     return WrittenFile(name=name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)
@@ -180,7 +180,7 @@ def read_statistics(folder: str, shard: str) -> ShardStatistics:
 
 @dataclass(slots=True)
 class Statistics:
-    """The counts of a whole dataset. Memory does not grow with rows: bins, library names, and a few clusters."""
+    """The counts of a whole dataset: bins, library names, and a few clusters. Memory does not grow with rows."""
 
     files: int = 0
     tokens_total: int = 0
@@ -192,7 +192,7 @@ class Statistics:
     _clusters: dict[int, ClusterSample] = field(default_factory=dict)
 
     def add(self, shard: ShardStatistics) -> None:
-        """Count one more shard."""
+        """Add the counts of one more shard."""
         self.files += shard.files
         self.tokens_total += shard.tokens_total
         for name in ("size_bytes", "tokens", "libraries", "cluster_sizes", "placeholders"):
@@ -210,7 +210,7 @@ class Statistics:
 
     @property
     def largest_clusters(self) -> list[ClusterSample]:
-        """The clusters of most documents, largest first."""
+        """The clusters with the most documents, largest first."""
         return self._by_size()[:_LARGEST]
 
     def _by_size(self) -> list[ClusterSample]:
@@ -218,7 +218,7 @@ class Statistics:
 
 
 def median(bins: Mapping[int, int]) -> int:
-    """The median of the values counted in `bins`, within half a bin; 0 of nothing."""
+    """The median of the values counted in `bins`, within half a bin; 0 if there are none."""
     if not bins:
         return 0
     numbers = sorted(bins)

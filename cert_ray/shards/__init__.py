@@ -1,1 +1,1 @@
-"""Deterministic work units: what a stage does is a list of them, and each can be killed and run again."""
+"""Deterministic work units: a stage is a list of them, and each can be killed and run again."""

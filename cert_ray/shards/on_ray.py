@@ -1,7 +1,7 @@
 """Work units on Ray Data: one row in is a batch of units, one row out is the report of one of them.
 
-Rows carry only a unit's description and its report; the documents themselves go from storage to storage inside the
-task, so memory is bounded by the unit and a lost task is simply run again. No formula and no threshold stands here.
+Rows carry only a unit's description and its report. The documents themselves go from storage to storage inside the
+task, so memory is bounded by the unit, and a lost task is simply run again. No formulas or thresholds belong here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from cert_ray.telemetry.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-Outcome = tuple[ShardReport, bool]  # and whether it was there before
+Outcome = tuple[ShardReport, bool]  # and whether it existed before
 
 
 def run_units(
@@ -39,24 +39,24 @@ def run_units(
     workers: int | None = None,
     memory_bytes: int | None = None,
 ) -> list[ShardReport]:
-    """The report of every unit, in the order of `units`; units that are finished and whole are not run again.
+    """Run `units` and return their reports in order; units that are finished and intact are not run again.
 
-    A manifest of other units in the folder is removed first, so none stands while its shards are redone, and then what
-    units left that are no longer among these. Heavy units start first, and light ones share a task: see
-    `units.batches`. A task that is run again finds the units that it had finished. An error raised on purpose in a task
-    comes back as itself: as a row, since of an exception Ray keeps the text alone.
+    First, a manifest of other units in the folder is removed, so that none exists while its shards are redone, then the
+    files of units that are not among these. Heavy units start first, and light ones share a task: see `units.batches`.
+    A task that is run again finds the units that it had finished. A `CertRayError` in a task is raised here as itself.
+    It travels as a row, since Ray keeps only the text of an exception.
 
     Args:
-        work: picklable; runs in a Ray task with one CPU and must write below the run's folder only.
-        workers: at most so many tasks at a time; None is as many as the cluster has CPUs (it may grow).
+        work: picklable; runs in a Ray task with one CPU and must write only below the run's folder.
+        workers: how many tasks may run at a time; None means as many as the cluster has CPUs (it may grow).
         memory_bytes: what one task needs at its peak, reserved from Ray; None reserves nothing.
 
     Raises:
-        ConfigError: when the run's folder is in this process' own memory, where no task would find it.
+        ConfigError: when the run's folder is in this process's own memory, where no task would find it.
         SchemaVersionError: when another stage, or another version of the schema, wrote the folder.
         SupersededError: when another run of the stage begins there meanwhile.
-        CertRayError: whatever `work` raised; other units may have finished and are kept for the next run.
-        RayTaskError: with the traceback of any other error; of storage, when it came again and again.
+        CertRayError: whatever `work` raised; units that have finished are kept for the next run.
+        RayTaskError: for any other error, with its traceback; errors of storage only after repeated attempts.
     """
     storage.check_shared(run.folder)
     units_module.clear_for(units, run)
@@ -81,7 +81,7 @@ def run_units(
             batch_format="pyarrow",
             num_cpus=1,
             memory=memory_bytes,
-            # A lost worker or node is no fault of the unit, and Ray Data runs it again without end; an error ends the
+            # A lost worker or node is not the unit's fault: Ray Data runs it again, without limit. An error ends the
             # run.
             compute=ray.data.TaskPoolStrategy(size=min(workers, len(batches))) if workers else None,
         )
@@ -90,7 +90,7 @@ def run_units(
     reused = 0
     with (
         logs.scope(stage=run.stage),
-        logs.warnings_alone("ray.data", but="Progress bars disabled"),  # its plan and its times are in its own log
+        logs.warnings_alone("ray.data", but="Progress bars disabled"),  # its own log has its plan and times
         Progress(run.stage, total=len(units), unit="shards") as progress,
     ):
         for report, was_there in _outcomes(dataset):
@@ -113,7 +113,7 @@ def run_units(
 
 @contextlib.contextmanager
 def _our_context() -> Iterator[None]:
-    """Datasets made meanwhile hand over every report when it is made, and draw no bars."""
+    """Datasets made in the block hand over each report as soon as it is made, and draw no progress bars."""
     options = {"enable_progress_bars": False, "target_max_block_size": 1}
     context = ray.data.DataContext.get_current()
     before = {name: getattr(context, name) for name in options}
@@ -131,18 +131,18 @@ def _row_of(unit: WorkUnit) -> dict[str, str]:
 
 
 def _told(report: ShardReport) -> dict[str, object]:
-    """What a log line of a shard has besides its text."""
+    """The fields of a shard's log line, besides its text."""
     figures = {"rows_read": report.rows_read, "rows_kept": report.rows_kept, "dropped": report.dropped}
     return {"shard": report.shard, **figures}
 
 
 def _unit_of(row: dict[str, str]) -> WorkUnit:
-    """The unit of a row; its version is no part of what it is, so its JSON leaves that out."""
+    """The unit of a row. Its version is separate, because a unit's JSON leaves it out."""
     return WorkUnit.model_validate_json(row["unit"]).model_copy(update={"version": row["version"]})
 
 
 def _perform(unit: WorkUnit, work: Work, run: Attempt) -> Outcome:
-    """In a task: the unit's report, made now or found."""
+    """In a task: the unit's report, found or made now."""
     done = units_module.finished_report(unit, run.folder, run.config_digest, run.verb)
     if done is not None:
         return done, True
@@ -150,7 +150,7 @@ def _perform(unit: WorkUnit, work: Work, run: Attempt) -> Outcome:
 
 
 def _tried(unit: WorkUnit, work: Work, run: Attempt) -> dict[str, Any]:
-    """In a task: the row of a unit, with its report or with the error that was raised on purpose."""
+    """In a task: the row of a unit, with its report or with the `CertRayError` that it raised."""
     try:
         report, was_there = tried_again(_perform)(unit, work, run)
     except CertRayError as error:
@@ -159,7 +159,7 @@ def _tried(unit: WorkUnit, work: Work, run: Attempt) -> dict[str, Any]:
 
 
 def _outcomes(dataset: ray.data.Dataset) -> Iterator[Outcome]:
-    """What each unit gave, as they end; the first error raised on purpose ends them."""
+    """The outcomes of units, as they finish; raises the first `CertRayError`."""
     for row in dataset.iter_rows():
         if row["error"]:
             raise pickle.loads(row["error"])

@@ -1,17 +1,17 @@
 """Work units and what has become of them: pure bookkeeping, no execution.
 
-In: `WorkUnit`s, named and numbered by the input list. Out: which of them are finished already. A finished unit has a
-`reports/<name>.json` whose digest equals the unit's and whose files carry the checksums it states; anything else is
-done again. Units never depend on the worker, the clock or the order of completion.
+In: `WorkUnit`s, named and numbered by the input list. Out: which of them are already finished. A finished unit has a
+`reports/<name>.json` whose digest equals the unit's and whose files have the checksums it states; anything else is done
+again. Units never depend on the worker, the clock or the order of completion.
 
-`versions/<name>` holds the version of a unit's input where its storage tells one (a time of change, an object's tag):
-another one means that the input was written again, though its name and size are the same. Versions decide what is
-reused; nothing that is made from an input knows them.
+`versions/<name>` holds the version of a unit's input if its storage reports one (a modification time, an object tag).
+Another version means that the input was rewritten, even if its name and size are the same. Versions decide only what is
+reused; nothing made from an input contains them.
 
 Each run of a stage puts a token into its folder. Its tasks and its driver check it before what they write becomes
-visible, so neither can overwrite a later run's files (but for the moment between that look and the rename). What a
-later run makes of the stages before must not be read into shards that are called after what stood there before:
-`made_from` and `check_source` see to that.
+visible, so neither can overwrite a later run's files (except in the moment between check and rename). If a later run
+remakes an earlier stage meanwhile, its shards must not be taken for those that were there before: `made_from` and
+`check_source` prevent that.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ from cert_ray.schemas import SCHEMA_VERSION
 REPORTS_FOLDER = "reports"
 VERSIONS_FOLDER = "versions"
 
-# By a timeline of 969 MB on two cores (2026-11-26): cleaning takes about 4.4 MB a second and core. The shares are
-# assumed; with them that run had 62 tasks in place of 107.
-BATCH_WEIGHT = 64_000_000  # that a task takes at most, unless one unit is more: some fifteen seconds
+# From a timeline of 969 MB on two cores (2026-11-26): cleaning does about 4.4 MB per second and core. The shares are
+# assumed; with them, that run had 62 tasks instead of 107.
+BATCH_WEIGHT = 64_000_000  # upper limit of a task, unless one unit is more: about fifteen seconds
 _SHARES_LEFT = 2  # a batch is at most a worker's share of what is left, divided by this
-_LEAST_WEIGHT = 4_000_000  # below which no batch need be: about a second
-_LEAST_SHARES = 8  # nor below a worker's share of everything, divided by this
+_LEAST_WEIGHT = 4_000_000  # a batch need not be smaller than this: about a second
+_LEAST_SHARES = 8  # nor smaller than a worker's share of everything, divided by this
 
 
 class WorkUnit(Config):
-    """A slice of a stage's input. `name` is `shard-00007`; `payload` is JSON and says which part of the input it is."""
+    """A slice of a stage's input. `name` is like `shard-00007`; `payload` is JSON and says which part of the input."""
 
     name: str
     payload: dict[str, Any]
     rows: int = 0
-    version: str = pydantic.Field(default="", exclude=True)  # of the input, where its storage tells one
-    # Work, as of cleaning so many bytes of input; 0 is unknown. The heaviest start first.
+    version: str = pydantic.Field(default="", exclude=True)  # of the input, if its storage reports one
+    # Work in bytes of input that could be cleaned in the same time; 0 is unknown. The heaviest units start first.
     weight: int = pydantic.Field(default=0, exclude=True)
 
     def unit_digest(self, config_digest: str) -> str:
-        """xxh3-128 of the unit, the stage's config and the schema: a report with another one belongs to another run."""
+        """xxh3-128 of unit, stage config and schema: a report with a different digest belongs to another run."""
         lines = f"{SCHEMA_VERSION}\n{config_digest}\n{self.model_dump_json()}"
         return str(xxhash.xxh3_128_hexdigest(lines.encode()))
 
@@ -70,16 +70,16 @@ def shard_name(index: int) -> str:
 
 
 def weight_after_cleaning(documents: ShardReport, times_faster: float) -> int:
-    """The weight of a unit made of a shard of `documents`, by work so many times faster than cleaning.
+    """The weight of a unit made from a shard of `documents`, for work that is `times_faster` than cleaning.
 
-    1 at least, also of a shard without documents: 0 would be unknown, and is where the report does not tell.
+    At least 1, even for a shard without documents. 0 means unknown, and is returned if the report does not tell.
     """
     size_bytes = documents.counts.get("content_bytes")
     return 0 if size_bytes is None else max(1, math.ceil(size_bytes / times_faster))
 
 
 def inputs_digest(units: Iterable[WorkUnit]) -> str:
-    """xxh3-128 over all units, in order: equal inputs, equal digest."""
+    """xxh3-128 over all units, in order: equal inputs have equal digests."""
     digest = xxhash.xxh3_128()
     for unit in units:
         digest.update(unit.model_dump_json().encode())
@@ -88,12 +88,12 @@ def inputs_digest(units: Iterable[WorkUnit]) -> str:
 
 
 def batches(units: Sequence[WorkUnit], workers: int) -> list[list[WorkUnit]]:
-    """All units, heaviest first, as the tasks of a stage: large ones first, small ones at the end.
+    """All units, heaviest first, grouped into the tasks of a stage: large tasks first, small ones at the end.
 
-    Handing a task over takes Ray Data some tenths of a second, as long as a small unit itself. So each batch takes a
-    share of what is left (factoring: Hummel, Schonberg, Flynn, CACM 1992), and workers still end together; to the last
-    few seconds of work, where a share would be less than handing it over takes. A unit of `BATCH_WEIGHT` or more is
-    alone, and so is one of unknown weight.
+    Starting a task takes Ray Data some tenths of a second, as long as a small unit itself. So each batch takes a share
+    of what is left (factoring: Hummel, Schonberg, Flynn, CACM 1992), and workers still finish together. Shares stop
+    shrinking for the last few seconds of work, where starting a task would take longer than the task. A unit of
+    `BATCH_WEIGHT` or more is alone, and so is one of unknown weight.
     """
     weights = {unit.name: unit.weight or BATCH_WEIGHT for unit in units}
     left = sum(weights.values())
@@ -113,27 +113,27 @@ def batches(units: Sequence[WorkUnit], workers: int) -> list[list[WorkUnit]]:
 
 
 def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
-    """Write `table` to `folder`/`name` as Parquet; returns the report's entry for it."""
+    """Write `table` to `folder`/`name` as Parquet; return the report's entry for it."""
     written = storage.write_parquet(table, storage.join(folder, name))
     return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One run of a stage: where, of what (`verb` is what a user runs to make it), by which options."""
+    """One run of a stage: its folder, its options, and the `verb` that a user runs for it."""
 
     folder: str
     stage: str
     verb: str
     config_digest: str
-    token: str  # in the folder as long as no later run has begun there
+    token: str  # stays in the folder until a later run begins there
 
     def check(self) -> None:
-        """Before a write becomes visible: is this still the last run that began in the folder?
+        """Check that this is still the last run that began in the folder, before a write becomes visible.
 
         Raises:
-            SupersededError: when a later one has begun, or finished.
-            ConfigError: when this node does not see that any has: its disk is another one.
+            SupersededError: when a later run has begun, or finished.
+            ConfigError: when this node sees no run there at all: the folder is on another disk.
         """
         found = _token(self.folder)
         if found is None and not manifests.is_finished(self.folder):
@@ -146,7 +146,7 @@ class Attempt:
 
 
 def _token(folder: str) -> str | None:
-    """The token of the run that is at work in `folder`; None where the last one has finished."""
+    """The token of the run at work in `folder`; None if the last run has finished."""
     try:
         return storage.read_text(storage.join(folder, ATTEMPT_NAME))
     except FileNotFoundError:
@@ -155,9 +155,9 @@ def _token(folder: str) -> str | None:
 
 @contextmanager
 def attempt(folder: str, stage: str, verb: str, config_digest: str) -> Iterator[Attempt]:
-    """A run of `stage` in `folder`, by a token of its own: from now on earlier runs write nothing more there.
+    """Begin a run of `stage` in `folder`, with its own token: from now on, earlier runs write nothing more there.
 
-    Whatever the block writes, `SupersededError` is raised instead as soon as a later run has begun.
+    Once a later run has begun, any write in the block raises `SupersededError` instead.
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`; it is not touched.
@@ -172,19 +172,19 @@ def attempt(folder: str, stage: str, verb: str, config_digest: str) -> Iterator[
 
 @contextmanager
 def made_from(folder: str, manifest: Manifest, verb: str) -> Iterator[None]:
-    """The block reads the finished stage in `folder`: is it finished, and the same, when the block ends?
+    """Check that the finished stage in `folder`, which the block reads, is still there and the same when it ends.
 
-    A later run of other options takes that manifest away, and shards with it, without a word to a run that is at a
-    later stage by then: what that one has to read is missing or another's, not damaged.
+    A later run with other options removes that manifest, and shards with it, while this run may be at a later stage.
+    What this run then reads is missing or belongs to the other run, but it is not damaged.
 
     Raises:
-        SupersededError: when it is not, whatever the block raised. Otherwise that comes as it is.
+        SupersededError: when the stage has changed, whatever the block raised. Otherwise the block's own error passes.
     """
     try:
         yield
     except SupersededError:
         raise
-    except Exception as error:  # of any kind, since Ray tells its tasks' errors as errors of its own
+    except Exception as error:  # of any kind, since Ray wraps errors of tasks in its own
         if not _stands(folder, manifest, verb):
             raise SupersededError(folder) from error
         raise
@@ -200,17 +200,17 @@ def _stands(folder: str, manifest: Manifest, verb: str) -> bool:
 
 
 def check_source(folder: str, shard: str, identity: str) -> None:
-    """For work that has read a shard of the finished stage in `folder`: was that the one known by `identity`?
+    """Check that a shard of the finished stage in `folder`, which was just read, is the one known by `identity`.
 
-    Where a later run makes other shards there, what was read may be one of them, and nothing made from it may be called
-    after the one that stood there before. Asked in the work's task, before it returns its report.
+    If a later run makes other shards there, the shard read may be one of them; what is made from it must not pass for
+    the result of the earlier one. Call this in the task, before it returns its report.
 
     Raises:
-        SupersededError: when a later run is at work there, or has made another one.
+        SupersededError: when a later run is at work there, or has made another shard.
     """
     if _token(folder) is not None:
         raise SupersededError(folder)
-    report = _read_report(folder, shard)  # after the token: a run that ended between both is seen by what it left
+    report = _read_report(folder, shard)  # read after the token: shows a run that ended in between
     if report is None or report.files[0].identity != identity:
         raise SupersededError(folder)
 
@@ -219,7 +219,7 @@ def perform(unit: WorkUnit, work: Work, run: Attempt) -> ShardReport:
     """Run `work` on `unit`, check that its rows add up, and write its report: only then is the unit finished.
 
     Raises:
-        SupersededError: when a later run has begun in the folder; nothing of it is overwritten.
+        SupersededError: when a later run has begun in the folder; none of its files are overwritten.
     """
     with storage.commits_guarded(run.check):
         report = work(unit).model_copy(update={"unit_digest": unit.unit_digest(run.config_digest)})
@@ -231,7 +231,7 @@ def perform(unit: WorkUnit, work: Work, run: Attempt) -> ShardReport:
 
 
 def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) -> ShardReport | None:
-    """The report of `unit` if it was finished from the same input and config and its files are whole, else None."""
+    """The report of `unit` if it was finished with the same input and config and its files are intact, else None."""
     report = _read_report(folder, unit.name)
     if report is None or report.unit_digest != unit.unit_digest(config_digest) or was_rewritten(unit, folder):
         return None
@@ -239,7 +239,7 @@ def finished_report(unit: WorkUnit, folder: str, config_digest: str, verb: str) 
 
 
 def _read_report(folder: str, name: str) -> ShardReport | None:
-    """The report of a shard; None where there is none that can be read."""
+    """The report of a shard; None if it is missing or cannot be read."""
     url = report_url(folder, name)
     if not storage.exists(url):
         return None
@@ -251,13 +251,13 @@ def _read_report(folder: str, name: str) -> ShardReport | None:
 
 @contextmanager
 def damage_named(folder: str, shard: str, verb: str) -> Iterator[None]:
-    """Where the block, which reads files of `shard`, fails: is one of them not what the shard's report says?
+    """If the block, which reads files of `shard`, fails: check whether one of them disagrees with the shard's report.
 
-    Files are compared with their reports before a stage reads them, once; this is for what happens to them afterwards.
+    Files are compared with their reports once, before a stage reads them; this finds what happened to them afterwards.
 
     Raises:
-        ShardCorruptError: naming that file. Where all of them are whole, what the block raised comes as it is.
-        SupersededError: when the run that reads them has been superseded: the later one may have removed them.
+        ShardCorruptError: naming that file. If all of them are intact, the block's own error passes.
+        SupersededError: when the run that reads them has been superseded: the later run may have removed them.
     """
     try:
         yield
@@ -270,15 +270,15 @@ def damage_named(folder: str, shard: str, verb: str) -> Iterator[None]:
 
 
 def was_rewritten(unit: WorkUnit, folder: str) -> bool:
-    """Whether the input of `unit` has another version than when its shard was made; unknown versions are no others."""
+    """Whether the input's version has changed since the shard of `unit` was made; an unknown version never counts."""
     url = _version_url(folder, unit.name)
     return bool(unit.version) and storage.exists(url) and storage.read_text(url) != unit.version
 
 
 def withdraw_manifest(units: Sequence[WorkUnit], folder: str, config_digest: str, stage: str, verb: str) -> None:
-    """Remove the manifest of `folder` unless its shards are those of `units` as they are: they are about to change.
+    """Remove the manifest of `folder`, whose shards are about to change, unless it already lists exactly `units`.
 
-    Units that are only damaged are rebuilt with the same bytes, so a manifest of the same units may stand meanwhile.
+    Units that are only damaged are rebuilt with the same bytes, so a manifest of the same units may stay meanwhile.
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
@@ -292,7 +292,7 @@ def withdraw_manifest(units: Sequence[WorkUnit], folder: str, config_digest: str
 
 
 def remove_other_units(units: Sequence[WorkUnit], folder: str) -> None:
-    """Remove what units of an earlier plan left in `folder` that `units` lack: readers would take it for data."""
+    """Remove the files of an earlier plan's units that are not among `units`: readers would take them for data."""
     reports = storage.join(folder, REPORTS_FOLDER)
     if not storage.exists(reports):
         return
@@ -308,11 +308,11 @@ def remove_other_units(units: Sequence[WorkUnit], folder: str) -> None:
         for file in files:
             storage.remove(storage.join(folder, file.name))
         storage.remove(_version_url(folder, name))
-        storage.remove(entry.url)  # last: killed before, the next run finds it again
+        storage.remove(entry.url)  # last: after a kill, the next run finds it again
 
 
 def clear_for(units: Sequence[WorkUnit], run: Attempt) -> None:
-    """Remove from the run's folder what must not stand while `units` are made: another plan's manifest and units.
+    """Remove from the run's folder what must not exist while `units` are made: another plan's manifest and units.
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote the folder.
@@ -322,7 +322,7 @@ def clear_for(units: Sequence[WorkUnit], run: Attempt) -> None:
 
 
 def run_in_process(units: Sequence[WorkUnit], work: Work, run: Attempt) -> list[ShardReport]:
-    """Every unit's report, one after the other in this process: what the run on Ray must equal."""
+    """Run the units one after the other in this process; a run on Ray must give the same reports."""
     clear_for(units, run)
     return [
         finished_report(unit, run.folder, run.config_digest, run.verb) or perform(unit, work, run) for unit in units
@@ -330,7 +330,7 @@ def run_in_process(units: Sequence[WorkUnit], work: Work, run: Attempt) -> list[
 
 
 def report_url(folder: str, name: str) -> str:
-    """Where the report of the unit `name` stands."""
+    """The URL of the report of the unit `name`."""
     return storage.join(folder, REPORTS_FOLDER, f"{name}.json")
 
 

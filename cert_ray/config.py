@@ -1,8 +1,8 @@
 """How every option group of cert-ray is declared: frozen, validated, without unknown fields.
 
 In: keyword arguments or a YAML mapping. Out: a `Config` that can be written whole into a manifest.
-Each stage declares its own subclass beside what it configures. "Off" is `None`, never a sentinel. A field that decides
-what a result costs and nothing about its bytes is declared `Annotated[..., COST_ONLY]`: no digest knows it.
+Each stage declares its own subclass beside what it configures. "Off" is `None`, never a sentinel. A field that affects
+only the cost of a result, not its bytes, is declared `Annotated[..., COST_ONLY]` and left out of digests.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ COST_ONLY = _CostOnly()
 
 
 class Config(pydantic.BaseModel):
-    """Frozen options with validated values; unknown names are refused, and so are numbers that are not finite.
+    """Frozen options with validated values. Unknown names and numbers that are not finite are refused.
 
-    One that may be given a secret is declared with `hide_input_in_errors=True`: no error shows its values.
+    A subclass that may be given a secret sets `hide_input_in_errors=True`: then no error shows its values.
     """
 
     model_config = pydantic.ConfigDict(
@@ -51,20 +51,20 @@ class Config(pydantic.BaseModel):
             raise ConfigError(_explain(error, cls, where)) from error
 
     def digest(self) -> str:
-        """128-bit xxh3 of the canonical JSON of every option that decides the result: equal ones, equal digest."""
+        """128-bit xxh3 of the canonical JSON of all options that decide the result: equal options, equal digests."""
         return str(xxhash.xxh3_128_hexdigest(self.model_dump_json(exclude=self._cost_only()).encode()))
 
     def decides_as(self, options: Mapping[str, Any], but: Iterable[str] = ()) -> bool:
-        """Whether `options`, as a manifest holds them, decide the same result as these; those in `but` may differ."""
+        """Whether `options`, taken from a manifest, decide the same result as these; those in `but` may differ."""
         return not self.differing(options, but)
 
     def differing(self, options: Mapping[str, Any], but: Iterable[str] = ()) -> list[str]:
-        """The dotted names of those that decide the result and are not what they are in `options`, a manifest's."""
+        """The dotted names of the options that decide the result and differ from `options`, taken from a manifest."""
         excluded = {**self._cost_only(), **dict.fromkeys(but, True)}
         return list(_differing(_without(options, excluded), self.model_dump(mode="json", exclude=excluded)))
 
     def _cost_only(self) -> dict[str, Any]:
-        """The fields that change no bytes, also inside of others, as pydantic excludes them."""
+        """The fields that change no bytes, nested ones included, in the form of pydantic's `exclude`."""
         found: dict[str, Any] = {}
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -93,9 +93,9 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[str
             yield name
 
 
-_received = reprlib.Repr()  # a recipe may hold anything, and is not to be printed whole for one wrong value
+_received = reprlib.Repr()  # shortens values: a recipe may hold anything, and one wrong value must not print it whole
 _received.maxstring = _received.maxother = 200
-_MEMBER = re.compile(r"<\w+\.\w+: ('\w+')>")  # of an enumeration, in the words of a literal's error
+_MEMBER = re.compile(r"<\w+\.\w+: ('\w+')>")  # a member of an enumeration, as a literal's error words it
 _SHAPES = {  # in YAML's words
     "tuple_type": "should be a list, as [a, b]",
     "dict_type": "should be a mapping",
@@ -118,7 +118,7 @@ def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> 
         else:
             shape = _SHAPES.get(kind, "").format(**problem.get("ctx", {}))
             told = shape or _MEMBER.sub(r"\1", problem["msg"].removeprefix("Value error, "))
-            of_a_whole = kind == "value_error" and isinstance(problem["input"], Mapping)  # which names its parts itself
+            of_a_whole = kind == "value_error" and isinstance(problem["input"], Mapping)  # its message names the parts
             if not of_a_whole and not cls.model_config.get("hide_input_in_errors"):
                 told += f" (got {_received.repr(problem['input'])})"
         lines.append(f"{name}: {told}" if name else told)
@@ -126,10 +126,10 @@ def _explain(error: pydantic.ValidationError, cls: type[Config], where: str) -> 
 
 
 def _known_options(cls: type[Config], path: Iterable[int | str]) -> list[str]:
-    """The options of what stands at `path` inside of `cls`; numbers and keys of a mapping are passed over."""
+    """The options that exist at `path` inside `cls`; numbers and keys of a mapping are skipped."""
     annotation: Any = cls
     for part in path:
-        if get_origin(annotation) is dict:  # whose keys may be called like an option
+        if get_origin(annotation) is dict:  # its keys may have the name of an option
             annotation = get_args(annotation)[1]
         else:
             annotation = _options_of(annotation).get(str(part), annotation)

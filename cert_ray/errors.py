@@ -6,27 +6,27 @@
     |-- InputError              an input that is missing, unreadable, or not what its name says
     |   |-- MissingColumnsError     a Parquet or JSONL input without the columns it needs
     |   `-- BenchmarkFormatError    a benchmark line without a required field
-    |-- SketchError             a source that Python 3 cannot parse was to be sketched (also a ValueError)
+    |-- SketchError             a source to be sketched that Python 3 cannot parse (also a ValueError)
     |-- SchemaVersionError      a folder written by another schema version or another stage
     |-- NotFinishedError        a folder whose stage never wrote its manifest
     |-- ShardCorruptError       a shard that disagrees with its manifest
     |-- SupersededError         a task of a run whose folder another run has taken over
     |-- StorageFullError        a disk with too little room for what is to be written
-    |-- DiskFullError           a disk that filled up while a checkpoint or a model was written, or copied to be read
+    |-- DiskFullError           a disk that filled up while a checkpoint or model was written, or copied for reading
     |-- ConservationError       rows read != rows kept + rows dropped
     |-- CheckpointError         a checkpoint that belongs to another run
-    |   |-- DamagedCheckpointError    a checkpoint with a file that is missing or not what was written
+    |   |-- DamagedCheckpointError    a checkpoint with a file that is missing or differs from what was written
     |   `-- NoWholeCheckpointError    a run whose checkpoints are all damaged
-    |-- TrainingDivergedError   a loss that is not finite, or has left where it was
+    |-- TrainingDivergedError   a loss that is not finite, or rose and stayed there
     |-- TrainingMemoryError     a training worker without enough memory, with the estimate
     |-- TrainingFailedError     training workers died more often than the run allows
     |-- ClusterError            a Ray cluster that cannot be joined: dead, with another token, of another version
     |-- SandboxError            generated code could not be run at all: never the fault of that code
     `-- RequestError            an HTTP request that is refused, with its status and OpenAI error fields
         |-- RequestCancelledError   nobody waits for the answer any more
-        `-- DeadlineError           the answer was not ready by the time it was wanted
+        `-- DeadlineError           the answer was not ready by its deadline
 
-Expected bad data is not an error: it is a `schemas.Dropped`, and it is counted.
+Expected bad data is not an error: it becomes a `schemas.Dropped`, and is counted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BenchmarkFormatError(InputError):
 
 
 class SketchError(CertRayError, ValueError):
-    """A source that the running interpreter cannot parse was to be sketched."""
+    """The running interpreter cannot parse the source that was to be sketched."""
 
 
 class SchemaVersionError(CertRayError):
@@ -100,7 +100,7 @@ class ShardCorruptError(CertRayError):
 
 
 class SupersededError(CertRayError):
-    """Another run has taken over the folder that a task was about to write to; what stands there was left alone."""
+    """Another run has taken over the folder that a task was about to write to; nothing there was changed."""
 
     def __init__(self, uri: str) -> None:
         super().__init__(uri)
@@ -125,7 +125,7 @@ class StorageFullError(CertRayError):
 
 
 class DiskFullError(CertRayError):
-    """A disk filled up while a checkpoint or a model was written, or copied to be read: says what is left where."""
+    """A disk filled up while a checkpoint or model was written, or copied for reading: says what is left where."""
 
 
 class ConservationError(CertRayError):
@@ -147,11 +147,11 @@ class TokenizerMismatchError(ConfigError):
 
 
 class CheckpointError(CertRayError):
-    """A checkpoint that cannot be gone on from: damaged, or another run's."""
+    """A checkpoint that training cannot continue from: damaged, or another run's."""
 
 
 class DamagedCheckpointError(CheckpointError):
-    """A checkpoint has a file that is missing or not what was written."""
+    """A checkpoint has a file that is missing or differs from what was written."""
 
 
 class NoWholeCheckpointError(CheckpointError):
@@ -163,11 +163,11 @@ class TrainingDivergedError(CertRayError):
 
 
 class TrainingMemoryError(CertRayError):
-    """A training worker ran out of memory: says what the run was estimated to take, and what to lower."""
+    """A training worker ran out of memory: says how much the run was estimated to take, and what to lower."""
 
 
 class TrainingFailedError(CertRayError):
-    """Training workers died more often than the run allows; what was checkpointed is kept."""
+    """Training workers died more often than the run allows; checkpoints are kept."""
 
 
 class ClusterError(CertRayError):
@@ -205,8 +205,8 @@ class RequestError(CertRayError):
 
 
 class RequestCancelledError(RequestError):
-    """Whoever asked is gone, so the work was ended. `status` is nginx's 499: nobody is there to read it."""
+    """The client is gone, so the work was stopped. `status` is nginx's 499: nobody is there to read it."""
 
 
 class DeadlineError(RequestError):
-    """The answer was not ready by its deadline, so the work was ended; 504."""
+    """The answer was not ready by its deadline, so the work was stopped; 504."""

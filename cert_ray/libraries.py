@@ -1,8 +1,8 @@
 """Which libraries files and prompts use: counts over files, the choice of one library's files, what a prompt imports.
 
 In: the `libraries` column of documents (top-level packages that a file imports, guarded and local imports included).
-A library's files are those that import it, by that name; this is the project's definition, for the paper's filter was
-not published. `importlib.import_module("x")` counts, too; what a file uses through another package is not seen.
+A library's files are those that import it under that name. This is the project's own definition, since the paper's
+filter was not published. `importlib.import_module("x")` counts, too; use through another package does not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.compute as pc
 
-# A line that imports, as far as it can be told in a prompt that ends anywhere and so seldom parses.
-# Possessive: a long word without `import` behind it is not tried again letter by letter, 40 s for 20 KB of it.
-_BEGIN = r"(?:^[ \t]*+(?:>>>[ \t]*+)?(?:try[ \t]*+:[ \t]*+)?|;[ \t]*+)"  # of a statement that may import
+# A line that imports, as far as one can tell in a prompt that ends anywhere and so seldom parses.
+# Possessive, so that a long word without `import` after it is not retried letter by letter: 40 s for 20 KB of it.
+_BEGIN = r"(?:^[ \t]*+(?:>>>[ \t]*+)?(?:try[ \t]*+:[ \t]*+)?|;[ \t]*+)"  # the beginning of a statement that may import
 _FROM = re.compile(_BEGIN + r"from[ \t]+(\w++)[\w.]*+[ \t]+import\b[ \t]*+(\([\w\s,]*+|[\w \t,]*+)", re.MULTILINE)
 _IMPORT = re.compile(_BEGIN + r"import[ \t]+(\w[\w. \t,]*)", re.MULTILINE)
 _USE = re.compile(r"\b(\w++)([.(\[])")
@@ -39,12 +39,12 @@ def uses_any(libraries: pa.ChunkedArray, names: Sequence[str]) -> pa.BooleanArra
 
 
 def imported_libraries(prompt: str) -> Counter[str]:
-    """Top-level packages that `prompt` imports, each with how often its import and the name it is bound to are used.
+    """Top-level packages that `prompt` imports, each with its number of imports and of uses of the names they bind.
 
-    Time grows with the prompt's length alone: a prompt may be a megabyte of imports.
+    Time depends only on the prompt's length: a prompt may be a megabyte of imports.
     """
-    of_modules: dict[str, list[int]] = defaultdict(list)  # where a name stands before a dot
-    of_names: dict[str, list[int]] = defaultdict(list)  # where one is called, indexed or asked, and is no attribute
+    of_modules: dict[str, list[int]] = defaultdict(list)  # positions of a name before a dot
+    of_names: dict[str, list[int]] = defaultdict(list)  # positions of a name in use that is not an attribute
     for use in _USE.finditer(prompt):
         if use[2] == ".":
             of_modules[use[1]].append(use.start())
@@ -60,10 +60,10 @@ def imported_libraries(prompt: str) -> Counter[str]:
 
 
 def _bound(imported: str) -> set[str]:
-    """The names that a list behind `import` binds."""
+    """The names that the list after `import` binds."""
     return {alias or name for name, alias in _PART.findall(imported)}
 
 
 def _behind(match: re.Match[str], places: Sequence[int]) -> int:
-    """How many of `places` stand behind the match."""
+    """How many of `places` come after the match."""
     return len(places) - bisect.bisect_left(places, match.end())

@@ -1,8 +1,8 @@
-"""What a finished stage wrote. `manifest.json` is written last: a stage is finished when it is there.
+"""What a finished stage wrote. `manifest.json` is written last: a stage is finished when it exists.
 
 In: the resolved config, the digest of the inputs, one `ShardReport` per work unit. Out: a `Manifest` that checks
-itself: rows read = rows kept + rows dropped by reason, per shard and in total. No clock and no host name stand in it,
-so the same input and config give the same bytes; timings go to the log and the metrics.
+itself: rows read = rows kept + rows dropped by reason, per shard and in total. It holds no time and no host name, so
+the same input and config give the same bytes; timings go to the log and the metrics.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cert_ray.schemas import SCHEMA_VERSION
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "manifest.json"
-ATTEMPT_NAME = ".attempt"  # the token of the run that is at work in a stage's folder
+ATTEMPT_NAME = ".attempt"  # the token of the run at work in a stage's folder
 
 
 class WrittenFile(Config):
@@ -35,17 +35,17 @@ class WrittenFile(Config):
     rows: int
     size_bytes: int
     checksum: str
-    # The checksum before rows were emptied on request: what was made from it stays valid but for these rows.
+    # The checksum before rows were emptied on request. What was made from that file stays valid, except these rows.
     stands_for: str | None = None
 
     @property
     def identity(self) -> str:
-        """What later stages know the file by."""
+        """The checksum that later stages know the file by."""
         return self.stands_for or self.checksum
 
 
 class ShardReport(Config):
-    """What one work unit did. `unit_digest` names the input and config that it was made from."""
+    """What one work unit did. `unit_digest` identifies the input and config that it was made from."""
 
     shard: str
     unit_digest: str
@@ -63,7 +63,7 @@ class ShardReport(Config):
 
 
 class Manifest(Config):
-    """A finished stage: which, from what, by which options, into which files, and what was dropped on the way."""
+    """A finished stage: its inputs, its options, the files it wrote, and what it dropped."""
 
     stage: str
     schema_version: int = SCHEMA_VERSION
@@ -83,7 +83,7 @@ class Manifest(Config):
         return [file for shard in self.shards for file in shard.files]
 
     def files_digest(self) -> str:
-        """xxh3-128 over the names and identities of every file, in order: equal bytes, equal digest."""
+        """xxh3-128 over the names and identities of all files, in order: equal files have equal digests."""
         lines = "".join(f"{file.name} {file.identity}\n" for file in self.files)
         return str(xxhash.xxh3_128_hexdigest(lines.encode()))
 
@@ -120,7 +120,7 @@ def summarize(
 
 
 def _sums(stage: str, shards: list[ShardReport]) -> dict[str, Any]:
-    """What a manifest says of its shards."""
+    """The fields of a manifest that are computed from its shards."""
     dropped: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for shard in shards:
@@ -147,19 +147,19 @@ def with_shards(manifest: Manifest, shards: Iterable[ShardReport]) -> Manifest:
 
 
 def check_handover(stage: str, given: int, taken: int) -> None:
-    """Raise `ConservationError` unless `stage` took every one of the rows that the step before it gave."""
+    """Raise `ConservationError` unless `stage` took exactly the rows that the step before it gave."""
     if given != taken:
         raise ConservationError(f"{stage} (rows handed over)", given, taken, 0)
 
 
 def write_manifest(folder: str, manifest: Manifest) -> None:
-    """Write `manifest` into `folder`: from now on the stage counts as finished.
+    """Write `manifest` into `folder`: from now on, the stage counts as finished.
 
-    What killed tasks left half written is removed first.
+    Files that killed tasks left half written are removed first.
 
     Raises:
-        ConservationError: when its rows do not add up; nothing is written then.
-        SupersededError: when another run has begun in `folder`; it is left alone.
+        ConservationError: when its rows do not add up; then nothing is written.
+        SupersededError: when another run has begun in `folder`; then nothing there is changed.
     """
     manifest.check()
     storage.check_commit()
@@ -178,7 +178,7 @@ def read_manifest(folder: str, stage: str, verb: str) -> Manifest:
     """The manifest of `folder`, which `stage` wrote; `verb` is what a user runs to make it.
 
     Raises:
-        NotFinishedError: when there is none.
+        NotFinishedError: when there is no manifest.
         SchemaVersionError: when another stage or another version of the schema wrote it.
     """
     url = storage.join(folder, MANIFEST_NAME)
@@ -196,7 +196,7 @@ def read_manifest(folder: str, stage: str, verb: str) -> Manifest:
 
 
 def files_counted(manifest: Manifest) -> dict[str, Any]:
-    """How many files a dataset's stages read, kept, and dropped by reason: what cards and reports say."""
+    """How many files a dataset's stages read, kept, and dropped by reason, for cards and reports."""
     return {"read": manifest.rows_read, "kept": manifest.rows_kept, "dropped": manifest.dropped}
 
 
@@ -213,14 +213,14 @@ def check_file(folder: str, file: WrittenFile, verb: str) -> None:
 
 
 def check_same(url: str, found: storage.Written, file: WrittenFile, verb: str) -> None:
-    """Raise `ShardCorruptError` when `found`, read at `url`, is not what the report of `file` says."""
+    """Raise `ShardCorruptError` if `found`, read at `url`, disagrees with the report of `file`."""
     if (found.size_bytes, found.checksum) != (file.size_bytes, file.checksum):
         expected = f"{file.size_bytes} bytes, xxh3 {file.checksum}"
         raise ShardCorruptError(url, expected, f"{found.size_bytes} bytes, xxh3 {found.checksum}", verb)
 
 
 def are_whole(folder: str, files: Iterable[WrittenFile], verb: str) -> bool:
-    """Whether every one of `files` is in `folder` as its report says."""
+    """Whether all of `files` are in `folder` as their report says."""
     try:
         for file in files:
             check_file(folder, file, verb)
@@ -232,10 +232,10 @@ def are_whole(folder: str, files: Iterable[WrittenFile], verb: str) -> bool:
 def finished_manifest(
     folder: str, stage: str, verb: str, config: Config, inputs_digest: str, but: Iterable[str] = ()
 ) -> Manifest | None:
-    """The manifest of `folder` if it was made by such options from these inputs and its files are whole, else None.
+    """The manifest of `folder` if it was made with these options and inputs and its files are intact, else None.
 
     Args:
-        but: names of options that may have been others.
+        but: names of options that may differ.
 
     Raises:
         SchemaVersionError: when another stage, or another version of the schema, wrote `folder`.
@@ -251,13 +251,13 @@ def finished_manifest(
 
 
 def copy_in(file: Path, folder: str) -> WrittenFile:
-    """Copy the local `file` into `folder` under its name; the entry of a report for it."""
+    """Copy the local `file` into `folder` under its name; return a report's entry for it."""
     written = storage.copy_from_local(file, storage.join(folder, file.name))
     return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)
 
 
 def tell_of_replacing(folder: str, stage: str, others: Sequence[str]) -> None:
-    """Warn that what `stage` finished in `folder` is about to go, since `others` are; without any, say nothing."""
+    """Warn that what `stage` finished in `folder` is about to be replaced because `others` differ, if there are any."""
     if others:
         logger.warning(
             "%s: %s holds what was finished with other %s: it is replaced. Give each a `run` of its own to keep both.",

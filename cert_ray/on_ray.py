@@ -1,4 +1,4 @@
-"""How a plain task of Ray ends without a result: by an error of its own, or because its worker or node was lost."""
+"""How a plain Ray task ends without a result: with an error of its own, or because its worker or node was lost."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, Worker
 
 from cert_ray.errors import CertRayError
 
-# What Ray raises when a task's worker or node was lost once more than the task may be run again.
+# What Ray raises when a task's worker or node was lost and the task may not be run again.
 LOST = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """What a task raised on purpose, and the block gets from Ray, comes as itself, without Ray's wrapping.
+    """Unwrap errors of tasks: a `CertRayError` that the block gets from Ray is raised without Ray's wrapping.
 
     Raises:
         CertRayError: as in the task.

@@ -1,9 +1,9 @@
-"""Patterns with possessive groups, `(?:...)*+`, that match alike on every Python from 3.11 on.
+"""Patterns with possessive groups, `(?:...)*+`, that match the same on every Python from 3.11 on.
 
 In: a pattern as for `re.compile`. Out: the compiled pattern. Before 3.11.5 (Debian 12 has 3.11.2), `re` forgets to step
 back when a round of a possessive group fails halfway: `(?:ab?c)*+` matches the `a` of `a` (CPython's issues 100061 and
-106052). There it becomes what CPython's documentation calls the same, a greedy group in an atomic one; that one keeps a
-stack entry per round. Possessive repeats of one character were never wrong.
+106052). There, such a group becomes a greedy group in an atomic one, which CPython's documentation calls equivalent and
+which keeps a stack entry per round. Possessive repeats of one character were never wrong.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _WRONG = sys.version_info < (3, 11, 5)
 
 
 def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    """`re.compile(pattern, flags)`; where `re` has the fault, the result has no `.pattern` and cannot be pickled."""
+    """`re.compile(pattern, flags)`. If `re` has the fault, the result has no `.pattern` and cannot be pickled."""
     return _without_possessive_groups(pattern, flags) if _WRONG else re.compile(pattern, flags)
 
 
 def _without_possessive_groups(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    # Private names, wanted only by versions that are out and stay as they are.
+    # Private names, used only on versions that are released and will not change.
     from re import _compiler, _constants, _parser  # type: ignore[attr-defined]
 
     def rewrite(found: Any) -> Any:

@@ -5,7 +5,7 @@ In: decoded source text. Out: `SourceFacts` (blocks of top-level statements, fun
 into the UTF-8 bytes that the schemas store.
 
 "Parses" means `ast.parse` of the running interpreter. Symbol-table and compile errors (`return` outside a function)
-are not looked for. Literals and names belong to `sketching`; scores belong to `quality`.
+are not detected. `sketching` handles literals and names, `quality` scores.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class FunctionFacts:
-    """What the quality scores need of one `def`, methods and nested ones included, in source order."""
+    """What the quality scores need to know of one `def`; methods and nested functions count, too."""
 
     name: str
     body: FunctionBody
@@ -50,10 +50,10 @@ class FunctionFacts:
 
 @dataclass(frozen=True, slots=True)
 class SourceFacts:
-    """Everything one parse tells. `imports` are top-level package names, sorted and unique.
+    """Everything found in one parse. `functions` are in source order; `imports` are sorted top-level package names.
 
-    They are those of absolute imports anywhere in the file (guarded, local, `TYPE_CHECKING`), and of `import_module`
-    and `__import__` with a constant.
+    They come from absolute imports anywhere in the file (guarded, local, `TYPE_CHECKING`), and from `import_module` and
+    `__import__` with a constant.
     """
 
     statements: tuple[Statement, ...]
@@ -62,7 +62,7 @@ class SourceFacts:
 
 
 def parse(source: str) -> ast.Module | Dropped:
-    """`ast.parse` that neither warns nor raises: what the interpreter refuses is a drop with its reason."""
+    """`ast.parse` that neither warns nor raises: source that the interpreter refuses becomes a drop with its reason."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # '\d' in a corpus file must not drop it under -W error
@@ -79,10 +79,9 @@ def parse(source: str) -> ast.Module | Dropped:
 
 
 def refusal(source: str) -> Dropped | None:
-    """Why the running interpreter refuses `source`, or None: what `parse` says, at half the price.
+    """Why the running interpreter refuses `source`, or None: as `parse`, at half the cost.
 
-    `symtable` builds no tree of Python objects, but refuses more (a `return` outside of a function): there `parse`
-    decides.
+    `symtable` builds no tree of Python objects, but refuses more (a `return` outside a function); then `parse` decides.
     """
     try:
         with warnings.catch_warnings():
@@ -95,7 +94,7 @@ def refusal(source: str) -> Dropped | None:
 
 
 def read_source(source: str) -> SourceFacts | Dropped:
-    """Parse once and read blocks, functions and imports off the tree."""
+    """Parse once and read blocks, functions and imports from the tree."""
     with collector_paused():
         tree = parse(source)
         return tree if isinstance(tree, Dropped) else facts_of(source, tree)
@@ -103,7 +102,7 @@ def read_source(source: str) -> SourceFacts | Dropped:
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No search for cycles while many objects without any are made: it would take a fifth of the time, or more."""
+    """Pause the garbage collector while making objects without cycles: it would take at least a fifth of the time."""
     if not gc.isenabled():
         yield
         return
@@ -120,7 +119,7 @@ def facts_of(source: str, tree: ast.Module) -> SourceFacts:
     interesting = _interesting_lines(source, lines)
     imports: set[str] = set()
     functions: list[FunctionNode] = []
-    assert_lines: list[int] = []  # where a statement starts that calls `self.assert...`, in source order
+    assert_lines: list[int] = []  # first lines of statements that call `self.assert...`
     for statement in _statements(tree):
         if isinstance(statement, ast.Import):
             imports.update([alias.name.partition(".")[0] for alias in statement.names])
@@ -145,7 +144,7 @@ _IMPORTS_BY_NAME = re.compile(r"import_module|__import__")
 
 
 def _interesting_lines(source: str, lines: LineIndex) -> list[int]:
-    """The lines, sorted, that the calls stand in which matter: few files have any, and most statements none."""
+    """The sorted lines of the calls that matter here: few files have any, and most statements have none."""
     matches = [*_ASSERT_METHOD.finditer(source)] if "assert" in source else []
     if "import_module" in source or "__import__" in source:
         matches += _IMPORTS_BY_NAME.finditer(source)
@@ -160,13 +159,13 @@ def _lines_of(statement: Any) -> tuple[int, int]:
 
 
 def _any_within(lines: Sequence[int], first: int, last: int) -> bool:
-    """Whether one of `lines` (sorted) lies between two, both included."""
+    """Whether any of `lines` (sorted) is between `first` and `last`, both included."""
     found = bisect_left(lines, first)
     return found < len(lines) and lines[found] <= last
 
 
 def _calls(statement: ast.AST) -> Iterator[ast.Call]:
-    """The calls in the expressions of a statement; those of the statements in its suites are theirs."""
+    """The calls in the expressions of a statement, but not those in its nested statements."""
     suites = _SUITES_REVERSED.get(type(statement), ())
     for name in statement._fields:
         if name in suites:
@@ -181,13 +180,13 @@ def _imported_by_name(call: ast.Call) -> str | None:
     """The package of `importlib.import_module("x.y")`, `import_module("x")` or `__import__("x")`, if `call` is one."""
     name = call.args[0] if call.args and _name_of(call.func) in ("import_module", "__import__") else None
     if isinstance(name, ast.Constant) and isinstance(name.value, str):
-        package = name.value.partition(".")[0]  # empty for a relative one
+        package = name.value.partition(".")[0]  # empty for a relative import
         return package if package.isidentifier() else None
     return None
 
 
 def _name_of(function: ast.expr) -> str | None:
-    """The last name of a called function, however it is reached."""
+    """The last part of the name of a called function."""
     if isinstance(function, ast.Attribute):
         return function.attr
     return function.id if isinstance(function, ast.Name) else None
@@ -215,7 +214,7 @@ def byte_offsets(source: str, offsets: Sequence[int]) -> list[int]:
 
 
 def code_points(text: str, byte_offsets: Sequence[int]) -> Sequence[int]:
-    """Offsets into the UTF-8 bytes of `text` as offsets into its code points; the same ones for ASCII."""
+    """Offsets into the UTF-8 bytes of `text` as offsets into its code points; equal for ASCII text."""
     if text.isascii():
         return byte_offsets
     is_start = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
@@ -229,7 +228,7 @@ class LineIndex:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        # The tokenizer's line ends only: str.splitlines would also split at form feeds and U+2028.
+        # Only the tokenizer's line ends: str.splitlines would also split at form feeds and U+2028.
         if "\r" in source:
             self.starts = [0, *(match.end() for match in _LINE_END.finditer(source))]
         else:
@@ -244,14 +243,14 @@ class LineIndex:
         if self._ascii or column == 0:
             return start + column
         columns = self._columns.get(line)
-        if columns is None:  # once per line: a megabyte on one line must not be encoded for each of its nodes
+        if columns is None:  # once per line: a line of a megabyte must not be encoded for each of its nodes
             end = self.starts[line] if line < len(self.starts) else len(self.source)
             sizes = (len(character.encode()) for character in self.source[start:end])
             columns = self._columns[line] = list(accumulate(sizes, initial=0))
         return start + bisect_left(columns, column)
 
     def line_end(self, line: int) -> int:
-        """Code point offset of the end of a line, its line end excluded."""
+        """Code point offset of the end of a line, without its line end."""
         if line >= len(self.starts):
             return len(self.source)
         end = self.starts[line] - 1
@@ -267,7 +266,7 @@ _EXAMPLE = re.compile(r">>>|^\s*(?:usage\s+)?examples?\b", re.IGNORECASE | re.MU
 
 
 _NESTING: list[type[ast.AST]] = [*ast.stmt.__subclasses__(), ast.ExceptHandler, ast.match_case]
-# Fields that hold statements, or parts of statements that hold some, last one first, by type of node.
+# By type of node, the fields that hold statements, or parts with statements in them; last field first.
 _SUITES_REVERSED: dict[type[ast.AST], tuple[str, ...]] = {
     kind: tuple(field for field in ("cases", "finalbody", "orelse", "handlers", "body") if field in kind._fields)
     for kind in _NESTING
@@ -275,7 +274,7 @@ _SUITES_REVERSED: dict[type[ast.AST], tuple[str, ...]] = {
 
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
-    """Every statement, nested ones included, in source order. Expressions are skipped: nothing we want is in one."""
+    """Every statement, nested ones included, in source order. Expressions are skipped: they contain no statements."""
     stack: list[ast.AST] = tree.body[::-1]  # type: ignore[assignment]
     while stack:
         node = stack.pop()
@@ -285,7 +284,7 @@ def _statements(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def _body(function: FunctionNode) -> FunctionBody:
-    """Empty means nothing but `pass`, `...` and a docstring. An example is `>>>` or a line that starts with Example."""
+    """Empty: only `pass`, `...` and a docstring. An example is `>>>` or a line that starts with Example."""
     docstring = ast.get_docstring(function, clean=False)
     rest = function.body[docstring is not None :]
     if all(isinstance(node, ast.Pass) or _is_ellipsis(node) for node in rest):
@@ -300,10 +299,10 @@ def _is_ellipsis(node: ast.stmt) -> bool:
 
 
 def _blocks(source: str, tree: ast.Module, lines: LineIndex) -> tuple[Statement, ...]:
-    """Group the top-level statements; a new block starts after a blank line between two of them.
+    """Group the top-level statements; a blank line between two of them starts a new block.
 
-    A block is made of whole lines. Comments right below a statement stay with it; all others belong to the following
-    block, at the end of the file to the last one. So only blank lines lie between blocks.
+    A block consists of whole lines. Comments directly below a statement stay with it; all others belong to the next
+    block, or to the last one at the end of the file. So there are only blank lines between blocks.
     """
     if not tree.body:
         return ()
@@ -339,7 +338,7 @@ def _blocks(source: str, tree: ast.Module, lines: LineIndex) -> tuple[Statement,
 
 
 def _first_line(node: ast.stmt) -> int:
-    """The line a statement starts in; `lineno` of a decorated one is that of its `def` or `class`."""
+    """The line that a statement starts in; if it is decorated, `lineno` is the line of `def` or `class`."""
     decorators: list[ast.expr] = getattr(node, "decorator_list", [])
     return min([node.lineno, *[decorator.lineno for decorator in decorators]]) if decorators else node.lineno
 

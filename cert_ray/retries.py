@@ -1,8 +1,8 @@
-"""Errors of storage that pass, and trying again: the one policy, for tasks and for the driver.
+"""Retries of transient storage errors: the one policy for tasks and driver.
 
-In: a call that may be made again. Out: what it returns, or its error when that is none that passes, or came every time.
-Clients of object stores have tried again by themselves before. Each call of `cert_ray.storage` is tried again here, and
-so is a work unit as a whole, for what it reads as a stream; an error that came every time is not tried again outside.
+In: a call that may be repeated. Out: what it returns, or its error if that is not transient or came every time. Clients
+of object stores have already retried by themselves. Each call of `cert_ray.storage` is retried here, and so is a work
+unit as a whole, because it reads streams. An error that came every time is not retried by an outer call.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
-# Assumed; each 20% more or less, so that tasks that failed together do not come together again.
+# Assumed. Each varies by up to 20%, so that tasks that failed together do not retry together.
 _WAITS_S = (2, 4, 8, 16)
 _ONCE: ContextVar[bool] = ContextVar("once", default=False)
 _GAVE_UP = f"It was tried {len(_WAITS_S) + 1} times."
-# What stays as it is: full, for reading only, a socket (ENXIO), in use by ourselves (EMFILE is a leak, ENOTEMPTY a
-# folder that others write to), or asked in a way that is refused (a store's "bad request" is EINVAL).
+# Errors that waiting does not cure: full, read-only, a socket (ENXIO), our own use (EMFILE is a leak, ENOTEMPTY a
+# folder that others write to), or a refused request (a store's "bad request" is EINVAL).
 _LASTING = {
     errno.ENOSPC,
     errno.ENXIO,
@@ -46,28 +46,28 @@ _LASTING = {
     errno.ENOTEMPTY,
     errno.EMFILE,
 }
-# What drivers of remote storage call what passes, themselves or in what it is derived from; none of it is an `OSError`
-# that Python knows. httpx's ReadError is a NetworkError; tarfile has a ReadError, too, which tells of damage.
+# Names of transient errors, or of their base classes, in drivers of remote storage; none is one of Python's own
+# `OSError`s. httpx's ReadError is a NetworkError; tarfile's ReadError, in contrast, means damage.
 _PASSING_NAMES = re.compile(
     r"(?:Connection|Timeout)\w*Error$"  # botocore, urllib3, requests, aiohttp
     r"|^(?:Timeout|ChunkedEncodingError)$"  # requests
     r"|^(?:TimeoutException|NetworkError|RemoteProtocolError)$"  # httpx
-    r"|^(?:ServiceRequestError|ServiceResponseError)$"  # azure: not sent, or no answer that it understood
+    r"|^(?:ServiceRequestError|ServiceResponseError)$"  # azure: not sent, or no valid answer
     r"|^(?:ClientPayloadError|ResponseStreamingError|IncompleteRead(?:Error)?)$"  # an answer that broke off: aiohttp,
     # botocore, urllib and azure
 )
-# Where drivers keep the HTTP status of an answer that refuses: azure, aiohttp and urllib, gcsfs; requests, httpx and
-# huggingface_hub have it on the error's response. The first that there is counts: aiohttp warns of its `code`.
+# Where errors of drivers keep the HTTP status: azure, aiohttp and urllib, gcsfs. requests, httpx and huggingface_hub
+# have it on the error's response. The first that exists is used: aiohttp warns when its `code` is read.
 _STATUS_NAMES = ("status_code", "status", "code")
-# Elsewhere for the moment (S3, while a new bucket's name spreads), waited too long, asked too often, and what is the
-# server's fault, but for what it does not implement. Elsewhere for good (301, 308) is a wrong region or endpoint:
-# botocore has followed it where it could.
+# Temporarily elsewhere (S3, while a new bucket's name spreads), timed out, too many requests, and the server's faults,
+# except "not implemented". Permanently elsewhere (301, 308) means a wrong region or endpoint: botocore has followed it
+# if it could.
 _PASSING_STATUSES = {307, 408, 429, *range(500, 600)} - {501}
-# A 409 stays, but for these of S3's: another request was changing the same thing at that moment.
+# A 409 is permanent, except these of S3: another request was changing the same object at that moment.
 _PASSING_CODES = {"OperationAborted", "ConditionalRequestConflict"}
 
 
-# Packages whose errors need not be ones that Python knows: s3fs passes botocore's on where credentials are missing.
+# Packages that raise errors of their own types: s3fs passes on botocore's when credentials are missing.
 _STORES = (
     *("botocore.", "aiobotocore.", "aiohttp.", "requests.", "httpx.", "gcsfs.", "azure.", "adlfs."),
     *("google.api_core.", "google.auth.", "google.cloud."),
@@ -75,9 +75,9 @@ _STORES = (
 
 
 def is_of_storage(error: BaseException) -> bool:
-    """Whether `error` is one of a disk, the network, a driver of remote storage, or its client."""
+    """Whether `error` comes from a disk, the network, a driver of remote storage, or its client."""
     if isinstance(error, OSError):
-        return not type(error).__module__.startswith("ray.")  # whose TimeoutError is an OSError, too
+        return not type(error).__module__.startswith("ray.")  # Ray's TimeoutError is an OSError, too
     return _is_of_a_client(error) or _wrapped_by_adlfs(error) is not None
 
 
@@ -86,16 +86,16 @@ def _is_of_a_client(error: BaseException) -> bool:
 
 
 def _wrapped_by_adlfs(error: BaseException) -> BaseException | None:
-    """The client's error of which adlfs made a plain one, as it does where it writes, removes or connects."""
+    """The client's error that adlfs turned into a plain one, as it does when it writes, removes or connects."""
     cause = error.__cause__
     return cause if type(error) in (RuntimeError, ValueError) and cause and _is_of_a_client(cause) else None
 
 
 def is_passing(error: BaseException) -> bool:
-    """Whether `error` is one that storage over a network gives now and then; a full disk stays full.
+    """Whether `error` is transient, as networked storage raises now and then; a full disk stays full.
 
-    A missing file and a refused permission are errors of other types, or of other HTTP statuses. An input that could
-    not be read is judged by why, and so is an `OSError` that a client made of the store's answer.
+    A missing file and a denied permission have other types, or other HTTP statuses. An `InputError` is judged by its
+    cause, and so is an `OSError` that a client made from the store's answer.
     """
     if _GAVE_UP in getattr(error, "__notes__", ()):
         return False
@@ -106,7 +106,7 @@ def is_passing(error: BaseException) -> bool:
     if type(error) is OSError:
         if error.errno in _LASTING or _is_forbidden_by_gcsfs(error):
             return False
-        # s3fs makes EBUSY of a conflict as of "slow down", and EIO of every code that it does not know.
+        # s3fs turns both a conflict and "slow down" into EBUSY, and every code that it does not know into EIO.
         return error.__cause__ is None or _is_passing_answer(error.__cause__) is not False
     if (wrapped := _wrapped_by_adlfs(error)) is not None:
         return is_passing(wrapped)
@@ -116,7 +116,7 @@ def is_passing(error: BaseException) -> bool:
 
 
 def _is_passing_answer(error: BaseException) -> bool | None:
-    """Whether the answer that `error` tells of is one that passes; None where it tells of none."""
+    """Whether the HTTP answer in `error` is transient; None if `error` holds no answer."""
     status, response = _http_status(error), getattr(error, "response", None)
     if status is None:
         return None
@@ -125,7 +125,7 @@ def _is_passing_answer(error: BaseException) -> bool | None:
 
 
 def _http_status(error: BaseException) -> int | None:
-    """The status of the answer that `error` tells of: 3xx, 4xx or 5xx; None where it tells of none."""
+    """The status of the HTTP answer in `error`: 3xx, 4xx or 5xx; None if `error` holds none."""
     for holder in (error, getattr(error, "response", None)):
         if isinstance(holder, Mapping):  # botocore's response
             value = holder.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -137,12 +137,12 @@ def _http_status(error: BaseException) -> int | None:
 
 
 def _is_forbidden_by_gcsfs(error: OSError) -> bool:
-    """Whether gcsfs made it of a 403, which it tells in the text alone."""
+    """Whether gcsfs made `error` from a 403, which only its text says."""
     return error.errno is None and str(error).startswith("Forbidden: ")
 
 
 def tried_again(call: Callable[P, R]) -> Callable[P, R]:
-    """`call`, made up to five times, over half a minute, while it raises what passes; it must bear being repeated."""
+    """`call`, tried up to five times over half a minute while its errors are transient; it must be safe to repeat."""
 
     @functools.wraps(call)
     def patient(*args: P.args, **options: P.kwargs) -> R:
@@ -168,7 +168,7 @@ def tried_again(call: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def asked_once() -> Iterator[None]:
-    """In the block nothing is tried again here: somebody waits for the answer, be it that there is none."""
+    """Disable retries in the block: somebody is waiting, and an error now is better than an answer later."""
     token = _ONCE.set(True)
     try:
         yield
@@ -177,12 +177,12 @@ def asked_once() -> Iterator[None]:
 
 
 def answered_within(limit_s: float, call: Callable[[], R]) -> R:
-    """What `call` returns, or raises, in a thread of its own, which is left alone where it does not come back in time.
+    """What `call` returns or raises. It runs in its own thread, which is abandoned if it does not finish in time.
 
-    For what takes connections and says nothing, storage or a cluster's head: their clients wait for long.
+    For storage or a cluster's head that accepts connections but never answers: their clients wait for a long time.
 
     Raises:
-        TimeoutError: when that took longer than `limit_s`.
+        TimeoutError: when `call` takes longer than `limit_s`.
     """
     answer: Future[R] = Future()
 

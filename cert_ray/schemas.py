@@ -3,7 +3,7 @@
     inputs --clean--> DOCUMENTS (+ DROPS) --dedup--> BANDS, SIGNATURES, SURVIVORS --annotate--> ANNOTATED
     ANNOTATED --pack--> PIECES (+ token shards)
 
-`SCHEMA_VERSION` goes into every manifest; a folder of another version is refused by name.
+`SCHEMA_VERSION` goes into every manifest; a folder of another version is refused with a message that names both.
 All offsets into text are in UTF-8 bytes, half open, so that any tool in any language can slice with them.
 """
 
@@ -43,7 +43,7 @@ class DropReason(StrEnum):
     # Parsing: the running interpreter refuses it.
     NOT_PYTHON_3 = "not_python_3"
     TOO_DEEPLY_NESTED = "too_deeply_nested"
-    # Decontamination: it holds a problem that models are scored on.
+    # Decontamination: it holds a problem of a benchmark.
     CONTAMINATED = "contaminated"
     # Dedup.
     EXACT_DUPLICATE = "exact_duplicate"
@@ -65,7 +65,7 @@ class Dropped:
 
 
 class StatementKind(StrEnum):
-    """How a top-level statement takes part in the generator's text (PAPER.md: imports and `__name__` stand alone)."""
+    """How a top-level statement appears in the generator's text (in the paper, imports and `__name__` stand alone)."""
 
     IMPORT = "import"
     MAIN = "main"  # mentions __name__
@@ -77,13 +77,13 @@ STATEMENT = pa.struct([("start", pa.int32()), ("end", pa.int32()), ("kind", pa.s
 
 DOCUMENTS = pa.schema(
     [
-        ("doc_id", pa.string()),  # "<shard>-<row>", numbered by the input list, so independent of workers
+        ("doc_id", pa.string()),  # "<shard>-<row>"; follows the input list, so independent of workers
         ("path", pa.string()),
         ("source", pa.string()),  # the input it was read from: a folder, an archive, a table
         ("repository", pa.string()),  # null when the input does not say
         ("stars", pa.int64()),  # null when the input does not say
         ("licence", pa.string()),  # of the repository, else of the SPDX header; null when neither says
-        ("content", pa.string()),  # null once it is removed on request
+        ("content", pa.string()),  # null after a removal on request
         ("size_bytes", pa.int32()),
         ("content_hash", pa.binary(16)),  # xxh3-128 of the normalised content
         ("libraries", pa.list_(pa.string())),  # top-level packages imported, sorted
@@ -95,7 +95,7 @@ DOCUMENTS = pa.schema(
 
 DROPS = pa.schema([("path", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
 
-# Why files were dropped as contaminated: one row for each problem and way that a file matched.
+# Why files were dropped as contaminated: one row per file, matching problem, and way of matching.
 CONTAMINATION = pa.schema(
     [
         ("path", pa.string()),
@@ -104,9 +104,9 @@ CONTAMINATION = pa.schema(
         ("task_id", pa.string()),
         ("part", pa.string()),  # prompt or solution
         ("how", pa.string()),  # words or tree
-        ("line", pa.int32()),  # of the cleaned file, from 1; the first match's
+        ("line", pa.int32()),  # of the first match in the cleaned file, from 1
         ("matches", pa.int32()),  # n-grams, or runs of statements
-        ("text", pa.string()),  # what matched first, as the document has it
+        ("text", pa.string()),  # the first match, as the document has it
     ]
 )
 
@@ -137,7 +137,7 @@ ANNOTATED = pa.schema(
         ("libraries", pa.list_(pa.string())),
         ("ut_score", pa.float64()),
         ("func_score", pa.float64()),
-        ("weight", pa.float64()),  # sampling weight, PAPER.md "Resampling"
+        ("weight", pa.float64()),  # sampling weight, as in the paper
         ("cluster_size", pa.int32()),  # documents that this one stands for, itself included
         ("sketch", pa.string()),
         ("placeholders", pa.list_(PLACEHOLDER)),
@@ -145,7 +145,7 @@ ANNOTATED = pa.schema(
     ]
 )
 
-# One row per piece of a packed document, beside the shard's tokens. A document's pieces lie next to each other.
+# One row per piece of a packed document, beside the shard's tokens. A document's pieces are adjacent.
 PIECES = pa.schema(
     [
         ("document", pa.int32()),  # its row among the kept documents of the shard
@@ -153,6 +153,6 @@ PIECES = pa.schema(
         ("tokens", pa.int32()),
         ("weight", pa.float64()),  # of the document
         ("held_out", pa.bool_()),  # of the document
-        ("atomic", pa.bool_()),  # a sketch and its code: never cut at a row's border
+        ("atomic", pa.bool_()),  # a sketch and its code: never cut at the end of a row
     ]
 )

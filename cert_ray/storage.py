@@ -1,8 +1,8 @@
 """Files by URL, local or remote: list, read, write. The only module that builds paths.
 
-In and out: URLs as strings (`/data/x`, `s3://bucket/x`, `hf://...`), anything fsspec opens. A write becomes visible
-whole or not at all on local disks (temporary name, then rename); object stores do that by themselves for one object.
-What storage fails at in passing is tried again, by `retries`.
+In and out: URLs as strings (`/data/x`, `s3://bucket/x`, `hf://...`), anything fsspec opens. On local disks, a write
+becomes visible whole or not at all (temporary name, then rename); object stores guarantee this for a single object.
+`retries` repeats calls after transient errors.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from cert_ray.retries import tried_again
 
 _CHECKSUM_BLOCK_BYTES = 4 << 20
 _PARTIAL_SUFFIX = ".partial"
-_ROWS_AT_A_TIME = 128  # of which some are wanted; assumed: a few hundred kilobytes of source
-# What opens a scheme that fsspec alone does not open.
+_ROWS_AT_A_TIME = 128  # read to pick some of them: a few hundred kilobytes of source; assumed
+# What to install for a scheme that fsspec cannot open on its own.
 _DRIVERS = {
     "s3": "'cert-ray[s3]'",
     "s3a": "'cert-ray[s3]'",
@@ -42,13 +42,13 @@ _DRIVERS = {
     "abfs": "adlfs",
     "abfss": "adlfs",
 }
-# Left free on a local disk, for logs and for others; assumed.
+# Left free on a local disk for logs and other programs; assumed.
 RESERVE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """A file found by listing: its URL, its size, and what its storage changes with every write to it, if anything."""
+    """A listed file: its URL, its size, and a version that its storage changes with every write, if it has one."""
 
     url: str
     size_bytes: int
@@ -57,7 +57,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a write left behind: its size and the xxh3-128 of its bytes, in hex."""
+    """What was written: its size and the xxh3-128 of its bytes, in hex."""
 
     size_bytes: int
     checksum: str
@@ -70,7 +70,7 @@ def resolve(url: str) -> tuple[Any, str]:
         ConfigError: when the scheme's driver is not installed or knows no account, or the scheme is unknown.
     """
     package = _DRIVERS.get(url.partition("://")[0])
-    # Without it they answer from lists they made before, and do not see what other processes have written since.
+    # Otherwise drivers answer from earlier listings, and miss what other processes have written since.
     options = {"use_listings_cache": False} if package else {}
     try:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
@@ -86,7 +86,7 @@ def resolve(url: str) -> tuple[Any, str]:
 
 
 def check_shared(url: str) -> None:
-    """Raise `ConfigError` where other processes would not find what one writes at `url`."""
+    """Raise `ConfigError` if other processes cannot see what this one writes at `url`."""
     if isinstance(resolve(url)[0], MemoryFileSystem):
         raise ConfigError(
             f"{url}: that is this process' own memory, which the other processes of a run do not see. Give a folder, "
@@ -103,7 +103,7 @@ def local_path(url: str) -> Path:
     """The `Path` of a local URL.
 
     Raises:
-        ConfigError: for a remote URL, where the caller needs a disk.
+        ConfigError: for a remote URL.
     """
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
@@ -112,10 +112,10 @@ def local_path(url: str) -> Path:
 
 
 def for_arrow(url: str) -> tuple[str, pa.fs.FileSystem | None]:
-    """`url` as Arrow takes it, with what is to open it: None for a local disk.
+    """`url` in Arrow's form, and the filesystem to open it with: None for a local disk.
 
-    Not by the drivers that Arrow has of its own: they look for accounts elsewhere than fsspec's (without one, that of
-    Google's tries again in silence, for minutes).
+    Arrow's own drivers are not used, because they look for accounts in other places than fsspec's. (Without one,
+    Google's retries silently for minutes.)
     """
     if is_local(url):
         return url, None
@@ -129,7 +129,7 @@ def absolute(url: str) -> str:
 
 
 def cache_folder(name: str) -> Path:
-    """Where this machine keeps what can be fetched or built again: $XDG_CACHE_HOME/cert-ray/`name`, else ~/.cache."""
+    """This machine's folder for what can be fetched or built again: $XDG_CACHE_HOME/cert-ray/`name`, else ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "cert-ray" / name
 
@@ -146,14 +146,14 @@ def name_of(url: str) -> str:
 
 @tried_again
 def exists(url: str) -> bool:
-    """Whether a file or folder stands at `url`."""
+    """Whether there is a file or folder at `url`."""
     filesystem, path = resolve(url)
     return bool(filesystem.exists(path))
 
 
 @tried_again
 def is_folder(url: str) -> bool:
-    """Whether a folder (or object prefix) stands at `url`."""
+    """Whether there is a folder (or object prefix) at `url`."""
     filesystem, path = resolve(url)
     return bool(filesystem.isdir(path))
 
@@ -163,7 +163,7 @@ def list_files(url: str) -> list[FileEntry]:
     """Every file below the folder `url`, sorted by URL. Symbolic links to folders are not followed (they may loop).
 
     Raises:
-        InputError: when nothing stands at `url`.
+        InputError: when there is nothing at `url`.
     """
     filesystem, path = resolve(url)
     if not filesystem.exists(path):
@@ -180,7 +180,7 @@ def list_files(url: str) -> list[FileEntry]:
     )
 
 
-# What stores call it: S3, GCS, Azure, Hugging Face, and whatever else fsspec's drivers pass on; the strongest first.
+# Names of a file's version in S3, GCS, Azure, Hugging Face and other drivers of fsspec; the strongest first.
 _VERSIONS = ("ETag", "etag", "blob_id", "generation", "md5Hash", "checksum", "LastModified", "last_modified", "mtime")
 
 
@@ -197,7 +197,7 @@ def _list_local(root: str) -> Iterator[FileEntry]:
             path = os.path.join(folder, name)  # noqa: PTH118 - millions of times, and Path costs ten times as much
             try:
                 yield _local_entry(path, os.stat(path))  # noqa: PTH116
-            except OSError:  # a dangling or looping link: reading it will be a counted drop
+            except OSError:  # a dangling or looping link: reading it becomes a counted drop
                 yield FileEntry(path, 0)
 
 
@@ -216,7 +216,7 @@ def find(pattern: str) -> list[str]:
 
 @tried_again
 def list_folders(url: str) -> list[str]:
-    """The names of the folders that stand directly below `url`, sorted; none where nothing stands there."""
+    """The names of the folders directly below `url`, sorted; none if there is nothing at `url`."""
     filesystem, path = resolve(url)
     if not filesystem.exists(path):
         return []
@@ -225,7 +225,7 @@ def list_folders(url: str) -> list[str]:
 
 @tried_again
 def list_file_names(url: str) -> list[str]:
-    """The names of the files that stand directly in the folder `url`, sorted."""
+    """The names of the files directly in the folder `url`, sorted."""
     filesystem, path = resolve(url)
     return sorted(name_of(entry["name"]) for entry in filesystem.ls(path, detail=True) if entry["type"] == "file")
 
@@ -256,7 +256,7 @@ _before_commit: ContextVar[Callable[[], None] | None] = ContextVar("_before_comm
 
 @contextmanager
 def commits_guarded(check: Callable[[], None]) -> Iterator[None]:
-    """Call `check` right before each write of the block becomes visible; if it raises, nothing does."""
+    """Call `check` right before each write in the block becomes visible; if it raises, the write does not."""
     token = _before_commit.set(check)
     try:
         yield
@@ -265,17 +265,17 @@ def commits_guarded(check: Callable[[], None]) -> Iterator[None]:
 
 
 def check_commit() -> None:
-    """Raise what a write would raise now: see `commits_guarded`."""
+    """Run the check of `commits_guarded` now, as a write would."""
     if (check := _before_commit.get()) is not None:
         check()
 
 
 @contextmanager
 def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
-    """Open `url` for writing `size_bytes`; it appears under its name only when the block ends without an error."""
+    """Open `url` for writing `size_bytes`. It appears under its name only if the block ends without an error."""
     filesystem, path = resolve(url)
     if not isinstance(filesystem, LocalFileSystem):
-        check_commit()  # closing the stream commits, whatever is raised before
+        check_commit()  # closing the stream commits, even after an error
         with filesystem.open(path, "wb") as stream:
             yield stream
         return
@@ -297,7 +297,7 @@ def _open_write(url: str, size_bytes: int) -> Iterator[IO[bytes]]:
 
 
 def remove_partial_files(url: str) -> None:
-    """Remove what writers that were killed left below the local folder `url`; nobody may be writing there."""
+    """Remove what killed writers left below the local folder `url`. Nobody may be writing there."""
     if is_local(url):
         for path in local_path(url).rglob(f".*{_PARTIAL_SUFFIX}"):
             path.unlink(missing_ok=True)
@@ -316,7 +316,7 @@ def _write(url: str, payload: bytes | pa.Buffer) -> Written:
 
 
 def write_text_once(url: str, text: str) -> Written:
-    """As `write_text`, for those who try again themselves: an error comes at once, and no line is logged of it."""
+    """`write_text` for callers that retry themselves: an error is raised at once, and not logged."""
     return _write(url, text.encode())
 
 
@@ -341,11 +341,11 @@ def parquet_bytes(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-_LONG_VALUE_BYTES = 256  # assumed: what is longer seldom comes twice
+_LONG_VALUE_BYTES = 256  # longer values seldom repeat; assumed
 
 
 def _dictionary_columns(table: pa.Table) -> list[str]:
-    """The columns to look for repeated values in, by their paths in Parquet: all but those of long values."""
+    """The columns to write with a dictionary, by their paths in Parquet: all except those with long values."""
     short = (field for field in table.schema if table.column(field.name).nbytes <= _LONG_VALUE_BYTES * len(table))
     nested = (field for field in table.schema if pa.types.is_nested(field.type))
     fields = {field.name: field.type for fields in (short, nested) for field in fields}
@@ -372,7 +372,7 @@ def read_parquet(url: str, columns: list[str] | None = None, *, use_threads: boo
     """The table at `url`, or only `columns` of it.
 
     Args:
-        use_threads: Arrow's, each of which keeps memory for what it read; without them it is slower, and leaves less.
+        use_threads: let Arrow use threads. Each keeps memory for what it read; without them, reading is slower.
 
     Raises:
         pa.ArrowException: for a damaged file.
@@ -385,7 +385,7 @@ def read_parquet(url: str, columns: list[str] | None = None, *, use_threads: boo
 
 @tried_again
 def read_rows(url: str, rows: Sequence[int], columns: list[str]) -> pa.Table:
-    """`columns` of some `rows` (ascending) of the table at `url`, as far as it has them; a few in memory at a time.
+    """`columns` of some `rows` (ascending) of the table at `url`, as far as they exist; a few in memory at a time.
 
     Raises:
         pa.ArrowException: for a damaged file.
@@ -420,10 +420,10 @@ def _rows_of_group(
 
 @contextmanager
 def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
-    """The Parquet file at `url`, to read parts of it; only a buffer is read ahead, since that stays with the process.
+    """The Parquet file at `url`, to read parts of it. Only one buffer is read ahead: the process keeps that memory.
 
     Raises:
-        pa.ArrowException: for a damaged file, also where the block meets the damage.
+        pa.ArrowException: for a damaged file, even if only the block reaches the damage.
     """
     with _damage_told(url), open_read(url) as stream:
         yield pq.ParquetFile(stream, pre_buffer=False, buffer_size=1 << 20)
@@ -431,7 +431,7 @@ def open_parquet(url: str) -> Iterator[pq.ParquetFile]:
 
 @contextmanager
 def _damage_told(url: str) -> Iterator[None]:
-    """What Arrow says of the bytes of a local file is no error of its disk, so nobody waits for it to pass."""
+    """Tell damage from errors of the disk: what Arrow says about a local file's bytes must not be retried."""
     try:
         yield
     except OSError as error:
@@ -469,7 +469,7 @@ def make_folder(url: str) -> None:
 
 @tried_again
 def copy_to_local(url: str, target: Path) -> Written:
-    """Copy the file at `url` to the local path `target`, in blocks; what came is for the caller to compare."""
+    """Copy the file at `url` to the local path `target`, in blocks. The caller compares what arrived."""
     digest = xxhash.xxh3_128()
     size_bytes = 0
     with open_read(url) as stream, target.open("wb") as sink:
@@ -493,9 +493,9 @@ def copy_from_local(source: Path, url: str) -> Written:
 
 @tried_again
 def copy_files_to_local(url: str, target: Path) -> None:
-    """Copy the files that stand directly in the folder `url` into the local folder `target`.
+    """Copy the files directly in the folder `url` into the local folder `target`.
 
-    Not what is below: a model's folder has checkpoints there, which are many times as large.
+    Subfolders are left out: those of a model's folder hold checkpoints, which are many times as large.
     """
     filesystem, path = resolve(url)
     found = [entry["name"] for entry in filesystem.ls(path, detail=True) if entry["type"] == "file"]

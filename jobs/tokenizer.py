@@ -1,4 +1,4 @@
-r"""Annotated dataset to tokenizer, as a Ray job.
+r"""From annotated dataset to tokenizer, as a Ray job.
 
     RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --runtime-env cluster/runtime-env.yaml -- \
         python jobs/tokenizer.py jobs/numpy.yaml [KEY=VALUE ...]

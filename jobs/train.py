@@ -1,4 +1,4 @@
-r"""Packed views to exported models, in the recipe's order, as a Ray job.
+r"""From packed views to exported models, in the recipe's order, as a Ray job.
 
     RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:8265 --runtime-env cluster/runtime-env.yaml -- \
         python jobs/train.py jobs/numpy.yaml [KEY=VALUE ...]

@@ -1,17 +1,18 @@
-"""Source in, sketch out: the placeholders of literals and names, spliced in one pass.
+"""Source in, sketch out: replaces literals and names by placeholders, in one pass.
 
 In: Python source text. Out: `Sketched` (the sketch as text, the spans of its placeholders, the source ranges they
-stand for), or the `Dropped` that says why not. Outside placeholders a sketch equals its source to the code point,
-except for a space put in where a placeholder would join a word (`return"a"if x` -> `return string if x`).
+stand for), or the `Dropped` that says why not. Outside placeholders, a sketch equals its source to the code point,
+except for a space added where a placeholder would join a word (`return"a"if x` -> `return string if x`).
 
 Four kinds: `constants` (CERT) replaces literals and the names at `def` and `class`; `names` (CERT-N) replaces
 user-defined names (`names.py` says which); `both` (CERT-NC) replaces all of these; `released` does byte for byte what
-the authors' code does, so about a quarter of its sketches do not parse. The other three parse wherever the source does:
+the authors' code does, so about a quarter of its sketches do not parse. The other three parse if the source does:
 
-- adjacent string literals are one placeholder, comments between them included; a run that holds a part that stays
-  (a triple-quoted one, `br''`) stays whole;
+- adjacent string literals become one placeholder, with the comments between them; a run with a part that stays (a
+  triple-quoted one, `br''`) stays whole;
 - literals in the patterns of `case` stay: a name there would capture;
-- a prefixed triple-quoted docstring stays as a plain one does. Other literals follow the released rule (`literals.py`).
+- a prefixed triple-quoted docstring stays, as a plain one does. Other literals follow the released rule
+  (`literals.py`).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PLACEHOLDER_KINDS: tuple[str, ...] = (
     "unicodestring",
     "func",
     "AnClass",
-    "variable",  # these two by the kinds `names` and `both` only
+    "variable",  # these two only in the kinds `names` and `both`
     "argument",
 )
 
@@ -59,9 +60,9 @@ class SketchKind(StrEnum):
 
 
 class Placeholder(NamedTuple):
-    """[start, end) in the code points of the sketch, and a word of PLACEHOLDER_KINDS, which is also its text.
+    """[start, end) in code points of the sketch; `kind` is a word of PLACEHOLDER_KINDS and also the placeholder's text.
 
-    A named tuple, not a dataclass: sketching makes one per literal, and this takes a third of the time.
+    A named tuple, not a dataclass: sketching makes one per literal, and a tuple takes a third of the time.
     """
 
     start: int
@@ -87,7 +88,7 @@ def sketch(source: str, kind: str = "constants") -> str:
     """The sketch of `source` as text.
 
     Raises:
-        SketchError: `source` is refused by this interpreter, or `kind` is none of `SketchKind`.
+        SketchError: when this interpreter refuses `source`, or `kind` is not a `SketchKind`.
     """
     return sketch_spans(source, kind).text
 
@@ -96,7 +97,7 @@ def sketch_spans(source: str, kind: str = "constants") -> Sketched:
     """The sketch of `source` with the spans of its placeholders.
 
     Raises:
-        SketchError: `source` is refused by this interpreter, or `kind` is none of `SketchKind`.
+        SketchError: when this interpreter refuses `source`, or `kind` is not a `SketchKind`.
     """
     try:
         checked_kind = SketchKind(kind)
@@ -113,8 +114,8 @@ def sketch_spans(source: str, kind: str = "constants") -> Sketched:
 def sketch_source(source: str, kind: SketchKind) -> Sketched | Dropped:
     """The sketch of a source that is known to parse (`python_source.read_source` said so).
 
-    `constants` and `released` are a scan without a parser; they do not find out that a source does not parse, and
-    then give some text. `names`, `both` and files with `case` are parsed here, and dropped if that fails.
+    `constants` and `released` scan without a parser: they do not notice that a source does not parse, and return some
+    text. For `names` and `both`, and for files with `case`, the source is parsed here, and dropped if that fails.
     """
     if kind is SketchKind.RELEASED:
         return _splice(source, (lexeme for lexeme in scan(source) if lexeme[2] not in (COMMENT, STAYS)), released=True)
@@ -145,7 +146,7 @@ _TRIPLE = frozenset({'"""', "'''"})
 
 
 def _may_have_case(source: str) -> bool:
-    """Whether lines start with `match` and with `case`. A false alarm costs a parse, nothing else."""
+    """Whether lines start with `match` and with `case`. A false alarm only costs a parse."""
     return _starts_a_line("case", source) and _starts_a_line("match", source)
 
 
@@ -163,7 +164,7 @@ def _starts_a_line(word: str, source: str) -> bool:
 
 
 def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
-    """What `constants` replaces: implicit concatenations as one, without what stays."""
+    """What `constants` replaces: each implicit concatenation as one lexeme, without those that stay."""
     brackets = _Brackets(source)
     skip = brackets.skips.append
     run: Lexeme | None = None
@@ -182,7 +183,7 @@ def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
         if kind in _DOCSTRING_KINDS and source[start + 1 : start + 4] in _TRIPLE and _is_docstring(source, start):
             kind = STAYS
         if run:
-            # Most neighbours have a comma or a call between them.
+            # A quick test first: most neighbours have a comma or a call between them.
             if source[run[1]] in _MAY_JOIN and brackets.join(source[run[1] : start], start):
                 skip(lexeme)
                 run = (run[0], end, _kind_of_run(run[2], kind))
@@ -196,7 +197,7 @@ def _joined(source: str, lexemes: Iterable[Lexeme]) -> Iterator[Lexeme]:
 
 
 def _kind_of_run(one: str, other: str) -> str:
-    """The kind of two adjacent literals; a part that stays keeps the whole, an f-string decides otherwise."""
+    """The kind of two adjacent literals: if one stays, both do; otherwise an f-string decides."""
     if one == other or STAYS in (one, other):
         return one if one == other else STAYS
     if one.startswith("inter") or other.startswith("inter"):
@@ -205,7 +206,7 @@ def _kind_of_run(one: str, other: str) -> str:
 
 
 class _Brackets:
-    """Whether a position lies inside brackets, counted only when somebody asks: a newline ends a statement outside."""
+    """Whether a position is inside brackets (outside, a newline ends the statement). Counted only on demand."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -218,7 +219,7 @@ class _Brackets:
         if not _BETWEEN_PARTS.fullmatch(between):
             return False
         rest = _CONTINUED_LINE.sub("", between)
-        ends_line = "\n" in rest or "\r" in rest or "#" in rest  # a comment's last backslash continues nothing
+        ends_line = "\n" in rest or "\r" in rest or "#" in rest  # a backslash in a comment continues nothing
         return not ends_line or self._inside(start)
 
     def _inside(self, position: int) -> bool:
@@ -234,7 +235,7 @@ class _Brackets:
 
 
 def _is_docstring(source: str, start: int) -> bool:
-    """Whether a string starts a suite or the file: it is alone on its line, below a colon or only comments."""
+    """Whether a string starts a suite or the file: nothing precedes it on its line, only comments up to a colon."""
     line_at = max(source.rfind("\n", 0, start), source.rfind("\r", 0, start)) + 1
     while not source[line_at:start].strip():
         if line_at == 0:
@@ -249,7 +250,7 @@ def _is_docstring(source: str, start: int) -> bool:
 
 
 def _outside(lexemes: Iterable[Lexeme], ranges: list[tuple[int, int]]) -> Iterator[Lexeme]:
-    """The lexemes that lie in none of the sorted ranges."""
+    """The lexemes outside all of the sorted ranges."""
     index = 0
     for lexeme in lexemes:
         while index < len(ranges) and ranges[index][1] <= lexeme[0]:
@@ -258,12 +259,12 @@ def _outside(lexemes: Iterable[Lexeme], ranges: list[tuple[int, int]]) -> Iterat
             yield lexeme
 
 
-# What a placeholder cannot join with: all of ASCII but letters, digits and the underscore.
+# What a placeholder cannot join with: nothing, or ASCII other than letters, digits and the underscore.
 _SEPARATES_OR_NOTHING = frozenset(["", *(character for character in map(chr, range(128)) if not is_word(character))])
 
 
 def _splice(source: str, found: Iterable[Lexeme], *, released: bool = False) -> Sketched:
-    """Put the placeholders in, and a space where one would join a word; the released code loses form feeds instead."""
+    """Insert the placeholders, and a space where one would join a word. The released code instead loses form feeds."""
     lexemes = list(found)
     if not lexemes:
         return Sketched(without_form_feeds(source) if released else source, (), ())
@@ -280,25 +281,25 @@ def _splice(source: str, found: Iterable[Lexeme], *, released: bool = False) -> 
     return Sketched("".join(parts), tuple(map(_make_placeholder, spans)), tuple(zip(starts, ends, strict=True)))
 
 
-# A `Placeholder` of a tuple, without the Python function that `Placeholder(...)` is.
+# Makes a `Placeholder` from a tuple; calling `Placeholder(...)` runs a Python function, which is slower.
 _make_placeholder = cast("Callable[[tuple[int, int, str]], Placeholder]", partial(tuple.__new__, Placeholder))
 
 
 def _all_separate(gaps: Sequence[str]) -> bool:
-    """Whether no placeholder between `gaps` would join a word; an empty gap lies between two placeholders."""
+    """Whether no placeholder between `gaps` would join a word. Two placeholders have an empty gap between them."""
     last = {gap[-1:] for gap in gaps[:-1]}
     return last | {gap[:1] for gap in gaps[1:]} <= _SEPARATES_OR_NOTHING
 
 
 def _apart(gap: str, after: bool, before: bool) -> str:
-    """`gap` with a space where a placeholder `after` which or `before` which it stands would join its word."""
+    """`gap` with spaces to separate it from placeholders: it comes `after` one, `before` one, or both."""
     if after and gap[:1] not in _SEPARATES_OR_NOTHING:
         gap = " " + gap
     return gap + " " if before and gap[-1:] not in _SEPARATES_OR_NOTHING else gap
 
 
 def without_form_feeds(code: str) -> str:
-    """`code` as the released kind leaves it: form feeds stay in strings and comments only."""
+    """`code` as the released kind leaves it: form feeds stay only in strings and comments."""
     if "\f" not in code:
         return code
     out: list[str] = []

@@ -1,11 +1,11 @@
 """Where an f-string (or a 3.14 t-string) ends, and which parts of it are code.
 
 In: source text and the position of an opening quote. Out: the end of the literal, and the stretches of code in its
-replacement fields, nested f-strings included, strings and comments excluded.
+replacement fields, including those of nested f-strings, without strings and comments.
 
-Follows PEP 701 (fields may hold the outer quotes, comments, newlines and further f-strings), which reads every
-f-string that older interpreters accept the same way. Assumes that the source parses; on anything else the end is the
-end of the text.
+Follows PEP 701 (fields may hold the outer quotes, comments, newlines and further f-strings); f-strings that older
+interpreters accept mean the same under it. Assumes that the source parses; otherwise the end may be the end of the
+text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 
 from cert_ray.possessive import compile_pattern
 
-# What matters in literal text and in a format specification. `\N{DASH}` is no field; `\{` opens one.
+# What matters in literal text and in a format specification. `\N{DASH}` is not a field; `\{` opens one.
 _TEXT = re.compile(r"\\N\{[^{}]*\}|\\[^{}]|\{\{|\}\}|[{}]|'''|\"\"\"|['\"]", re.DOTALL)
 _RAW_TEXT = re.compile(r"\\[^{}]|\{\{|\}\}|[{}]|'''|\"\"\"|['\"]", re.DOTALL)
 # What matters in a replacement field.
@@ -30,7 +30,7 @@ Stretches = list[tuple[int, int]]
 
 
 def read_fstring(source: str, quote_at: int, *, raw: bool) -> tuple[int, Stretches]:
-    """End (after the closing quote) of the f-string whose opening quote is at `quote_at`, and its code stretches."""
+    """The end (after the closing quote) of the f-string whose opening quote is at `quote_at`, and its code."""
     quote = source[quote_at : quote_at + 3]
     quote = quote if quote in ("'''", '"""') else quote[0]
     code: Stretches = []
@@ -39,13 +39,13 @@ def read_fstring(source: str, quote_at: int, *, raw: bool) -> tuple[int, Stretch
 
 
 def _read_text(source: str, at: int, quote: str, *, raw: bool, in_format: bool, code: Stretches) -> int:
-    """Literal text up to and with `quote`, or a format specification up to the `}` that ends its field."""
+    """Read literal text through `quote`, or a format specification through the `}` that ends its field."""
     pattern = _RAW_TEXT if raw else _TEXT
     while match := pattern.search(source, at):
         token, at = match[0], match.end()
         if token == quote:
             return at
-        if token[0] == quote:  # three in a row, the first of which ends a string of one
+        if token[0] == quote:  # three quotes, the first of which ends a single-quoted string
             return match.start() + 1
         if token == "{":
             at = _read_field(source, at, quote, raw=raw, code=code)
@@ -54,12 +54,12 @@ def _read_text(source: str, at: int, quote: str, *, raw: bool, in_format: bool, 
         elif in_format and token == "{{":
             at = _read_field(source, match.start() + 1, quote, raw=raw, code=code)
         elif len(token) == 3 and token[0] in "'\"":
-            at = match.start() + 1  # the other quote three times: ours may start inside
+            at = match.start() + 1  # three of the other quote: our quote may start inside the match
     return len(source)
 
 
 def _read_field(source: str, at: int, quote: str, *, raw: bool, code: Stretches) -> int:
-    """A replacement field from after its `{` to after its `}`."""
+    """Read a replacement field, from after its `{` to after its `}`."""
     depth, start = 0, at
     while match := _CODE.search(source, at):
         token, at = match[0], match.end()

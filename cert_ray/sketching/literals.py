@@ -1,11 +1,10 @@
 r"""One left-to-right scan over Python source: its literals and the names after `def` and `class`.
 
 In: source that parses. Out: `Lexeme`s in source order. No parser is involved: a scan of strings, comments, numbers and
-words is exact for these, and several times faster than `ast.parse` (figures in DESIGN.md, "Sketches change only
-placeholders").
+words is exact for these, and several times faster than `ast.parse` (figures in docs/benchmarks.md).
 
-The words of the placeholders and what stays are those of the released CERT code (PAPER.md): unprefixed triple-quoted
-strings, plain strings that hold three quotes, `br''`, hexadecimal, octal and binary integers and `1e3j` stay.
+The placeholder words, and what stays, are those of the released CERT code: unprefixed triple-quoted strings, plain
+strings that hold three quotes, `br''`, hexadecimal, octal and binary integers and `1e3j` stay.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from collections.abc import Iterator
 from cert_ray.possessive import compile_pattern
 from cert_ray.sketching.fstrings import read_fstring
 
-# (start, end, kind): kind is a word of PLACEHOLDER_KINDS, or one of the two below. A plain tuple: there is one per
-# literal of 96 GB of text.
+# (start, end, kind): kind is a word of PLACEHOLDER_KINDS, or one of the two below. A plain tuple, because there is one
+# per literal in 96 GB of text.
 Lexeme = tuple[int, int, str]
 STAYS = ""  # a string that no kind of sketch replaces
 COMMENT = "#"
@@ -31,9 +30,10 @@ STRING_KINDS = frozenset(
 NESTED_FSTRINGS = sys.version_info >= (3, 12)
 
 # Every alternative starts with a fixed character or set, so that `re` can skip to the next candidate. Possessive
-# quantifiers keep a megabyte on one line linear. Outside strings and comments, everything beyond ASCII is part of an
-# identifier (`\w` would miss combining marks). Words are matched so that their digits are no numbers, and as many at
-# once as follow each other (measured on installed packages: 106 MB per CPU-second, 61 with a match per word).
+# quantifiers keep the time linear for a megabyte on one line. Outside strings and comments, all non-ASCII characters
+# are part of identifiers (`\w` would miss combining marks). Words are matched so that their digits are not taken for
+# numbers, and consecutive words in one match (measured on installed packages: 106 MB per CPU-second, 61 with a match
+# per word).
 WORD = r"[A-Za-z_\x80-\U0010ffff][0-9A-Za-z_\x80-\U0010ffff]*+"
 _SIGNS = r"[^0-9A-Za-z_\x80-\U0010ffff\"'\#.]"
 _LEXEME = compile_pattern(
@@ -49,7 +49,7 @@ _LEXEME = compile_pattern(
 
 
 def _prefixes() -> dict[str, str]:
-    """String prefix, in any case and order of letters, to placeholder word."""
+    """The placeholder word for each string prefix, in any case and order of letters."""
     words = {"": "string", "r": "rawstring", "u": "unicodestring", "b": "binarystring"}
     words |= {"f": "interstring", "t": "interstring"}
     words |= {"fr": "interrawstring", "rf": "interrawstring", "tr": "interrawstring", "rt": "interrawstring"}
@@ -67,7 +67,7 @@ _PREFIX_ENDS = frozenset(prefix[-1] for prefix in _KIND_OF_PREFIX if prefix)
 
 
 def number_kind(literal: str) -> str:
-    """Placeholder word of a number, STAYS where the released code leaves it."""
+    """The placeholder word of a number, or STAYS if the released code leaves it."""
     lower = literal.lower()
     if lower[:2] in ("0x", "0o", "0b") or lower[-1] == "l":
         return STAYS
@@ -83,10 +83,10 @@ def number_kind(literal: str) -> str:
 
 
 def scan(source: str, *, nested_fstrings: bool = NESTED_FSTRINGS) -> Iterator[Lexeme]:
-    """Literals, definition names and comments of `source`, in order, a string's prefix included."""
-    numbers: dict[str, str] = {}  # a file repeats the same few numbers
+    """Literals (with string prefixes), definition names and comments of `source`, in order."""
+    numbers: dict[str, str] = {}  # cached: a file repeats the same few numbers
     at = 0
-    while True:  # again only after an f-string that ends later than the pattern says
+    while True:  # repeats only after an f-string that ends later than the pattern says
         for match in _LEXEME.finditer(source, at):
             text = match[0]
             first = text[0]
@@ -121,7 +121,7 @@ def scan(source: str, *, nested_fstrings: bool = NESTED_FSTRINGS) -> Iterator[Le
 
 
 def _prefix_before(source: str, quote_at: int) -> str:
-    """The word that ends at a quote, where it is a string's prefix, else nothing."""
+    """The word that ends at a quote if it is a string prefix, else the empty string."""
     for size in (2, 1):
         start = quote_at - size
         if start >= 0 and source[start:quote_at] in _KIND_OF_PREFIX:

@@ -1,16 +1,16 @@
 """Which names in a file are user-defined, and what each becomes: the scope analysis behind CERT-N and CERT-NC.
 
-In: source text. Out: a lexeme (start, end, kind) for every use of a name that the file itself defines, with kind
-`AnClass`, `func`, `argument` or `variable` by how its scope binds it (the first of these that applies), so that all
-uses in a scope agree. Names right after `def` and `class` come from `literals.scan`, since every kind replaces them.
+In: source text. Out: a lexeme (start, end, kind) for every use of a name that the file itself defines. The kind depends
+on how its scope binds it: the first of `AnClass`, `func`, `argument` and `variable` that applies, so that all uses in a
+scope agree. Names right after `def` and `class` come from `literals.scan`, since every kind of sketch replaces them.
 
-These stay, since renaming them would break a tie to something outside, or says nothing about the user:
+These names stay, because replacing them would break a link to something outside, or they say nothing about the user:
 names bound by an import anywhere in the scope, names that the file does not bind (builtins, star imports), attributes,
-call keywords, parameters that some call in the file passes by keyword, variables of a class body (they are attributes
-too), type parameters, `__dunders__`, `self`, `cls` and `_`.
+call keywords, parameters that some call in the file passes by keyword, variables of a class body (they are also
+attributes), type parameters, `__dunders__`, `self`, `cls` and `_`.
 
-A renamed sketch renames to itself, since each placeholder word keeps its kind. `symtable` is not used: it refuses files
-that `ast.parse` accepts. Names reached through strings (`globals()["x"]`, `__all__`) are not followed.
+Replacing names a second time changes nothing, since each placeholder word keeps its kind. `symtable` is not used: it
+refuses files that `ast.parse` accepts. Names reached through strings (`globals()["x"]`, `__all__`) are not followed.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _CONVENTIONS = frozenset({"self", "cls", "_"})
 
 
 def find_names(source: str, replaced: frozenset[int] = frozenset()) -> list[Lexeme] | Dropped:
-    """The uses of user-defined names in `source`, sorted; definitions excluded.
+    """The uses of user-defined names in `source`, sorted, without definitions.
 
-    f-strings (and concatenations with one) that start at an offset in `replaced` are as good as gone: what they bind or
-    pass does not count.
+    f-strings (and concatenations with one) that start at an offset in `replaced` are ignored: they become placeholders,
+    so what they bind or pass does not count.
     """
     tree = parse(source)
     if isinstance(tree, Dropped):
@@ -72,7 +72,7 @@ class _Scope:
             scope = scope.parent
 
     def owner(self, name: str, module: _Scope) -> _Scope | None:
-        """The scope whose binding a use of `name` in this one means; None for builtins and star imports."""
+        """The scope whose binding a use of `name` in this scope refers to; None for builtins and star imports."""
         scope: _Scope | None = self
         while scope is not None:
             if scope is self or scope.form != "class":
@@ -86,7 +86,7 @@ class _Scope:
 
 @dataclass(frozen=True, slots=True)
 class _FString:
-    """[start, end) in code points, the scope that it stands in, and those in which each name is used in it."""
+    """[start, end) in code points, the scope around it, and by name the scopes inside it that use that name."""
 
     start: int
     end: int
@@ -95,7 +95,7 @@ class _FString:
 
 
 class _Uses:
-    """Collects bindings and uses in one walk with an explicit stack: files nest deeper than Python recurses."""
+    """Collects bindings and uses in one walk, with an explicit stack: files nest deeper than Python can recurse."""
 
     def __init__(self, source: str, replaced: frozenset[int]) -> None:
         self._source = source
@@ -105,7 +105,7 @@ class _Uses:
         self._bindings: list[tuple[_Scope, str, str]] = []
         self._uses: list[tuple[_Scope, str, int]] = []  # with the code point offset
         self._call_keywords: set[str] = set()
-        # Positions inside f-strings are wrong before 3.12, so names in one are found in its text, by these.
+        # Before 3.12, positions inside f-strings are wrong, so names in these are searched for in the text.
         self._fstrings: list[_FString] = []
         self._in_fstring: dict[str, list[_Scope]] | None = None
         self._stack: list[tuple[ast.AST, _Scope]] = []
@@ -129,10 +129,10 @@ class _Uses:
         return sorted(found)
 
     def _bind(self, scope: _Scope, name: str, kind: str) -> None:
-        # A parameter is bound here whatever is declared: only the symbol table refuses both.
+        # A parameter is bound here even if it is declared, too: only the symbol table refuses that.
         declared = None if name in scope.parameters else scope.declared.get(name)
         if declared == "nonlocal":
-            return  # bound by an enclosing function already
+            return  # already bound by an enclosing function
         if declared == "global":
             scope = self._module
         if (kind == "variable" and scope.form == "class") or (kind == "argument" and name in self._call_keywords):
@@ -266,7 +266,7 @@ class _Uses:
         self._push([node.value], self._type_parameters(node, scope))
 
     def _type_parameters(self, node: Any, scope: _Scope) -> _Scope:
-        """The scope that 3.12's `[T]` opens, or the same one. Its names stay."""
+        """The scope that 3.12's `[T]` opens, otherwise `scope`. Type parameters stay."""
         parameters = getattr(node, "type_params", None)
         if not parameters:
             return scope
@@ -322,9 +322,10 @@ class _Uses:
                     yield word.start(), word.end(), kind
 
     def _deciding(self, fstring: _FString, name: str) -> _Scope:
-        """Which use says what `name` becomes in all of an f-string: one whose binding also reaches out of it, if any.
+        """The scope that decides what `name` becomes throughout an f-string: one that binds it outside, if any.
 
-        Comprehensions and lambdas may bind a name anew, but lie inside whole, so all their uses still agree.
+        Comprehensions and lambdas may bind a name anew, but are entirely inside the f-string, so their uses still
+        agree.
         """
         for scope in fstring.uses[name]:
             owner = scope.owner(name, self._module)
@@ -343,11 +344,11 @@ class _Uses:
 
 _IDENTIFIER = re.compile(WORD)
 _WORD_OR_NUMBER = re.compile(r"[0-9A-Za-z_\x80-\U0010ffff]++")
-_EQUALS = re.compile(r"\s*+=(?!=|\s*+[}!:])")  # of a keyword: with a value, unlike `f"{one, two=}"`
+_EQUALS = re.compile(r"\s*+=(?!=|\s*+[}!:])")  # after a keyword: a value follows, unlike in `f"{one, two=}"`
 _AS_NAME = compile_pattern(rf"(?:[\s\\)]|\#[^\r\n]*+)*+as[\s\\]+({WORD})")
 _REST_NAME = re.compile(rf"\*\*[\s\\]*({WORD})")
 
-# By name, since some classes exist only in later versions. All other nodes: their children, in the same scope.
+# By name, since some classes exist only in later versions. For all other nodes, children are visited in the same scope.
 _VISITORS: dict[str, Callable[[_Uses, Any, _Scope], None]] = {
     "Name": _Uses._visit_name,
     "NamedExpr": _Uses._visit_named_expression,

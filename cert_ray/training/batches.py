@@ -1,7 +1,7 @@
 """The rows that one rank reads, as tensors. In: a pack, a `TrainConfig`, a rank. Out: micro batches by step number.
 
-Which rows those are is `sampling`'s and `tokens.packing`'s: pure functions, so a step's rows are read without those
-before it, and are the same on any number of ranks.
+`sampling` and `tokens.packing` decide which rows these are. They are pure functions, so a step's rows can be read
+without earlier ones, and are the same on any number of ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Batches:
     def __init__(
         self, packed: PackedTokens, config: TrainConfig, rank: int, world_size: int, ends: Sequence[int] = ()
     ) -> None:
-        """`ends`: those of an earlier part of the run, as in `RowStream`.
+        """`ends` come from an earlier part of the run, as in `RowStream`.
 
         Raises:
             InputError: see `training_rows`.
@@ -49,16 +49,16 @@ class Batches:
 
     @property
     def ends(self) -> list[int]:
-        """Where in the run's rows each segment ends, as far as it was needed."""
+        """Where in the run's rows each segment ends, as far as was needed."""
         return self._rows.ends
 
     @property
     def rows_of_an_epoch(self) -> int:
-        """How many rows the first epoch has, about; others differ a little, for documents are drawn anew."""
+        """About how many rows the first epoch has; others differ a little, since documents are drawn anew."""
         return self._rows.rows_of_an_epoch
 
     def of_step(self, step: int) -> list[Batch]:
-        """This rank's micro batches of `step`; all ranks have as many, some masked where rows do not share out."""
+        """This rank's micro batches of `step`. All ranks have the same number; rows that fill it up are masked."""
         config = self._config
         positions, counted = step_positions(
             step, self._rank, self._world_size, config.micro_batch, config.rows_per_step
@@ -70,15 +70,15 @@ class Batches:
         return batches
 
     def read_ahead(self, first: int, last: int) -> Generator[tuple[int, list[Batch]]]:
-        """Epoch and `of_step` of each step from `first` up to before `last`; close it, and its thread ends.
+        """Epoch and `of_step` of each step from `first` up to, but not including, `last`. Closing it ends its thread.
 
-        While the caller works on a step, the thread reads the next one's rows; what fails there is raised at that step.
+        While the caller works on a step, the thread reads the next step's rows; an error there is raised at that step.
         """
         with ThreadPoolExecutor(1, "rows") as reader:
             coming: Future[list[Batch]] | None = None
             for step in range(first, last):
                 batches = self.of_step(step) if coming is None else coming.result()
-                epoch = self.epoch_of(step)  # before the thread goes on: both may plan a segment
+                epoch = self.epoch_of(step)  # before the thread continues, since both may plan a segment
                 coming = reader.submit(self.of_step, step + 1) if step + 1 < last else None
                 yield epoch, batches
 
@@ -87,7 +87,7 @@ class Batches:
         return self._rows.epoch_of(step * self._config.rows_per_step)
 
     def held_out(self) -> Iterator[Batch]:
-        """This rank's share of the held-out rows, read as they are asked for; all have as many batches, some masked."""
+        """This rank's share of the held-out rows, read lazily. All ranks have as many batches, some of them masked."""
         size, available = self._config.micro_batch, len(self._held_out)
         count = min(available, self._config.eval_rows or available)
         for first in range(self._rank * size, _round_up(count, size * self._world_size), size * self._world_size):
@@ -98,10 +98,10 @@ class Batches:
 
 
 def training_rows(packed: PackedTokens, config: TrainConfig, ends: Sequence[int] = ()) -> RowStream:
-    """The rows to train on, of the documents that are not held out; `ends` as in `RowStream`.
+    """The rows to train on, from the documents that are not held out; `ends` as in `RowStream`.
 
     Raises:
-        InputError: when there is no such document, or none with a positive weight.
+        InputError: when there is no such document, or all weights are 0 although documents are drawn by weight.
     """
     held_out, cumulative = packed.documents.held_out, packed.documents.cumulative
     count = len(packed) - int(np.count_nonzero(held_out))
@@ -128,9 +128,9 @@ def training_rows(packed: PackedTokens, config: TrainConfig, ends: Sequence[int]
 
 
 def held_out_rows(packed: PackedTokens, most_rows: int | None = None) -> Rows:
-    """The rows of the held-out documents, each document once, in order; of many at least the first `most_rows`."""
+    """The rows of the held-out documents, each document once, in order; at least the first `most_rows`, if given."""
     documents = np.flatnonzero(packed.documents.held_out)
-    if most_rows is not None:  # as many documents as surely fill them, and a window of the fit more
+    if most_rows is not None:  # enough documents to fill them, plus the look-ahead of the fit
         enough = most_rows * (packed.context_tokens + 1)
         sizes = np.cumsum(packed.documents.tokens[documents])
         documents = documents[: int(np.searchsorted(sizes, enough)) + 1 + LOOK_AHEAD_PIECES]

@@ -1,4 +1,4 @@
-"""Checkpoints that verify themselves. In: folders with one part per worker. Out: the newest that is whole, or an error.
+"""Checkpoints that verify themselves. In: folders with one part per worker. Out: the newest intact one, or an error.
 
     CHECKPOINTS/step-000040/engine/...        written by the engine, each worker its part
                             model/, tokenizer/, records.jsonl     by worker 0
@@ -6,8 +6,8 @@
                             complete.json     last, once every part has arrived
 
 A folder without `complete.json` was cut short by a kill: it counts as absent, and is removed when a run starts. One
-that has it but disagrees with its parts is damaged: it is refused by name, and the one before it used. Who writes where
-and when is `worker`'s.
+that has it but disagrees with its parts is damaged: it is refused by name, and the one before it is used. `worker`
+decides who writes where and when.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from cert_ray.manifests import WrittenFile
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 FOLDER_NAME = "checkpoints"
-ROOM_FOR_COPIES = "Free some, or set TMPDIR, and run the same again."  # what to do where a copy has no room
+ROOM_FOR_COPIES = "Free some, or set TMPDIR, and run the same again."  # what to do if a copy has no room
 _COMPLETE = "complete.json"
-_READ_AT_ONCE = 8  # assumed: of an object store, whose single streams are slow
+_READ_AT_ONCE = 8  # files of an object store, whose single streams are slow; assumed
 _NAME = re.compile(r"step-(\d{6,})")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TORCH_CANNOT_WRITE = "inline_container"  # all that the RuntimeError of torch.save (2.13) says of a full disk
@@ -55,12 +55,12 @@ class Part(Config):
 
 
 def folder_of(output: str) -> str:
-    """Where the checkpoints of the run that writes to `output` lie."""
+    """The folder of the checkpoints of the run that writes to `output`."""
     return storage.join(output, FOLDER_NAME)
 
 
 def name_of_step(step: int) -> str:
-    """The checkpoint's folder name; names sort as steps do."""
+    """The checkpoint's folder name; names sort like steps."""
     return f"step-{step:06d}"
 
 
@@ -69,7 +69,7 @@ def _part_name(rank: int) -> str:
 
 
 def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage: int, run_digest: str) -> Part:
-    """List what this worker wrote into its local `folder`, with checksums, in a part file beside it."""
+    """List what this worker wrote into its local `folder`, with checksums, in a part file there."""
     files = []
     for entry in storage.list_files(str(folder)):
         written = storage.checksum(entry.url)
@@ -84,12 +84,13 @@ def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage
 
 @contextmanager
 def full_disk_told(what: str, output: str | None, cure: str) -> Iterator[None]:
-    """The block writes `what`: below TMPDIR, then, unless that is None, below `output`.
+    """Turn errors of a full disk into `DiskFullError`, for a block that writes `what` below TMPDIR, then to `output`.
 
-    What torch saved it reads only where that was verified: of a damaged file torch says the same as of a full disk.
+    `output` is None if it writes only below TMPDIR. The block may read torch's files only after verifying them, because
+    torch reports a damaged file like a full disk.
 
     Raises:
-        DiskFullError: saying how much room is where, and `cure`, when a disk is full.
+        DiskFullError: when a disk is full; says how much room is where, and `cure`.
     """
     try:
         yield
@@ -105,32 +106,32 @@ def full_disk_told(what: str, output: str | None, cure: str) -> Iterator[None]:
 
 
 def is_of_a_full_disk(error: Exception) -> bool:
-    """Whether `error`, of Python, torch or safetensors, says that a disk is full."""
+    """Whether `error`, from Python, torch or safetensors, says that a disk is full."""
     said = str(error)
     return (
         getattr(error, "errno", None) in _FULL
         or _TORCH_CANNOT_WRITE in said
-        or any(f"(os error {number})" in said for number in _FULL)  # as safetensors tells it
+        or any(f"(os error {number})" in said for number in _FULL)  # as safetensors says it
     )
 
 
 def _free_bytes(path: Path) -> int:
-    """What the disk has left where `path` lies, or will."""
+    """Free bytes of the disk that `path` is on, or will be."""
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def mark_complete(checkpoint: str, world_size: int) -> None:
-    """Every part has arrived in `checkpoint`: from now on it counts."""
+    """Mark `checkpoint`, in which every part has arrived: from now on, it counts."""
     storage.write_text(storage.join(checkpoint, _COMPLETE), f'{{"world_size": {world_size}}}\n')
 
 
 def complete_checkpoints(folder: str) -> list[tuple[int, str]]:
-    """Step and URL of the checkpoints below `folder` that were written to the end, oldest first."""
+    """Step and URL of the complete checkpoints below `folder`, oldest first."""
     return [(step, url) for step, url, complete in _found(folder) if complete]
 
 
 def newest(folder: str) -> tuple[int, str] | None:
-    """Step and URL of the newest checkpoint below `folder`, or `None` when there is none."""
+    """Step and URL of the newest complete checkpoint below `folder`, or None."""
     found = complete_checkpoints(folder)
     return found[-1] if found else None
 
@@ -144,9 +145,9 @@ def remove_incomplete(folder: str) -> None:
 
 
 def check_run(folder: str, run_digest: str) -> None:
-    """Raise `CheckpointError` when the newest checkpoint below `folder` is another run's; that alone is read of it."""
+    """Raise `CheckpointError` if the newest checkpoint below `folder` is another run's. Only its first part is read."""
     for _, url in reversed(complete_checkpoints(folder)):
-        with suppress(DamagedCheckpointError):  # for `newest_readable` to tell
+        with suppress(DamagedCheckpointError):  # `newest_readable` reports it
             first_part(url, run_digest)
             return
 
@@ -156,10 +157,10 @@ def newest_readable(
 ) -> tuple[int, _T, dict[str, DamagedCheckpointError]] | None:
     """The newest of the checkpoints `found` (step and URL, oldest first) that `read` does not find damaged.
 
-    Returns its step, what `read` made of it, and what is wrong with those after it, by URL; `None` without any.
+    Returns its step, what `read` returned, and the damage of newer ones, by URL; None if `found` is empty.
 
     Raises:
-        NoWholeCheckpointError: when every one is damaged.
+        NoWholeCheckpointError: when all are damaged.
     """
     damage: dict[str, DamagedCheckpointError] = {}
     for step, url in reversed(found):
@@ -173,16 +174,16 @@ def newest_readable(
 
 
 def remove_damaged(damaged: Mapping[str, DamagedCheckpointError]) -> None:
-    """Remove the checkpoints of these URLs, for the reasons given; the run goes on from one before them."""
+    """Remove the checkpoints at these URLs, and log why; the run continues from one before them."""
     for url, error in damaged.items():
         _log.warning("going on from the checkpoint before it, and removing %s: %s", url, error)
         _remove(url)
 
 
 def to_remove(steps: Sequence[int], keep_newest: int, held_out: Mapping[int, float] | None) -> list[int]:
-    """Which of the checkpoints of `steps`, oldest first, need not be kept: not the newest, not the best.
+    """Which of the checkpoints of `steps`, oldest first, need not be kept: all except the newest and the best.
 
-    The best has the lowest of the `held_out` losses, given by step, the earlier one of equals; `None`: it is not kept.
+    The best has the lowest of the `held_out` losses, given by step; of equals, the earlier. None: the best is not kept.
     """
     kept = set(steps[-keep_newest:])
     measured = [step for step in steps if held_out and step in held_out]
@@ -192,23 +193,23 @@ def to_remove(steps: Sequence[int], keep_newest: int, held_out: Mapping[int, flo
 
 
 def prune(folder: str, keep_newest: int, held_out: Mapping[int, float] | None) -> None:
-    """Remove the complete checkpoints below `folder` that `to_remove` names. The newest should have been verified."""
+    """Remove the complete checkpoints below `folder` that `to_remove` names. Verify the newest before calling this."""
     found = dict(complete_checkpoints(folder))
     for step in to_remove(list(found), keep_newest, held_out):
         _remove(found[step])
 
 
 def _remove(checkpoint: str) -> None:
-    """Killed in between, this leaves one that counts as absent, not one that is damaged."""
+    """Remove `checkpoint` so that a kill in between leaves one that counts as absent, not as damaged."""
     storage.remove(storage.join(checkpoint, _COMPLETE))
     storage.remove(checkpoint)
 
 
 def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None = None) -> Part:
-    """Compare the files of `checkpoint` with its parts, of all workers or of one; returns worker 0's part.
+    """Compare the files of `checkpoint` with its parts, of all workers or of one; return worker 0's part.
 
     Raises:
-        CheckpointError: naming the file that is missing or damaged, or when `run_digest` is another run's.
+        CheckpointError: naming the file that is missing or damaged, or when `run_digest` belongs to another run.
     """
     first = first_part(checkpoint, run_digest)
     _read(checkpoint, first, None if only_rank is None else [only_rank], _checksum_in(checkpoint))
@@ -216,7 +217,7 @@ def verify(checkpoint: str, run_digest: str | None = None, only_rank: int | None
 
 
 def fetch(checkpoint: str, first: Part, ranks: Collection[int] | None, target: Path) -> Path:
-    """The parts of the workers `ranks` (None: of all) on a local disk: `checkpoint` itself, or copied into `target`.
+    """The parts of the workers `ranks` (None: all) on a local disk: in `checkpoint` itself, or copied into `target`.
 
     Each file is read once, and compared as `verify` does. `first` is worker 0's part.
 
@@ -236,11 +237,11 @@ def fetch(checkpoint: str, first: Part, ranks: Collection[int] | None, target: P
 
 
 def first_part(checkpoint: str, run_digest: str | None = None) -> Part:
-    """What worker 0 wrote into `checkpoint`.
+    """The part of worker 0 in `checkpoint`.
 
     Raises:
         DamagedCheckpointError: when it is missing or cannot be read.
-        CheckpointError: when `run_digest` is another run's.
+        CheckpointError: when `run_digest` belongs to another run.
     """
     first = _read_part(checkpoint, 0)
     if run_digest is not None:
@@ -248,7 +249,7 @@ def first_part(checkpoint: str, run_digest: str | None = None) -> Part:
     return first
 
 
-_ReadFile = Callable[[str], storage.Written]  # by its name below the checkpoint
+_ReadFile = Callable[[str], storage.Written]  # takes a file's name below the checkpoint
 
 
 def _checksum_in(checkpoint: str) -> _ReadFile:
@@ -256,7 +257,7 @@ def _checksum_in(checkpoint: str) -> _ReadFile:
 
 
 def _read(checkpoint: str, first: Part, ranks: Collection[int] | None, read: _ReadFile) -> None:
-    """Let `read` read the files of the parts of `ranks`, and compare what it found with what was written."""
+    """Read the files of the parts of `ranks` with `read`, and compare the result with what was written."""
     for rank in range(first.world_size) if ranks is None else ranks:
         part = first if rank == 0 else _read_part(checkpoint, rank)
         with ThreadPoolExecutor(_READ_AT_ONCE) as threads:

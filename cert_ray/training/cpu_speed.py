@@ -1,7 +1,7 @@
-"""Which precision this CPU multiplies faster. It is measured, since the instructions that a CPU has do not tell: those
-for bf16 make an AMD EPYC 2.4 times as fast as fp32 does, and an Intel Xeon without AMX half as fast.
+"""Which precision this CPU multiplies faster. In: nothing. Out: floating-point operations per second of one thread.
 
-In: nothing. Out: floating-point operations per second of one thread.
+This is measured, since a CPU's instruction set does not tell: with bf16 instructions, an AMD EPYC is 2.4 times as fast
+as with fp32, and an Intel Xeon without AMX half as fast.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Literal
 
 import torch
 
-_ROWS, _IN, _OUT = 512, 576, 1_536  # of a product, as a small model has them; 1 to 10 ms
+_ROWS, _IN, _OUT = 512, 576, 1_536  # of a matrix product as in a small model; takes 1 to 10 ms
 _RUNS = 5
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def measure() -> dict[str, float]:
-    """Operations per second of one thread in matrix products, fp32 and bf16; some 50 ms. The best of a few runs."""
+    """Operations per second of one thread in matrix products, fp32 and bf16: the best of a few runs; about 50 ms."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -38,6 +38,6 @@ def _measure(dtype: torch.dtype) -> float:
 
 
 def faster_precision() -> Literal["fp32", "bf16"]:
-    """bf16 where it is multiplied at least as fast as fp32."""
+    """bf16 if it is multiplied at least as fast as fp32."""
     measured = measure()
     return "bf16" if measured["bf16"] >= measured["fp32"] else "fp32"

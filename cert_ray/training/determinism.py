@@ -1,11 +1,12 @@
 """Kernels that give the same bits each time: `deterministic` of a `TrainConfig`. In: a block. Out: its effects, so.
 
-Many of a GPU's kernels add with atomics, in another order each time. PyTorch has one switch against that; as of 2.13 it
-also gives the backward passes of flash and memory-efficient attention an order, leaves cuDNN's attention out, and keeps
-`torch.compile` from choosing kernels by measuring them. Two libraries want a word in the environment besides, which
-they read at their first call: after Ray Train has begun the process group, and before a step.
+Many GPU kernels add with atomics, in a different order each time. PyTorch has one switch against this. As of 2.13, it
+also fixes the order in the backward passes of flash and memory-efficient attention, excludes cuDNN's attention, and
+keeps `torch.compile` from choosing kernels by timing them. Two libraries also need environment variables, which they
+read at their first call: after Ray Train has started the process group, and before a step.
 
-Not handled: other devices, versions or numbers of workers. Read in the sources of PyTorch and run on CPUs, not on GPUs.
+Not handled: results across devices, versions or numbers of workers. From reading PyTorch's source and running on CPUs,
+not on GPUs.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import torch
 from cert_ray.errors import ConfigError
 
 _ENVIRONMENT: Final = {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # else streams share workspaces (cuBLAS, "Results Reproducibility")
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # otherwise streams share workspaces (cuBLAS, "Results Reproducibility")
     "NCCL_NVLS_ENABLE": "0",  # sums in the switch come in another order each call (github.com/NVIDIA/nccl/issues/1497)
 }
-_SWITCH: Final = "torch.use_deterministic_algorithms"  # in the message of each refusal of PyTorch's
+_SWITCH: Final = "torch.use_deterministic_algorithms"  # in every message of PyTorch about a missing kernel
 
 
 @contextmanager
 def deterministic_kernels() -> Iterator[None]:
-    """Run the block on kernels that give equal bits for equal input; afterwards all is as it was.
+    """Run the block with kernels that give equal bits for equal input; afterwards, settings are restored.
 
-    What the environment has already stays.
+    Variables that are already in the environment stay.
 
     Raises:
         ConfigError: when an operation of the block has no such kernel.
@@ -43,7 +44,7 @@ def deterministic_kernels() -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     os.environ.update({name: _ENVIRONMENT[name] for name in added})
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # it would choose convolutions by measuring them
+    torch.backends.cudnn.benchmark = False  # would choose convolutions by timing them
     try:
         yield
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 """From a checkpoint to a plain Hugging Face folder. In: a verified checkpoint. Out: safetensors, configs, tokenizer.
 
-The weights are the fp32 ones of the optimizer, put together from every worker's part, so the exported model's logits
-are the engine's. Needs neither Ray nor a process group. A card (README.md) is written beside them, which is not one of
-the returned files: it may be written anew when more is known. The manifest is not written here.
+The weights are the optimizer's fp32 ones, combined from all workers' parts, so the exported model has the engine's
+logits. Needs neither Ray nor a process group. A card (README.md) is also written, but not among the returned files,
+since it may be rewritten when more is known. The manifest is not written here.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NO_ROOM: Final = "Free some, or set TMPDIR, and run the same again: the checkpo
 
 
 def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
-    """Write the model of `checkpoint` into the folder `output`; returns what was written, with checksums.
+    """Write the model of `checkpoint` into the folder `output`; return what was written, with checksums.
 
     Raises:
         CheckpointError: when a file of the checkpoint is missing or damaged.
@@ -44,7 +44,7 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
             source = checkpoints.fetch(checkpoint, part, None, temporary / "checkpoint")
         target = temporary / "model"
         shape = AutoConfig.from_pretrained(source / MODEL_FOLDER, trust_remote_code=False)
-        with torch.device("meta"):  # no weights to make only to replace them
+        with torch.device("meta"):  # makes no weights, which would only be replaced
             model = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
         model.load_state_dict(fp32_weights(source / ENGINE_FOLDER, part.zero_stage), assign=True)
         model.tie_weights()
@@ -58,12 +58,12 @@ def export_checkpoint(checkpoint: str, output: str) -> tuple[WrittenFile, ...]:
 
 
 def _facts(output: str, model: Any, checkpoint: Path, step: int) -> model_card.ModelFacts:
-    """What a checkpoint knows of itself; `operations.model_cards` knows the run around it."""
+    """The facts that a checkpoint holds; `operations.model_cards` adds those of the run."""
     told, noted = checkpoint / RECORDS_NAME, checkpoint / FACTS_NAME
     steps = from_json_lines(told.read_text(), str(told)) if told.is_file() else []
-    facts: dict[str, Any] = json.loads(noted.read_text()) if noted.is_file() else {}  # earlier versions did not
+    facts: dict[str, Any] = json.loads(noted.read_text()) if noted.is_file() else {}  # earlier versions wrote none
     if not facts:
-        tokens = vocabulary_size(load_tokenizer(str(checkpoint / TOKENIZER_FOLDER)))  # the table's rows are padded
+        tokens = vocabulary_size(load_tokenizer(str(checkpoint / TOKENIZER_FOLDER)))  # the table has padding rows
         facts = {"vocab_size": tokens, "view": getattr(model.config, MODEL_VIEW, None)}
     facts |= {
         "name": storage.name_of(output),

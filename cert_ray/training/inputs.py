@@ -1,6 +1,6 @@
-"""What must hold before a run starts, checked once and without a model. In: a `TrainConfig`. Out: digests, or an error.
+"""Checks before a run starts, done once and without a model. In: a `TrainConfig`. Out: digests, or an error.
 
-A finished output of the same run is found here, one of another run refused. Imports neither torch nor transformers.
+Finds a finished output of the same run, and refuses that of another. Imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ STAGE = "model"
 VERB = "train"
 _TOKENIZER = "tokenizer.json"
 _OF_THE_BASE = ("dequantised_from", "licence")
-# What is loaded of a Hugging Face folder.
+# The files that are loaded from a Hugging Face folder.
 MODEL_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model")
-_NOT_OF_THE_WEIGHTS = ("machine", "machines")  # notes: the first is that of earlier versions
+_NOT_OF_THE_WEIGHTS = ("machine", "machines")  # notes; earlier versions wrote the first
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """Inputs that can be read: what they are, and what the pack says of itself."""
+    """Inputs that were found readable: their digests, and what the pack says about itself."""
 
     config: TrainConfig  # with local paths made absolute: workers run elsewhere
     inputs_digest: str
@@ -43,7 +43,7 @@ def check(config: TrainConfig) -> Checked:
     """Read the pack's manifest, check its files (`check_pack`), and digest everything that the weights will depend on.
 
     Raises:
-        ConfigError: when a logger's package is missing here, or a URL is of this process' own memory.
+        ConfigError: when a logger's package is missing here, or a URL points into this process's own memory.
         NotFinishedError, SchemaVersionError, ShardCorruptError: when the pack cannot be used.
     """
     check_installed(config.loggers)
@@ -52,7 +52,7 @@ def check(config: TrainConfig) -> Checked:
     config = _with_absolute_paths(config)
     pack = check_pack(config.tokens)
     digest = xxhash.xxh3_128(pack.model_dump_json().encode())
-    digest.update(_describe(config.base).encode(errors="surrogateescape"))  # names of files need not be text
+    digest.update(_describe(config.base).encode(errors="surrogateescape"))  # file names need not be text
     if config.tokenizer is not None:
         digest.update(_tokenizer_bytes(config.tokenizer))
     if pack.rows_kept > SEGMENT_DOCUMENTS:  # earlier versions read such packs in another order
@@ -63,7 +63,7 @@ def check(config: TrainConfig) -> Checked:
 
 
 def check_same_pack(config: TrainConfig, pack: Manifest, digest: str) -> None:
-    """Raise `InputError` when `pack`, found at `config.tokens`, is not the one of `digest`."""
+    """Raise `InputError` if `pack`, found at `config.tokens`, does not have this `digest`."""
     if pack_digest(pack) != digest:
         raise InputError(
             config.tokens,
@@ -73,9 +73,9 @@ def check_same_pack(config: TrainConfig, pack: Manifest, digest: str) -> None:
 
 
 def waits_for(config: TrainConfig, cluster: Mapping[str, float]) -> str | None:
-    """What a cluster of these resources lacks for the run to start, and what to change; None where it suffices.
+    """What a cluster with these resources lacks for the run to start, and what to change; None if it suffices.
 
-    That is no error: an autoscaler, or somebody, may add nodes.
+    This is not an error: an autoscaler or a person may add nodes.
     """
     workers = config.min_workers or config.workers
     wanted = {"CPU": float(workers * config.cpus_per_worker), "GPU": float(workers if config.use_gpu else 0)}
@@ -93,7 +93,7 @@ def waits_for(config: TrainConfig, cluster: Mapping[str, float]) -> str | None:
 
 
 def finished(checked: Checked) -> Manifest | None:
-    """The manifest of the same run, finished before; `None` when the output is not finished.
+    """The manifest of the same run if it has finished before; None if the output is not finished.
 
     Raises:
         ConfigError: when the output holds the model of another run, or a fetched base.
@@ -118,8 +118,8 @@ def finished(checked: Checked) -> Manifest | None:
 def origin_of(base: str) -> dict[str, str]:
     """What is known of the pre-trained model that `base` is, or was trained from: `dequantised_from`, `licence`.
 
-    A fetched base has them in its notes and options, a trained model in its notes; of one that earlier versions
-    trained, what it started from is asked, where that is still at hand.
+    A fetched base has these in its notes and options, a trained model in its notes. For a model that an earlier version
+    trained, they come from the model it started from, if that still exists.
     """
     asked: set[str] = set()
     try:
@@ -128,7 +128,7 @@ def origin_of(base: str) -> dict[str, str]:
             manifest = manifests.read_manifest(base, STAGE, VERB)
             facts = {**manifest.config, **manifest.notes}
             found = {name: facts[name] for name in _OF_THE_BASE if facts.get(name)}
-            if found or "run_digest" not in manifest.notes:  # the latter: not trained here
+            if found or "run_digest" not in manifest.notes:  # without a run_digest: not trained here
                 return found
             base = manifest.notes["base"]
     except (CertRayError, OSError):
@@ -147,9 +147,9 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _describe(base: str) -> str:
-    """What tells one base from another: a preset's or hub id's name; of a folder its manifest, or its files' checksums.
+    """What identifies a base: a preset's name, a hub id; for a folder its manifest, or the checksums of its files.
 
-    Without a manifest that is one read of the weights.
+    Without a manifest, the weights are read once.
     """
     if not storage.is_folder(base):
         return base
@@ -172,7 +172,7 @@ def _tokenizer_bytes(folder: str) -> bytes:
 
 def _differences(manifest: Manifest, checked: Checked) -> str:
     now = checked.config.result_options()
-    # Of an earlier version, perhaps, and then not all there: what is missing is as it is by default.
+    # An earlier version's config may lack options, which then have their defaults.
     then = TrainConfig.model_construct(**manifest.config).result_options()
     names = [name for name in sorted(now.keys() | then.keys()) if then.get(name) != now.get(name)]
     if manifest.inputs_digest != checked.inputs_digest:

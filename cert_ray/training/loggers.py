@@ -1,18 +1,18 @@
-"""Where a run's steps are told besides the log: TensorBoard, Weights & Biases, MLflow, as the recipe names them.
+"""Sends a run's steps to TensorBoard, Weights & Biases or MLflow, as the recipe says, besides the log.
 
 In: a `TrainConfig` and `StepRecord`s, on worker 0. Out: events in the tools' own stores, by their own packages:
 
-    tensorboard   OUTPUT/tensorboard, by tensorboardX, which Ray brings; a local or shared disk is needed
-    wandb         project "cert-ray"; WANDB_PROJECT, WANDB_MODE=offline and its kin as its documentation says
+    tensorboard   OUTPUT/tensorboard, by tensorboardX, which Ray installs; needs a local or shared disk
+    wandb         project "cert-ray"; WANDB_PROJECT, WANDB_MODE=offline etc. work as its documentation says
     mlflow        experiment "cert-ray"; MLFLOW_TRACKING_URI, else sqlite below OUTPUT/mlflow
 
-A run that goes on from a checkpoint goes on in the same place: TensorBoard drops what came after the checkpoint; the
-other two find their run by its digest, and are not told again what they know: the same steps have the same losses.
-Weights & Biases offline knows of no earlier run, and keeps a file a start, all of one run's id. Equal options are one
-run there, whatever their output. `loss.jsonl` and `loss.png` are written whatever is named here.
+A run that continues from a checkpoint continues in the same place. TensorBoard drops what came after the checkpoint.
+The other two find their run by its digest, and are not sent again what they have: the same steps have the same losses.
+Weights & Biases offline does not know earlier runs, and writes a file per start, all with one run id. There, equal
+options are one run, whatever their output. `loss.jsonl` and `loss.png` are always written.
 
-No logger is worth a run: one that cannot begin ends a run at its first step alone; later, what it raises is a warning,
-and it is told no more until the run starts again.
+A logger must not cost a run: one that cannot begin ends a run only at its first step. Later, its errors become a
+warning, and it gets nothing more until the run starts again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_installed(names: Sequence[LoggerName]) -> None:
 
 @contextmanager
 def step_loggers(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Tell]:
-    """Tell each record of the block to every logger of `config`; `first_step` is the number of the first record.
+    """Yield a function that sends a record to every logger of `config`; `first_step` is the step of the first record.
 
     Raises:
         ConfigError: when a logger's package is missing, or cannot write where the run writes, or `first_step` is 1 and
@@ -76,7 +76,7 @@ def step_loggers(config: TrainConfig, run_digest: str, first_step: int) -> Itera
 
 
 class _Expendable:
-    """A logger that ends no run that is under way: what it raises is told once, and it is let go."""
+    """A logger that cannot end a run under way: its first error becomes a warning, and it is no longer used."""
 
     def __init__(self, name: LoggerName, opens: AbstractContextManager[Tell], under_way: bool) -> None:
         self._name, self._opens, self._under_way = name, opens, under_way
@@ -87,7 +87,7 @@ class _Expendable:
             self._tell = self._opens.__enter__()
         except ConfigError:
             raise
-        except Exception as error:  # the tool's own, or its server's
+        except Exception as error:  # from the tool or its server
             if not self._under_way:
                 raise ConfigError(
                     f"loggers: {self._name} cannot begin: {_said(error)}. Set it up, or take it out of the recipe."
@@ -126,7 +126,7 @@ def _said(error: Exception) -> str:
 
 
 def scalars(record: StepRecord) -> dict[str, float]:
-    """The numbers of a record, each under a name that carries its unit; what was not measured is left out."""
+    """The numbers of a record, each under a name with its unit; what was not measured is left out."""
     values = record.model_dump(exclude={"step"})
     return {_UNITS.get(name, name): float(value) for name, value in values.items() if value is not None}
 
@@ -136,7 +136,7 @@ def _tensorboard(config: TrainConfig, run_digest: str, first_step: int) -> Itera
     from tensorboardX import SummaryWriter
 
     folder = storage.local_path(storage.join(config.output, "tensorboard"))
-    own = f".step-{first_step}"  # files are named by the second: a quick restart must not overwrite the one before
+    own = f".step-{first_step}"  # files are named by the second: a quick restart must not overwrite the last one
     with SummaryWriter(str(folder), purge_step=first_step, filename_suffix=own) as writer:
 
         def tell(record: StepRecord) -> None:
@@ -154,7 +154,7 @@ def _wandb(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[Te
     with wandb.init(
         project=_PROJECT, id=run_digest, name=storage.name_of(config.output), resume="allow", **options
     ) as run:
-        known = run.starting_step - 1 if run.resumed else 0  # its first step is the one after the last that it has
+        known = run.starting_step - 1 if run.resumed else 0  # starting_step is the one after the last that it has
 
         def tell(record: StepRecord) -> None:
             if record.step > known:
@@ -188,7 +188,7 @@ def _mlflow(config: TrainConfig, run_digest: str, first_step: int) -> Iterator[T
 
 
 def _last_step(mlflow_run: str) -> int:
-    """The last step that MLflow has been told of a run."""
+    """The last step of a run that MLflow has."""
     from mlflow import MlflowClient
 
     history = MlflowClient().get_metric_history(mlflow_run, _UNITS["loss"])

@@ -1,11 +1,11 @@
-"""What a training run takes, before it starts. In: a `TrainConfig`, a model's config, a GPU. Out: bytes and seconds.
+"""Predicts what a training run takes. In: a `TrainConfig`, a model's config, a GPU. Out: bytes and seconds.
 
 State follows ZeRO's accounting (Rajbhandari et al. 2020, arXiv:1910.02054): per parameter, mixed precision keeps 2
 bytes of weights, 2 of gradients and 12 of optimizer (an fp32 copy and Adam's two moments), split over the workers as
-the stage says; but what stage 3 gathers of the weights in a forward pass, DeepSpeed keeps for the backward pass.
+the stage says. But the weights that stage 3 gathers in a forward pass, DeepSpeed keeps for the backward pass.
 Activations are counted, not guessed: the model runs once on tensors without storage, and what autograd would keep is
-added up; of that a compiled model keeps a part (docs/training.md, "What it takes"). Work is counted as in
-`utilization`. Time between workers is not. Nothing is allocated, no GPU is needed.
+summed; a compiled model keeps part of that (docs/training.md, "What it takes"). Work is counted as in `utilization`.
+Communication time between workers is not. Nothing is allocated, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from cert_ray.training.config import TrainConfig
 from cert_ray.training.utilization import GPUS, Gpu, flops_per_token
 
 _GB = 1e9
-# Kernels, workspaces, NCCL and what the allocator cannot use; assumed.
+# For kernels, workspaces, NCCL and what the allocator cannot use; assumed.
 _RESERVED_BYTES = 2 * _GB
-BUCKET_ELEMENTS = 500_000_000  # of gradients that ZeRO reduces at once, at most: DeepSpeed's default
-# ZeRO 3 keeps at most so many parameters gathered: DeepSpeed's default (`stage3_max_live_parameters`).
+BUCKET_ELEMENTS = 500_000_000  # gradients that ZeRO reduces at once, at most: DeepSpeed's default
+# ZeRO 3 keeps at most this many parameters gathered: DeepSpeed's default (`stage3_max_live_parameters`).
 _MOST_GATHERED = 1_000_000_000
-# What `torch.compile` keeps of the activations, the rest being computed again where it is needed, and bytes of a logit:
-# itself and its gradient, no fp32 copy. Measured on an H100 in bf16: 0.45 to 0.54 with three models.
+# The share of activations that `torch.compile` keeps (it recomputes the rest), and bytes per logit: the logit and its
+# gradient, without an fp32 copy. Measured on an H100 in bf16: 0.45 to 0.54 with three models.
 _COMPILED_SHARE = 0.55
 _COMPILED_LOGIT_BYTES = 4
-# Shares of the peak that training reached, least and most, on an H100 in bf16, compiled, one model at a time. What lies
-# between (width, depth, rows a pass, passes a step) was not measured one by one, so a share is not predicted.
+# The lowest and highest share of the peak that training reached on an H100 in bf16, compiled, one model at a time. The
+# causes (width, depth, rows per pass, passes per step) were not measured separately, so no share is predicted.
 _MEASURED_SHARES = (0.18, 0.44)
 _SHARES_SOURCE = (
     "measured on one H100 in bf16, compiled: 18% with SmolLM2-135M (30\n"
@@ -47,19 +47,19 @@ _SHARES_SOURCE = (
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What a model takes per parameter and per row of `context_tokens`, in one precision."""
+    """What a model takes, per parameter and per row of `context_tokens`, in one precision."""
 
     context_tokens: int
     parameters: int
     flops_per_token: float  # forward and backward
-    activation_bytes: int  # per row, kept between forward and backward; logits apart
-    checkpointed_bytes: int  # the same when each layer keeps its input only, and one at a time is done again
-    logits: int  # per row: how many
+    activation_bytes: int  # per row, kept between forward and backward, without logits
+    checkpointed_bytes: int  # the same if each layer keeps only its input, and layers are recomputed one at a time
+    logits: int  # number per row
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes of one worker at its fullest, and the work of one step over all workers."""
+    """Bytes of one worker at its peak, and the work of one step over all workers."""
 
     weights: float
     gradients: float
@@ -72,20 +72,20 @@ class Estimate:
 
     @property
     def state(self) -> float:
-        """What does not depend on the micro batch."""
+        """Bytes that do not depend on the micro batch."""
         return self.weights + self.gradients + self.optimizer + self.buffers + _RESERVED_BYTES
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All bytes."""
         return self.state + self.activations + self.logits
 
 
 def gpu_named(name: str) -> Gpu:
-    """The device of the table.
+    """The device of that name in the table.
 
     Raises:
-        ConfigError: for a name that is not in it.
+        ConfigError: for a name that is not in the table.
     """
     if name not in GPUS:
         raise ConfigError(f"--gpu {name}: unknown; known are {', '.join(GPUS)}")
@@ -95,9 +95,9 @@ def gpu_named(name: str) -> Gpu:
 def measure(shape: Any, precision: str, context_tokens: int) -> ModelSize:
     """The size of the causal language model with the Hugging Face config `shape`; takes about a second.
 
-    Activations include a causal mask per layer that real runs do without: up to 3% too much.
+    Activations include a causal mask per layer, which real runs do not have: up to 3% too much.
     """
-    shape = type(shape).from_dict(shape.to_dict())  # without the choice of an attention that a loaded model left in it
+    shape = type(shape).from_dict(shape.to_dict())  # drops the choice of attention that a loaded model left in it
     dtype = torch.float32 if precision == "fp32" else getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}[precision])
     with FakeTensorMode():
         model = fuse_attention(AutoModelForCausalLM.from_config(shape, dtype=dtype)).train()
@@ -119,17 +119,17 @@ def measure(shape: Any, precision: str, context_tokens: int) -> ModelSize:
 
 
 def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
-    """What one worker of the run `config` holds, and what a step computes."""
+    """What one worker of a run with `config` holds, and what a step computes."""
     element = 4 if config.precision == "fp32" else 2
     parameters, stage = size.parameters, config.zero_stage
-    workers = config.min_workers or config.workers  # while nodes are away, those that are left hold all
+    workers = config.min_workers or config.workers  # if nodes are lost, the remaining workers hold everything
     rows = config.micro_batch
-    compiled = config.compile and config.use_gpu and config.precision != "fp32"  # elsewhere not measured
+    compiled = config.compile and config.use_gpu and config.precision != "fp32"  # not measured otherwise
     if config.activation_checkpointing:
         per_row: float = size.checkpointed_bytes
     else:
         per_row = size.activation_bytes * (_COMPILED_SHARE if compiled else 1)
-    # In half precision: the logits, their fp32 copy and its softmax; else the logits and the softmax.
+    # In half precision: the logits, their fp32 copy and its softmax; otherwise the logits and the softmax.
     per_logit = _COMPILED_LOGIT_BYTES if compiled else 8 if config.precision == "fp32" else 10
     tokens = config.rows_per_step * size.context_tokens
     return Estimate(
@@ -145,13 +145,13 @@ def estimate(size: ModelSize, config: TrainConfig) -> Estimate:
 
 
 def step_seconds(found: Estimate, config: TrainConfig, gpu: Gpu, mfu: float) -> float:
-    """Seconds of a step on `config.workers` of `gpu`; a second forward pass, with checkpointing, is no useful work."""
+    """Seconds per step on `config.workers` of `gpu`. The second forward pass of checkpointing is not useful work."""
     again = 4 / 3 if config.activation_checkpointing else 1
     return found.flops_per_step * again / (config.workers * gpu.peak_flops(config.precision) * mfu)
 
 
 def advice(size: ModelSize, config: TrainConfig, memory_bytes: float) -> str:
-    """What to change so that the run fits into `memory_bytes` per worker, reading the same rows per step."""
+    """What to change so that the run fits into `memory_bytes` per worker, with the same rows per step."""
     rows = config.micro_batch * config.gradient_accumulation
     smaller = [count for count in range(config.micro_batch, 0, -1) if rows % count == 0]
     for checkpointing in sorted({config.activation_checkpointing, True}):
@@ -191,14 +191,13 @@ def render(name: str, size: ModelSize, config: TrainConfig, gpu_name: str, mfu: 
     """The plan of one model as text: memory with and without activation checkpointing, time, and what it assumes.
 
     Args:
-        mfu: the share of the peak that is reached; without it times are told for the least and the most of those
-            measured.
+        mfu: the share of the peak that is reached; without it, times are given for the lowest and highest measured.
     """
     gpu = gpu_named(gpu_name)
     both = [config.model_copy(update={"activation_checkpointing": on}) for on in (False, True)]
     found = [estimate(size, variant) for variant in both]
     shares = _MEASURED_SHARES if mfu is None else (mfu,)
-    # Per variant: the most seconds first, since the least share comes first.
+    # Per variant, the longest time first, since the lowest share comes first.
     seconds = [
         [step_seconds(one, variant, gpu, share) for share in shares] for one, variant in zip(found, both, strict=True)
     ]
@@ -238,7 +237,7 @@ def _workers(config: TrainConfig) -> str:
 
 @dataclass(slots=True)
 class Saved:
-    """Bytes that autograd keeps: all of them, and of each decoder layer."""
+    """Bytes that autograd keeps: in total, and per decoder layer."""
 
     total: int
     by_layer: list[int]
@@ -246,11 +245,11 @@ class Saved:
 
 @contextlib.contextmanager
 def saved_bytes(model: Any) -> Iterator[Saved]:
-    """Count what a forward pass inside keeps for its backward pass, each storage once, parameters apart.
+    """Count what a forward pass in the block keeps for its backward pass: each storage once, without parameters.
 
     Works on real and on fake tensors. The result is filled in at the end.
     """
-    # Storages are held: a freed one's address could come back and be taken for the same.
+    # Storages are held, because the address of a freed one could be reused and taken for the same.
     seen: dict[int, Any] = {parameter.untyped_storage()._cdata: None for parameter in model.parameters()}
     counted = Saved(0, [])
 
@@ -278,7 +277,7 @@ def saved_bytes(model: Any) -> Iterator[Saved]:
 
 
 def _row(name: str, values: list[list[float]]) -> str:
-    """Two columns, each a figure or a range, given from its highest to its lowest."""
+    """A row of two columns, each a figure or a range, whose values are given from highest to lowest."""
     plain, checkpointed = (" to ".join(map(_figure, reversed(ends))) for ends in values)
     return f"  {name:24}{plain:>20}{checkpointed:>28}"
 

@@ -1,8 +1,8 @@
 """README.md of an exported model, as the Hugging Face hub reads it: YAML about the model, then a page for people.
 
-In: `ModelFacts`, gathered by whoever exports; those that a run knows from its first step on are `run_facts`. Out: text.
-What is not known is left out; equal facts give equal text, so no clock, host or path stands in it. The metadata follows
-the hub's model card specification (`base_model`, `model-index`).
+In: `ModelFacts`, gathered by whoever exports; `run_facts` are those that a run knows before its first step. Out: text.
+What is not known is left out. Equal facts give equal text, so it holds no time, host or path. The metadata follows the
+hub's model card specification (`base_model`, `model-index`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cert_ray.training.presets import PRESETS
 from cert_ray.training.records import StepRecord
 
 CARD_NAME = "README.md"
-# Where things lie, and how a run is operated: no part of what the weights depend on.
+# Where things are, and how a run is operated: the weights do not depend on these.
 _LEFT_OUT = {"base", "tokenizer", "tokens", "output", "loggers", "log_every_steps", "max_failures", "keep_checkpoints"}
 _WAYS = {
     "base": "trained on whole files",
@@ -36,7 +36,7 @@ _WAYS = {
 
 
 class Score(Config):
-    """An evaluation's result, of the model or of the cascade that it is part of. Values are shares, from 0 to 1."""
+    """An evaluation's result, for the model or the cascade that it is part of. Values are shares, from 0 to 1."""
 
     benchmark: str
     system: str  # "model", or "cascade"
@@ -49,7 +49,7 @@ class Score(Config):
 
 
 class ModelFacts(Config, allow_inf_nan=True):  # measured
-    """What a card tells."""
+    """What a card says."""
 
     name: str
     base: str | None = None  # a preset, a hub id, or the name of a base or model
@@ -68,8 +68,8 @@ class ModelFacts(Config, allow_inf_nan=True):  # measured
     view_tokens: int | None = None
     recipe: dict[str, Any] = pydantic.Field(default_factory=dict)  # the training options that decide the result
     steps: int | None = None
-    tokens: int | None = None  # learned from, repeats counted
-    losses: tuple[tuple[int, float, float | None], ...] = ()  # (tokens, training, held out), some steps
+    tokens: int | None = None  # trained on, including repeats
+    losses: tuple[tuple[int, float, float | None], ...] = ()  # (tokens, training, held out) of some steps
     unigram_nats: float | None = None
     scores: tuple[Score, ...] = ()
 
@@ -83,7 +83,7 @@ def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
         vocab_size=pack.notes["vocab_size"],
         view=pack.config.get("view"),
         libraries=pack.config.get("libraries") or (),
-        **dataset_facts(pack.notes.get("dataset")),  # packs of earlier versions do not know
+        **dataset_facts(pack.notes.get("dataset")),  # packs of earlier versions lack this
         documents=pack.counts.get("documents"),
         view_tokens=pack.counts.get("tokens"),
         recipe=config.model_dump(mode="json", exclude=_LEFT_OUT),
@@ -92,7 +92,7 @@ def run_facts(config: TrainConfig, pack: Manifest) -> ModelFacts:
 
 
 def dataset_facts(files: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What `manifests.files_counted` tells of a dataset, as values of `ModelFacts`."""
+    """What `manifests.files_counted` says about a dataset, as values of `ModelFacts`."""
     return (
         {}
         if files is None
@@ -101,11 +101,11 @@ def dataset_facts(files: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def base_facts(base: str) -> dict[str, Any]:
-    """What a training calls its `base`, and what is known of it: values of `ModelFacts`, never a path."""
+    """The name of a run's `base`, and what is known about it, as values of `ModelFacts`; never a path."""
     if base in PRESETS:
         return {"base": f"{base}, from scratch"}
     if not storage.is_folder(base):
-        is_hub_id = "://" not in base and not base.startswith("/")  # else a folder that is gone by now
+        is_hub_id = "://" not in base and not base.startswith("/")  # otherwise a folder that no longer exists
         return {"base": base if is_hub_id else storage.name_of(base), "base_is_hub_id": is_hub_id}
     name = storage.name_of(base)
     if manifests.is_finished(base):
@@ -116,7 +116,7 @@ def base_facts(base: str) -> dict[str, Any]:
 
 
 def losses_of(records: list[StepRecord]) -> tuple[tuple[int, float, float | None], ...]:
-    """The first and last step, and those that were evaluated."""
+    """The losses of the first and last step, and of those that were evaluated."""
     last = len(records) - 1
     kept = [one for place, one in enumerate(records) if place in (0, last) or one.held_out_loss is not None]
     return tuple((one.tokens, round(one.loss, 4), _rounded(one.held_out_loss)) for one in kept)
@@ -143,7 +143,7 @@ def render_card(facts: ModelFacts) -> str:
 
 
 def metadata(facts: ModelFacts) -> dict[str, Any]:
-    """The hub's metadata: keys in a fixed order, only those that are known."""
+    """The hub's metadata: only known keys, in a fixed order."""
     found: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",

@@ -1,10 +1,10 @@
-"""What is trained: a preset from scratch, or any causal language model to go on from, with the pack's tokenizer.
+"""The model to train: a preset from scratch, or any causal language model to start from, with the pack's tokenizer.
 
 In: a `TrainConfig` and the packed tokens' facts. Out: a model in fp32 whose embeddings fit the tokenizer, and the
-folder of that tokenizer's files. Weights come from safetensors only, and no code of a model's author is run. The base's
-vocabulary is kept: special tokens may have been added behind it, and start as `warm_start` says. The model's config
-names the view that it is trained on (`MODEL_VIEW`) and the pack's end and padding tokens, and so does every export:
-serving asks for that.
+folder of that tokenizer's files. Weights come only from safetensors, and no code of a model's author is run. The base's
+vocabulary is kept; special tokens may have been added after it, and start as `warm_start` says. The model's config, and
+so every export, names the view that it is trained on (`MODEL_VIEW`) and the pack's end and padding tokens, which
+serving needs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ADDS_ALONE = (
     "Its tokenizer may only be added to: name another folder as `run`, where `cert-ray tokenizer` takes it over, "
     "or the base that this run was made for."
 )
-# What belongs to a tokenizer in a Hugging Face folder.
+# The files of a tokenizer in a Hugging Face folder.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,11 +46,11 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 
-_REFUSED = (401, 403, 404)  # the hub's answers that another start of the run would get, too
+_REFUSED = (401, 403, 404)  # the hub's answers that starting the run again would not change
 
 
 class PackFacts(Protocol):
-    """What is needed of `tokens.shards.PackedTokens`."""
+    """The part of `tokens.shards.PackedTokens` that is needed here."""
 
     view: str | None
     vocab_size: int
@@ -62,17 +62,17 @@ class PackFacts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to train, and where its tokenizer's files lie on this machine."""
+    """A model ready to train, and the folder of its tokenizer's files on this machine."""
 
     model: Any
     tokenizer_folder: Path
 
 
 def fetch(config: TrainConfig, copies: Path) -> None:
-    """Bring what is remote of base and tokenizer to `copies`, where `load` finds it.
+    """Copy the base and the tokenizer, if they are remote, to `copies`, where `load` finds them.
 
     Raises:
-        ConfigError: when one of them is not there.
+        ConfigError: when one of them does not exist.
     """
     if config.base not in PRESETS:
         local_folder(config.base, "base", copies)
@@ -84,7 +84,8 @@ def load(config: TrainConfig, pack: PackFacts, copies: Path | None = None) -> Lo
     """The model that `config.base` names, for the tokens of `pack`; `copies` as for `local_folder`.
 
     Raises:
-        TokenizerMismatchError: when the pack was made with another tokenizer, or that one does not extend the base's.
+        TokenizerMismatchError: when the pack was made with another tokenizer, or its tokenizer does not extend the
+            base's.
         ConfigError, InputError: when base or tokenizer cannot be used.
     """
     loaded = _load(config, pack, copies)
@@ -118,7 +119,7 @@ def _load(config: TrainConfig, pack: PackFacts, copies: Path | None) -> Loaded:
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Trained numbers; tied weights count once."""
+    """The number of trained parameters; tied weights count once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -147,7 +148,7 @@ def base_shape(base: str, vocab_size: int, context_tokens: int) -> Any:
 
 
 def _config_folder(base: str, copy: Path) -> Path:
-    """Where the config.json of `base` lies on this machine: of a remote folder no more is copied."""
+    """The folder of the config.json of `base` on this machine; only this file is copied from a remote folder."""
     if not storage.is_folder(base):
         return _hub_folder(base, "base", ("config.json",))
     if storage.is_local(base):
@@ -175,7 +176,7 @@ def _continued(config: TrainConfig, base: Path, tokenizer_folder: Path, pack: Pa
     )
     added = range(_base_vocabulary(config, base, tokenizer_folder), pack.vocab_size)
     add_tokens(model, added, load_tokenizer(str(tokenizer_folder)))
-    for named in (model.config, model.generation_config):  # the base's may be another, such as the end of a chat's turn
+    for named in (model.config, model.generation_config):  # the base's may differ, e.g. the end of a chat turn
         named.eos_token_id, named.pad_token_id = pack.end_id, pack.pad_id
     return fuse_attention(model)
 
@@ -190,7 +191,7 @@ def _check_tokenizer(folder: Path, config: TrainConfig, pack: PackFacts) -> None
 
 
 def _base_vocabulary(config: TrainConfig, base: Path, tokenizer_folder: Path) -> int:
-    """How many tokens the base knows; the run's tokenizer must give each the same id, and split text as the base's."""
+    """How many tokens the base knows. The run's tokenizer must give each the same id, and split text as the base's."""
     theirs = load_tokenizer(str(base))
     known = theirs.get_vocab(with_added_tokens=True)
     if tokenizer_folder != base:
@@ -214,11 +215,11 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
     """The folder `name` on this machine: itself, a copy of a remote one, or the download of a hub id.
 
     Args:
-        copies: the folder for that copy, which its owner removes, and where a later call finds it; None is a temporary
-            one until this process ends.
+        copies: the folder for the copy, where a later call finds it; the caller removes it. None: a temporary folder
+            until this process ends.
 
     Raises:
-        ConfigError: naming `option`, when it is none of these.
+        ConfigError: naming `option`, when `name` is none of these.
     """
     if storage.is_folder(name):
         if storage.is_local(name):
@@ -237,9 +238,9 @@ def local_folder(name: str, option: str, copies: Path | None = None) -> Path:
 
 
 def check_there(name: str, option: str) -> None:
-    """Raise `ConfigError` for what is neither a folder nor can be a hub id, and say what to do; the hub is not asked.
+    """Raise `ConfigError`, saying what to do, if `name` is no folder and cannot be a hub id; the hub is not asked.
 
-    A folder of `cert-ray fetch-base` is named like a hub id, as in `bases/smollm2-135m`: it is never asked for there.
+    A folder of `cert-ray fetch-base` is named like a hub id (`bases/smollm2-135m`), but is never sought on the hub.
     """
     if storage.is_folder(name):
         return
@@ -255,12 +256,12 @@ def check_there(name: str, option: str) -> None:
 
 
 def _hub_folder(name: str, option: str, patterns: tuple[str, ...]) -> Path:
-    """Where the hub's files of these patterns lie: downloaded now or before. Without the hub that is told at once.
+    """The folder with the hub's files that match `patterns`, downloaded now or before. Fails at once without the hub.
 
     Raises:
-        ConfigError: when the hub has no such model, or not for us, or is not to be asked.
-        DiskFullError: when its cache has no room for them.
-        CertRayError: when it does not answer, which may pass.
+        ConfigError: when the hub has no such model, or denies access, or must not be used.
+        DiskFullError: when its cache has no room for the files.
+        CertRayError: when the hub does not answer, which may be temporary.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

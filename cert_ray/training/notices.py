@@ -1,7 +1,7 @@
-"""What ends the workers before the last step, with a checkpoint: a node that leaves, as a cloud announces of its spot
-machines, one that joined, and a user who stops the run.
+"""Reasons to end the workers early, with a checkpoint: a node that leaves, one that joined, a user who stops the run.
 
-In: what the cluster says, asked by all ranks together. Out: between steps, whether to end, and why.
+In: what the cluster says, asked by all ranks together. Out: between steps, whether to end, and why. Clouds announce in
+advance that they will take a spot machine away.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from cert_ray.training.together import Together
 _log = logging.getLogger(__name__)
 
 Reason = Literal["leaving", "growing", "stopped"]
-# The nodes of this run's ranks that are going to be taken away, the same on every rank; every rank calls it.
+# Returns the nodes of this run's ranks that will be taken away, the same on every rank; every rank calls it.
 Leaving = Callable[[], Collection[str]]
-Asked = Callable[[], Reason | None]  # any other reason; rank 0 alone calls it
-_LOOK_EVERY_S = 2.0  # clouds announce 25 s to two minutes before; Ray looks every 5 s
+Asked = Callable[[], Reason | None]  # any other reason; only rank 0 calls it
+_LOOK_EVERY_S = 2.0  # clouds give notice of 25 s to two minutes; Ray checks every 5 s
 
 
 class Notices:
-    """Asks after steps, and not after each of many short ones: an answer takes all ranks a few milliseconds."""
+    """Asks between steps, but not after each of many short ones: an answer takes all ranks a few milliseconds."""
 
     def __init__(self, leaving: Leaving | None, asked: Asked | None, together: Together) -> None:
-        """None: nobody is asked."""
+        """None for `leaving` or `asked` means not to ask."""
         self._leaving, self._asked, self._together = leaving, asked, together
         self._looked_s = time.monotonic()
         self._steps_between, self._steps_since = 1, 0
 
     def came(self, step: int) -> Reason | None:
-        """Why the workers are to end, if they are; all ranks ask after `step`, and get one answer."""
+        """Why the workers should end, or None. All ranks ask after `step`, and get the same answer."""
         self._steps_since += 1
         if (self._leaving is None and self._asked is None) or self._steps_since < self._steps_between:
             return None
@@ -51,9 +51,9 @@ class Notices:
         return reason
 
     def _look(self) -> tuple[Reason | None, int]:
-        """What rank 0 is told; in how many steps to look again, by how long the last ones took.
+        """What rank 0 finds, and in how many steps to look again, estimated from how long the last steps took.
 
-        Of few steps that says little.
+        After few steps that estimate is poor, so the number at most doubles each time.
         """
         step_s = (time.monotonic() - self._looked_s) / self._steps_since
         between = max(1, min(2 * self._steps_between, round(_LOOK_EVERY_S / max(step_s, 1e-6))))

@@ -1,7 +1,7 @@
-"""Architectures to start from scratch: GPT-Neo and Llama, two sizes each. In: a name and what the tokens ask for.
+"""Architectures to train from scratch: GPT-Neo and Llama, two sizes each. In: a name and what the tokens require.
 
-Out: a Hugging Face config; none holds weights. `pycodegpt-110m` is PyCodeGPT as PAPER describes it: GPT-Neo 125M with a
-32K vocabulary and a window of 1,024. `modern-110m` has as many parameters in the shape of Llama (Touvron et al. 2023,
+Out: a Hugging Face config, without weights. `pycodegpt-110m` is PyCodeGPT as in the paper: GPT-Neo 125M with a 32K
+vocabulary and a window of 1,024. `modern-110m` has as many parameters in the shape of Llama (Touvron et al. 2023,
 arXiv:2302.13971: rotary positions, SwiGLU, RMSNorm, no biases), so that the two can be compared and other runtimes can
 load it: docs/models.md. `tiny` and `modern-tiny` learn something in a minute on two CPU cores.
 """
@@ -45,8 +45,11 @@ class GPTNeoPreset:
 
 @dataclass(frozen=True, slots=True)
 class LlamaPreset:
-    """The shape of a Llama. Input and output embeddings are one table, as in GPT-Neo: untied, a 32K vocabulary would
-    take 25M parameters more of a 110M model, a fifth of it (MobileLLM, arXiv:2402.14905, ties at this size too)."""
+    """The shape of a Llama. Input and output embeddings are tied, as in GPT-Neo.
+
+    Untied, a 32K vocabulary would add 25M parameters to a 110M model, a fifth of it (MobileLLM, arXiv:2402.14905, also
+    ties them at this size).
+    """
 
     layers: int
     hidden: int
@@ -75,18 +78,18 @@ class LlamaPreset:
 PRESETS: dict[str, GPTNeoPreset | LlamaPreset] = {
     # Measured on standard library code, vocabulary 4,096, rows of 256, after 154,000 tokens (80 CPU-seconds): held-out
     # loss 6.14 nats per token with an initial deviation of 0.05, 6.69 with 0.02 (learning rates 3e-3 and 6e-3), 6.28
-    # with 0.08; two layers 256 wide need two thirds of the time and end at 6.22. Unigram entropy 6.19.
+    # with 0.08; two layers 256 wide take two thirds of the time and end at 6.22. Unigram entropy 6.19.
     "tiny": GPTNeoPreset(
         layers=4, hidden=192, heads=6, local_window_tokens=128, max_context_tokens=None, initializer_range=0.05
     ),
     # GPT-Neo 125M (12 layers, 768 wide, 12 heads, window 256) with PyCodeGPT's positions
     "pycodegpt-110m": GPTNeoPreset(layers=12, hidden=768, heads=12, local_window_tokens=256, max_context_tokens=1024),
-    # Measured as `tiny`, 154,000 tokens in bf16: held-out loss 6.13 with an initial deviation of 0.05, 6.35 and 6.58
-    # (learning rates 3e-3 and 6e-3) with 0.02; `tiny` beside it 6.32 and 6.28.
+    # Measured like `tiny`, 154,000 tokens in bf16: held-out loss 6.13 with an initial deviation of 0.05, 6.35 and 6.58
+    # (learning rates 3e-3 and 6e-3) with 0.02; `tiny` in the same runs 6.32 and 6.28.
     "modern-tiny": LlamaPreset(
         layers=4, hidden=192, heads=6, feed_forward=512, max_context_tokens=None, initializer_range=0.05
     ),
-    # A feed-forward of 8/3 of the width, as in Llama, has GPT-Neo's parameters in three matrices instead of two.
+    # A feed-forward of 8/3 of the width, as in Llama, has as many parameters in three matrices as GPT-Neo's in two.
     "modern-110m": LlamaPreset(layers=12, hidden=768, heads=12, feed_forward=2048, max_context_tokens=1024),
 }
 

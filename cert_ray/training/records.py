@@ -1,7 +1,7 @@
-"""What a run says about itself: one record per step, as a log line, as JSON Lines, and as a picture.
+"""What a run reports about itself: one record per step, as a log line, as JSON Lines, and as a picture.
 
-In: numbers of a step, and what trained it. Out: text with fixed order and units; `loss.jsonl`, `loss.png`. Losses are
-means in nats per predicted token.
+In: numbers of a step, and the machines that trained it. Out: text with fixed order and units; `loss.jsonl`, `loss.png`.
+Losses are means in nats per predicted token.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ METRICS_NAME, PICTURE_NAME = "loss.jsonl", "loss.png"  # below a run's output
 
 
 class StepRecord(Config, allow_inf_nan=True):  # measured, not chosen: in fp16 a step's gradients may overflow
-    """One step: what was learned from, and how well it was predicted before the update."""
+    """One step: what it was trained on, and how well that was predicted before the update."""
 
     step: int  # steps done, so the first is 1
     epoch: int  # of the step's first row, from 0
     loss: float
     learning_rate: float
     gradient_norm: float | None
-    tokens: int  # predicted so far, padding not counted
+    tokens: int  # predicted so far, without padding
     tokens_per_s: float  # of this step
     held_out_loss: float | None = None  # measured after this step
-    mfu: float | None = None  # of this step, as `utilization` defines it; None where the device's peak is not known
-    memory_bytes: int | None = None  # worker 0: most that was allocated on its GPU, or resident where it has none
+    mfu: float | None = None  # of this step, as `utilization` defines it; None if the device's peak is not known
+    memory_bytes: int | None = None  # of worker 0: peak allocated on its GPU, or resident if it has none
 
 
 def progress_line(record: StepRecord, steps: int, tokens_per_s: float, mfu: float | None = None) -> str:
-    """The line for the log; `tokens_per_s` and `mfu` are means since the line before."""
+    """The line for the log; `tokens_per_s` and `mfu` are means since the previous line."""
     remaining_s = (steps - record.step) * (record.tokens / record.step) / tokens_per_s if tokens_per_s else 0.0
     norm = "-" if record.gradient_norm is None else f"{record.gradient_norm:.2f}"
     line = (
@@ -54,7 +54,7 @@ def progress_line(record: StepRecord, steps: int, tokens_per_s: float, mfu: floa
 
 
 def to_json_lines(records: Sequence[StepRecord]) -> str:
-    """One JSON object per line and step."""
+    """One line with a JSON object per step."""
     return "".join(record.model_dump_json() + "\n" for record in records)
 
 
@@ -64,12 +64,12 @@ def from_json_lines(text: str, where: str) -> list[StepRecord]:
 
 
 def described(machines: Sequence[str]) -> str:
-    """The machines of all workers, one entry per worker, as one text: `2 x A + B`."""
+    """The machines of all workers, given one entry per worker, as text: `2 x A + B`."""
     return " + ".join(f"{count} x {name}" if count > 1 else name for name, count in sorted(Counter(machines).items()))
 
 
 def steps_by_machines(earlier: Mapping[str, int], now: str, steps: int) -> dict[str, int]:
-    """How many steps which machines did: `earlier` ones, and `steps` more of those that `now` describes."""
+    """How many steps each set of machines did: `earlier`, plus `steps` by the machines that `now` describes."""
     total = Counter(earlier)
     total[now] += steps
     return {machines: count for machines, count in total.items() if count}
@@ -78,7 +78,7 @@ def steps_by_machines(earlier: Mapping[str, int], now: str, steps: int) -> dict[
 def write_losses(config: TrainConfig, pack: Manifest, records: Sequence[StepRecord]) -> None:
     """Write `records` below the output of `config`, as JSON Lines and as a picture.
 
-    No picture is worth a run: where it cannot be drawn or written, a warning says so.
+    A picture must not cost a run: if it cannot be drawn or written, a warning says so.
     """
     storage.write_text(storage.join(config.output, METRICS_NAME), to_json_lines(records))
     title = f"{config.base if '/' not in config.base else storage.name_of(config.base)}: {pack.config.get('view')}"
@@ -91,8 +91,8 @@ def write_losses(config: TrainConfig, pack: Manifest, records: Sequence[StepReco
 
 
 def draw_losses(records: Sequence[StepRecord], title: str, unigram_nats: float | None = None) -> bytes:
-    """A PNG of the losses over tokens; `unigram_nats`, the entropy of single tokens, is the mark to beat."""
-    from matplotlib.figure import Figure  # one second to import
+    """A PNG of the losses over tokens; `unigram_nats`, the entropy of single tokens, is drawn as the mark to beat."""
+    from matplotlib.figure import Figure  # takes one second to import
 
     figure = Figure(figsize=(7, 4), dpi=110, layout="constrained")
     axes = figure.add_subplot()

@@ -1,8 +1,8 @@
-"""Where a run begins: anew, or where its newest whole checkpoint stands, of whatever number of workers.
+"""Where a run begins: anew, or from its newest intact checkpoint, written by any number of workers.
 
-In: the checkpoints below a run's output. Out: a `Start` on every rank. A rank reads of a checkpoint what it needs, once
-where that is remote, and compares it on the way: worker 0's part and its own; of another number of workers, one rank of
-each machine reads all parts.
+In: the checkpoints below a run's output. Out: a `Start` on every rank. A rank reads only what it needs of a checkpoint
+(once, if remote), and verifies it on the way: worker 0's part and its own. If another number of workers wrote it, one
+rank of each machine reads all parts.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from cert_ray.training.together import Together
 _log = logging.getLogger(__name__)
 
 EPOCHS_NAME = "epochs.json"  # where in the run's rows each segment ends
-MACHINES_NAME = "machines.json"  # how many of the steps so far which machines did
+MACHINES_NAME = "machines.json"  # how many of the steps so far each set of machines did
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The state that a rank goes on from."""
+    """The state that a rank continues from."""
 
     engine: Engine
     records: list[StepRecord] = field(default_factory=list)  # of the steps so far
-    ends: list[int] = field(default_factory=list)  # as `Batches` takes them
+    ends: list[int] = field(default_factory=list)  # as `Batches` expects them
     machines: dict[str, int] = field(default_factory=dict)  # steps so far by machines
 
 
 def start(config: TrainConfig, run_digest: str, together: Together, model: torch.nn.Module) -> Start:
-    """Every rank calls this with the same model; it becomes the engine's.
+    """Every rank calls this with the same model, which becomes the engine's.
 
-    Damaged checkpoints after the newest whole one are told and removed.
+    Damaged checkpoints newer than the newest intact one are logged and removed.
 
     Raises:
-        CheckpointError: on every rank, when the newest is another run's.
-        NoWholeCheckpointError: on every rank, when there are some, and every one is damaged.
+        CheckpointError: on every rank, when the newest belongs to another run.
+        NoWholeCheckpointError: on every rank, when there are checkpoints and all are damaged.
         DiskFullError: on every rank, when there is no room for a copy of a remote one.
     """
     found = together.decide(lambda: checkpoints.complete_checkpoints(checkpoints.folder_of(config.output)))
@@ -61,7 +61,7 @@ def start(config: TrainConfig, run_digest: str, together: Together, model: torch
         records = from_json_lines((folder / export.RECORDS_NAME).read_text(), url)
         ends = json.loads((folder / EPOCHS_NAME).read_text())
         noted = folder / MACHINES_NAME
-        machines = json.loads(noted.read_text()) if noted.is_file() else {}  # earlier versions did not
+        machines = json.loads(noted.read_text()) if noted.is_file() else {}  # earlier versions wrote none
     assert len(records) == step, f"{url} holds the records of {len(records)} steps"
     if together.rank == 0:
         _log.info(
@@ -77,7 +77,7 @@ def start(config: TrainConfig, run_digest: str, together: Together, model: torch
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    """A checkpoint of which this rank has what it needs on a local disk."""
+    """A checkpoint on a local disk, with everything that this rank needs of it."""
 
     url: str
     first: checkpoints.Part  # worker 0's
@@ -85,21 +85,21 @@ class _Fetched:
 
 
 class _Reader:
-    """Brings checkpoints to this rank, and into its engine."""
+    """Fetches checkpoints for this rank, and loads them into its engine."""
 
     def __init__(self, config: TrainConfig, run_digest: str, together: Together, temporary: Path) -> None:
         self._config, self._run_digest, self._together, self._temporary = config, run_digest, together, temporary
         self._shared = together.first_here(temporary)
 
     def fetch(self, url: str) -> _Fetched:
-        """The checkpoint at `url`, as far as this rank needs it."""
+        """Fetch what this rank needs of the checkpoint at `url`."""
         first, rank = checkpoints.first_part(url, self._run_digest), self._together.rank
         if self._fits(first):
             return self._fetched(url, first, {0, rank} if first.world_size == self._together.world_size else {0})
         return self._fetched(url, first, None if self._is_first_here() else {0})
 
     def _fits(self, first: checkpoints.Part) -> bool:
-        """Whether its state can be loaded as it is: without ZeRO all workers have the same."""
+        """Whether its state can be loaded without conversion; without ZeRO, all workers have the same state."""
         return first.world_size == self._together.world_size or self._config.zero_stage == 0
 
     def _is_first_here(self) -> bool:
@@ -122,7 +122,7 @@ class _Reader:
         self._together.wait()
         engine = Engine(model, self._config, universal=True)
         engine.load(converted)
-        self._together.wait()  # it lies in the folder of the first of them
+        self._together.wait()  # it is in the folder of the first rank here
         return engine
 
     def _convert(self, checkpoint: Path, converted: Path) -> None:

@@ -1,7 +1,7 @@
-"""Nodes that joined: whether a run of fewer workers than it may have would now find a place for one more.
+"""Nodes that joined: whether a run with fewer workers than allowed could now place one more.
 
-In: what one worker wants. Out: between steps, whether to start again. Ray Train's own look would start the workers anew
-from the newest checkpoint; one that workers take themselves costs no step.
+In: what one worker needs. Out: between steps, whether to start again. Ray Train's own check would restart the workers
+from the newest checkpoint; here the workers first write one themselves, so no step is lost.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 
 
 class Room:
-    """Looks every `look_s` seconds, first after so many, for a node that is free for one more worker."""
+    """Looks every `look_s` seconds, the first time after `look_s`, for a node with room for one more worker."""
 
     def __init__(
         self, free_nodes: Callable[[], Iterable[Mapping[str, float]]], worker: Mapping[str, float], look_s: float
     ) -> None:
-        """`free_nodes`: what each node has that nobody uses; as `worker`, what one wants, by Ray's names."""
+        """`free_nodes` returns the unused resources of each node; `worker` is what one needs. Both use Ray's names."""
         self._free_nodes, self._worker, self._look_s = free_nodes, worker, look_s
         self._looked_s = time.monotonic()
 
     def came(self) -> bool:
-        """Whether there is one; False until the next look is due."""
+        """Whether there is such a node; False until the next look is due."""
         if time.monotonic() - self._looked_s < self._look_s:
             return False
         self._looked_s = time.monotonic()

@@ -1,9 +1,9 @@
 """Which rows a step reads, as pure functions of (weights, seed, epoch, step, rank): resuming replays nothing.
 
-In: documents with weights and a plan of rows. Out: for step s and rank r, the rows to read. An epoch draws its
-documents anew (PAPER "Resampling") and takes them in segments of bounded size, so that what is planned at once does not
-grow with the pack. A segment's documents are laid out as rows, and the rows shuffled, so that those of a long document
-do not meet in one step. Segments and rows are numbered through the epochs without a gap.
+In: documents with weights and a plan of rows. Out: for step s and rank r, the rows to read. Each epoch draws its
+documents anew, as in the paper, and takes them in segments of bounded size, so that what is planned at once does not
+grow with the pack. A segment's documents are laid out as rows, and the rows are shuffled, so that the rows of a long
+document do not all come in one step. Segments and rows are numbered continuously through the epochs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy.typing as npt
 from cert_ray.tokens.index import BoolArray, FloatArray, IntArray
 
 _DOCUMENTS, _ROWS = 1, 2  # so that the two draws of an epoch are independent
-# 1 s to plan as pairs (docs/benchmarks.md, "Large packs"); 220 million tokens of documents of 1,667.
+# Planning these as pairs takes 1 s (docs/benchmarks.md, "Large packs"): 220 million tokens, at 1,667 per document.
 SEGMENT_DOCUMENTS = 1 << 17
 
 
 class Rows(Protocol):
-    """What is needed of a `tokens.packing.RowPlan`."""
+    """The part of a `tokens.packing.RowPlan` that is needed here."""
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -33,39 +33,39 @@ class Rows(Protocol):
 
 
 def segments_of_an_epoch(documents: int) -> int:
-    """How many segments, as equal as can be, an epoch of so many documents has."""
+    """How many segments, as equal as possible, an epoch of `documents` has."""
     return -(-documents // SEGMENT_DOCUMENTS)
 
 
 def segment(documents: int, number: int) -> tuple[int, slice]:
-    """The epoch that segment `number` belongs to, and which of the epoch's draws it has."""
+    """The epoch that segment `number` belongs to, and which of the epoch's draws it takes."""
     segments = segments_of_an_epoch(documents)
     epoch, place = divmod(number, segments)
     return epoch, slice(place * documents // segments, (place + 1) * documents // segments)
 
 
 def epoch_documents(cumulative: FloatArray, seed: int, epoch: int, draws: slice) -> IntArray:
-    """Indices of documents, drawn with replacement by weight, in reading order: those of an epoch's `draws` only.
+    """Indices of documents, drawn with replacement by weight, in reading order; only the slice `draws` of an epoch.
 
-    `cumulative` are the weights, finite and not negative, each with those before it; the last one is positive.
+    `cumulative` holds the running sums of weights that are finite and not negative; the last sum is positive.
     """
     generator = np.random.default_rng([seed, epoch, _DOCUMENTS])
-    generator.bit_generator.advance(draws.start)  # type: ignore[attr-defined]  # PCG64: a step for each number
+    generator.bit_generator.advance(draws.start)  # type: ignore[attr-defined]  # PCG64: one step per number
     places = generator.random(draws.stop - draws.start) * cumulative[-1]
     drawn: IntArray = np.searchsorted(cumulative, places, side="right").astype(np.int64)
-    # Rounding may carry a draw to the very end; documents without weight may stand there.
+    # Rounding may move a draw to the very end, where documents without weight may be.
     last = int(np.searchsorted(cumulative, cumulative[-1], side="left"))
     drawn[drawn > last] = last
     return drawn
 
 
 def shuffled_documents(documents: npt.NDArray[Any], seed: int, epoch: int) -> npt.NDArray[Any]:
-    """Each of `documents` once, in an order of this epoch's own."""
+    """Each of `documents` once, in this epoch's own order."""
     return np.random.default_rng([seed, epoch, _DOCUMENTS]).permutation(documents)
 
 
 def micro_batches(rows_per_step: int, micro_batch: int, world_size: int) -> int:
-    """How many micro batches each of `world_size` ranks takes to read `rows_per_step` rows."""
+    """How many micro batches each of `world_size` ranks needs to read `rows_per_step` rows."""
     return -(-rows_per_step // (micro_batch * world_size))
 
 
@@ -74,8 +74,8 @@ def step_positions(
 ) -> tuple[IntArray, BoolArray]:
     """Numbers of the rows that `rank` reads in `step`, and whether each counts, both [micro_batches, micro_batch].
 
-    Together the ranks read each row of the step once, and which rows those are depends on `step` and `rows_per_step`
-    alone. Where the ranks cannot share them evenly, the step's last row stands in for what is missing, not counted.
+    Together, the ranks read each row of the step once; which rows these are depends only on `step` and `rows_per_step`.
+    If the ranks cannot share them evenly, the step's last row fills the gaps, without being counted.
     """
     blocks = np.arange(micro_batches(rows_per_step, micro_batch, world_size)) * world_size + rank
     places = blocks[:, None] * micro_batch + np.arange(micro_batch)[None, :]
@@ -83,19 +83,19 @@ def step_positions(
 
 
 class RowStream:
-    """Rows numbered through all segments, each read by its number. Only the segments in use hold their plan."""
+    """Rows numbered through all segments, each read by its number. Only segments in use keep their plan."""
 
     def __init__(
         self, plan_segment: Callable[[int], Rows], seed: int, ends: Sequence[int] = (), per_epoch: int = 1
     ) -> None:
-        """`plan_segment` gives the rows of a segment, the same at every call; an epoch has `per_epoch` of them.
+        """`plan_segment` returns the rows of a segment, the same at every call; an epoch has `per_epoch` segments.
 
-        `ends`, of an earlier stream over the same rows, spare it the planning of segments that are over.
+        `ends`, from an earlier stream over the same rows, saves planning segments that are over.
         """
         self._plan_segment = plan_segment
         self._seed = seed
         self._per_epoch = per_epoch
-        self.ends = list(ends)  # of the rows of segments 0, 1, ..., as far as they were needed
+        self.ends = list(ends)  # where the rows of segments 0, 1, ... end, as far as was needed
         self._open: dict[int, tuple[Rows, IntArray]] = {}
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ class RowStream:
 
     @property
     def rows_of_an_epoch(self) -> int:
-        """How many rows an epoch has, by its first segment: others differ a little."""
+        """How many rows an epoch has, estimated from its first segment; others differ a little."""
         self.locate(0)
         return self.ends[0] * self._per_epoch
 
@@ -131,7 +131,7 @@ class RowStream:
         if number not in self._open:
             self._open = {near: kept for near, kept in self._open.items() if near == number - 1}
             plan = self._plan_segment(number)
-            # Of an epoch's first segment as if there were no other: a zero at the end seeds alike.
+            # An epoch's first segment is seeded as if there were no other: a trailing zero does not change the seed.
             seeds = [self._seed, number // self._per_epoch, _ROWS, number % self._per_epoch]
             self._open[number] = (plan, np.random.default_rng(seeds).permutation(len(plan)).astype(np.int64))
         return self._open[number]

@@ -1,8 +1,8 @@
-"""The learning rate of a step: linear warm-up, then one of two ways down. A pure function, so resuming needs no state.
+"""The learning rate of a step: linear warm-up, then one of two decays. A pure function, so resuming needs no state.
 
 `cosine`: half a cosine from the warm-up to the end (Loshchilov and Hutter 2017, arXiv:1608.03983). `wsd`: warm-up,
-stable, decay (MiniCPM, Hu et al. 2024, arXiv:2404.06395): the peak is held, and falls in the last steps only, as
-1 - sqrt (Hägele et al. 2024, arXiv:2405.18392, who find it level with cosine once a fifth of the steps decays).
+stable, decay (MiniCPM, Hu et al. 2024, arXiv:2404.06395): the peak is held, and falls only in the last steps, as
+1 - sqrt (Hägele et al. 2024, arXiv:2405.18392, who find it as good as cosine if a fifth of the steps decay).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Schedule = Literal["cosine", "wsd"]
 
 
 def decay_start(steps: int, decay_share: float) -> int:
-    """The first step, counted from 0, that `wsd` no longer gives the peak rate; at least one step decays."""
+    """The first step, counted from 0, with less than the peak rate under `wsd`; at least one step decays."""
     return steps - max(1, round(steps * decay_share))
 
 
@@ -27,9 +27,9 @@ def learning_rate(
     schedule: Schedule = "cosine",
     decay_share: float = 0.2,
 ) -> float:
-    """The rate of step `step`, counted from 0: rises to `peak` over `warmup_steps`, then falls to `peak * final_share`.
+    """The rate of `step`, counted from 0: rises to `peak` over `warmup_steps`, then falls to `peak * final_share`.
 
-    The step after the last one would have exactly the final rate. `decay_share`, of all steps, is for `wsd` alone.
+    The step after the last would have exactly the final rate. `decay_share`, of all steps, is only for `wsd`.
 
     Raises:
         ValueError: unless 0 <= step < steps and 0 <= warmup_steps < steps, or when the decay begins in the warm-up.

@@ -1,8 +1,9 @@
-"""Folders below TMPDIR for what a worker puts together or copies: gigabytes, which a kill leaves there.
+"""Folders below TMPDIR for what a worker assembles or copies: gigabytes, which a kill leaves there.
 
-In: what a folder is for. Out: an empty folder, gone when its block ends. Beside it stands a file that its owner holds
-locked (flock), which the system lets go when the process dies, however it does. So `remove_left`, said when the next
-worker starts, tells what nobody holds any more from what other runs on this machine use. Forked processes hold it, too.
+In: what a folder is for. Out: an empty folder, removed when its block ends. Beside it is a file that its owner keeps
+locked (flock); the system releases the lock when the process dies, however it dies. So `remove_left`, called when the
+next worker starts, can tell abandoned folders from those that other runs on this machine use. Forked processes hold the
+lock, too.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ _LOCK, _FILES = "lock", "files"
 
 @contextmanager
 def scratch_folder(kind: str) -> Iterator[Path]:
-    """An empty folder below TMPDIR for the block alone, with `kind` in its path."""
+    """An empty folder below TMPDIR, only for the block, with `kind` in its path."""
     outer = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-"))
     try:
         with (outer / "new").open("wb") as held:
             fcntl.flock(held, fcntl.LOCK_EX)
-            (outer / "new").rename(outer / _LOCK)  # from now on it is looked at, and it is held by now
+            (outer / "new").rename(outer / _LOCK)  # `remove_left` sees it from now on, already locked
             (outer / _FILES).mkdir()
             yield outer / _FILES
-            shutil.rmtree(outer / _FILES, ignore_errors=True)  # while it is held
+            shutil.rmtree(outer / _FILES, ignore_errors=True)  # while the lock is held
     finally:
         shutil.rmtree(outer, ignore_errors=True)
 
@@ -51,5 +52,5 @@ def remove_left() -> None:
                 _log.info("removing %s, which a process that was killed left", outer)
                 shutil.rmtree(outer / _FILES)
                 shutil.rmtree(outer)
-        except OSError:  # held, or gone by now
+        except OSError:  # locked, or already gone
             continue

@@ -1,7 +1,7 @@
-"""Whether a run still goes well. In: the losses so far and a policy. Out: for how many steps they have been spiking.
+"""Whether a run is still going well. In: the losses so far and a policy. Out: for how many steps they have spiked.
 
-Pure functions of the losses, so a resumed run decides as an undisturbed one. What follows is `worker`'s: while losses
-spike no checkpoint is written, so every checkpoint is from before, and after some patience the run stops. A loss or a
+Pure functions of the losses, so a resumed run decides like an undisturbed one. `worker` acts on it: while losses spike,
+it writes no checkpoint, so every checkpoint is from before, and after some patience it stops the run. A loss or a
 gradient that is not finite ends a run at once, whatever the policy.
 """
 
@@ -22,14 +22,14 @@ _DEVIATION_PER_MAD = 1.4826
 class SpikePolicy(Config):
     """When a step's loss counts as a spike, and what is done about it.
 
-    Window and deviations are those with which OLMo-core's SkipStepOptimizer leaves a step out. Median and median
-    absolute deviation stand for its mean and standard deviation, because the spike itself hardly moves them.
+    Window and deviations are those of OLMo-core's SkipStepOptimizer, which skips such a step. Median and median
+    absolute deviation replace its mean and standard deviation, because the spike itself hardly moves them.
     """
 
     action: Literal["stop", "warn"] = "stop"
-    window_steps: int = pydantic.Field(default=128, ge=8)  # steps before one that its loss is compared with
+    window_steps: int = pydantic.Field(default=128, ge=8)  # a loss is compared with those of this many steps before
     deviations: float = pydantic.Field(default=6.0, gt=0)
-    minimum_rise_nats: float = pydantic.Field(default=0.1, ge=0)  # assumed: losses that hardly vary want room too
+    minimum_rise_nats: float = pydantic.Field(default=0.1, ge=0)  # assumed: losses that hardly vary need room, too
     patience_steps: int = pydantic.Field(default=10, gt=0)  # assumed: most spikes recover by themselves
 
     @pydantic.model_validator(mode="after")
@@ -43,7 +43,7 @@ class SpikePolicy(Config):
 
 
 def spike_limit(losses_before: Sequence[float], policy: SpikePolicy) -> float:
-    """The loss, in nats per token, above which the step after `losses_before` spikes; infinite before a full window."""
+    """The loss, in nats per token, above which the next step counts as a spike; infinite until the window is full."""
     if len(losses_before) < policy.window_steps:
         return float("inf")
     window = np.asarray(losses_before[-policy.window_steps :])
@@ -53,9 +53,9 @@ def spike_limit(losses_before: Sequence[float], policy: SpikePolicy) -> float:
 
 
 def spiking_steps(losses: Sequence[float], policy: SpikePolicy) -> int:
-    """How many of the last steps spike, the last one and those in a row before it; counts to `patience_steps`.
+    """How many consecutive steps spike, up to and including the last; counts to `patience_steps`.
 
-    Looks at the last `window_steps + patience_steps` losses only.
+    Looks only at the last `window_steps + patience_steps` losses.
     """
     recent = losses[-(policy.window_steps + policy.patience_steps) :]
     for count in range(policy.patience_steps):

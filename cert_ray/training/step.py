@@ -1,7 +1,7 @@
 """The loss of one micro batch, and of the held-out rows. In: a causal language model, rows, masks. Out: summed losses.
 
-Sums, not means: micro batches hold different numbers of tokens, and a step's loss is the mean over its tokens, however
-many workers there are. Shapes: B rows, T context tokens, V vocabulary; a row has T + 1 tokens. No Ray, no engine.
+Sums, not means, because micro batches hold different numbers of tokens, and a step's loss is the mean over its tokens
+with any number of workers. Shapes: B rows, T context tokens, V vocabulary; a row has T + 1 tokens. No Ray, no engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Forward = Callable[..., Any]  # a Hugging Face causal language model, or an engi
 def summed_loss(model: Forward, ids_BT1: torch.Tensor, mask_BT1: torch.Tensor) -> torch.Tensor:
     """Sum of the negative log-likelihoods, in nats, of the tokens that `mask_BT1` marks, each given those before it.
 
-    The first token of a row is never predicted. The softmax is in fp32 whatever the model's precision.
+    The first token of a row is never predicted. The softmax is in fp32, whatever the model's precision.
     """
     logits_BTV = model(input_ids=ids_BT1[:, :-1], use_cache=False).logits
     targets_BT = ids_BT1[:, 1:].masked_fill(~mask_BT1[:, 1:], -100)
@@ -28,9 +28,9 @@ def summed_loss(model: Forward, ids_BT1: torch.Tensor, mask_BT1: torch.Tensor) -
 
 
 class Learner(torch.nn.Module):
-    """A model together with its loss: what an engine spreads, and what is compiled, as one piece.
+    """A model together with its loss, as one module for the engine to partition and the compiler to compile.
 
-    Compiled, the softmax is taken where the logits are made, and no fp32 copy of them is written.
+    When compiled, the softmax is computed where the logits are made, and no fp32 copy of them is written.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -44,10 +44,10 @@ class Learner(torch.nn.Module):
 
 
 def plain_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of a `Learner` by the names that they have in its model."""
+    """The weights of a `Learner`, under the names that they have in its model."""
     return {name.removeprefix("learned."): weight for name, weight in weights.items()}
 
 
 def predicted_tokens(mask_BT1: torch.Tensor) -> int:
-    """How many tokens `summed_loss` is summed over."""
+    """How many tokens `summed_loss` sums over."""
     return int(mask_BT1[:, 1:].sum())

@@ -1,8 +1,8 @@
 """What the ranks of a run do together. In: this rank's own work. Out: one answer, or one error, on every rank.
 
-Collectives of NCCL and gloo end a run when one rank keeps another waiting beyond their time limit (30 minutes); a copy
-of a pack or of a checkpoint may take longer. So ranks first wait without a limit, by the caller's means, and enter a
-collective once all have come. Needs a process group of torch.
+Collectives of NCCL and gloo end a run if one rank keeps another waiting beyond their time limit (30 minutes); copying a
+pack or a checkpoint may take longer. So ranks first wait without a limit, in a way that the caller provides, and enter
+a collective once all have arrived. Needs a process group of torch.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ class Together:
     """The ranks of the process group, seen from one of them."""
 
     def __init__(self, rank: int, world_size: int, wait: Wait | None = None) -> None:
-        """`wait`: None where no rank keeps the others for long."""
+        """`wait` may be None if no rank keeps the others waiting for long."""
         self.rank, self.world_size = rank, world_size
         self._wait = wait
 
     def wait(self) -> None:
-        """Return once every rank has come here."""
+        """Return once every rank has called this."""
         if self._wait is None:
             torch.distributed.barrier()
         else:
             self._wait()
 
     def gathered(self, mine: _T) -> list[_T]:
-        """What every rank gives, by rank."""
+        """The values of all ranks, in order of rank."""
         self._arrive()
         found: list[Any] = [None] * self.world_size
         torch.distributed.all_gather_object(found, mine)
         return found
 
     def first_here(self, own: Path) -> Path:
-        """The `own` folder of the first rank on this machine; this rank's where that one is another machine's."""
+        """The `own` folder of the first rank on this machine; this rank's if that folder is on another machine."""
         here = socket.gethostname()
         given = self.gathered((here, str(own)))
         first = next(Path(folder) for machine, folder in given if machine == here)
-        return first if first.exists() else own  # two machines of one name
+        return first if first.exists() else own  # two machines may have one name
 
     def everywhere(self, work: Callable[[], _T]) -> _T:
-        """Each rank's own `work`; an error of ours on one is raised on all, so that none waits for it in vain."""
+        """Do each rank's own `work`. A `CertRayError` on one is raised on all, so that none waits for it in vain."""
         found: Any = None
         mine: CertRayError | None = None
         try:
             found = work()
         except CertRayError as error:
             mine = error
-        for raised in (mine, *self.gathered(mine)):  # its own first
+        for raised in (mine, *self.gathered(mine)):  # its own error first
             if raised is not None:
                 raise raised
         result: _T = found
         return result
 
     def decide(self, decision: Callable[[], _T]) -> _T:
-        """What rank 0 finds by `decision`, on every rank; its error is raised on every rank too."""
+        """What `decision` returns on rank 0, on every rank; a `CertRayError` there is raised on every rank, too."""
         answer: list[Any] = [None]
         if self.rank == 0:
             try:

@@ -2,8 +2,8 @@
 
 Model FLOPs utilization as PaLM defines it (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): tokens/s x FLOPs per
 token / peak, with 6 FLOPs per token for each weight that it is multiplied with, and 12 x layers x width x context for
-attention. What is computed a second time (activation checkpointing) is no useful work and does not count; that causal
-attention needs only half is not deducted, as there. The peak is that of dense matrix products in the run's precision.
+attention. Recomputation (activation checkpointing) is not useful work and does not count. As in PaLM, attention counts
+in full, although causal attention needs only half. The peak is for dense matrix products in the run's precision.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """A device by its data sheet: dense matrix products per second, without structured sparsity."""
+    """A device from its data sheet: operations per second in dense matrix products, without structured sparsity."""
 
     memory_bytes: float
     half_flops: float  # bf16 and fp16
-    fp32_flops: float  # not TF32, which PyTorch leaves off
+    fp32_flops: float  # not TF32, which PyTorch does not use by default
 
     def peak_flops(self, precision: str) -> float:
         """Operations per second in `precision`: fp32, bf16 or fp16."""
         return self.fp32_flops if precision == "fp32" else self.half_flops
 
 
-# NVIDIA's data sheets, SXM versions where there are two; they print H100 and H200 with sparsity, which is twice this.
+# From NVIDIA's data sheets, for SXM if there are two versions. Those of H100 and H200 count sparsity: twice this.
 GPUS: dict[str, Gpu] = {
     "a100": Gpu(80e9, 312e12, 19.5e12),
     "a100-40gb": Gpu(40e9, 312e12, 19.5e12),
@@ -39,12 +39,12 @@ GPUS: dict[str, Gpu] = {
     "l4": Gpu(24e9, 121e12, 30.3e12),
     "rtx4090": Gpu(24e9, 165.2e12, 82.6e12),
 }
-# What `torch.cuda.get_device_name` calls them, the longer names first.
+# Names from `torch.cuda.get_device_name`, the longer ones first.
 _NAMES = (
     ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
     ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
     ("NVIDIA A100", "a100"),
-    ("NVIDIA A10G", None),  # another chip than the A10
+    ("NVIDIA A10G", None),  # a different chip from the A10
     ("NVIDIA A10", "a10"),
     ("NVIDIA H100 NVL", "h100-nvl"),
     ("NVIDIA H100 PCIe", "h100-pcie"),
@@ -56,11 +56,11 @@ _NAMES = (
     ("NVIDIA GeForce RTX 4090 ", None),  # D, Laptop GPU
     ("NVIDIA GeForce RTX 4090", "rtx4090"),
 )
-_PART = " MIG "  # in the name of a part of a device, which is all that a process sees of it
+_PART = " MIG "  # in the name of a partition of a device, which is all that a process sees
 
 
 def gpu_of_device(device_name: str) -> Gpu | None:
-    """The data sheet of the device that PyTorch calls `device_name`, or `None` where it is not known."""
+    """The data sheet of the device that PyTorch calls `device_name`, or None if it is not known."""
     if _PART in device_name:
         return None
     for beginning, key in _NAMES:
@@ -70,7 +70,7 @@ def gpu_of_device(device_name: str) -> Gpu | None:
 
 
 def peak_flops(precision: str) -> float | None:
-    """The peak of this process's GPU in `precision`, or `None` without a GPU, or one that is not known."""
+    """The peak of this process's GPU in `precision`, or None without a GPU, or if it is not known."""
     if not torch.cuda.is_available():
         return None
     gpu = gpu_of_device(torch.cuda.get_device_name())
@@ -78,19 +78,19 @@ def peak_flops(precision: str) -> float | None:
 
 
 def flops_per_token(model: Any, context_tokens: int) -> float:
-    """Useful work of forward and backward pass per token, of a Hugging Face causal language model."""
+    """Useful work per token of a Hugging Face causal language model, in forward and backward pass."""
     shape = model.config
     attention = 12.0 * int(shape.num_hidden_layers) * int(shape.hidden_size) * context_tokens
     return 6.0 * _multiplied(model) + attention
 
 
 def utilization(tokens_per_s: float, token_flops: float, peak: float | None, devices: int = 1) -> float | None:
-    """The share of the peak of `devices` that goes into the model, or `None` where the peak is not known."""
+    """The share of the peak of `devices` that goes into the model, or None if the peak is not known."""
     return None if peak is None else tokens_per_s * token_flops / (peak * devices)
 
 
 def _multiplied(model: Any) -> int:
-    """Weights that every token is multiplied with: all matrices but look-up tables, and the output's."""
+    """How many weights every token is multiplied with: all matrices except look-up tables, and the output matrix."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = sum(int(weight.numel()) for weight in model.parameters() if weight.ndim > 1 and id(weight) not in tables)
     output = model.get_output_embeddings()

@@ -1,11 +1,12 @@
 """Embeddings for special tokens that a base has never seen. In: a model, its tokenizer, the new ids. Out: the model.
 
-A placeholder's token starts as the word that it stands for, in input and output embeddings alike: `<|number|>` as
-`number`, the mean of that word's tokens if it has several. With tied tables that is one row. A token without a word, or
-with one that the tokenizer cannot spell, starts as the mean of every embedding. So does an output head's bias, if any.
+A placeholder's token starts as the word that it stands for, in both input and output embeddings: `<|number|>` as
+`number`, the mean of that word's tokens if it has several. With tied tables, that is one row. A token without a word,
+or with a word that the tokenizer cannot spell, starts as the mean of all embeddings. An output head's bias, if any, is
+treated the same way.
 
-Measured on SmolLM2-135M (dequantised from Q4_1) before any training, 16 rows of 513 tokens of sketched SciPy code, nats
-per token over all / over placeholders / over the others: started as words 2.411 / 3.62 / 2.348, as the mean of the
+Measured on SmolLM2-135M (dequantised from Q4_1) before any training, on 16 rows of 513 tokens of sketched SciPy code,
+in nats per token over all / placeholders / other tokens: started as words 2.411 / 3.62 / 2.348, as the mean of the
 tokens of typical literals (digits, quotes) 2.577 / 6.62 / 2.368, as the mean of all embeddings 3.099 / 17.2 / 2.370.
 """
 
@@ -19,18 +20,18 @@ from tokenizers import Tokenizer
 from cert_ray.sketching.anonymize import PLACEHOLDER_KINDS
 from cert_ray.sketching.prompt_format import SEPARATOR, special_token
 
-# Tables of a multiple of 64 rows keep matrix kernels on their fast path (cuBLAS wants multiples of 8 in bf16).
+# Tables with a multiple of 64 rows keep matrix kernels on their fast path (cuBLAS needs multiples of 8 in bf16).
 ROWS_MULTIPLE = 64
 
-# The words that the authors' sketches have in these places (PAPER.md).
+# The words that the authors' sketches have in these places.
 _STANDS_FOR: dict[str, str] = {special_token(kind): kind for kind in PLACEHOLDER_KINDS} | {SEPARATOR: "segmentation"}
 
 
 def add_tokens(model: Any, ids: range, tokenizer: Tokenizer) -> None:
-    """Give the tokens `ids` of `tokenizer`, which lie behind the base's vocabulary, embeddings to start from.
+    """Initialise the embeddings of the tokens `ids` of `tokenizer`, which follow the base's vocabulary.
 
-    Rows that the model has already, behind its vocabulary, are used; where they do not suffice, both tables grow to a
-    multiple of ROWS_MULTIPLE, and the rows that no token has start as the mean.
+    Rows that the model already has after its vocabulary are used. If they do not suffice, both tables grow to a
+    multiple of ROWS_MULTIPLE, and rows without a token start as the mean.
     """
     if len(ids) == 0:
         return
@@ -39,7 +40,7 @@ def add_tokens(model: Any, ids: range, tokenizer: Tokenizer) -> None:
     sources = {token_id: _sources(tokenizer, token_id, ids.start) for token_id in ids}
     with torch.no_grad():
         tables = {id(rows): rows for layer in _embedding_layers(model) for rows in layer.parameters(recurse=False)}
-        for rows in tables.values():  # one, where input and output are tied; CodeGen's head has a bias, too
+        for rows in tables.values():  # one table if input and output are tied; CodeGen's head also has a bias
             rows[ids.start :] = rows[: ids.start].mean(dim=0)
             for token_id, found in sources.items():
                 if found:
@@ -47,7 +48,7 @@ def add_tokens(model: Any, ids: range, tokenizer: Tokenizer) -> None:
 
 
 def _sources(tokenizer: Tokenizer, token_id: int, known: int) -> list[int]:
-    """Ids below `known`, none of a special token, of the word that a token stands for."""
+    """The ids of the word that a token stands for; all are below `known` and none is a special token."""
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     word = _STANDS_FOR.get(tokenizer.id_to_token(token_id) or "", "")
     spelled = tokenizer.encode(word, add_special_tokens=False).ids

@@ -59,7 +59,7 @@ class CleaningConfig(Config):
     )
     generated_lines: int = pydantic.Field(default=5, ge=0)
     remove_licence_headers: bool = True
-    min_comment_alphanumeric_share: float | None = pydantic.Field(default=0.5, ge=0, le=1)  # of a comment line
+    min_comment_alphanumeric_share: float | None = pydantic.Field(default=0.5, ge=0, le=1)  # lines below it are dropped
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,7 +233,7 @@ def _withdraw_other(folder: str, manifest: Manifest) -> None:
 
 
 def _originals(config: DocumentsConfig, plan: Plan, documents: Manifest, output: str) -> Originals | None:
-    """What makes the texts of files that were taken down again, for dedup; None if none was.
+    """What recreates the texts of files that were taken down, for dedup; None if none was.
 
     Earlier versions did not note in a shard's report that files had been taken down when it was made. So after a
     takedown the shards themselves are checked, too.

@@ -218,7 +218,7 @@ def _replace(folder: str, report: ShardReport, contents: list[tuple[str, int, An
     """Write the new report, then `contents` (name, rows, bytes) in order.
 
     Raises:
-        ShardCorruptError: when the files neither match the report nor come from an interrupted call like this one.
+        ShardCorruptError: when the files neither match the report nor come from an interrupted removal.
     """
     written = {
         name: WrittenFile(

@@ -70,7 +70,7 @@ def shard_name(index: int) -> str:
 
 
 def weight_after_cleaning(documents: ShardReport, times_faster: float) -> int:
-    """The weight of a unit made from a shard of `documents`, for work that is `times_faster` than cleaning.
+    """The weight of a unit made from a shard of `documents`, for work `times_faster` times as fast as cleaning.
 
     At least 1, even for a shard without documents. 0 means unknown, and is returned if the report does not tell.
     """

@@ -78,7 +78,7 @@ def read_removals(run: str) -> tuple[Removal, ...]:
     except pydantic.ValidationError as error:
         problem = f"not a list of removals: {error.errors(include_url=False)[0]['msg']}"
         raise InputError(
-            url, problem, "Mend the line by hand: it keeps files out that someone asked to remove."
+            url, problem, "Correct the line by hand: it keeps out files that someone asked to remove."
         ) from error
 
 

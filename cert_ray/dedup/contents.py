@@ -42,13 +42,13 @@ def read_contents(documents: str, shard: str, columns: Sequence[str], originals:
     if original is None:
         raise InputError(
             url,
-            f"{table.column('content').null_count} of its files have no text, and no record of a takedown tells why",
+            f"{table.column('content').null_count} of its files have no text, and no record of a takedown explains it",
             "Put the run's removals.jsonl back: without it, files that someone asked to remove would come in again.",
         )
     if not original.column("content_hash").equals(table.column("content_hash")):
         raise InputError(
             url,
-            "its input gives other documents now, and texts that were taken down are needed to find their copies",
+            "its input has changed, and the texts of its removed files are needed to find their copies",
             f"Delete reports/{shard}.json beside it: the next run makes the shard again.",
         )
     return table.set_column(table.schema.get_field_index("content"), "content", original.column("content"))

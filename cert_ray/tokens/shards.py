@@ -325,13 +325,13 @@ def _make_room(url: str, needed_bytes: int, copies: Path) -> None:
         if _removed_unless_used(folder):
             removed.append(sizes[folder])
     if removed:
-        told = "removed %d copies of other packs, %.1f GB that no process used, below %s, for %s"
+        told = "removed %d unused copies of other packs (%.1f GB) below %s, to make room for %s"
         _log.info(told, len(removed), sum(removed) / 1e9, copies, url)
     if room_bytes + sum(removed) < 0:
         raise DiskFullError(
-            f"{url}: to read it, {needed_bytes / 1e9:,.1f} GB more of it are needed below {copies}, and that disk has "
-            f"{(disk.free + sum(removed)) / 1e9:,.1f} GB left, without a copy there that no process uses. Free some, "
-            "or set TMPDIR, on every node, to a folder of a larger disk."
+            f"{url}: reading it takes {needed_bytes / 1e9:,.1f} GB more below {copies}, and that disk has "
+            f"{(disk.free + sum(removed)) / 1e9:,.1f} GB left; every other copy there is in use. Free some, "
+            "or set TMPDIR, on every node, to a folder on a larger disk."
         )
 
 

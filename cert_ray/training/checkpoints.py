@@ -176,7 +176,7 @@ def newest_readable(
 def remove_damaged(damaged: Mapping[str, DamagedCheckpointError]) -> None:
     """Remove the checkpoints at these URLs, and log why; the run continues from one before them."""
     for url, error in damaged.items():
-        _log.warning("going on from the checkpoint before it, and removing %s: %s", url, error)
+        _log.warning("removing the damaged %s and going on from the checkpoint before it: %s", url, error)
         _remove(url)
 
 

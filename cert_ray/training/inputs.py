@@ -87,7 +87,7 @@ def waits_for(config: TrainConfig, cluster: Mapping[str, float]) -> str | None:
     if not lacking:
         return None
     return (
-        f"the run waits for nodes: {workers} workers want {'; '.join(lacking)}. Unless some are to join, stop it and "
+        f"the run waits for nodes: {workers} workers want {'; '.join(lacking)}. If none will join, stop it and "
         "lower workers or cpus_per_worker (more gradient_accumulation keeps the rows per step), or set min_workers."
     )
 

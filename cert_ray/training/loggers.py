@@ -115,7 +115,7 @@ class _Expendable:
     def _let_go(self, error: Exception) -> None:
         self._tell = None
         _log.warning(
-            "loggers: %s fails, and is told no more until the run starts again: %s. loss.jsonl has every step",
+            "loggers: %s failed and gets no more steps until the run starts again: %s. loss.jsonl has every step",
             self._name,
             _said(error),
         )

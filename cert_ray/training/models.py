@@ -144,7 +144,7 @@ def base_shape(base: str, vocab_size: int, context_tokens: int) -> Any:
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        raise ConfigError(f"base: {base!r} is no preset, and its config.json cannot be had: {error}") from error
+        raise ConfigError(f"base: {base!r} is no preset, and its config.json could not be loaded: {error}") from error
 
 
 def _config_folder(base: str, copy: Path) -> Path:

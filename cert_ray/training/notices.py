@@ -45,7 +45,7 @@ class Notices:
             told = {
                 "leaving": f"{', '.join(sorted(nodes))} will be taken away",
                 "growing": "there is room for more workers",
-                "stopped": "the run is to stop",
+                "stopped": "the run was asked to stop",
             }
             _log.warning("step %d: %s: a checkpoint is due", step, told[reason])
         return reason

@@ -178,7 +178,7 @@ def _fit_to_the_end(
         if stop.came:
             _log.warning("stopped after step %d: run the same again to go on", step)
             raise stop.told()
-        _log.info("step %d: the %d workers start again, on the nodes that there are", step, ended)
+        _log.info("step %d: the %d workers start again, on the nodes that are there", step, ended)
         if reason == "growing":
             # What looked free may be promised to others: started for nothing, it is looked for less often.
             look_s = 2 * look_s if ended == workers else checked.config.resize_check_s

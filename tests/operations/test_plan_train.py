@@ -67,7 +67,7 @@ def test_unknown_names_are_refused(tmp_path):
         render_training(_recipe("tiny"), ["base"], "k80")
     with pytest.raises(ConfigError, match="no 'other' in this recipe"):
         render_training(_recipe("tiny"), ["other"], "h100")
-    with pytest.raises(ConfigError, match=r"config\.json cannot be had"):
+    with pytest.raises(ConfigError, match=r"config\.json could not be loaded"):
         render_training(_recipe(str(tmp_path)), ["base"], "h100")
     with pytest.raises(ConfigError, match="has none to plan"):
         render_training(_recipe("tiny"), [], "h100")

@@ -133,7 +133,7 @@ def test_a_disk_without_room_for_a_remote_pack_is_told_before_it_is_copied(
     remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000, total=10**9))
-    with pytest.raises(DiskFullError, match=r"0\.0 GB more of it are needed below .*, and that disk has 0\.1 GB left"):
+    with pytest.raises(DiskFullError, match=r"takes 0\.0 GB more below .*, and that disk has 0\.1 GB left"):
         PackedTokens.open(remote)
     assert _copies(tmp_path) == []
 
@@ -170,7 +170,7 @@ def test_a_copy_makes_way_for_another_pack_unless_it_is_used(
     with caplog.at_level("INFO", "cert_ray"):
         PackedTokens.open(urls["last one"])
     assert copies() == {digests[name] for name in ("used", "newer", "last one")}
-    assert "removed 1 copies of other packs" in caplog.text
+    assert "removed 1 unused copies of other packs" in caplog.text
     assert used.tokens(3).tolist() == [16, 17, 18]
     PackedTokens.open(urls["oldest"])  # copied again; what nobody has read for longest goes
     assert copies() == {digests[name] for name in ("used", "last one", "oldest")}
@@ -299,7 +299,7 @@ def test_a_machine_without_room_for_an_index_says_so(
 ) -> None:
     url = write_pack(tmp_path / "pack", SHARDS)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=60_000_000, total=10**9))
-    with pytest.raises(DiskFullError, match=r"are needed below .*, and that disk has 0\.1 GB left"):
+    with pytest.raises(DiskFullError, match=r"GB more below .*, and that disk has 0\.1 GB left"):
         PackedTokens.open(url)
 
 

@@ -42,7 +42,7 @@ def test_a_base_without_a_manifest_is_known_by_what_its_files_hold(make_config, 
     ("options", "cluster", "told"),
     [
         ({"workers": 2}, {"CPU": 2}, None),
-        ({"workers": 3}, {"CPU": 2}, "3 workers want 3 CPUs, and the cluster has 2. Unless"),
+        ({"workers": 3}, {"CPU": 2}, "3 workers want 3 CPUs, and the cluster has 2. If none will join"),
         ({"workers": 3, "min_workers": 2}, {"CPU": 2}, None),
         ({"workers": 2, "cpus_per_worker": 2}, {"CPU": 3}, "2 workers want 4 CPUs, and the cluster has 3"),
         ({"use_gpu": True}, {"CPU": 8}, "1 workers want 1 GPUs, and the cluster has 0"),

@@ -161,7 +161,7 @@ def test_a_logger_that_fails_under_way_is_told_of_once_and_let_go(
     tell(make_config(loggers=["mlflow", "tensorboard"]), range(2, 5))
     assert (failing.told, whole.told) == (told, [2, 3, 4])
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith("loggers: mlflow fails")
+    assert warning.startswith("loggers: mlflow failed")
     assert "ConnectionError: the server is gone" in warning
 
 
@@ -232,5 +232,5 @@ class TestTraining:
         monkeypatch.setitem(loggers._OPEN, "tensorboard", _Fails("is told"))
         config = make_config(loggers=["tensorboard"], steps=5)
         assert len(worker.run(config, "abc", 0, 1, copy_report(config.output)).records) == 5
-        assert caplog.text.count("tensorboard fails") == 1
+        assert caplog.text.count("tensorboard failed") == 1
         assert (Path(config.output) / "model.safetensors").exists()

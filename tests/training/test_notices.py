@@ -43,7 +43,7 @@ def test_a_stop_comes_before_nodes_that_leave(clock: list[float], caplog: pytest
     clock[0] += 5.0
     with caplog.at_level(logging.WARNING):
         assert asked.came(1) == "stopped"
-    assert caplog.messages == ["step 1: the run is to stop: a checkpoint is due"]
+    assert caplog.messages == ["step 1: the run was asked to stop: a checkpoint is due"]
 
 
 def test_a_node_that_leaves_comes_before_one_that_joined(clock: list[float]) -> None:

@@ -75,9 +75,9 @@ def _begin(kind: str, own: Path) -> None:
     kept = storage.cache_folder("compiled") / kind
     kept.mkdir(parents=True, exist_ok=True)
     os.utime(kept)
-    for folder in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-_MOST_KEPT]:
-        shutil.rmtree(folder)
     _copy_missing(kept, own)
+    for folder in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-_MOST_KEPT]:
+        shutil.rmtree(folder, ignore_errors=True)  # others of this machine do the same
 
 
 def _keep(kind: str, own: Path) -> None:

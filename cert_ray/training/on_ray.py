@@ -130,7 +130,7 @@ def _check_base(base: str) -> None:
 
 
 def _tidy(folder: str) -> None:
-    """Leave no checkpoint below `folder` that was cut short; the workers look what is in them."""
+    """Remove unfinished checkpoints below `folder`; the workers check the contents of the others."""
     checkpoints.remove_incomplete(folder)
     if storage.exists(folder):
         # Ray Train's own list of checkpoints refuses to start when one of them was deleted; `worker` looks for itself.
@@ -140,7 +140,7 @@ def _tidy(folder: str) -> None:
 
 
 class _RayStop(Stop):
-    """Asks by an actor that is there: workers look for its name, and need not call it. It goes with this object."""
+    """Asks by starting an actor: workers look for its name and need not call it. It ends with this object."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class _RayStop(Stop):
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
-    """Ray Train's, whose way to take Ctrl-C (it ends the workers) comes second."""
+    """Ray Train's trainer, whose own handling of Ctrl-C (it ends the workers) comes second."""
 
     stop: _RayStop
 
@@ -164,7 +164,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray Train tells no types
 def _fit_to_the_end(
     checked: inputs.Checked, folder: str, options: dict[str, Any], several_nodes: bool, stop: _RayStop
 ) -> dict[str, Any]:
-    """Run the workers, and again each time that they ended early for other nodes; what worker 0 returns at last.
+    """Run the workers, again each time they end early for other nodes; returns worker 0's final result.
 
     `options`: more of what `_work` takes.
     """
@@ -180,7 +180,7 @@ def _fit_to_the_end(
             raise stop.told()
         _log.info("step %d: the %d workers start again, on the nodes that are there", step, ended)
         if reason == "growing":
-            # What looked free may be promised to others: started for nothing, it is looked for less often.
+            # Room that looked free may be promised to others: after a start in vain, look less often.
             look_s = 2 * look_s if ended == workers else checked.config.resize_check_s
         workers = ended if reason == "growing" else 0
 
@@ -188,14 +188,14 @@ def _fit_to_the_end(
 def _fit(
     checked: inputs.Checked, folder: str, options: dict[str, Any], several_nodes: bool, stop: _RayStop
 ) -> dict[str, Any]:
-    """Run the workers, which may come to lie on `several_nodes`; what worker 0 returns."""
+    """Run the workers, possibly on `several_nodes`; returns worker 0's result."""
     config = checked.config
     resources: dict[str, float] = {"CPU": config.cpus_per_worker}
     if config.use_gpu:
         resources["GPU"] = 1
     storage.make_folder(config.output)
     path, filesystem = storage.for_arrow(config.output)
-    # One worker alone returns what ended it, and needs no further process.
+    # A single worker returns its own error, and needs no further process.
     verdict = ray.remote(num_cpus=0)(Verdict).remote() if config.workers > 1 else None
     trainer = _Trainer(
         _work,
@@ -249,7 +249,7 @@ def _passed(verdict: Any | None) -> CertRayError | None:
 
 @contextmanager
 def _unwatched() -> Iterator[None]:
-    """A process less to start, unless the user wants it: a node that goes away takes everything with it here."""
+    """Saves a process, unless the user wants it: on one node, a departure takes everything along anyway."""
     if _WATCHER in os.environ:
         yield
         return
@@ -261,7 +261,7 @@ def _unwatched() -> Iterator[None]:
 
 
 def _explain(error: Exception, config: TrainConfig, folder: str) -> CertRayError:
-    """A worker's own error where it is one of ours, else what to do about the death."""
+    """A worker's own error if it is one of ours, else what to do about its death."""
     failures = getattr(error, "worker_failures", {})
     for failure in failures.values():
         cause: BaseException | None = failure
@@ -284,7 +284,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _work(options: dict[str, Any]) -> dict[str, Any]:
-    """Entry point of a worker process: what needs torch and DeepSpeed is imported here, after the choice of device."""
+    """Entry point of a worker process. Torch and DeepSpeed are imported here, after the device has been chosen."""
     config = TrainConfig.model_validate(options["config"])
     if (passed := _passed(options["verdict"])) is not None:
         return {"error": passed}
@@ -302,7 +302,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
     # Worker 0 tells the steps, and keeps what it tells beside what the driver keeps.
     kept_as = f"train-{storage.name_of(config.output)}" if context.get_world_rank() == 0 else None
     try:
-        # Ray Train tells each report at the root logger, under a name that its own level does not reach.
+        # Ray Train logs each report at the root logger, under a name that its log level does not cover.
         with logs.warnings_alone(""), logs.taken_over(options["log"], kept_as):
             outcome = worker.run(
                 config,
@@ -318,16 +318,16 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
                 asked=_asked(options, config, context.get_world_size()),
                 check=options["attempt"].check,
             )
-    except _LASTING as error:  # on every worker alike; starting again would end alike
+    except _LASTING as error:  # the same on every worker; another start would end the same way
         return {"error": error}
     except _LASTING_OF_ONE as error:
         if context.get_world_size() == 1:
             return {"error": error}
-        # Raised, or the others would wait for ever; Ray Train starts all of them again, and they are told.
+        # Raised, or the others would wait for ever. Ray Train then starts all of them again, and they ask the verdict.
         ray.get(options["verdict"].pass_on.remote(error))
         raise
     if isinstance(outcome, worker.Early):
-        # No class of `worker`: the driver would import torch for it.
+        # Plain values: for a class of `worker` the driver would have to import torch.
         return {"early": (outcome.reason, outcome.step, context.get_world_size())}
     return {
         "records": outcome.records,
@@ -338,7 +338,7 @@ def _work(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _counter(config: TrainConfig) -> Callable[[StepRecord], None]:
-    """Tells Ray's metrics of each record. The first step after a resume counts no tokens: the record has the sum."""
+    """Passes each record to Ray's metrics. The first step after a resume counts no tokens: its record has their sum."""
     model, before = storage.name_of(config.output), None
 
     def count(record: StepRecord) -> None:

@@ -1,7 +1,6 @@
-"""Ctrl-C and SIGTERM while workers train: the first one asks them to end with a checkpoint, the next one means what it
-meant before.
+"""Ctrl-C and SIGTERM while workers train: the first asks them to end with a checkpoint, the second acts as usual.
 
-In: signals of the driver. Out: the question to the workers, and the exception that tells of the stop.
+In: signals to the driver. Out: the request to the workers, and the exception that the run ends with.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop(ABC):
-    """To be entered by the driver of a run, which is not to be stopped so from another thread than the main one."""
+    """A context for the driver of a run. It has no effect outside the main thread, where signals cannot be handled."""
 
     def __init__(self) -> None:
         self._came: int | None = None
-        self._next: dict[int, Any] = {}  # by signal, what a second one does
+        self._next: dict[int, Any] = {}  # by signal, the handler for the second one
         self._before: dict[int, Any] = {}
 
     @abstractmethod
     def ask(self) -> None:
-        """Let the workers know, without waiting for them; called once, at the first signal."""
+        """Tell the workers, without waiting for them; called once, at the first signal."""
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -40,13 +39,13 @@ class Stop(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            if handler is not None:  # a host's own, not set from Python, which Python cannot set again
+            if handler is not None:  # None: not set from Python, which cannot restore it
                 signal.signal(number, handler)
-        if kind is SystemExit and self.came:  # as Ray and Ray Train take a second signal, with statuses of their own
+        if kind is SystemExit and self.came:  # Ray and Ray Train react so to a second signal, with their own statuses
             raise self.told()
 
     def take_over(self, number: int) -> None:
-        """Come before what the signal does now. Only what is set from Python, and does not ignore it, can be asked."""
+        """Handle the signal before its current handler, if that was set from Python and does not ignore it."""
         handler = signal.getsignal(number)
         if handler not in (None, signal.SIG_IGN, self._handle):
             self._next[number] = handler
@@ -54,11 +53,11 @@ class Stop(ABC):
 
     @property
     def came(self) -> bool:
-        """Whether the run was to stop."""
+        """Whether the run was asked to stop."""
         return self._came is not None
 
     def told(self) -> BaseException:
-        """What the run is to end with: what an interrupted program ends with."""
+        """The exception to end the run with, as for any interrupted program."""
         return KeyboardInterrupt() if self._came == signal.SIGINT else SystemExit(128 + (self._came or 0))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """One rank's work, from the first row to the exported model. In: a config, a started process group. Out: an `Outcome`.
 
-Goes on from the newest checkpoint below the output; what a step reads and its learning rate follow from the step's
-number alone, so an interrupted run gives the losses of an undisturbed one. How a checkpoint's parts reach the output's
-storage is the caller's (`report`); placing ranks and starting again are `on_ray`'s.
+Goes on from the newest checkpoint below the output. What a step reads, and its learning rate, follow from the step's
+number alone, so an interrupted run has the same losses as an undisturbed one. The caller brings a checkpoint's parts to
+the output's storage (`report`); `on_ray` places the ranks and starts them again.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ _T = TypeVar("_T")
 _NO_ROOM = (
     "Free some, set TMPDIR, or lower keep_checkpoints, and run the same again: it goes on from the checkpoint before."
 )
-_QUIET_S = 10.0  # without a line a step has one, due or not: assumed to be what a reader waits for
+_QUIET_S = 10.0  # after so long without a line, a step logs one, due or not; assumed to be a reader's patience
 
-# Brings this rank's part (a local folder) of the checkpoint of that name to the output's storage; every rank calls it.
+# Brings this rank's part of a checkpoint to the output's storage: (metrics, local folder, the checkpoint's name). Every
+# rank calls it.
 Report = Callable[[dict[str, Any], Path, str], None]
 AfterStep = Callable[[int, int], None]  # (steps done, rank)
 Check = Callable[[], None]
@@ -66,7 +67,7 @@ Check = Callable[[], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a finished run did; `files` and `records` are rank 0's alone."""
+    """What a finished run did; `files` and `records` are empty except on rank 0."""
 
     records: tuple[StepRecord, ...]
     parameters: int
@@ -76,7 +77,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Early:
-    """A run that ended before its last step, with a checkpoint of the last one that was done."""
+    """A run that ended before its last step, with a checkpoint of the last step done."""
 
     step: int
     reason: Reason
@@ -99,11 +100,11 @@ def run(
     """Train to the last step, checkpoint, and let rank 0 export. Every rank of the process group calls this.
 
     Args:
-        count: is told every record on rank 0, beside the loggers of `config`.
-        pack_digest: of the pack that the run began with, which may have been replaced since; None: as it is now.
-        wait: as `Together` has it.
-        leaving, asked: are called between steps; a node that leaves, or a reason, ends the run there with a checkpoint.
-        check: is called by rank 0 at the start and before anything at the output changes; may raise `SupersededError`.
+        count: gets every record on rank 0, beside the loggers of `config`.
+        pack_digest: of the pack that the run began with, which may have been replaced since; None: the present pack's.
+        wait: as in `Together`.
+        leaving, asked: called between steps. If a node leaves, or there is a reason, the run ends with a checkpoint.
+        check: called by rank 0 at the start and before anything at the output changes; may raise `SupersededError`.
 
     Raises:
         SupersededError: on every rank, as `check` raises it.
@@ -193,7 +194,7 @@ def _run(
         check()
         _log.info("exporting %s", last)
         files = export.export_checkpoint(last, config.output)
-    # Sixteen times the records of 100,000 steps would be sent to the driver, which reads those of rank 0.
+    # Only rank 0's records: from 16 workers, those of 100,000 steps would reach the driver sixteen times.
     return Outcome(tuple(trainer.records) if together.rank == 0 else (), parameters, trainer.machines, files)
 
 
@@ -206,7 +207,7 @@ def _open(config: TrainConfig, pack_digest: str | None) -> PackedTokens:
 
 
 def _load(config: TrainConfig, packed: PackedTokens, together: Together, own: Path) -> models.Loaded:
-    """The model, on every rank; the first one of each machine copies what is remote of it into its `own` folder."""
+    """The model, on every rank. The first rank of each machine copies remote files of it into its `own` folder."""
     copies = together.first_here(own)
 
     def with_room(work: Callable[[], _T]) -> _T:
@@ -232,19 +233,19 @@ def _compiled(config: TrainConfig, model: Any, packed: PackedTokens) -> Abstract
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # By its words: torch.OutOfMemoryError is torch's allocator's; the driver's and NCCL's are of other classes.
+    # By its message: torch.OutOfMemoryError comes from torch's allocator only; the driver's and NCCL's have other types.
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # GPU, CPU
 
 
 def _memory_bytes(config: TrainConfig, workers_here: int) -> float:
-    """What a worker has: its GPU's memory, or its share of this machine's."""
+    """The memory of a worker: its GPU's, or its share of this machine's."""
     if config.use_gpu:
         return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     return psutil.virtual_memory().total / workers_here
 
 
 def _memory_in_use(config: TrainConfig) -> int:
-    """The most that was allocated on this worker's GPU; without one, what the process holds now."""
+    """The most ever allocated on this worker's GPU; without a GPU, what the process holds now."""
     return torch.cuda.max_memory_allocated() if config.use_gpu else psutil.Process().memory_info().rss
 
 
@@ -266,9 +267,9 @@ class _Rank:
         self._rank, self._world_size = together.rank, together.world_size
         self._loaded, self._report, self._check = loaded, report, check
         self._packed = packed
-        # Now, since a base may be gone by the time a checkpoint is due.
+        # Read now, because a base may be gone when a checkpoint is due.
         self._facts = together.everywhere(lambda: run_facts(config, packed.manifest))
-        self._token_flops = flops_per_token(loaded.model, packed.context_tokens)  # ZeRO 3 takes the weights apart
+        self._token_flops = flops_per_token(loaded.model, packed.context_tokens)  # before ZeRO 3 splits the weights
         self._peak_flops = peak_flops(config.precision) if config.use_gpu else None
         start = resume.start(config, run_digest, together, loaded.model)
         self._engine, self.records = start.engine, start.records
@@ -282,15 +283,15 @@ class _Rank:
 
     @property
     def machines(self) -> dict[str, int]:
-        """Steps by the machines that did them; those that a kill took, and others did again, count for these."""
+        """Steps by the machines that did them. A step that was lost and done again counts for the machine that redid it."""
         return steps_by_machines(self._earlier, self._here, len(self.records) - self._started_at)
 
     def rows(self) -> Generator[tuple[int, list[Batch]]]:
-        """What the steps up to the last one read, with their epochs; to be closed."""
+        """The rows of the steps up to the last one, with their epochs. Close it after use."""
         return self._batches.read_ahead(len(self.records), self._config.steps)
 
     def steps(self, rows: Iterator[tuple[int, list[Batch]]]) -> Iterator[StepRecord]:
-        """Train on `rows` to the last step, or `early` to one before; a record per step, after its checkpoint."""
+        """Train on `rows` to the last step, or end `early`. Gives a record per step, after the step's checkpoint."""
         config = self._config
         lines = _Lines(config, self.records[-1].tokens if self.records else 0, self._utilization)
         reason: Reason | None = None  # to end early
@@ -316,7 +317,7 @@ class _Rank:
                 return
 
     def write_losses(self) -> None:
-        """Write the records so far to the output, as the finished run does with all."""
+        """Write the records so far to the output, as a finished run does."""
         write_losses(self._config, self._packed.manifest, self.records)
 
     def _tell_epochs(self) -> None:
@@ -329,7 +330,7 @@ class _Rank:
             _log.warning("%s, and each reads rows again: lower micro_batch, or pack more documents", told)
 
     def _spikes(self) -> bool:
-        """Whether the last step's loss is part of a spike; raises once the policy's patience, or the run, is over."""
+        """Whether the last step's loss is part of a spike. Raises when the policy's patience, or the run, is over."""
         policy = self._config.on_spike
         if policy is None:
             return False
@@ -384,7 +385,7 @@ class _Rank:
         loss, tokens, norm = self._engine.train_step(batches, rate)
         if not math.isfinite(loss):
             raise self._diverged(f"step {step + 1}: the loss is {loss}", "")
-        # In fp16 a step whose gradients overflow is left out, and the next one is scaled down.
+        # In fp16, DeepSpeed skips a step whose gradients overflow, and lowers the scale for the next.
         if norm is not None and not math.isfinite(norm) and config.precision != "fp16":
             raise self._diverged(f"step {step + 1}: the gradient's norm is {norm}", "")
         before = self.records[-1].tokens if self.records else 0
@@ -430,19 +431,19 @@ class _Rank:
             )
             self._report(self.records[-1].model_dump(), folder, name)
         self._together.wait()  # every part has arrived
-        # All read back at once, each the part of another: on two machines, of the other one, whose cache it is not in.
+        # All read back at once, each another's part: with two machines the other's, which is not in this one's cache.
         other = (self._rank + self._world_size // 2) % self._world_size
         self._together.everywhere(lambda: checkpoints.verify(folder_url, only_rank=other))
         self._together.decide(lambda: self._complete(name))
 
     def _clear(self, folder_url: str) -> None:
-        """Nothing lies where a checkpoint is to be: left by a kill, it may hold parts of more workers than now."""
+        """Remove what a kill left at the checkpoint's place: it may hold parts of more workers than there are now."""
         self._check()
         if storage.exists(folder_url):
             storage.remove(folder_url)
 
     def _complete(self, name: str) -> None:
-        """The checkpoint was read back: it counts, and older ones go."""
+        """Mark a checkpoint that was read back as complete, and remove older ones."""
         self._check()
         config = self._config
         folder = checkpoints.folder_of(config.output)
@@ -466,7 +467,7 @@ class _Rank:
 
 
 class _Lines:
-    """Log lines every `log_every_steps`, and where steps are slow oftener, with the speed since the line before."""
+    """Logs a line every `log_every_steps`, more often if steps are slow, with the speed since the previous line."""
 
     def __init__(self, config: TrainConfig, tokens: int, mfu: Callable[[float], float | None]) -> None:
         self._config, self._tokens, self._since, self._mfu = config, tokens, time.perf_counter(), mfu

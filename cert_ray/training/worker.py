@@ -233,7 +233,7 @@ def _compiled(config: TrainConfig, model: Any, packed: PackedTokens) -> Abstract
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
-    # By its message: torch.OutOfMemoryError comes from torch's allocator only; the driver's and NCCL's have other types.
+    # By its message: torch.OutOfMemoryError is only torch's allocator's; the driver's and NCCL's have other types.
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # GPU, CPU
 
 
@@ -283,7 +283,7 @@ class _Rank:
 
     @property
     def machines(self) -> dict[str, int]:
-        """Steps by the machines that did them. A step that was lost and done again counts for the machine that redid it."""
+        """Steps by the machines that did them. A step done again counts for the machine that redid it."""
         return steps_by_machines(self._earlier, self._here, len(self.records) - self._started_at)
 
     def rows(self) -> Generator[tuple[int, list[Batch]]]:

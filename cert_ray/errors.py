@@ -119,7 +119,7 @@ class StorageFullError(CertRayError):
 
     def __str__(self) -> str:
         return (
-            f"{self.uri}: {self.needed_bytes / 1e6:,.0f} MB are to be written, reserve included, and the disk has "
+            f"{self.uri}: {self.needed_bytes / 1e6:,.0f} MB are needed (reserve included), but the disk has only "
             f"{self.free_bytes / 1e6:,.0f} MB left. Free some, or give another `run`; what is finished is reused."
         )
 

@@ -76,8 +76,8 @@ class ModelConfig(Config):
             self._check_model(self.model)
         if self.cascade.mode is Mode.CONSTRAINED and self.engine.kind == "vllm":
             raise ConfigError(
-                "cascade.mode='constrained' with engine.kind='vllm': that engine holds no answer to a sketch. Take "
-                "engine.kind='transformers', or cascade.mode='cascade'."
+                "cascade.mode='constrained' with engine.kind='vllm': that engine cannot make an answer follow its "
+                "sketch. Use engine.kind='transformers', or cascade.mode='cascade'."
             )
         return self
 
@@ -93,17 +93,17 @@ class ModelConfig(Config):
             return
         if not _is_context_first(model):
             raise ConfigError(
-                f"{', '.join(asked.values())} with model={model!r}: one plain model takes part in no cascade, and "
-                f'{storage.join(model, "config.json")} does not say "{MODEL_VIEW}": "{View.CONTEXT_FIRST.value}", '
-                "as that of a model of both stages does. Give such a model, or sketcher and generator, or leave "
-                f"{'the ' + ' and the '.join(asked)} out: a request's own `stop` and `best_of` work with any model."
+                f"{', '.join(asked.values())} with model={model!r}: one plain model has no cascade options. A model "
+                f"trained for both stages has them, but {storage.join(model, 'config.json')} does not say "
+                f'"{MODEL_VIEW}": "{View.CONTEXT_FIRST.value}". Give such a model, or sketcher and generator, or leave '
+                f"out cascade.{' and cascade.'.join(asked)}; a request's own `stop` and `best_of` work with any model."
             )
         layout = [asked[name] for name in ("kind", "routing", "sketch_scope") if name in asked]
         if layout:
             raise ConfigError(
-                f"{', '.join(layout)} with model={model!r}, which reads the context first, as code: the context has no "
-                "sketch of its own, sketches are of the kind that the model was trained on, and special tokens tell "
-                "where they begin and end. Leave them out."
+                f"{', '.join(layout)} with model={model!r}, which reads the context first, as code: it has no sketch "
+                "of the context, writes only the kind of sketch that it was trained on, and marks where sketches "
+                "begin and end with special tokens. Leave these options out."
             )
 
     @property
@@ -372,11 +372,11 @@ def _why_out_of_reach(folder: str) -> str | None:
         return None
     path = storage.local_path(folder)
     if not os.access(path, os.F_OK):  # `Path.exists` raises below a folder that may not be entered
-        return f"{folder} is not there on this machine"
+        return f"{folder} does not exist on this machine"
     if path.is_dir() and not (
         os.access(path, os.R_OK | os.X_OK) and all(os.access(file, os.R_OK) for file in path.iterdir())
     ):
-        return f"{folder} may not be read by this user"
+        return f"this user has no permission to read {folder}"
     return None
 
 

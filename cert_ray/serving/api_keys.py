@@ -131,7 +131,7 @@ def read_key_file(url: str) -> KeyRing:
         raise ConfigError(f"api_keys_file={url!r}: no key in it. Write one key per line, or leave the option out.")
     for what, values in (("name", [key.name for key in keys]), ("key", [key.digest for key in keys])):
         if len(set(values)) < len(values):
-            raise ConfigError(f"api_keys_file={url!r}: the same {what} stands in it twice. Give each key one line.")
+            raise ConfigError(f"api_keys_file={url!r}: the same {what} appears twice. Give each key one line.")
     return KeyRing(tuple(keys))
 
 
@@ -142,10 +142,10 @@ def _read_line(fields: list[str], number: int, url: str) -> ApiKey:
     rate = fields[2] if len(fields) == 3 else None
     where = f"api_keys_file={url!r}: line {number}"
     if rate is not None and not _is_rate(rate):
-        raise ConfigError(f"{where}: its third field is not a rate. Write NAME KEY RATE, the rate as 60/minute.")
+        raise ConfigError(f"{where}: the third field is not a rate. Write NAME KEY RATE, the rate as 60/minute.")
     if _is_rate(text):
-        raise ConfigError(f"{where}: a rate stands where the key should, and could be guessed. Write NAME KEY RATE.")
+        raise ConfigError(f"{where}: the key looks like a rate, so it could be guessed. Write NAME KEY RATE.")
     hashed = _HASHED.fullmatch(text)
     if hashed is None and text.startswith("sha256:"):
-        raise ConfigError(f"api_keys_file={url!r}: line {number}: sha256: wants 64 hexadecimal digits, in lower case.")
+        raise ConfigError(f"api_keys_file={url!r}: line {number}: sha256: needs 64 lower-case hexadecimal digits.")
     return ApiKey(name, bytes.fromhex(hashed[1]) if hashed else hashlib.sha256(text.encode()).digest(), rate)

@@ -79,7 +79,7 @@ class Retelling:
         before, heard = self._told.get(place, ""), self._heard.get(place, "") + event.text
         shorter = event.finish_reason is not None and len(heard) < len(before)
         if shorter or not (heard.startswith(before) or before.startswith(heard)):
-            raise ContradictedError("the second telling differs from the first")
+            raise ContradictedError("the repeated answer differs from what was already passed on")
         self._heard[place] = heard
         self._told[place] = max(before, heard, key=len)
         ends = event.finish_reason is not None and place not in self._ended

@@ -237,7 +237,7 @@ class Batch:
         try:
             self._model.give_back()
         except Exception:  # noqa: BLE001 - the thread must live on
-            _log.exception("memory that is not used any more cannot be given back")
+            _log.exception("memory that is no longer used could not be released")
         if not self._running:
             self._scratch.give_back()
 
@@ -387,7 +387,7 @@ class Batch:
 
     def _finish(self, request: Request) -> None:
         if request.samples.is_lost:
-            _log.error("the model gives numbers that are not finite behind a prompt of %d tokens", len(request.prompt))
+            _log.error("the model's outputs after a prompt of %d tokens are not finite", len(request.prompt))
             self._end(request, _Told(error=not_finite()))
             return
         self.counted.drafted_tokens += request.samples.drafted

@@ -80,9 +80,10 @@ def _run(
 ) -> CascadeAnswer:
     mode = sampling.mode or config.mode
     if mode is Mode.SINGLE:
-        raise unsupported("mode", "single: a cascade is served here; leave mode out, or ask for mode=generator_only")
+        problem = "single: this server has a cascade, not one plain model; leave mode out, or ask for "
+        raise unsupported("mode", f"{problem}mode=generator_only")
     if mode is Mode.CONSTRAINED and config.routing == "released":
-        raise unsupported("mode", "constrained: this cascade does not tell placeholders from code (routing: released)")
+        raise unsupported("mode", "constrained: this cascade cannot tell placeholders from code (routing: released)")
     began = time.perf_counter()
     stops = (*config.stop, *sampling.stop)
     if mode is Mode.GENERATOR_ONLY:
@@ -91,9 +92,9 @@ def _run(
             context, sampling, layout.generator, stops, Route.GENERATOR_ONLY, listener, began, config, ahead
         )
     if sampling.suffix is not None:
-        raise unsupported("suffix", "a cascade has no sketch of what stands behind; ask for mode=generator_only")
+        raise unsupported("suffix", "is not for a cascade, which cannot sketch it; ask for mode=generator_only")
     if sampling.echo and (sampling.logprobs is not None or sampling.max_tokens == 0):
-        problem = "with logprobs or max_tokens=0: two stages read the prompt here; ask for mode=generator_only"
+        problem = "with logprobs or max_tokens=0 needs one stage, not a cascade's two; ask for mode=generator_only"
         raise unsupported("echo", problem)
     return _Cascade(context, sampling, layout, config, listener, ahead).run(mode, began)
 

@@ -40,5 +40,8 @@ class CascadeConfig(Config):
     @pydantic.model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.mode is Mode.CONSTRAINED and self.routing == "released":
-            raise ConfigError("mode='constrained' with routing='released': words do not tell placeholders from code.")
+            raise ConfigError(
+                "mode='constrained' with routing='released': that routing finds placeholders by their words, so it "
+                "cannot tell them from code. Use routing='special_tokens', or another mode."
+            )
         return self

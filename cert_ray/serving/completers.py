@@ -86,7 +86,7 @@ class EndpointConfig(Config, hide_input_in_errors=True):
             return None
         bare = key.get_secret_value().strip()
         if not bare or not bare.isascii() or not bare.isprintable() or " " in bare:
-            raise ConfigError("the endpoint's key: empty, or with blanks or other characters that no header takes.")
+            raise ConfigError("the endpoint's key: empty, or with blanks or other characters not allowed in a header.")
         return pydantic.SecretStr(bare)
 
 
@@ -201,7 +201,7 @@ class EndpointCompleter:
         try:
             return self._read_response(retrying(self._ask, method, path, body))
         except httpx.LocalProtocolError:
-            problem = "the request cannot be sent: a header or the address is not one of HTTP's"
+            problem = "the request cannot be sent: a header or the address is not valid in HTTP"
             raise InputError(self._endpoint.url, problem, "Check the URL and the key.") from None  # it quotes the key
         except httpx.TransportError as error:
             cure = "Check the URL, and that the server runs."
@@ -291,7 +291,7 @@ def with_documentation(complete: Complete, retriever: Retriever) -> Complete:
             except RequestError as error:
                 if error.code != _TOO_LONG:
                     raise
-                _log.info("a prompt is asked without documentation: %s", error)
+                _log.info("one prompt is too long with documentation and is sent without it: %s", error)
         return complete([prompt], n)[0]
 
     return lambda prompts, n: [complete_one(prompt, n) for prompt in prompts]

@@ -193,7 +193,7 @@ def _tell_limit(error: str) -> None:
 
 @lru_cache(maxsize=64)
 def _tell_once(problem: str) -> None:
-    _log.warning("a sample is drawn freely from here on, since its sketch cannot be followed: llguidance: %s", problem)
+    _log.warning("a sample cannot follow its sketch any further and is drawn freely: llguidance: %s", problem)
 
 
 class Courses:

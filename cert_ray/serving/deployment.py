@@ -134,10 +134,10 @@ class ServeConfig(FrontDoorConfig):
     def check_exposure(self, host: str | None) -> None:
         """Raise `ConfigError` if others can reach a server at `host` and no key keeps them out. None: not known."""
         if host not in LOOPBACK and self.api_keys_file is None and not self.without_keys:
-            where = "where Serve listens is not known" if host is None else f"host={host!r}"
+            where = "the address that Serve listens on is not known" if host is None else f"host={host!r}"
             raise ConfigError(
-                f"{where}: others could reach this server, and api_keys_file is not set. Name a file with one "
-                "key per line, or listen on 127.0.0.1; without_keys=true if something else keeps strangers out."
+                f"{where}: others could reach this server, and api_keys_file is not set. Set it to a file with one "
+                "key per line, or listen on 127.0.0.1, or set without_keys=true if something else keeps others out."
             )
 
 

@@ -195,7 +195,7 @@ class EngineConfig(Config):
             f"{name}={getattr(self, name)!r}" for name in of_the_other if getattr(self, name) != fields[name].default
         ]
         if useless:
-            raise ConfigError(f"{', '.join(useless)} with kind={self.kind!r}: of no use to that engine. Leave it out.")
+            raise ConfigError(f"{', '.join(useless)} with kind={self.kind!r}: not used by that engine. Leave it out.")
         return self
 
 
@@ -218,7 +218,7 @@ def check_length(prompt_tokens: int, context_tokens: int, param: str = "prompt")
 
 
 NOT_FINITE_CURE: Final = (
-    "its weights may be damaged, or too large for engine.dtype=float16: copy it again, or take bfloat16 or float32."
+    "its weights may be damaged, or too large for engine.dtype=float16: copy it again, or use bfloat16 or float32."
 )
 
 
@@ -229,7 +229,8 @@ def not_finite() -> RequestError:
     """
     return RequestError(
         500,
-        "The model's numbers for this prompt are not finite, so nothing can be drawn. Whoever runs the server: "
+        "The model's outputs for this prompt are not finite (NaN or infinity), so there is no answer. For whoever runs "
+        "the server: "
         f"{NOT_FINITE_CURE}",
         None,
         "not_finite",

@@ -55,14 +55,14 @@ _PAGE = {"/": "index.html", **{f"/{name}": name for name in ("playground.js", "p
 _MEDIA_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 _PUBLIC = frozenset({"/health", *_PAGE})  # the page holds no secret: it asks for a key where one is wanted
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "Refused, in OpenAI's shape"},
-    "5XX": {"model": ErrorBody, "description": "Busy, late or failed, in OpenAI's shape"},
+    "4XX": {"model": ErrorBody, "description": "Refused; the body is an error object as OpenAI's"},
+    "5XX": {"model": ErrorBody, "description": "Busy, too slow or failed; the body is an error object as OpenAI's"},
 }
 # For the OpenAPI document of servers with keys. `Keys` does the asking.
 _BEARER = Security(HTTPBearer(auto_error=False, description="One of the server's keys"))
 _KEY_ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"model": ErrorBody, "description": "No valid key"},
-    429: {"model": ErrorBody, "description": "The key's rate is used up; Retry-After says when to come back"},
+    429: {"model": ErrorBody, "description": "The key's rate limit is reached; Retry-After says when to try again"},
 }
 _T = TypeVar("_T")
 

@@ -83,11 +83,11 @@ class BodyLimit:
         return messages
 
     def _too_long(self) -> JSONResponse:
-        problem = f"The body is longer than this server's {self._max_body_bytes} bytes."
+        problem = f"The body is longer than this server's limit of {self._max_body_bytes} bytes."
         return error_response(RequestError(413, problem, None, "body_too_large"))
 
     def _too_slow(self) -> JSONResponse:
-        problem = f"The body was not there within {self._timeout_s:g} s."
+        problem = f"The body did not arrive within {self._timeout_s:g} s."
         response = error_response(RequestError(408, problem, None, "body_timeout"))
         response.headers["Connection"] = "close"  # otherwise the server would wait for the rest of the body
         return response

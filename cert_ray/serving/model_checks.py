@@ -49,7 +49,7 @@ def _described(folder: str, engine: EngineConfig, told: str) -> Described:
     is_of_vllm = engine.kind == "vllm"
     try:
         if is_of_vllm and not storage.is_local(folder):
-            raise InputError(folder, "vLLM wants a local folder", "Copy the model to this machine.")
+            raise InputError(folder, "vLLM needs a local folder", "Copy the model to this machine.")
         return describe(folder, with_weights=not is_of_vllm)  # vLLM itself says which weights it reads
     except InputError as error:
         raise _unfit(error, told) from error
@@ -63,7 +63,7 @@ def _check_engine(described: Described, engine: EngineConfig, told: str) -> None
     config, folder = described.config, described.folder
     # Which of the architectures that transformers knows vLLM can run, it says itself.
     if engine.kind == "transformers" and (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder):
-        problem = f"its architecture ({config.model_type}) is none that goes on from a text"
+        problem = f"its architecture ({config.model_type}) is not one that continues a text"
         raise _unfit(InputError(folder, problem, "Give a causal language model."), told)
     try:
         window(folder, config)
@@ -78,8 +78,7 @@ def _check_role(described: Described, role: str, told: str) -> None:
         return  # a plain one
     if role != "model" and is_both:
         raise ConfigError(
-            f"{described.folder}: it cannot be the {told}: it was trained to be both stages. Serve it as `model`, "
-            "alone."
+            f"{described.folder}: it cannot be the {told}: it was trained for both stages. Serve it as `model`, alone."
         )
     missing = [token for token in _NEEDED if described.tokenizer.token_to_id(token) is None]
     if not missing:
@@ -90,5 +89,5 @@ def _check_role(described: Described, role: str, told: str) -> None:
         cure = f"Take {MODEL_VIEW!r} out of its config.json to serve it as a plain model, or train it with "
         cure += f"`cert-ray train` on the view {View.CONTEXT_FIRST.value}."
     raise TokenizerMismatchError(
-        f"{described.folder}: its tokenizer lacks {', '.join(missing)}, so it is no {wanted}. {cure}"
+        f"{described.folder}: its tokenizer lacks {', '.join(missing)}, so it cannot serve as {wanted}. {cure}"
     )

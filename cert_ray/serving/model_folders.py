@@ -31,7 +31,7 @@ from cert_ray.sketching import prompt_format
 from cert_ray.tokens.encoding import MODEL_VIEW
 
 _CURE: Final = "Give the folder that `cert-ray export` wrote, or one that transformers saved with safetensors."
-_FROM_HUB: Final = "Of a model of the Hugging Face hub, make one by `hf download OWNER/NAME --local-dir FOLDER`."
+_FROM_HUB: Final = "For a model on the Hugging Face hub, first run `hf download OWNER/NAME --local-dir FOLDER`."
 _CONFIG: Final = "config.json"
 _TOKENIZER: Final = "tokenizer.json"
 _SHARDS: Final = "model.safetensors.index.json"
@@ -120,7 +120,7 @@ def _check_whole(found: dict[str, Any], folder: str) -> None:
     ]
     if problems:
         more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
-        problem = f"its weights are not those of its {_CONFIG}: {', '.join(problems[:3])}{more}"
+        problem = f"its weights do not match its {_CONFIG}: {', '.join(problems[:3])}{more}"
         raise InputError(folder, problem, "Copy the whole folder again, or export the model again.")
 
 
@@ -173,12 +173,12 @@ def _check_shards(path: Path, names: Set[str], folder: str) -> None:
     try:
         named = set(json.loads((path / _SHARDS).read_text())["weight_map"].values())
         if not all(isinstance(name, str) for name in named):
-            raise TypeError("a file's name is no text")
+            raise TypeError("a file's name is not a string")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(folder, f"its {_SHARDS} is damaged: {error!r}", _CURE) from error
     absent = sorted(named - names)
     if absent:
-        raise InputError(folder, f"{', '.join(absent)}, named in {_SHARDS}, is not in it", _CURE)
+        raise InputError(folder, f"its {_SHARDS} names {', '.join(absent)}, which is missing", _CURE)
 
 
 def _check_header(weights: Path, folder: str) -> None:
@@ -187,7 +187,7 @@ def _check_header(weights: Path, folder: str) -> None:
         with safe_open(weights, framework="pt") as opened:
             opened.keys()
     except SafetensorError as error:
-        problem = f"its {weights.name} is damaged, or not yet copied whole: {_in_short(error)}"
+        problem = f"its {weights.name} is damaged or was not copied completely: {_in_short(error)}"
         raise InputError(folder, problem, "Copy it again.") from error
 
 
@@ -234,7 +234,7 @@ def trained_view(folder: str) -> str | None:
     except RecursionError as error:
         raise InputError(url, "its JSON is nested too deeply", "Give a model's folder, with its own file.") from error
     except (IsADirectoryError, PermissionError) as error:
-        problem = "it is a folder" if isinstance(error, IsADirectoryError) else "it may not be read"
+        problem = "it is a folder" if isinstance(error, IsADirectoryError) else "this user has no permission to read it"
         raise InputError(url, problem, "Give a model's folder, with a config.json that this user may read.") from error
     return None if found is None else str(found)
 
@@ -279,5 +279,5 @@ def find_infill(folder: str, tokenizer: Tokenizer, infill: tuple[str, str, str] 
         return None
     before_prefix, before_suffix, before_middle = (tokenizer.token_to_id(token) for token in infill)
     if before_prefix is None or before_suffix is None or before_middle is None:
-        raise ConfigError(f"infill={infill!r}: the tokenizer of {folder} lacks one of them. Leave infill out.")
+        raise ConfigError(f"infill={infill!r}: the tokenizer of {folder} lacks one of these tokens. Leave infill out.")
     return before_prefix, before_suffix, before_middle

@@ -153,7 +153,7 @@ class HandleBackend:
                     yield retelling.new(told)
                 return
             except ContradictedError as error:
-                problem = "The engine died, and another one answers otherwise: ask again."
+                problem = "The engine died, and another one gives a different answer: try again."
                 raise RequestError(503, problem, None, "unavailable") from error
             except RequestError:
                 raise
@@ -175,7 +175,7 @@ def _retry_or_raise(error: Exception, attempt: int) -> None:
     if not (isinstance(error, (*_GONE, DeploymentUnavailableError)) or _is_cancelled_call(error)):
         _log.error("the engine failed", exc_info=error)
         raise RequestError(500, "The engine failed; its log says why.", None, "engine_failed") from error
-    _log.warning("attempt %d: an engine died or is not there: %s", attempt, error)
+    _log.warning("attempt %d: an engine died or cannot be reached: %s", attempt, error)
     if attempt == _ATTEMPTS or isinstance(error, DeploymentUnavailableError):
         raise RequestError(503, "The engine is restarting: try again.", None, "unavailable") from error
 
@@ -196,7 +196,7 @@ def build_app(args: Mapping[str, Any] | ServeConfig) -> serve.Application:
     """
     config = args if isinstance(args, ServeConfig) else ServeConfig.from_mapping(args, "build_app")
     for name, why in config.check_models_in_reach().items():
-        _log.warning("%s is not looked at before it is deployed, but by the engines, which load it: %s", name, why)
+        _log.warning("%s cannot be checked here; its engines will check it when they load it: %s", name, why)
     return application(config)
 
 
@@ -384,7 +384,7 @@ def _start_serve(host: str, port: int) -> None:
         serve.shutdown()
         raise CertRayError(
             f"host={host!r}, port={port}: Serve's proxy does not listen there: {reason_in(str(error))} Give another "
-            "port if that one is taken; on a machine that was too busy to start it in time, try again."
+            "port if that one is taken; if the machine was too busy to start it in time, try again."
         ) from error
 
 

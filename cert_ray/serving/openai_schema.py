@@ -61,21 +61,25 @@ class CompletionRequest(BaseModel):
     prompt: str | Annotated[list[str], Field(min_length=1)]
     n: _Count | None = Field(default=None, ge=1)
     best_of: _Count | None = Field(
-        default=None, ge=1, description="drawn; the n likeliest are given, of sketches those of the one that won first"
+        default=None,
+        ge=1,
+        description="samples drawn, of which the n likeliest are returned; of sketches, those that won the vote first",
     )
     temperature: _Number | None = Field(default=None, ge=0, le=2)
     top_p: _Number | None = Field(default=None, ge=0, le=1)
-    max_tokens: _Count | None = Field(default=None, ge=0, description="0 only with echo: the prompt is scored")
+    max_tokens: _Count | None = Field(default=None, ge=0, description="0 only with echo=true, which scores the prompt")
     stop: str | list[str] | None = None
-    stop_token_ids: list[_Count] | None = Field(default=None, description="not OpenAI's: each ends an answer")
+    stop_token_ids: list[_Count] | None = Field(
+        default=None, description="not in OpenAI's API: each of these tokens ends an answer"
+    )
     seed: _Count | None = Field(default=None, ge=-(2**63), lt=2**63)
     logprobs: _Count | None = Field(default=None, ge=0, le=5)
     echo: _Flag | None = None
     suffix: str | None = None
     stream: _Flag | None = None
     stream_options: StreamOptions | None = None
-    mode: Mode | None = Field(default=None, description="not OpenAI's: which models take part")
-    user: str | None = Field(default=None, description="accepted, not used")
+    mode: Mode | None = Field(default=None, description="not in OpenAI's API: which models take part")
+    user: str | None = Field(default=None, description="accepted but not used")
     # See NOT_DONE.
     frequency_penalty: _Number | None = Field(default=None, ge=0, le=0)
     presence_penalty: _Number | None = Field(default=None, ge=0, le=0)
@@ -185,15 +189,15 @@ def _check_together(request: CompletionRequest, n: int) -> None:
         problem, param = f"best_of={request.best_of} is less than n={n}.", "best_of"
     elif request.max_tokens == 0 and not request.echo:
         problem, param = (
-            "max_tokens=0 is for echo=true, which scores the prompt: ask for one token or more.",
+            "max_tokens=0 needs echo=true, which scores the prompt: else ask for one token or more.",
             "max_tokens",
         )
     elif request.stream and request.best_of is not None and request.best_of > n:
-        problem, param = "best_of cannot be streamed: which are the best is known at the end.", "best_of"
+        problem, param = "best_of cannot be streamed: which samples are best is known only at the end.", "best_of"
     elif request.stream_options is not None and not request.stream:
-        problem, param = "stream_options are for stream=true.", "stream_options"
+        problem, param = "stream_options needs stream=true.", "stream_options"
     elif request.echo and request.suffix:
-        problem, param = "echo and suffix do not go together.", "suffix"
+        problem, param = "echo and suffix cannot be used together.", "suffix"
     elif any(not 0 <= token < 2**31 for token in request.stop_token_ids or ()):
         problem, param = "stop_token_ids: a token is a number from 0 to 2147483647.", "stop_token_ids"
     if problem is not None:
@@ -202,7 +206,7 @@ def _check_together(request: CompletionRequest, n: int) -> None:
 
 def _check_limit(param: str, what: str, value: int, limit: int) -> None:
     if value > limit:
-        raise RequestError(400, f"{what}: {value} is more than this server's {limit}.", param, "limit_exceeded")
+        raise RequestError(400, f"{what}: {value} is more than this server's limit, {limit}.", param, "limit_exceeded")
 
 
 def error_body(error: RequestError) -> dict[str, Any]:

@@ -358,7 +358,7 @@ def _packed_attention(
     """transformers' attention interface: [B, S, H, D]."""
     step = _STEP.get()
     if step is None or softcap is not None or s_aux is not None:
-        raise NotImplementedError("packed attention outside of `forward`, or with a soft cap or sinks")
+        raise NotImplementedError("packed attention works only inside `forward`, without a soft cap or sinks")
     attended_HSD = step.attend(module.layer_idx, query_BHSD[0], key_BGSD[0], value_BGSD[0], scaling, sliding_window)
     return attended_HSD.transpose(0, 1)[None], None
 

@@ -51,7 +51,7 @@ def pack_linear_layers(model: Any) -> bool:
         packed = PackedLinear(places[0][2])
         packed(torch.zeros(1, places[0][2].in_features, dtype=model.dtype))
     except (AttributeError, RuntimeError, NotImplementedError) as failure:
-        _log.info("linear layers stay as they are: %s", failure)
+        _log.info("linear layers are not packed: %s", failure)
         return False
     for parent, name, child in places:
         setattr(parent, name, PackedLinear(child))

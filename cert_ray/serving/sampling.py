@@ -72,7 +72,7 @@ class Sampling(Config):
         if self.best_of is not None and self.best_of < self.n:
             raise ConfigError(f"best_of={self.best_of}: must not be less than n={self.n}.")
         if self.max_tokens == 0 and not self.echo:
-            raise ConfigError("max_tokens=0: only with echo=true, which scores the prompt; ask for one token or more.")
+            raise ConfigError("max_tokens=0 needs echo=true, which scores the prompt: else ask for one token or more.")
         return self
 
     @property

@@ -98,7 +98,7 @@ class Seq2SeqCompleter:
 
 def _load(folder: str, engine: EngineConfig) -> tuple[Any, Any]:
     path = Path(storage.local_path(folder)) if storage.is_local(folder) else None
-    cure = "Give a folder that transformers saved with safetensors, and its tokenizer; copy remote ones first."
+    cure = "Give a local folder (copy a remote one) that transformers saved, with safetensors and tokenizer."
     if path is None or not any(path.glob("*.safetensors")):
         raise InputError(folder, "no local folder with safetensors weights", cure)
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}

@@ -30,7 +30,7 @@ def run_single(
         RequestError: 400, when the context does not fit the window, or for a mode or suffix that the model cannot do.
     """
     if sampling.mode not in (None, Mode.SINGLE):
-        raise unsupported("mode", f"{sampling.mode}: one plain model, no cascade, is served here; leave mode out")
+        raise unsupported("mode", f"{sampling.mode}: one plain model is served here, not a cascade; leave mode out")
     began = time.perf_counter()
     return complete_alone(context, sampling, engine, sampling.stop, Route.MODEL, listener, began, ahead=ahead)
 
@@ -78,7 +78,7 @@ def complete_alone(
 
 def _infill(engine: Engine, prefix: Sequence[int], suffix: str) -> list[int]:
     if engine.infill_tokens is None:
-        raise unsupported("suffix", "this model was not trained to fill in the middle")
+        raise unsupported("suffix", "is not supported: this model was not trained to fill in the middle")
     before_prefix, before_suffix, before_middle = engine.infill_tokens
     behind = prompt_format.encode_code(engine.tokenizer, suffix)
     return [before_prefix, *prefix, before_suffix, *behind, before_middle]

@@ -197,7 +197,7 @@ def _tried(model: Any, context_tokens: int, folder: str) -> tuple[list[int], tor
     ids = [(7 * place + 3) % vocab_size for place in range(min(12, context_tokens))]
     logits_TV = model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float()
     if not bool(log_totals(logits_TV).isfinite().all()):
-        raise InputError(folder, "its model answers with numbers that are not finite", NOT_FINITE_CURE.capitalize())
+        raise InputError(folder, "its model's outputs are not finite", NOT_FINITE_CURE.capitalize())
     return ids, logits_TV
 
 
@@ -212,14 +212,14 @@ def _pack(model: Any, ids: list[int], expected_TV: torch.Tensor, config: EngineC
     try:
         logits = _walk(_Packed(model), ids)
     except Exception as failure:  # noqa: BLE001 - whatever a model does not expect: it is run the other way
-        _log.warning("%s cannot attend packed (%r): each request is run by itself", type(model).__name__, failure)
+        _log.warning("%s cannot use packed attention (%r): requests are not batched", type(model).__name__, failure)
         model.set_attn_implementation(before)
         return False
     rows = list(range(len(ids) - len(logits), len(ids)))
     error = float((torch.stack(logits).float() - expected_TV[rows]).abs().max())
     allowed = _SAME_SHARE[model.dtype] * float(expected_TV.max() - expected_TV.min())
     if not error <= allowed:  # as NaN is not
-        _log.warning("%s attends packed with error %.2g: each request is run by itself", type(model).__name__, error)
+        _log.warning("%s: packed attention is off by %.2g: requests are not batched", type(model).__name__, error)
         model.set_attn_implementation(before)
         return False
     return True

@@ -122,7 +122,7 @@ class VllmEngine:
             ConfigError: when vLLM is not installed.
         """
         if not storage.is_local(folder):
-            raise InputError(folder, "vLLM wants a local folder", "Copy the model to this machine.")
+            raise InputError(folder, "vLLM needs a local folder", "Copy the model to this machine.")
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         try:
@@ -130,7 +130,7 @@ class VllmEngine:
             self._vllm = importlib.import_module("vllm")
         except ImportError as error:
             raise ConfigError(
-                f"engine.kind='vllm': vLLM cannot be imported ({error}). Install cert-ray[vllm], or take "
+                f"engine.kind='vllm': vLLM cannot be imported ({error}). Install cert-ray[vllm], or use "
                 "engine.kind='transformers'."
             ) from error
         path = storage.local_path(folder)
@@ -188,7 +188,8 @@ class VllmEngine:
     def draw(self, work: Work, hooks: Hooks = DEFAULT_HOOKS) -> Drawn:
         """Draw the samples; see `Engine.draw`."""
         if work.template is not None:
-            raise RequestError(400, "mode constrained: vLLM's engine cannot; ask for cascade.", "mode", "unsupported")
+            problem = "mode constrained: vLLM's engine does not support it; ask for mode=cascade."
+            raise RequestError(400, problem, "mode", "unsupported")
         if not self._end.alive:
             raise RuntimeError(_CLOSED)
         prompt = work.prompt or (min(self._end_ids, default=0),)  # a text starts after an end of text
@@ -381,8 +382,8 @@ def _engine_options(path: str, config: EngineConfig, context_tokens: int) -> dic
         least = max(context_tokens, config.max_rows or 0)
         if config.prefill_tokens is not None and config.prefill_tokens < least:
             raise ConfigError(
-                f"engine.prefill_tokens={config.prefill_tokens} with kind='vllm' on a CPU, where it reads prompts "
-                f"whole: give {least} or more (the model's window, and max_rows), or leave it out."
+                f"engine.prefill_tokens={config.prefill_tokens} with kind='vllm' on a CPU, where vLLM reads each "
+                f"prompt whole: give {least} or more (the larger of the model's window and max_rows), or leave it out."
             )
     given = {"max_num_seqs": config.max_rows, "max_num_batched_tokens": config.prefill_tokens}
     return options | {name: value for name, value in given.items() if value is not None}
@@ -392,7 +393,7 @@ def _read(output: Any, index: int, tells_tops: bool) -> _News:
     tokens: list[tuple[int, float, Top | None]] = []
     for one in output.outputs:
         if one.finish_reason in ("abort", "error"):  # by vLLM itself: nobody listens to what we abort
-            return _News(index, error=RuntimeError(f"vLLM gave a request up: {one.finish_reason}"))
+            return _News(index, error=RuntimeError(f"vLLM gave up on a request: {one.finish_reason}"))
         for token, row in zip(one.token_ids, one.logprobs or (), strict=True):
             tokens.append((token, row[token].logprob, _top(row) if tells_tops else None))
     return _News(

@@ -85,14 +85,16 @@ def test_a_tokenizer_that_is_none_is_named(folder: Path, text: str) -> None:
 def test_weights_that_were_cut_off_are_named(folder: Path) -> None:
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "its model.safetensors is damaged, or not yet copied whole" in refused(folder)
+    assert "its model.safetensors is damaged or was not copied completely" in refused(folder)
 
 
 def test_a_shard_that_is_not_there_is_named(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    assert "model-00002-of-00002.safetensors, named in model.safetensors.index.json, is not in it" in refused(folder)
+    assert "its model.safetensors.index.json names model-00002-of-00002.safetensors, which is missing" in refused(
+        folder
+    )
     (folder / "model.safetensors.index.json").write_text("{}")
     assert "its model.safetensors.index.json is damaged" in refused(folder)
 
@@ -119,7 +121,7 @@ def test_a_file_that_may_not_be_read_is_named(folder: Path, monkeypatch: pytest.
     (folder / "tokenizer.json").write_text("{")
     monkeypatch.setattr(os, "access", lambda path, _: Path(path).name != "x.safetensors")
     (why,) = config.check_models_in_reach().values()  # the engines may run as somebody who may read it
-    assert why == f"{folder} may not be read by this user"
+    assert why == f"this user has no permission to read {folder}"
     with pytest.raises(InputError, match=r"its tokenizer\.json cannot be read"):
         config.check_models()
 
@@ -128,7 +130,7 @@ def test_what_vllm_reads_is_not_judged_by_what_transformers_would(folder: Path) 
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     change(folder, vocab_size=Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size() - 1)
     check_models({"model": str(folder)}, EngineConfig(kind="vllm"))
-    assert "vLLM wants a local folder" in refused("memory://models/any", engine=EngineConfig(kind="vllm"))
+    assert "vLLM needs a local folder" in refused("memory://models/any", engine=EngineConfig(kind="vllm"))
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer.json in it" in refused(folder, engine=EngineConfig(kind="vllm"))
 
@@ -155,23 +157,25 @@ def test_a_tokenizer_of_another_model_is_named_by_its_size(folder: Path) -> None
 
 def test_a_model_that_does_not_go_on_from_a_text_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "t5", "vocab_size": 500}')
-    assert "its architecture (t5) is none that goes on from a text" in refused(folder)
+    assert "its architecture (t5) is not one that continues a text" in refused(folder)
 
 
 def test_a_plain_model_is_no_stage_of_a_cascade(folder: Path) -> None:
     Tokenizer(WordLevel({"x": 0})).save(str(folder / "tokenizer.json"))
     check_models({"model": str(folder)}, EngineConfig())
-    with pytest.raises(TokenizerMismatchError, match=r"lacks <\|segmentation\|>.*no generator\. Serve it as `model`"):
+    with pytest.raises(
+        TokenizerMismatchError, match=r"lacks <\|segmentation\|>.*cannot serve as generator\. Serve it as `model`"
+    ):
         check_models({"generator": str(folder)}, EngineConfig())
     change(folder, cert_ray_view="context_first")
-    assert "no model of both stages. Take 'cert_ray_view' out" in refused(folder)
+    assert "cannot serve as model of both stages. Take 'cert_ray_view' out" in refused(folder)
 
 
 @pytest.mark.parametrize("role", ["sketcher", "generator"])
 def test_a_model_of_both_stages_is_none_of_two(folder: Path, role: str) -> None:
     change(folder, cert_ray_view="context_first")
     check_models({"model": str(folder)}, EngineConfig())
-    told = f"it cannot be the {role}: it was trained to be both stages. Serve it as `model`, alone."
+    told = f"it cannot be the {role}: it was trained for both stages. Serve it as `model`, alone."
     assert told in refused(folder, role)
 
 
@@ -188,7 +192,7 @@ def test_sketcher_and_generator_the_wrong_way_round_are_noticed(folder: Path, tm
 
 
 def test_infill_tokens_that_are_not_there_are_refused(folder: Path) -> None:
-    assert "lacks one of them" in refused(folder, engine=EngineConfig(infill=("<P>", "<S>", "<M>")))
+    assert "lacks one of these tokens" in refused(folder, engine=EngineConfig(infill=("<P>", "<S>", "<M>")))
 
 
 def test_a_model_in_a_store_is_looked_at_without_its_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +216,7 @@ def test_of_several_models_the_one_that_cannot_be_served_is_named(folder: Path, 
     with pytest.raises(InputError, match=r"gone: it cannot be the generator of pandas: no such model folder\."):
         config.check_models()
     # A node may build the application where no model lies.
-    assert config.check_models_in_reach() == {"pandas": f"{tmp_path / 'gone'} is not there on this machine"}
+    assert config.check_models_in_reach() == {"pandas": f"{tmp_path / 'gone'} does not exist on this machine"}
     (folder / "tokenizer.json").unlink()
     with pytest.raises(InputError, match=r"the model of fine: no tokenizer\.json"):
         config.check_models_in_reach()
@@ -225,7 +229,7 @@ def test_a_folder_that_is_there_and_no_model_is_no_folder_of_another_machine(fol
     with pytest.raises(InputError, match=r"it cannot be the model: no config\.json in it\. Give the folder"):
         config.check_models_in_reach()
     shutil.rmtree(folder)
-    assert config.check_models_in_reach() == {"cert": f"{folder} is not there on this machine"}
+    assert config.check_models_in_reach() == {"cert": f"{folder} does not exist on this machine"}
     folder.mkdir()
     with pytest.raises(InputError, match=r"no config\.json in it"):
         config.check_models_in_reach()
@@ -284,7 +288,7 @@ def test_the_weights_of_a_store_are_looked_at_when_they_are_here(folder: Path) -
         storage.write_bytes(storage.join(url, name), (folder / name).read_bytes())
     storage.write_bytes(storage.join(url, "model.safetensors"), (folder / "model.safetensors").read_bytes()[:-1])
     check_models({"model": url}, EngineConfig())  # without its weights
-    with pytest.raises(InputError, match=r"cut: its model\.safetensors is damaged, or not yet copied whole"):
+    with pytest.raises(InputError, match=r"cut: its model\.safetensors is damaged or was not copied completely"):
         Answerer.load(ModelConfig(model=url))
 
 
@@ -292,7 +296,9 @@ def test_weights_of_another_shape_or_none_are_not_replaced_by_random_ones(folder
     weights = load_file(folder / "model.safetensors")
     gone = weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(InputError, match=r"not those of its config\.json: model\.norm\.weight is missing\. Copy"):
+    with pytest.raises(
+        InputError, match=r"its weights do not match its config\.json: model\.norm\.weight is missing\. Copy"
+    ):
         load_model(str(folder), torch.float32)
     save_file(weights | {"model.norm.weight": gone[:-1]}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"model\.norm\.weight is \[31\] instead of \[32\]\. Copy"):

@@ -39,4 +39,4 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
         raise PermissionError(13, "Permission denied", url)
 
     monkeypatch.setattr(storage, "read_text", denied)  # root may read everything
-    assert f"{config}: it may not be read. Give" in refused(tmp_path)
+    assert f"{config}: this user has no permission to read it. Give" in refused(tmp_path)

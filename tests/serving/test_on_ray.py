@@ -219,7 +219,7 @@ def test_the_builder_says_in_a_line_which_models_their_engines_will_look_at(
     fine, gone = save_model(tmp_path / "fine"), str(tmp_path / "of-other-nodes")
     assert build_app({"models": {"fine": {"model": fine}, "far": {"model": gone}}})
     (line,) = [record.getMessage() for record in caplog.records if record.name == on_ray.__name__]
-    assert line.startswith("far is not looked at before it is deployed, but by the engines, which load it:")
+    assert line.startswith("far cannot be checked here; its engines will check it when they load it:")
     assert gone in line
 
 
@@ -303,9 +303,9 @@ def test_replicas_get_the_documentation_that_was_there_when_the_application_was_
     (model,) = on_ray.ServeConfig.from_mapping(bound, "replica").models.values()
     assert model.retrieve == RetrieveConfig(docs=docs).pinned()
     write_docs(docs, DOCS[1:])
-    with pytest.raises(InputError, match="is meant"):
+    with pytest.raises(InputError, match="is expected"):
         Answerer.load(model)
-    with pytest.raises(InputError, match="is meant"):
+    with pytest.raises(InputError, match="is expected"):
         build_app({"model": str(tmp_path / "m"), "retrieve": {"docs": docs, "checksum": model.retrieve.checksum}})
 
 

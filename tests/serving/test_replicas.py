@@ -56,7 +56,7 @@ def test_weights_that_do_not_fit_are_read_once_for_all_who_wait(tmp_path: Path) 
 
     def load(model: ServedModel) -> Answerer:
         tried.append(model)
-        raise InputError(str(model.model), "its weights are not those of its config.json", "Copy it again.")
+        raise InputError(str(model.model), "its weights do not match its config.json", "Copy it again.")
 
     engines.load_now = load  # type: ignore[method-assign]
 
@@ -70,7 +70,7 @@ def test_weights_that_do_not_fit_are_read_once_for_all_who_wait(tmp_path: Path) 
         return refusals
 
     assert set(asyncio.run(ask_often())) == {
-        f"a cannot be loaded: {tmp_path / 'a'}: its weights are not those of its config.json. Copy it again."
+        f"a cannot be loaded: {tmp_path / 'a'}: its weights do not match its config.json. Copy it again."
     }
     assert len(tried) == 1
 

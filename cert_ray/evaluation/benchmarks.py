@@ -87,7 +87,7 @@ def read_problems(url: str) -> list[Problem]:
             raise BenchmarkFormatError(where, f"task_id {problem.task_id!r} appears twice", "Every task_id is unique.")
         problems[problem.task_id] = problem
     if not problems:
-        raise BenchmarkFormatError(url, "no problem in it", "One JSON object a line is expected.")
+        raise BenchmarkFormatError(url, "it holds no problems", "One JSON object a line is expected.")
     return list(problems.values())
 
 
@@ -111,7 +111,9 @@ def read_samples(url: str, problems: Iterable[Problem] | None = None) -> list[Sa
             raise BenchmarkFormatError(where, problem, "Score these samples with the benchmark they were made for.")
         samples.append(sample)
     if not samples:
-        raise BenchmarkFormatError(url, "no sample in it", 'One {"task_id", "completion"} object a line is expected.')
+        raise BenchmarkFormatError(
+            url, "it holds no samples", 'One {"task_id", "completion"} object a line is expected.'
+        )
     return samples
 
 

@@ -41,7 +41,7 @@ def compare_runs(first: Sequence[Run], second: Sequence[Run], ks: Sequence[int] 
     wanted = sorted(common if ks is None else set(ks))
     if not wanted or not set(wanted) <= common:
         raise ConfigError(
-            f"compare: k must be among {sorted(common)}, which all runs scored; draw more samples for others"
+            f"compare: k must be among {sorted(common)}, which all runs scored; for another k, draw more samples"
         )
     before, after = ([run.counts for run in runs] for runs in (first, second))
     try:

@@ -71,7 +71,7 @@ def find_problems(named: str, cache: str | None = None) -> str:
         return named
     target = storage.join(cache or str(storage.cache_folder("benchmarks")), published.sha256[:16], published.file)
     if storage.exists(target) and _sha256(storage.read_bytes(target)) != published.sha256:
-        _log.warning("%s is not what was fetched any more; fetching it again", target)
+        _log.warning("%s is damaged or was changed; fetching it again", target)
         storage.remove(target)
     if not storage.exists(target):
         payload = None if given else _packaged(published)
@@ -99,8 +99,8 @@ def _fetched(url: str, name: str, published: Published) -> bytes:
         cure = f"Check the network, or name another place with --problems {name}=URL."
         raise InputError(url, f"cannot be fetched: {error!r}", cure) from error
     if _sha256(payload) != published.sha256:
-        problem = f"sha256 {_sha256(payload)} where {published.sha256} was published, {len(payload)} bytes"
-        raise InputError(url, problem, f"It is not {published.file} of the pinned commit; find that one.")
+        problem = f"its sha256 is {_sha256(payload)} ({len(payload)} bytes), but {published.sha256} was published"
+        raise InputError(url, problem, f"It is not {published.file} of the pinned commit; give a copy of that one.")
     return payload
 
 

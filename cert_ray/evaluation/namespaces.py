@@ -98,7 +98,8 @@ def _look(bubblewrap: str, patience_s: float) -> Way:
         return first
     for way in others if _LOOPBACK in said else ():
         if _try(bubblewrap, way, patience_s) is None:
-            logger.warning("no network of bubblewrap's own (%s): %s makes it", said.splitlines()[-1], way.before[0])
+            why = said.splitlines()[-1]
+            logger.warning("bubblewrap cannot make a network namespace (%s), so %s makes it", why, way.before[0])
             return way
     return first
 
@@ -126,8 +127,8 @@ def _try(bubblewrap: str, way: Way, patience_s: float) -> str | None:
     if "" in (network, own) or network == own:
         raise SandboxError(
             f"{' '.join([*way.before, bubblewrap])} started a program in this machine's own network namespace, or did "
-            f"not tell in which ({network or 'nothing'}; ours is {own or 'not known'}): generated code would reach the "
-            "network. Is it bubblewrap itself, and is /proc mounted here?"
+            f"not say in which (it said {network or 'nothing'}; ours is {own or 'not known'}), so generated code could "
+            "reach the network. Check that this is bubblewrap itself, and that /proc is mounted here."
         )
     return None
 

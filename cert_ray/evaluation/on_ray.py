@@ -57,9 +57,9 @@ def _outcomes(chunk: ray.ObjectRef) -> list[tuple[Program | str, Execution]]:
             found: list[tuple[Program | str, Execution]] = ray.get(chunk)
     except LOST as error:
         raise SandboxError(
-            f"--unsafe: the worker of at most {_CHUNK_PROGRAMS} programs was lost {_UNSAFE_RETRIES + 1} times. "
-            "Without bubblewrap a program can end it: run without --unsafe, where it cannot. If nodes were lost, or "
-            "their memory ran out (Ray's log says so), run it again on fewer CPUs a node."
+            f"--unsafe: a worker that runs up to {_CHUNK_PROGRAMS} programs was lost {_UNSAFE_RETRIES + 1} times. "
+            "Without bubblewrap a program can end its worker; run without --unsafe, where it cannot. If nodes were "
+            "lost or ran out of memory (Ray's log says so), run it again with fewer CPUs per node."
         ) from error
     return found
 

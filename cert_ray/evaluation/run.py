@@ -127,8 +127,8 @@ def _warn_of_gold(result: EvaluationResult) -> None:
     failed = [one for one in result.problems if one.gold_passed is False]
     if failed:
         _log.warning(
-            "the benchmark's own answers fail for %d of %d problems, that of %s with: %s. A library that is missing is "
-            "given as --requirement",
+            "the benchmark's own answers fail for %d of %d problems, for example %s with: %s. If a library is missing, "
+            "add it with --requirement",
             len(failed),
             len(result.problems),
             failed[0].problem.task_id,

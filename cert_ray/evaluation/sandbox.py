@@ -54,7 +54,7 @@ KNOWN_LIMITS: tuple[str, ...] = (
     "The benchmark's check() runs in the same interpreter as the generated code, so code written to deceive it can: by "
     "an answer whose __eq__ is always true, through ctypes, from a thread during the tests, or by speaking the "
     "supervisor's protocol itself. The fake passes that are tried in tests are a regression list, not a proof.",
-    "Memory of several processes together is looked at every 20 ms: it can be exceeded for that long.",
+    "The memory of all processes together is checked every 20 ms, so it can exceed its limit for that long.",
     "A kernel fault that a process without privileges can reach, within the calls left to it, is not contained.",
     "Programs read the environment's folders, /usr and the system's libraries: keep no secrets there.",
 )
@@ -387,7 +387,7 @@ def why_no_sandbox(unfiltered: bool = False) -> str | None:
         return str(error.__cause__ or error).splitlines()[-1]
     if execution.outcome is Outcome.PASSED:
         return None
-    return f"a program that does nothing {execution.outcome.value}: {execution.detail}"
+    return f"a program that does nothing ended as {execution.outcome.value}: {execution.detail}"
 
 
 def _encoded_filter(network: bool) -> str | None:

@@ -146,10 +146,10 @@ def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample]) -> dict[
     missing = [task_id for task_id in known if task_id not in grouped]
     strange = sorted(set(grouped) - set(known))
     if not known:
-        raise ConfigError("problems: there is none to score.")
+        raise ConfigError("problems: there are none to score.")
     if strange:
         raise ConfigError(
-            f"samples: {_some(strange)} not in the benchmark. Score samples with the one that they were made for."
+            f"samples: not in the benchmark: {_some(strange)}. Score samples with the one that they were made for."
         )
     if missing:
         raise ConfigError(
@@ -158,7 +158,7 @@ def _by_problem(problems: Sequence[Problem], samples: Sequence[Sample]) -> dict[
         )
     fewest, most = (choose(len(some) for some in grouped.values()) for choose in (min, max))
     if fewest < most:
-        _log.warning("samples: from %d to %d a problem; pass@k is unbiased for k up to %d", fewest, most, fewest)
+        _log.warning("samples: from %d to %d per problem; pass@k is unbiased only for k up to %d", fewest, most, fewest)
     return {task_id: tuple(grouped[task_id]) for task_id in known}
 
 

@@ -50,7 +50,7 @@ def find_filter(*, network: bool) -> bytes | None:
         return _compiled(library, network)
     except OSError as error:
         raise SandboxError(
-            f"the filter of system calls could not be made: {error}. It wants libseccomp 2.5 or later, and room for a "
+            f"the filter of system calls could not be made: {error}. It needs libseccomp 2.5 or later, and room for a "
             "temporary file."
         ) from error
 

@@ -93,7 +93,7 @@ def collect_docs(
         inspected, failed = _inspect(root.path, sorted(unread.union(reached.assigned)), paths)
         found, unread = found | inspected, (unread | failed) - inspected.keys()
     if not found:
-        raise InputError(package, "no public function or class can be read in it", "Try --import.")
+        raise InputError(package, "no public function or class of it can be read", "Try --import.")
     name = shown_as or root.path
     docs = (replace(doc, name=name + path.removeprefix(root.path)) for path, doc in sorted(found.items()))
     return LibraryDocs(tuple(docs), tuple(sorted(unread)))
@@ -112,22 +112,22 @@ def read_docs(url: str) -> tuple[ApiDoc, ...]:
     """
     cure = "Make it with `cert-ray library-docs PACKAGE`."
     if not storage.exists(url) or storage.is_folder(url):
-        raise InputError(url, "no file of a library's documentation", cure)
+        raise InputError(url, "not a file of library documentation", cure)
     docs = []
     for number, line in enumerate(storage.read_text(url).splitlines(), start=1):
         try:
             row = json.loads(line)
             docs.append(ApiDoc(*(_text(row[field]) for field in ("name", "signature", "description"))))
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{url}:{number}", f"not a line of a library's documentation: {error!r}", cure) from error
+            raise InputError(f"{url}:{number}", f"not a line of library documentation: {error!r}", cure) from error
     if not docs:
-        raise InputError(url, "it documents nothing", cure)
+        raise InputError(url, "it contains no documentation", cure)
     return tuple(docs)
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no string")
+        raise TypeError(f"{value!r} is not a string")
     return value
 
 
@@ -135,12 +135,12 @@ def _place(package: str, paths: Sequence[str]) -> tuple[str, list[str]]:
     """The import name of `package`, and the folders searched before this interpreter's own path."""
     for path in paths:
         if not Path(path).is_dir():
-            raise InputError(path, "no folder to look in", "Name an existing one with --path.")
+            raise InputError(path, "no such folder", "Name an existing one with --path.")
     if "/" not in package and package != ".":
         return package, list(paths)
     folder = Path(package).resolve()
     if not (folder / "__init__.py").is_file():
-        raise InputError(package, "no package: there is no __init__.py in it", _CURE)
+        raise InputError(package, "not a package: it has no __init__.py", _CURE)
     return folder.name, [str(folder.parent), *paths]
 
 

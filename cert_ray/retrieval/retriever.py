@@ -74,7 +74,7 @@ class RetrieveConfig(Config):
             read_docs(self.docs)  # raises what is wrong with it
         found = storage.checksum(self.docs).checksum
         if self.checksum not in (None, found):
-            problem = f"checksum {found} where {self.checksum} is meant"
+            problem = f"its checksum is {found}, but {self.checksum} is expected"
             raise InputError(self.docs, problem, "Give the file that the models were trained with.")
         return self.absolute().model_copy(update={"checksum": found})
 

@@ -140,7 +140,7 @@ def test_who_forgets_a_library_is_told_that_the_own_answers_fail(
     text = Path(url).read_text().replace('"def check', '"import acme_ledgr\\ndef check')
     Path(url).write_text(text)
     run_evaluation(config, lambda prompts, n: [["0"] * n for _ in prompts], in_this_process)
-    assert "own answers fail for 2 of 2 problems, that of T/0 with: ModuleNotFoundError: No module" in caplog.text
+    assert "own answers fail for 2 of 2 problems, for example T/0 with: ModuleNotFoundError: No" in caplog.text
 
 
 def test_exactly_one_source_of_completions(problems: str, tmp_path: Path) -> None:

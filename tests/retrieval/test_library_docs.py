@@ -114,7 +114,7 @@ def test_a_package_that_is_not_there_is_named(package: str) -> None:
 
 
 def test_a_folder_to_look_in_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere: no folder to look in"):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
         collect_docs("json", paths=[str(tmp_path / "nowhere")])
 
 
@@ -127,7 +127,7 @@ def test_written_docs_are_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "documents nothing"),
+        ("", "contains no documentation"),
         ('{"name": "a.b"}\n', "docs.jsonl:1: not a line"),
         ('{"name": "a.b", "signature": "()", "description": null}\n', "docs.jsonl:1: not a line"),
         ("[]\n", "docs.jsonl:1"),

@@ -255,7 +255,7 @@ class _Story(logging.Handler):
         self._ending.set()
         self._writer.join(_CLOSE_S)
         if lacks := self._lost + len(self._waiting):
-            logger.warning("the run's story, %s, lacks %d lines", self._folder, lacks)
+            logger.warning("the run's story in %s is missing %d lines", self._folder, lacks)
         super().close()
 
     def _write_now_and_then(self) -> None:
@@ -273,7 +273,7 @@ class _Story(logging.Handler):
         except Exception as error:  # noqa: BLE001 - clients of object stores raise errors of their own
             if not self._warned:
                 self._warned = True
-                logger.warning("the run's story is not kept, and is tried again: %s", error)
+                logger.warning("the run's story could not be written, trying again: %s", error)
             return
         self._parts += 1
         del self._waiting[: len(lines)]

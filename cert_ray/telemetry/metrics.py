@@ -39,7 +39,11 @@ class Metric:
 
 
 SHARDS_DONE = Metric(
-    "cert_ray_shards_done", MetricKind.GAUGE, "shards", ("stage",), "Work units of it that are finished or reused"
+    "cert_ray_shards_done",
+    MetricKind.GAUGE,
+    "shards",
+    ("stage",),
+    "Work units of the stage that are finished or reused",
 )
 ROWS_READ = Metric("cert_ray_rows_read", MetricKind.COUNTER, "rows", ("stage",), "Rows that a stage read")
 ROWS_KEPT = Metric("cert_ray_rows_kept", MetricKind.COUNTER, "rows", ("stage",), "Rows that a stage kept")
@@ -47,7 +51,7 @@ ROWS_DROPPED = Metric(
     "cert_ray_rows_dropped", MetricKind.COUNTER, "rows", ("stage", "reason"), "Rows that a stage dropped, by reason"
 )
 SHARDS_PLANNED = Metric(
-    "cert_ray_shards_planned", MetricKind.GAUGE, "shards", ("stage",), "Work units of the stage that is running"
+    "cert_ray_shards_planned", MetricKind.GAUGE, "shards", ("stage",), "Work units planned for the running stage"
 )
 
 # From a token on a GPU to a long answer on a CPU.
@@ -76,7 +80,7 @@ VOTE_SHARE = Metric(
     MetricKind.HISTOGRAM,
     "share",
     ("model",),
-    "Share of the sketches asked for that voted for the winner, before the vote ended",
+    "Share of the requested sketches that had voted for the winner when the vote ended",
     _SHARES,
 )
 ANSWERS = Metric("cert_ray_answers", MetricKind.COUNTER, "prompts", ("model", "route"), "Prompts answered, by route")
@@ -85,13 +89,17 @@ TOKENS = Metric(
     MetricKind.COUNTER,
     "tokens",
     ("model", "kind"),
-    "Tokens: of prompts, of these cached, of sketches, of completions",
+    "Tokens by kind: of prompts, the cached ones among these, of sketches, of completions",
 )
 CACHE_HITS = Metric(
     "cert_ray_result_cache_hits", MetricKind.COUNTER, "prompts", ("model",), "Prompts answered from the result cache"
 )
 IN_FLIGHT = Metric(
-    "cert_ray_requests_in_flight", MetricKind.GAUGE, "requests", (), "Completion requests that a front door has taken"
+    "cert_ray_requests_in_flight",
+    MetricKind.GAUGE,
+    "requests",
+    (),
+    "Completion requests that a front door has in work or waiting",
 )
 
 TRAIN_STEP = Metric("cert_ray_train_step", MetricKind.GAUGE, "steps", ("model",), "Steps done")
@@ -101,13 +109,13 @@ HELD_OUT_LOSS = Metric(
     "cert_ray_held_out_loss", MetricKind.GAUGE, "nats/token", ("model",), "Loss of held-out rows, when last measured"
 )
 TRAIN_TOKENS = Metric(
-    "cert_ray_train_tokens", MetricKind.COUNTER, "tokens", ("model",), "Tokens learned from since this start"
+    "cert_ray_train_tokens", MetricKind.COUNTER, "tokens", ("model",), "Tokens trained on since the latest start"
 )
 TRAIN_MFU = Metric(
     "cert_ray_train_mfu", MetricKind.GAUGE, "share", ("model",), "Model FLOPs utilization of the newest step"
 )
 TRAIN_MEMORY = Metric(
-    "cert_ray_train_memory", MetricKind.GAUGE, "bytes", ("model",), "Most memory of worker 0's GPU, or its resident set"
+    "cert_ray_train_memory", MetricKind.GAUGE, "bytes", ("model",), "Peak memory of worker 0's GPU, or its resident set"
 )
 PROGRAMS_RUN = Metric(
     "cert_ray_programs_run", MetricKind.COUNTER, "programs", ("outcome",), "Generated programs executed, by outcome"

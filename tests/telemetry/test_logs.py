@@ -180,7 +180,7 @@ def test_an_error_that_passes_loses_no_line(tmp_path: Path, store: Store, caplog
         store.error = None
     told = [line["message"] for line in story_of(tmp_path) if line["level"] != "WARNING"]
     assert told == ["train began", "step 1", "train finished"]
-    assert warnings_of(caplog) == ["the run's story is not kept, and is tried again: SlowDown"]
+    assert warnings_of(caplog) == ["the run's story could not be written, trying again: SlowDown"]
 
 
 @pytest.mark.parametrize("error", [OSError("gone"), StoreError("AccessDenied")])
@@ -191,8 +191,8 @@ def test_a_story_that_cannot_be_kept_is_a_warning_and_hides_no_outcome(
     with pytest.raises(ConfigError, match=r"^change it$"), logs.story(str(tmp_path), "train"):
         raise ConfigError("change it")
     refused, lacks = warnings_of(caplog)
-    assert refused == f"the run's story is not kept, and is tried again: {error}"
-    assert re.search(r"lacks [23] lines$", lacks)  # began, failed, and the warning where it came before the end
+    assert refused == f"the run's story could not be written, trying again: {error}"
+    assert re.search(r"is missing [23] lines$", lacks)  # began, failed, and the warning where it came before the end
 
 
 def test_a_storage_that_refuses_every_write_is_told_once_and_not_waited_for(
@@ -214,8 +214,8 @@ def test_a_storage_that_refuses_every_write_is_told_once_and_not_waited_for(
             assert refused.acquire(timeout=60)
     assert waits == []
     told, lacks = warnings_of(caplog)
-    assert told.startswith("the run's story is not kept, and is tried again: [Errno 5]")
-    assert lacks.endswith("lacks 3 lines")  # began, the first warning, finished
+    assert told.startswith("the run's story could not be written, trying again: [Errno 5]")
+    assert lacks.endswith("is missing 3 lines")  # began, the first warning, finished
 
 
 def test_a_store_that_hangs_ends_no_run_and_holds_no_line_up(
@@ -228,7 +228,7 @@ def test_a_store_that_hangs_ends_no_run_and_holds_no_line_up(
         for step in range(7):
             LOGGER.info("step %d", step)
     assert len(warnings_of(caplog)) == 1
-    assert warnings_of(caplog)[0].endswith("lacks 9 lines")
+    assert warnings_of(caplog)[0].endswith("is missing 9 lines")
     store.answers.set()
     assert store.asked.acquire(timeout=60)  # the thread has ended when the next test begins
 

@@ -188,7 +188,7 @@ def test_a_value_as_jobs_take_it_is_told_to_want_set(
 ) -> None:
     recipe = str(tmp_path / "r.yaml")
     assert run(monkeypatch, "train", recipe, "--set", "workers=2", "run=runs/mine") == 2
-    assert capsys.readouterr().err.endswith("a value of the recipe is given as --set run=runs/mine\n")
+    assert capsys.readouterr().err.endswith("to set a value of the recipe, write --set run=runs/mine\n")
     assert run(monkeypatch, "train", recipe, "more") == 2
     assert "--set" not in capsys.readouterr().err
 

@@ -89,7 +89,7 @@ def main() -> None:
         if stop.code == _INTERRUPTED:  # typer's for Ctrl-C
             typer.echo("cert-ray: stopped; run the same command again to go on from what is finished", err=True)
         if stop.code == _CANNOT_BE_USED and (value := _value_of_recipe(sys.argv)):
-            typer.echo(f"cert-ray: a value of the recipe is given as --set {value}", err=True)
+            typer.echo(f"cert-ray: to set a value of the recipe, write --set {value}", err=True)
         raise
     except Exception as error:
         if (told := _told_by_storage(error)) is None:

@@ -76,7 +76,7 @@ def evaluate(
 
         source = Source.from_mapping(source, "evaluate").recorded
     elif source:
-        raise ConfigError(f"--samples: they are there already, so leave {', '.join(source)} out")
+        raise ConfigError(f"--samples: the file has the samples already, so leave {', '.join(source)} out")
     temperatures = temperature or [0.2]
     options: dict[str, Any] = {"problems": problems[0], "output": output, "samples": samples, "n": n, "seed": seed}
     options |= {"temperature": None if samples else temperatures[0], "limit": limit, "source": source}

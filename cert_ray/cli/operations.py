@@ -213,7 +213,7 @@ def reproduce(
     if answers_only and systems:
         kept = f"{', '.join(systems)} answered, kept in {reproducing.claim_folder(resolved)}"
         others = " ".join(f"--only {system}" for system in systems)
-        typer.echo(f"{kept}; run the answers with the same command, {others} instead of --answers-only", err=True)
+        typer.echo(f"{kept}; to run them, repeat the command with {others} instead of --answers-only", err=True)
         raise typer.Exit
     from cert_ray.operations.claim_report import missing_parts, write_report
 

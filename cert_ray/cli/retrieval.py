@@ -40,4 +40,4 @@ def library_docs(
     typer.echo(f"{len(found.docs)} functions, classes and methods of {package}: {output}")
     if found.unread:
         some = ", ".join(found.unread[:5])
-        typer.echo(f"{len(found.unread)} public names have no source ({some} ...): --import reads them", err=True)
+        typer.echo(f"{len(found.unread)} public names have no source ({some} ...): use --import to read them", err=True)

@@ -88,7 +88,7 @@ def pack(
         raise ConfigError(f"--view {', '.join(wrong)}: unknown; known are {', '.join(known)}")
     views = [View(name) for name in view] if view else resolved.views
     if not views:
-        raise ConfigError("models: this recipe has none, so no view is read; name one with --view")
+        raise ConfigError("models: this recipe has none, so it needs no view; name one with --view")
     what = f"pack the views {', '.join(views)} of {resolved.run}"
     packed = perform(
         "pack",

@@ -47,7 +47,7 @@ class ClaimConfig(Config):
     def _check(self) -> Self:
         names = [storage.name_of(url) for url in self.benchmarks]
         if len(set(names)) < len(names) or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("benchmarks and seeds: each may stand there once")
+            raise ValueError("benchmarks and seeds: each may appear only once")
         return self
 
 
@@ -84,7 +84,7 @@ def check_claim(recipe: Recipe) -> ClaimConfig:
         if name not in recipe.models:
             raise ConfigError(f"models: the claim compares {', '.join(_MODELS)}, and {name} is missing")
         if recipe.models[name].view != view:
-            raise ConfigError(f"models.{name}.view: {recipe.models[name].view}; the claim wants {view}")
+            raise ConfigError(f"models.{name}.view: {recipe.models[name].view}; the claim needs {view}")
     starts = {name: recipe.models[name].start for name in _MODELS}
     if len(set(starts.values())) > 1:
         raise ConfigError(f"models: {starts} start from different bases; the claim compares models of one base")
@@ -92,7 +92,7 @@ def check_claim(recipe: Recipe) -> ClaimConfig:
     rows = {name: train.steps * train.rows_per_step for name, train in trains.items()}
     if len(set(rows.values())) > 1:
         raise ConfigError(
-            f"models: {rows} rows are learned from; give xl, sketcher and generator equal steps and rows per step"
+            f"models: trained on {rows} rows; give xl, sketcher and generator equal steps and rows per step"
         )
     return recipe.claim
 

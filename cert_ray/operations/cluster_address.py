@@ -16,9 +16,9 @@ from cert_ray.errors import ClusterError, ConfigError
 _CONNECTING_S = 5.0  # assumed: for one address of the host; a firewall that drops packets gives no answer
 _MOST_PORT = 65_535
 _AGAIN_S = 0.5  # assumed: between two attempts
-_IS_IT_UP = "Is the head up, and its port reachable from here? `ray start --head` and `kubectl get raycluster` tell it."
+_IS_IT_UP = "Is the head up, and its port reachable from here? `ray start --head` and `kubectl get raycluster` show it."
 _WANTED = (
-    "as --address, --cluster or RAY_ADDRESS give HOST:PORT of the head, 6379 where nobody chose another port, or "
+    "set --address, --cluster or RAY_ADDRESS to HOST:PORT of the head (port 6379 unless another was chosen), or to "
     "`auto` on a machine of the cluster"
 )
 
@@ -33,13 +33,13 @@ def find_host(address: str) -> tuple[str, int] | None:
         return None
     if address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"{address!r} is the dashboard's, by which jobs are submitted (`ray job submit --address`): {_WANTED}"
+            f"{address!r} is the dashboard's address, for submitting jobs (`ray job submit --address`): {_WANTED}"
         )
     found = re.fullmatch(r"(?:ray://)?(?:\[(?P<v6>[^\]]+)\]|(?P<host>[^/:]+)):(?P<port>\d{1,5})", address)
     if found is None and "://" in address:
         return None  # a service that brings its own client
     if found is None or int(found["port"]) > _MOST_PORT:
-        raise ConfigError(f"{address!r} is no address of a Ray cluster: {_WANTED}")
+        raise ConfigError(f"{address!r} is not the address of a Ray cluster: {_WANTED}")
     return found["v6"] or found["host"], int(found["port"])
 
 

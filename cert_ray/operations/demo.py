@@ -167,7 +167,7 @@ def _serve_and_ask(folders: RunFolders, summary: Summary) -> None:
     try:
         import openai
     except ImportError as error:
-        raise ConfigError("the demo asks through the OpenAI client: pip install 'cert-ray[client]'") from error
+        raise ConfigError("the demo needs the OpenAI client: pip install 'cert-ray[client]'") from error
     from cert_ray.serving.deployment import ServerConfig
     from cert_ray.serving.on_ray import start_server
 

@@ -84,8 +84,8 @@ def _accelerator() -> Finding:
         names = {torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
         return Finding("accelerator", Level.OK, f"{torch.cuda.device_count()} x {', '.join(sorted(names))}")
     return Finding(
-        "accelerator", Level.WARN, "none that CUDA sees",
-        "Fine for `demo` and preprocessing. Training a 110M model wants a GPU and `use_gpu: true`.",
+        "accelerator", Level.WARN, "no GPU that CUDA sees",
+        "Fine for `demo` and preprocessing. To train a 110M model, use a GPU and `use_gpu: true`.",
     )  # fmt: skip
 
 
@@ -134,12 +134,12 @@ def _ray_authentication() -> Finding:
         return Finding("ray authentication", Level.OK, "token")
     if token:
         return Finding(
-            "ray authentication", Level.WARN, "a token exists, RAY_AUTH_MODE is not set",
-            "export RAY_AUTH_MODE=token before `ray start`; a private Ray of this tool uses the token anyway.",
+            "ray authentication", Level.WARN, "a token exists, but RAY_AUTH_MODE is not set",
+            "export RAY_AUTH_MODE=token before `ray start`; a Ray that cert-ray starts uses the token anyway.",
         )  # fmt: skip
     return Finding(
         "ray authentication", Level.WARN, "no token",
-        "It would run open: first `ray get-auth-token --generate` and `export RAY_AUTH_MODE=token`.",
+        "Ray would accept anyone: first `ray get-auth-token --generate` and `export RAY_AUTH_MODE=token`.",
     )  # fmt: skip
 
 
@@ -150,13 +150,13 @@ def _sandbox() -> Finding:
         return Finding("sandbox", Level.WARN, f"without {' and '.join(missing)}", advise_protection(missing))
     if (problem := why_no_sandbox()) is not None:
         return Finding("sandbox", Level.WARN, f"does not start: {problem}", START_SANDBOX)
-    return Finding("sandbox", Level.OK, f"{find_bubblewrap()}, and a filter of system calls: a program ran in it")
+    return Finding("sandbox", Level.OK, f"{find_bubblewrap()} and a filter of system calls: a program ran in it")
 
 
 # What to do when all packages are there but the sandbox does not start.
 START_SANDBOX = (
     "In docker: --security-opt seccomp=unconfined --security-opt systempaths=unconfined; in a pod: docs/operating.md. "
-    "Else `evaluate` runs only with --unsafe: never outside a container or pod of its own."
+    "Otherwise `evaluate` needs --unsafe: use that only in a container or pod of its own."
 )
 
 
@@ -164,7 +164,7 @@ def advise_protection(missing: Sequence[str]) -> str:
     """What to do when generated code cannot be contained, because these packages are missing."""
     options = {"bubblewrap": "--unsafe", "libseccomp2": "--unfiltered", "pyseccomp": "--unfiltered"}
     told = " ".join(options[package] for package in missing)
-    return f"{_installed(missing)}: `evaluate` runs no generated code without, unless told {told}."
+    return f"{_installed(missing)}: otherwise `evaluate` runs generated code only with {told}."
 
 
 def advise_filter(missing: Sequence[str]) -> str:

@@ -60,7 +60,7 @@ def evaluate(
             for one in found["benchmarks"]
         }
     if len(problems) > 1 or len(temperatures) > 1:
-        raise ConfigError("evaluate: --samples belong to one --problems file and one --temperature.")
+        raise ConfigError("evaluate: --samples goes with one --problems file and one --temperature only.")
     if reuse and config.source_digest and is_finished(config):
         _log.info("%s is finished", config.output)
         remove_sweep(config.output)

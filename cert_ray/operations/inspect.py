@@ -113,7 +113,7 @@ def drops_of(opened: Opened, reason: str, limit: int) -> list[DroppedFile]:
     if not found:
         raise InputError(
             opened.folder,
-            f"files were dropped as {reason} by the stage `documents`, which is not beside it",
+            f"files were dropped as {reason} by the stage `documents`, whose folder is not beside it",
             "Give the run's folder, with `documents/drops` in it.",
         )
     return found
@@ -172,7 +172,7 @@ def document_of(opened: Opened, doc_id: str) -> dict[str, Any] | DroppedFile:
     if named is None or named[1] not in shards:
         example = f"{min(shards)}-0000000" if shards else "shard-00000-0000000"
         raise InputError(
-            opened.folder, f"no shard of it holds {doc_id}", f"Ids look like {example}; see `cert-ray inspect`."
+            opened.folder, f"none of its shards holds {doc_id}", f"Ids look like {example}; see `cert-ray inspect`."
         )
     url = storage.join(opened.folder, f"{named[1]}.parquet")
     row = _find(url, doc_id)
@@ -183,7 +183,7 @@ def document_of(opened: Opened, doc_id: str) -> dict[str, Any] | DroppedFile:
         raise InputError(
             opened.folder,
             f"{named[1]} holds no document {doc_id}",
-            "What cleaning dropped has no id: see `--dropped REASON`.",
+            "Files dropped by cleaning have no id: see `--dropped REASON`.",
         )
     return dropped
 

@@ -51,8 +51,8 @@ def _recipe(arguments: list[str]) -> Recipe:
     recipe = load_recipe(arguments[0], arguments[1:])
     if _SUBMITTED in os.environ and "://" not in recipe.run and not recipe.run.startswith(("/", "~")):
         raise ConfigError(
-            f"run: {recipe.run!r} would lie in the job's own folder, a copy on each node that Ray removes. Give the "
-            "whole path of a folder that all nodes see, or a URL, as in run=/shared/runs/mine"
+            f"run: {recipe.run!r} would be in the job's own folder, which Ray copies to each node and removes. Give "
+            "the whole path of a folder that all nodes see, or a URL, as in run=/shared/runs/mine"
         )
     return recipe
 

@@ -64,7 +64,7 @@ def drain(node_id: str, address: str, within_s: float) -> None:
     command += ["--deadline-remaining-seconds", str(max(0, round(within_s)))]
     began_s = time.monotonic()
     raylets = [process for process in psutil.process_iter(["name"]) if process.info["name"] == "raylet"]
-    cure = "Run it on a node of the cluster, with the cluster's token, while Ray runs on both."
+    cure = "Run it on a node of the cluster, with the cluster's token, while Ray runs there and on the head."
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_RAY_ANSWERS_S, check=False)
     except subprocess.TimeoutExpired as error:

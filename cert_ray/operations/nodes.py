@@ -91,7 +91,7 @@ def _missing_protection() -> tuple[str, ...]:
     try:
         return missing_protection()
     except (CertRayError, OSError) as error:
-        logger.warning("no filter of system calls here: %s", error)
+        logger.warning("system calls cannot be filtered here: %s", error)
         return ("libseccomp2",)
 
 
@@ -109,7 +109,7 @@ def refuse_other_versions(nodes: Iterable[NodeFacts], here: Mapping[str, str]) -
     found = []
     for node in nodes:
         if node.silence is not None:
-            logger.warning("node %s is not checked: %s", node.address, node.silence)
+            logger.warning("node %s could not be checked: %s", node.address, node.silence)
         elif node.error is not None:
             found.append(f"node {node.address} cannot run cert-ray: {node.error.rstrip('.')}")
         else:

@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 _JOINING_S = 30.0  # assumed: long enough for a node to start a process; slower nodes are not waited for
 _TOKEN_IS_USED = "Token authentication is enabled for this Ray cluster"  # another warning says that no token was found
-_REFUSED = "it does not take this process' token, or there is none here"
+_REFUSED = "it does not accept this process' token, or there is none here"
 _TOKEN = (
     "Set RAY_AUTH_MODE=token, and the cluster's own token as RAY_AUTH_TOKEN, in the file RAY_AUTH_TOKEN_PATH, or in "
     "~/.ray/auth_token; KubeRay keeps it in a Secret with the cluster's name."
 )
-_WHICH_PORT = "It is the GCS' port that is wanted, 6379 where nobody chose another; the dashboard's is 8265."
+_WHICH_PORT = "Give the port of the GCS, 6379 unless another was chosen; the dashboard's is 8265."
 _VERSIONS = "Use the cluster's image, or install its versions here: `ray[default]==VERSION` in the same Python."
-_START = "Start one with `ray start --head`, or give its HOST:PORT; without an address Ray is started here."
+_START = "Start one with `ray start --head`, or give its HOST:PORT; without an address, a Ray is started here."
 _HEAD = "node:__internal_head__"  # Ray's resource that only the head has
 _NODE_ANSWERS_S = 20.0  # assumed
 _LATE = "timed out during startup"  # in Ray 2.60's bare Exception for a process of its own that was not up in time
@@ -101,7 +101,7 @@ def ray_session(
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     with tempfile.TemporaryDirectory(prefix="cr", ignore_cleanup_errors=True) as folder:  # short: paths of sockets
         with logs.warnings_alone("ray", but=_TOKEN_IS_USED):  # it is meant to be enabled
-            logger.info("ray: a private one is started")
+            logger.info("ray: starting a private one")
             context = _start(folder)
         resources = ray.cluster_resources()
         logger.info(
@@ -142,7 +142,7 @@ def node_here() -> tuple[str, str]:
         node_id, address = context.get_node_id(), context.gcs_address
         resources = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
     if _HEAD in resources:
-        raise ClusterError(address, "this node is its head, and all would go with it", "Drain the other nodes.")
+        raise ClusterError(address, "this node is its head, and the cluster ends with it", "Drain the other nodes.")
     return node_id, address
 
 
@@ -161,7 +161,7 @@ def _start(folder: str) -> BaseContext:
             raise
         ray.shutdown()
         cure = "The machine is too busy, or short of memory: stop other work, and run the same command again."
-        raise ClusterError("local", "Ray's own processes were not up in time", cure) from error
+        raise ClusterError("local", "Ray's own processes did not start in time", cure) from error
 
 
 def _join(target: str, patience_s: float) -> None:
@@ -211,7 +211,7 @@ def _greet(target: str, gcs: str, patience_s: float) -> None:
         refusal = answered_within(patience_s, ask)  # it cannot be stopped, and may wait for 40 s
     except TimeoutError:
         problem = (
-            f"somebody listens there, and does not answer as a head of Ray {ray.__version__} within {patience_s:g} s"
+            f"something listens there, but does not answer as a head of Ray {ray.__version__} within {patience_s:g} s"
         )
         raise ClusterError(target, problem, _WHICH_PORT) from None
     if isinstance(refusal, ray.exceptions.AuthenticationError):
@@ -250,9 +250,9 @@ def run_on_worker(work: Callable[[], Result], cpus: float, gpus: float) -> Resul
             found: Result = ray.get(task.remote())
     except LOST as error:
         raise CertRayError(
-            f"this work lost its worker or node {_RETRIES + 1} times, so it may well be what ends it: look at the "
-            "node's memory against the model's size, at evaluation's cpus and gpus in the recipe, and for a crash of a "
-            f"native library in Ray's worker logs. Ray says: {_last_line(error)}"
+            f"this work lost its worker or node {_RETRIES + 1} times, so the work itself may be the cause. Compare the "
+            "node's memory with the model's size, check evaluation's cpus and gpus in the recipe, and look for a crash "
+            f"of a native library in Ray's worker logs. Ray says: {_last_line(error)}"
         ) from error
     return found
 

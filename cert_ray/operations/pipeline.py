@@ -118,7 +118,7 @@ def run_evaluate(recipe: Recipe) -> dict[str, dict[str, float]]:
             try:
                 write_card(recipe, name, scores)
             except CertRayError as error:  # part of the run that the card describes is gone; the scores are kept
-                logger.warning("the card of %s does not tell its scores: %s", name, error)
+                logger.warning("the scores could not be added to the model card of %s: %s", name, error)
     return found
 
 

@@ -148,7 +148,7 @@ def load_costs(url: str | None = None) -> Costs:
         return Costs.from_mapping(yaml.safe_load(shipped.read_text(encoding="utf-8")), _SHIPPED)
     cure = "Write one with `python -m tests.bench.bench_growth --write-costs FILE`."
     if not storage.exists(url) or storage.is_folder(url):
-        raise InputError(url, "no such file of costs", cure)
+        raise InputError(url, "no such file with costs", cure)
     try:
         loaded = yaml.safe_load(storage.read_text(url))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -228,8 +228,8 @@ def render_plan(plan: Plan) -> str:
         f"time {_duration(plan.seconds)}; disk {_size(plan.disk_bytes)} beside the input, intermediates included; "
         f"moved {_size(plan.moved_bytes)}; memory of the fullest node {_size(plan.node_memory_bytes)}",
         *_price(plan),
-        f"Loose files are listed by the driver: as such, these would take {_size(config.files * LOOSE_FILE_BYTES)} of "
-        "its memory more (paths of 80 characters); as tables or archives, next to nothing.",
+        f"As loose files, which the driver lists, these would take {_size(config.files * LOOSE_FILE_BYTES)} more of "
+        "its memory (paths of 80 characters); as tables or archives, next to nothing.",
         "",
         "Assumed: every core is as fast as the measured ones, and none waits for another; "
         f"storage moves {_size(config.storage_bytes_per_s)}/s per node, reads and writes together; "
@@ -243,8 +243,8 @@ def render_plan(plan: Plan) -> str:
 def _price(plan: Plan) -> Iterator[str]:
     if (price := plan.config.node_hour_price) is not None:
         yield (
-            f"{plan.node_hours:,.1f} node-hours at {price:g}: {plan.node_hours * price:,.2f}, without a head's, "
-            "starting and storage; an autoscaler that takes idle nodes away pays less"
+            f"{plan.node_hours:,.1f} node-hours at {price:g}: {plan.node_hours * price:,.2f}, not counting the head, "
+            "starting and storage; less with an autoscaler that removes idle nodes"
         )
 
 

@@ -82,7 +82,7 @@ class Recipe(Config):
         for name in names or ():
             if not name.isidentifier() or keyword.iskeyword(name):
                 raise ValueError(
-                    f"no file can import {name!r}; give the name behind `import`, of the top-level package alone: "
+                    f"no file can import {name!r}; give the name after `import`, of the top-level package only: "
                     "sklearn for scikit-learn, acme for acme.ledger"
                 )
         return names
@@ -100,18 +100,21 @@ class Recipe(Config):
             while (start := self.models[way[-1]].start) in self.models:
                 way.append(start)
                 if start in way[:-1]:
-                    raise ValueError(f"models.{name}.start: {', '.join(way)} go in a circle; name a preset or a folder")
+                    raise ValueError(f"models.{name}.start: {', '.join(way)} form a circle; name a preset or a folder")
             if not _MODEL_NAME.fullmatch(name):
-                raise ValueError(f"models: {name!r} is to be a folder's name: letters, digits, `_`, `-` and `.` inside")
+                raise ValueError(
+                    f"models: {name!r} cannot be a folder's name; use letters, digits and `_`, "
+                    "and after the first also `-` and `.`"
+                )
             given = sorted(set(_WORKED_OUT) & set(model.train))
             if given:
                 raise ValueError(
-                    f"models.{name}.train: {', '.join(given)} are worked out; use `start` and `view` instead"
+                    f"models.{name}.train: {', '.join(given)} cannot be set here; use `start` and `view` instead"
                 )
             self.train_config(name)
         wanted = () if self.evaluation is None else [self.evaluation.model] if self.evaluation.model else _STAGES
         if missing := sorted(set(wanted) - set(self.models)):
-            raise ValueError(f"evaluation: no model {', '.join(missing)} in this recipe; `model` names another one")
+            raise ValueError(f"evaluation: no model {', '.join(missing)} in this recipe; `model` can name another one")
         return self
 
     def train_config(self, name: str) -> TrainConfig:
@@ -200,7 +203,7 @@ def load_recipe(url: str, assignments: Sequence[str] = (), replacements: Mapping
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{text}: wants KEY=VALUE, e.g. workers=2")
+            raise ConfigError(f"{text}: must be KEY=VALUE, e.g. workers=2")
         override(options, key, _yaml(value, text, "Quote it for the shell."))
     for key, value in (replacements or {}).items():
         override(options, key, value)
@@ -219,7 +222,7 @@ def load_mapping(url: str) -> dict[str, Any]:
         text = storage.read_text(url)
     except UnicodeDecodeError as error:
         raise InputError(url, f"not YAML: {error}", "Write it as UTF-8.") from error
-    loaded = _yaml(text, url, "Mend that line.")
+    loaded = _yaml(text, url, "Correct that line.")
     if not isinstance(loaded, dict):
         raise InputError(
             url, "not a YAML mapping", "A recipe has the keys run, libraries, preprocess; jobs/ has examples."
@@ -236,7 +239,7 @@ class _Loader(yaml.SafeLoader):
         for key, _ in found.value:  # without what `<<` merges in: that may be replaced
             if isinstance(key, yaml.ScalarNode) and key.value != "<<":
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} stands there twice", problem_mark=key.start_mark)
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value} appears twice", problem_mark=key.start_mark)
                 seen.add(key.value)
         return found
 

@@ -43,7 +43,7 @@ def remove(run: str, removal: Removal, keep_out: bool = False) -> Removal:
     shards = {storage.name_of(file.file).removesuffix(".parquet") for one in read_removals(run) for file in one.files}
     views = list(_forget_tokens(run, shards))
     for view in views:
-        logger.info("tokens/%s: made from the text removed; `cert-ray pack` makes what is missing again", view)
+        logger.info("tokens/%s: deleted what was made from the removed text; `cert-ray pack` makes it again", view)
     return finish_removal(run, requested)
 
 

@@ -119,7 +119,7 @@ def last_job(run: str) -> str | None:
     versions = "".join(f", {name} {version}" for name, version in job.versions.items())
     began = f"{job.verb} on {job.host}{versions}, began {job.began[:10]} {job.began[11:19]} UTC"
     if job.seconds is None:
-        return f"{began}, at work or killed, at {lines[-1].time[11:19]}: {lines[-1].message}"
+        return f"{began}, still running or killed, last line at {lines[-1].time[11:19]}: {lines[-1].message}"
     ending = "" if job.outcome == "finished" else f": {job.message.removeprefix(f'{job.verb} {job.outcome}: ')}"
     return f"{began}, {job.outcome} after {job.seconds:,.1f} s{ending}"
 

@@ -134,5 +134,5 @@ def test_doctor_with_another_token_fails_with_one_line_of_ours(head: Head) -> No
     )
     assert done.returncode == 1
     (told,) = (line for line in done.stderr.splitlines() if line.startswith("cert-ray: "))
-    assert f"the Ray cluster at {head.gcs}: it does not take this process' token" in told
+    assert f"the Ray cluster at {head.gcs}: it does not accept this process' token" in told
     assert "Traceback" not in done.stderr

@@ -53,9 +53,12 @@ def test_the_base_answers_greedily_once_whatever_the_seeds() -> None:
 @pytest.mark.parametrize(
     ("models", "message"),
     [
-        ({"xl": {"start": "base", "view": "base", "train": TRAIN}}, r"models\.xl\.view: base; the claim wants xl"),
+        ({"xl": {"start": "base", "view": "base", "train": TRAIN}}, r"models\.xl\.view: base; the claim needs xl"),
         ({"xl": {"start": "tiny", "view": "xl", "train": TRAIN}}, "start from different bases"),
-        ({"xl": {"start": "base", "view": "xl", "train": {**TRAIN, "steps": 20}}}, "rows are learned from"),
+        (
+            {"xl": {"start": "base", "view": "xl", "train": {**TRAIN, "steps": 20}}},
+            "trained on .* rows; give xl",
+        ),
     ],
 )
 def test_an_unfair_comparison_is_refused(models: dict[str, Any], message: str) -> None:
@@ -75,5 +78,5 @@ def test_recipes_without_a_claim_or_with_a_model_missing_are_refused() -> None:
     models = {name: model for name, model in made.models.items() if name != "sketcher"}
     with pytest.raises(ConfigError, match="sketcher is missing"):
         check_claim(made.model_copy(update={"models": models}))
-    with pytest.raises(ConfigError, match="each may stand there once"):
+    with pytest.raises(ConfigError, match="each may appear only once"):
         recipe(seeds=[1, 1])

@@ -50,7 +50,7 @@ def test_addresses_that_ray_takes(address: str, host: tuple[str, int] | None) ->
     "address", ["http://head:8265", "https://head", "10.0.0.1", "10.0.0.1:", "head:six", "", "::1", "head:99999"]
 )
 def test_what_is_no_address_of_a_cluster_says_what_is(address: str) -> None:
-    with pytest.raises(ConfigError, match="HOST:PORT of the head, 6379"):
+    with pytest.raises(ConfigError, match=r"HOST:PORT of the head \(port 6379"):
         find_host(address)
 
 

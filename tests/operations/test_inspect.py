@@ -129,7 +129,7 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
     opened = open_run(str(run))
     with pytest.raises(InputError, match=r"no file was dropped as binary.*near_duplicate \(1\)"):
         drops_of(opened, "binary", 1)
-    with pytest.raises(InputError, match=r"no shard of it holds shard-99999-0000001.*shard-00000-0000000"):
+    with pytest.raises(InputError, match=r"none of its shards holds shard-99999-0000001.*shard-00000-0000000"):
         document_of(opened, "shard-99999-0000001")
     with pytest.raises(InputError, match=r"holds no document shard-00000-9999999"):
         document_of(opened, "shard-00000-9999999")
@@ -141,5 +141,5 @@ def test_what_is_not_there_is_named(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "dataset", tmp_path / "published")
     alone = open_run(str(tmp_path / "published"))
     assert [drop.survivor for drop in drops_of(alone, "near_duplicate", 1)] == [None]
-    with pytest.raises(InputError, match="`documents`, which is not beside it"):
+    with pytest.raises(InputError, match="`documents`, whose folder is not beside it"):
         drops_of(alone, "not_python_3", 1)

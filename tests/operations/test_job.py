@@ -95,7 +95,7 @@ def test_a_submitted_jobs_run_is_not_below_the_copy_of_the_checkout(
     with pytest.raises(SystemExit) as stopped:
         job.run_job(lambda recipe: {})
     assert stopped.value.code == 2
-    assert f"run: '{run}' would lie in the job's own folder" in str(last_line(capsys)["error"])
+    assert f"run: '{run}' would be in the job's own folder" in str(last_line(capsys)["error"])
 
 
 @pytest.mark.parametrize("run", ["{folder}", "~/run", "file://{folder}"])

@@ -51,7 +51,7 @@ def test_a_run_is_refused_where_a_node_runs_another_version(part: str) -> None:
 def test_a_silent_node_keeps_no_run_from_starting_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     refuse_other_versions([SOUND, SOUND.silent("no answer within 30 s")], HERE)
     (warning,) = caplog.records
-    assert warning.getMessage() == "node 10.0.0.1 is not checked: no answer within 30 s"
+    assert warning.getMessage() == "node 10.0.0.1 could not be checked: no answer within 30 s"
 
 
 def test_a_run_is_refused_where_a_node_answers_with_an_error() -> None:

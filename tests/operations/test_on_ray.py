@@ -79,7 +79,7 @@ def test_a_private_ray_that_is_not_up_in_time_is_an_error_that_says_what_to_do(m
     monkeypatch.setattr(on_ray.ray, "shutdown", lambda: ended.append(True))  # the suite's Ray goes on
     monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(ClusterError, match=r"not up in time.*run the same command again"), on_ray.ray_session():
+    with pytest.raises(ClusterError, match=r"did not start in time.*run the same command again"), on_ray.ray_session():
         pass
     assert ended
 
@@ -115,7 +115,7 @@ def test_another_token_is_told_without_trying_to_join(a_head: None, monkeypatch:
 
     monkeypatch.setattr(on_ray, "GcsClient", refuse)
     monkeypatch.setattr(on_ray.ray, "init", lambda **_: pytest.fail("tried"))
-    assert why_not_joined().startswith("the Ray cluster at 10.0.0.1:6379: it does not take this process' token")
+    assert why_not_joined().startswith("the Ray cluster at 10.0.0.1:6379: it does not accept this process' token")
     assert "RAY_AUTH_MODE=token" in why_not_joined()
 
 

@@ -134,7 +134,7 @@ def test_the_plan_says_what_listing_loose_files_takes(monkeypatch: pytest.Monkey
     assert sum(unit.rows for unit in units) == files
     assert LOOSE_FILE_BYTES / 2 < peak_bytes / files < LOOSE_FILE_BYTES
     plan = make_plan(PlanConfig(files=2e6, size_bytes=1e9, cores=2), load_costs())
-    assert "as such, these would take 900 MB of its memory more" in render_plan(plan)
+    assert "these would take 900 MB more of its memory" in render_plan(plan)
 
 
 def test_the_command_reads_a_measurement_of_ones_own(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_the_help_shows_an_example() -> None:
 
 
 def test_costs_that_cannot_be_used_are_refused_with_a_cure(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such file of costs.*--write-costs"):
+    with pytest.raises(InputError, match=r"no such file with costs.*--write-costs"):
         load_costs(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match="not a YAML mapping"):

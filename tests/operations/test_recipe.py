@@ -77,7 +77,7 @@ def test_a_base_from_outside_brings_the_tokenizer_unless_a_preset_needs_one_of_i
         ({"preprocess": {"sources": {}}}, r"preprocess.sources.inputs: required"),
         ({"preprocess": {"sources": {"inputs": ["/d"]}, "sketch_kind": "nouns"}}, "sketch_kind.*constants.*'nouns'"),
         ({"models": {"base": {"start": "tiny", "view": "base", "train": {"step": 1}}}}, "step: unknown option"),
-        ({"models": {"b": {"start": "tiny", "view": "base", "train": {"output": "x"}}}}, "output are worked out"),
+        ({"models": {"b": {"start": "tiny", "view": "base", "train": {"output": "x"}}}}, "output cannot be set here"),
         ({"run": ""}, "run: "),
         ({"libraries": "polars"}, r"libraries: should be a list, as \[a, b\] \(got 'polars'\)"),
         ({"libraries": ["scikit-learn"]}, "no file can import 'scikit-learn'; .* sklearn for scikit-learn"),
@@ -87,7 +87,7 @@ def test_a_base_from_outside_brings_the_tokenizer_unless_a_preset_needs_one_of_i
         ({"libraries": ["None"]}, "no file can import 'None'"),
         (
             {"models": {"../up": {"start": "tiny", "view": "base", "train": {}}}},
-            "models: '../up' is to be a folder's name",
+            "models: '../up' cannot be a folder's name",
         ),
     ],
 )
@@ -100,7 +100,7 @@ def test_bad_options_are_named(change: dict[str, Any], message: str) -> None:
 def test_models_that_start_from_each_other_are_refused(starts: str) -> None:
     train = {"steps": 10, "warmup_steps": 1}
     models = {name: {"start": start, "view": "base", "train": train} for name, start in zip("abc", starts, strict=True)}
-    with pytest.raises(ConfigError, match=r"models\.[ab]\.start: .* go in a circle; name a preset or a folder"):
+    with pytest.raises(ConfigError, match=r"models\.[ab]\.start: .* form a circle; name a preset or a folder"):
         recipe(models=models)
 
 
@@ -132,7 +132,7 @@ def test_one_wrong_value_does_not_print_the_whole_recipe() -> None:
 def test_a_key_that_stands_twice_is_refused_and_what_an_anchor_brings_may_be_replaced(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("run: a\nlibraries: [x]\nrun: b\n")
-    with pytest.raises(InputError, match=r"line 3, column 1: run stands there twice"):
+    with pytest.raises(InputError, match=r"line 3, column 1: key run appears twice"):
         load_mapping(str(path))
     # `top` is read before the `more` inside of `deep`, whose merged keys by then hold `steps` twice.
     path.write_text("deep: {deeper: {b: &more {<<: &one {steps: 1, x: 2}, steps: 3}}}\ntop: {<<: *more, x: 4}\n")

@@ -92,4 +92,4 @@ def test_a_job_without_an_end_is_told_by_its_newest_line_and_its_workers_are_no_
     told = last_job(str(tmp_path))
     assert told is not None
     assert told.startswith("train on h, ")
-    assert told.endswith(", at work or killed, at 00:00:30: step 40")
+    assert told.endswith(", still running or killed, last line at 00:00:30: step 40")

@@ -46,13 +46,16 @@ def test_every_ray_start_asks_for_a_token_and_stays_on_loopback(name: str) -> No
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
 def test_spot_machines_listen_for_their_clouds_notice_when_their_shell_is_gone(cloud: str, tmp_path: Path) -> None:
-    (tmp_path / "cert-ray").write_text(f"#!/bin/sh\nsleep 0.5; echo $RAY_AUTH_MODE $@ > {tmp_path}/said\n")
+    until_told = f"for i in $(seq 200); do test -e {tmp_path}/go && break; sleep 0.1; done"
+    says = f"echo $RAY_AUTH_MODE $@ > {tmp_path}/part; mv {tmp_path}/part {tmp_path}/said"
+    (tmp_path / "cert-ray").write_text(f"#!/bin/sh\n{until_told}\n{says}\n")
     (tmp_path / "cert-ray").chmod(0o755)
     command = load(f"{cloud}.yaml")["worker_start_ray_commands"][-1].replace("/tmp/", f"{tmp_path}/")
     bare = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)}
-    began = time.monotonic()
     subprocess.run(["bash", "-c", command], env=bare, timeout=60, check=True)
     assert not (tmp_path / "said").exists(), "the shell waited for it"
+    (tmp_path / "go").touch()
+    began = time.monotonic()
     while not (tmp_path / "said").exists() and time.monotonic() < began + 30:
         time.sleep(0.05)
     assert (tmp_path / "said").read_text() == f"token drain --when {cloud}\n"

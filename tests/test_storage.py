@@ -26,7 +26,7 @@ def test_a_write_that_would_fill_the_disk_is_refused_and_leaves_what_was_there(
     before = storage.write_parquet(table, target)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=before.size_bytes))
-    with pytest.raises(StorageFullError, match=r"a\.parquet.*the disk has 0 MB left"):
+    with pytest.raises(StorageFullError, match=r"a\.parquet.*the disk has only 0 MB left"):
         storage.write_parquet(pa.table({"x": list(range(2000))}), target)
     assert storage.checksum(target) == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]

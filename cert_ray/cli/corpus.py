@@ -24,7 +24,7 @@ def preprocess(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Read, clean, deduplicate, score and sketch files into an annotated dataset.
+    """Turn files into the annotated dataset. They are read, cleaned, deduplicated, scored and sketched.
 
     Example: cert-ray preprocess jobs/numpy.yaml --set run=runs/numpy --limit 1000
     """
@@ -45,7 +45,7 @@ def inspect(
     doc: Annotated[str | None, typer.Option(metavar="ID", help="show this file beside its sketch")] = None,
     limit: Annotated[int, typer.Option(min=1, help="show at most this many")] = 20,
 ) -> None:
-    """Show rows of a dataset, why files were dropped, or a file beside its sketch; plain lines when not at a terminal.
+    """Show rows, drops, or a file beside its sketch. Not at a terminal, rows are plain lines.
 
     Example: cert-ray inspect runs/numpy --dropped near_duplicate
     """
@@ -78,7 +78,7 @@ def remove(
     keep_out: Annotated[bool, typer.Option("--keep-out", help="record it even if no file of the run matches")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Take a repository out of a finished dataset (a takedown), and keep it out of later runs of the recipe.
+    """Take a repository out of a finished dataset (a takedown). Later runs of the recipe keep it out.
 
     Rewrites the shards that hold it (in the dataset, the cleaned documents and the packed tokens) and the card, and
     records in RUN/removals.jsonl what was done. If killed, run it again. Trained models keep what they learned.

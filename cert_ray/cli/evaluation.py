@@ -62,7 +62,7 @@ def evaluate(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Score a model, a cascade, an endpoint or a file of samples: pass@k, in a sandbox. If killed, run it again.
+    """Score a model, an endpoint or samples: pass@k, in a sandbox. If killed, run it again.
 
     Example: cert-ray evaluate --problems PandasEval.jsonl.gz --samples samples.jsonl --requirement pandas==1.5.3
     """
@@ -111,7 +111,7 @@ def compare(
     output: Annotated[str, typer.Option(help="folder for the reports")] = "comparison",
     k: Annotated[list[int] | None, typer.Option("--k", help="repeatable; default: every k that both scored")] = None,
 ) -> None:
-    """Put evaluations in one table beside published scores; two are also compared problem by problem.
+    """Put evaluations in one table. Published scores stand beside them; two are also compared problem by problem.
 
     Example: cert-ray compare runs/base runs/cert
     """
@@ -133,7 +133,7 @@ def export_tasks(
     temperature: Annotated[float, typer.Option(min=0.0, help="for lm-eval")] = 0.0,
     dry_run: DryRun = False,
 ) -> None:
-    """Write benchmarks as tasks of lm-eval and bigcode-evaluation-harness; cert-ray scores what they draw.
+    """Write benchmarks as tasks of lm-eval and bigcode's harness. cert-ray scores what these draw.
 
     Example: cert-ray export-tasks --problems pandas-eval --problems numpy-eval --output tasks
     """

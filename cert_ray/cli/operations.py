@@ -24,7 +24,7 @@ def doctor(
         str | None, typer.Option(metavar="ADDRESS", help="ask every node of this Ray cluster instead, e.g. auto")
     ] = None,
 ) -> None:
-    """Check versions, accelerator, memory, disk, Ray's authentication and the sandbox, and say what to do.
+    """Check whether this machine, or a cluster, is fit. Looks at versions, GPU, memory, disk, token and sandbox.
 
     Example: cert-ray doctor --cluster auto
     """
@@ -67,7 +67,7 @@ def status(
     overrides: Overrides = None,
     story: Annotated[bool, typer.Option("--story", help="first every line that the run's jobs kept, in order")] = False,
 ) -> None:
-    """Show how far a run is, read from its folder; what its last job did and where; and the command that continues it.
+    """Show how far a run is, and how to continue it. Read from its folder, with what its last job did and where.
 
     Example: cert-ray status jobs/numpy.yaml --set run=s3://bucket/runs/numpy
     """
@@ -85,7 +85,7 @@ def status(
 
 @app.command()
 def summary(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Write RUN/summary.html: how far, rows in and out, losses, who did what when, and links to cards and reports.
+    """Write a page about a run, RUN/summary.html. It has progress, rows, losses, a history, and links to reports.
 
     Example: cert-ray summary jobs/numpy.yaml
     """
@@ -101,7 +101,7 @@ def drain(
     ] = "now",
     within_s: Annotated[float, typer.Option(min=0, help="with now: seconds until this node is gone")] = 100.0,
 ) -> None:
-    """Tell Ray on this node that the node will be gone: training writes a checkpoint, nothing new starts here.
+    """Announce that this node will be taken away. Training writes a checkpoint, and nothing new starts here.
 
     The command ends when the time is over, so that a pod stays that long, or as soon as Ray has ended here, as it does
     once nothing runs. The cluster is that of RAY_ADDRESS, else of the Ray that runs here. A head is never drained.
@@ -190,7 +190,7 @@ def reproduce(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Measure CERT's claim: from one base, at equal tokens, XL against sketcher and generator, on problem files.
+    """Test the paper's claim: base, XL and CERT side by side. All start from one base and learn from equal tokens.
 
     Trains what is not trained, evaluates base, XL and CERT greedily and (with claim.n) sampled, and writes scores with
     intervals, differences and cost to RUN/claim. What is finished is reused.
@@ -245,7 +245,7 @@ def demo(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Run everything, small: this machine's Python files to a dataset, three models, a served answer and pass@k.
+    """Run everything, small, on this machine's Python files. It makes a dataset, three models, an answer and pass@k.
 
     Example: cert-ray demo --output demo
     """

@@ -24,7 +24,7 @@ def library_docs(
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the signatures and descriptions of a package's public API. Its source is read, and only --import runs it.
+    """Collect a package's public signatures and descriptions. Its source is read, and only --import runs it.
 
     `evaluate`, `generate` and `serve` take the file as --retrieve, a recipe as `retrieve: {docs: FILE}`.
 

@@ -41,7 +41,7 @@ def serve(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Serve a cascade (two models, or one that is both stages) or a plain model behind OpenAI's /v1/completions.
+    """Serve models over HTTP, as OpenAI's /v1/completions. A cascade (two models, or one for both), or a plain model.
 
     Runs until interrupted.
 

@@ -19,7 +19,7 @@ def fetch_base(
     from_file: Annotated[str | None, typer.Option("--from", metavar="FILE.gguf", help="convert this file")] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Make a Hugging Face folder of a base that needs no model hub, to be named as `start` in a recipe.
+    """Fetch a pre-trained base without a model hub. Name its folder as `start` in a recipe.
 
     Example: cert-ray fetch-base smollm2-135m --output bases/smollm2-135m
     """
@@ -51,7 +51,7 @@ def tokenizer(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Train the byte-level BPE tokenizer on a weighted sample of the dataset (--limit: bytes of the sample).
+    """Train the byte-level BPE tokenizer. It reads a weighted sample of the dataset (--limit: bytes of the sample).
 
     Example: cert-ray tokenizer jobs/numpy.yaml --set tokenizer.vocab_size=8000
     """
@@ -75,7 +75,7 @@ def pack(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Encode the dataset into the token shards that training reads, one folder per view (--limit: documents read).
+    """Encode the dataset into the token shards of training. One folder per view (--limit: documents read).
 
     Example: cert-ray pack jobs/numpy.yaml --view base --view sketcher --library numpy --library scipy
     """
@@ -111,7 +111,7 @@ def train(
     dry_run: DryRun = False,
     address: Address = None,
 ) -> None:
-    """Train models of the recipe with Ray Train and DeepSpeed, and export them (--limit: steps).
+    """Train and export the models of a recipe. Runs DeepSpeed under Ray Train (--limit: steps).
 
     Example: cert-ray train jobs/numpy.yaml --model base
     """
@@ -150,7 +150,7 @@ def export(
     output: Annotated[str, typer.Argument(help="the Hugging Face folder to write")],
     dry_run: DryRun = False,
 ) -> None:
-    """Write a checkpoint as a plain Hugging Face folder (safetensors, config, tokenizer).
+    """Write a checkpoint as a plain Hugging Face folder. It has safetensors, config and tokenizer.
 
     Example: cert-ray export runs/numpy/models/base/checkpoints/step-002000 base-at-2000
     """

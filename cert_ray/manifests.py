@@ -12,7 +12,7 @@ import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pydantic
 import xxhash
@@ -37,6 +37,11 @@ class WrittenFile(Config):
     checksum: str
     # The checksum before rows were emptied on request. What was made from that file stays valid, except these rows.
     stands_for: str | None = None
+
+    @classmethod
+    def of(cls, name: str, written: storage.Written, rows: int = 0) -> Self:
+        """The entry for a file that was just written."""
+        return cls(name=name, rows=rows, size_bytes=written.size_bytes, checksum=written.checksum)
 
     @property
     def identity(self) -> str:
@@ -252,8 +257,7 @@ def finished_manifest(
 
 def copy_in(file: Path, folder: str) -> WrittenFile:
     """Copy the local `file` into `folder` under its name; return a report's entry for it."""
-    written = storage.copy_from_local(file, storage.join(folder, file.name))
-    return WrittenFile(name=file.name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)
+    return WrittenFile.of(file.name, storage.copy_from_local(file, storage.join(folder, file.name)))
 
 
 def tell_of_replacing(folder: str, stage: str, others: Sequence[str]) -> None:

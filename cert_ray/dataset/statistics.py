@@ -162,7 +162,7 @@ def write_statistics(folder: str, shard: str, statistics: ShardStatistics) -> Wr
     """Write a shard's counts into the dataset `folder`; return the report's entry for the file."""
     name = f"{FOLDER}/{shard}.json"
     written = storage.write_text(storage.join(folder, name), statistics.model_dump_json() + "\n")
-    return WrittenFile(name=name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum)
+    return WrittenFile.of(name, written)
 
 
 def read_statistics(folder: str, shard: str) -> ShardStatistics:

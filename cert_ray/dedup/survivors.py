@@ -60,7 +60,7 @@ def _write(folder: str, name: str, table: pa.Table) -> WrittenFile:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="lz4", use_dictionary=False, write_statistics=False)
     written = storage.write_bytes(storage.join(folder, name), sink.getvalue())
-    return WrittenFile(name=name, rows=len(table), size_bytes=written.size_bytes, checksum=written.checksum)
+    return WrittenFile.of(name, written, len(table))
 
 
 def read_documents(folder: str, shards: Sequence[str], rows: Sequence[int], ends: Sequence[int]) -> Documents:

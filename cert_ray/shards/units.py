@@ -115,7 +115,7 @@ def batches(units: Sequence[WorkUnit], workers: int) -> list[list[WorkUnit]]:
 def write_table(folder: str, name: str, table: pa.Table) -> WrittenFile:
     """Write `table` to `folder`/`name` as Parquet; return the report's entry for it."""
     written = storage.write_parquet(table, storage.join(folder, name))
-    return WrittenFile(name=name, rows=table.num_rows, size_bytes=written.size_bytes, checksum=written.checksum)
+    return WrittenFile.of(name, written, table.num_rows)
 
 
 @dataclass(frozen=True, slots=True)

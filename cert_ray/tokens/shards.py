@@ -64,15 +64,11 @@ def write_shard(
 ) -> tuple[WrittenFile, ...]:
     """Write the files of one shard into `folder`; the same arguments give the same bytes."""
     written = storage.write_bytes(storage.join(folder, name + _TOKENS_SUFFIX), tokens.tobytes())
-    files = [WrittenFile(name=name + _TOKENS_SUFFIX, rows=len(tokens), **_measures(written))]
+    files = [WrittenFile.of(name + _TOKENS_SUFFIX, written, len(tokens))]
     for suffix, table in ((_PIECES_SUFFIX, pieces), (_UNIGRAMS_SUFFIX, unigrams)):
         written = storage.write_parquet(table, storage.join(folder, name + suffix))
-        files.append(WrittenFile(name=name + suffix, rows=table.num_rows, **_measures(written)))
+        files.append(WrittenFile.of(name + suffix, written, table.num_rows))
     return tuple(files)
-
-
-def _measures(written: storage.Written) -> dict[str, int | str]:
-    return {"size_bytes": written.size_bytes, "checksum": written.checksum}
 
 
 def held_out_unigrams(folder: str, files: list[WrittenFile], vocab_size: int) -> IntArray:

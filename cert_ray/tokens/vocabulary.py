@@ -155,7 +155,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str, context_tokens: int) -> tu
     texts = {TOKENIZER_FILE: tokenizer.to_str(pretty=True), _CONFIG_FILE: json.dumps(options, indent=1)}
     for name, text in texts.items():
         written = storage.write_text(storage.join(folder, name), text + "\n")
-        files.append(WrittenFile(name=name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum))
+        files.append(WrittenFile.of(name, written))
     return tuple(files)
 
 

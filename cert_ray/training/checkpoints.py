@@ -72,9 +72,8 @@ def seal_part(folder: Path, *, step: int, rank: int, world_size: int, zero_stage
     """List what this worker wrote into its local `folder`, with checksums, in a part file there."""
     files = []
     for entry in storage.list_files(str(folder)):
-        written = storage.checksum(entry.url)
         name = Path(entry.url).relative_to(folder).as_posix()
-        files.append(WrittenFile(name=name, rows=0, size_bytes=written.size_bytes, checksum=written.checksum))
+        files.append(WrittenFile.of(name, storage.checksum(entry.url)))
     part = Part(
         step=step, rank=rank, world_size=world_size, zero_stage=zero_stage, run_digest=run_digest, files=tuple(files)
     )

@@ -102,7 +102,7 @@ def _yaml(name: str, data: str, n: int, temperature: float) -> str:
     """The task for lm-eval. Its `!function` tags name functions in the module beside it."""
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9}  # PAPER.md's top_p
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.9}  # the paper's top_p
     fields = {
         "task": name,
         "dataset_path": "json",

@@ -17,7 +17,7 @@ from functools import lru_cache
 
 from cert_ray.evaluation.benchmarks import Problem
 
-# Where the authors of CERT cut a completion: PAPER.md "Inference", point 4.
+# Where the authors of CERT cut a completion: the paper's "Inference", point 4.
 STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
 _IMPORT = re.compile(r"^import[ \t]+([\w.]+)(?:[ \t]+as[ \t]+(\w+))?[ \t]*$", re.MULTILINE)
 

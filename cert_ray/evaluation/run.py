@@ -59,7 +59,7 @@ class EvaluateConfig(Config):
     source: dict[str, str] = pydantic.Field(default_factory=dict)  # recorded: whom the `Complete` asks
     source_digest: str = ""  # tells apart models that are put in the same place one after the other
     seed: int = pydantic.Field(default=0, ge=0)  # recorded: the `Complete` draws with it
-    cut: bool | None = None  # at PAPER.md's stops; None: generated completions yes, a sample file no
+    cut: bool | None = None  # at the paper's stops; None: generated completions yes, a sample file no
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems, from the first
     prompts_per_call: int = pydantic.Field(default=16, ge=1)
     calls_at_once: int = pydantic.Field(default=1, ge=1)  # more keep the replicas behind an endpoint busy

@@ -78,7 +78,7 @@ def evaluate(
     run_gold: bool = False,
     execute: Execute = execute_in_threads,
 ) -> EvaluationResult:
-    """Run every sample and count. With `cut`, completions are first cut at PAPER.md's stops.
+    """Run every sample and count. With `cut`, completions are first cut at the paper's stops.
 
     `k` None takes each of 1, 10 and 100 that the number of samples allows.
 

@@ -33,8 +33,8 @@ class ClaimConfig(Config):
     benchmarks: tuple[str, ...] = pydantic.Field(min_length=1)  # problem files; scored separately and pooled
     n: int | None = pydantic.Field(default=None, ge=1)  # sampled completions per problem and seed; None: only greedy
     temperature: float = pydantic.Field(default=0.2, gt=0, le=2)  # of the sampled ones; assumed
-    top_p: float = pydantic.Field(default=0.9, gt=0, le=1)  # PAPER.md's
-    max_tokens: int = pydantic.Field(default=100, ge=1)  # PAPER.md's
+    top_p: float = pydantic.Field(default=0.9, gt=0, le=1)  # the paper's
+    max_tokens: int = pydantic.Field(default=100, ge=1)  # the paper's
     seeds: tuple[int, ...] = pydantic.Field(default=(0,), min_length=1)  # of training and of sampling
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems of each benchmark, for a trial
     prompts_together: int = pydantic.Field(default=16, ge=1)  # decoded side by side

@@ -43,9 +43,9 @@ class EvaluationRecipe(Config):
 
     problems: Annotated[tuple[str, ...], pydantic.Field(min_length=1)]  # files, or names that `cert-ray evaluate` knows
     model: str | None = None  # one model of this recipe; None: its sketcher and generator
-    n: int = pydantic.Field(default=200, ge=1)  # PAPER.md's samples a problem
+    n: int = pydantic.Field(default=200, ge=1)  # the paper's samples a problem
     temperatures: Annotated[tuple[float, ...], pydantic.Field(min_length=1)] = (0.2,)  # several: also names the best
-    max_tokens: int = pydantic.Field(default=100, ge=1)  # PAPER.md's
+    max_tokens: int = pydantic.Field(default=100, ge=1)  # the paper's
     seed: int = pydantic.Field(default=0, ge=0)
     limit: int | None = pydantic.Field(default=None, ge=1)  # problems of each benchmark, for a trial
     requirements: tuple[str, ...] | None = None  # of the sandbox; None: what each benchmark was written for
@@ -59,12 +59,12 @@ class Recipe(Config):
 
     run: str = pydantic.Field(min_length=1)
     # The sketcher, the generator and XL read only files that import one of these.
-    libraries: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None  # None: every file (PAPER.md's CERTg)
+    libraries: Annotated[tuple[str, ...], pydantic.Field(min_length=1)] | None  # None: every file (the paper's CERTg)
     preprocess: PreprocessConfig
     # Cleaned documents, keys and signatures, about as big as the dataset. Kept after preprocessing, they save a rerun.
     intermediates: Literal["keep", "remove"] = "keep"
     tokenizer: TokenizerConfig = TokenizerConfig()
-    context_tokens: int = pydantic.Field(default=1024, ge=16)  # PAPER.md's window
+    context_tokens: int = pydantic.Field(default=1024, ge=16)  # the paper's window
     pack_documents: int | None = pydantic.Field(default=None, ge=1)  # views read this many documents; None: all
     held_out_fraction: float = pydantic.Field(default=0.02, gt=0, lt=1)  # assumed
     # Library documentation, ahead of each file that the sketcher, the generator and XL read. Serve them with it too.

@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import torch
 from tokenizers import Tokenizer
 
-# PAPER.md, Inference 4: a completion is cut at the first of these.
+# The paper, Inference 4: a completion is cut at the first of these.
 PAPER_STOPS: tuple[str, ...] = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif")
 
 # A stop string may begin inside a token, so this many tokens more than its bytes are decoded. Assumed: no UTF-8

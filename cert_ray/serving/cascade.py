@@ -1,11 +1,11 @@
-"""Sketch, vote, fill in: the inference of PAPER.md ("Inference", steps 1 to 4), pure over `Engine`s.
+"""Sketch, vote, fill in: the inference of the paper ("Inference", steps 1 to 4), pure over `Engine`s.
 
 In: a context and sampling options. Out: a `CascadeAnswer`: the choices, the winning sketch, its votes, the route. No
 HTTP, no Ray. Whether stage two is needed is read from special token ids, never from the spelling of a word: code that
 says `float` or `to_string` is code. The vote ends as soon as the beginnings of samples show that no other sketch can
 win, provided that the winner needs stage two or has as many samples as answers are asked for.
 
-`layouts` says what each stage reads: two models in PAPER.md's layout, or one that reads the context first. The stages
+`layouts` says what each stage reads: two models in the paper's layout, or one that reads the context first. The stages
 are called sketcher and generator, whatever model they are.
 
 With mode `constrained`, the generator's answer must be the sketch with its placeholders filled (`constraints.py`), as
@@ -80,8 +80,10 @@ def _run(
 ) -> CascadeAnswer:
     mode = sampling.mode or config.mode
     if mode is Mode.SINGLE:
-        problem = "single: this server has a cascade, not one plain model; leave mode out, or ask for "
-        raise unsupported("mode", f"{problem}mode=generator_only")
+        raise unsupported(
+            "mode",
+            "single: this server has a cascade, not one plain model; leave mode out, or ask for mode=generator_only",
+        )
     if mode is Mode.CONSTRAINED and config.routing == "released":
         raise unsupported("mode", "constrained: this cascade cannot tell placeholders from code (routing: released)")
     began = time.perf_counter()

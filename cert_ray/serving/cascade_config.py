@@ -21,7 +21,7 @@ class CascadeConfig(Config):
     sketch_scope: Literal["answer", "file"] = "answer"
     stop: tuple[str, ...] = PAPER_STOPS  # both stages are cut here, and at the request's own stop strings
     # How to tell whether a sketch needs stage two: by its special tokens, or, as the authors' code did, by looking for
-    # the placeholder words in the text, which takes `astype(float)` for a placeholder (PAPER.md). `released` also gives
+    # the placeholder words in the text, which takes `astype(float)` for a placeholder. `released` also gives
     # the models plain text instead of special tokens; it goes with `kind: released` and models trained on that.
     routing: Literal["special_tokens", "released"] = "special_tokens"
     # Repeat the same samples after this many, as the authors' code did after 50. None: never.

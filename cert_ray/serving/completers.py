@@ -1,7 +1,7 @@
 """`complete(prompts, n) -> completions` for evaluation and `cert-ray generate`: by local models, or by an endpoint.
 
 In: model folders, or the URL of an OpenAI-compatible server. Out: for each prompt a list of `n` texts that continue it,
-cut at PAPER.md's stop strings. Nothing is scored and nothing is run in here.
+cut at the paper's stop strings. Nothing is scored and nothing is run in here.
 
 An endpoint's key is a `SecretStr`: it is sent, but never shown or written. A busy or unreachable server is asked again
 (tenacity), after the time it names or after 1, 2, 4, ... seconds. h11's errors about a request that it will not send
@@ -39,7 +39,7 @@ _WINDOW: Final = re.compile(r"maximum context length|available context size")  #
 
 
 class CompleterConfig(Config):
-    """How completions are sampled: PAPER.md's 100 new tokens and top_p 0.9, and its temperature for pass@1."""
+    """How completions are sampled: the paper's 100 new tokens and top_p 0.9, and its temperature for pass@1."""
 
     max_tokens: int = pydantic.Field(default=100, ge=1)
     temperature: float = pydantic.Field(default=0.2, ge=0, le=2)

@@ -76,7 +76,7 @@ class Work:
     code_only: bool = False  # placeholders are never drawn: code has none
     logprobs: int | None = None  # alternatives per token; unless `code_only`, placeholders are reported as their words
     score_prompt: bool = False  # also report the log-probabilities of the prompt's own tokens
-    # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again (PAPER.md).
+    # Sample i draws with stream i modulo this: the released code's fault of drawing the same samples again.
     streams: int | None = None
     template: Template | None = None  # what each sample must look like, as long as the model agrees
     comes_again: bool = False  # while `Drawn` is held, a longer prompt that begins with this one will come

@@ -1,11 +1,11 @@
-"""The prompt of each stage of a cascade: in PAPER.md's layout, and in the one where the context comes first.
+"""The prompt of each stage of a cascade: in the paper's layout, and in the one where the context comes first.
 
 In: a context, and the engines. Out: the tokens of each stage's prompt. No vote and no sampling in here.
 
 `SketchFirst`, two models:
   sketcher   the sketch of the context (`contexts.sketch_context`), as in its training text, which is sketches of files;
   generator  `encode_pair(sketch, context)`: the winning sketch, the separator, and the context as the user wrote it.
-             Its answer continues the context. By default the sketch is the predicted one alone, as in PAPER.md; with
+             Its answer continues the context. By default the sketch is the predicted one alone, as in the paper; with
              `sketch_scope="file"` the context's own sketch stands before it, as in the generator's training text.
 
 `ContextFirst`, one model: the context as the user wrote it, then the separator, after which the model sketches what
@@ -69,7 +69,7 @@ class Layout(Protocol):
 
 
 class SketchFirst:
-    """PAPER.md's layout."""
+    """The paper's layout."""
 
     sketch_ends: frozenset[int] = frozenset()
     begins_alike = False

@@ -29,10 +29,10 @@ class RequestLimits(Config):
     """What one request may ask for."""
 
     max_prompts: int = Field(default=32, ge=1)
-    max_n: int = Field(default=200, ge=1)  # PAPER.md samples 200; limits `best_of` too
+    max_n: int = Field(default=200, ge=1)  # the paper samples 200; limits `best_of` too
     max_choices: int = Field(default=400, ge=1)  # prompts times n, or times best_of
-    max_tokens: int = Field(default=2048, ge=1)  # PAPER.md asks for 100; a window of 1,024 bounds it further
-    max_stops: int = Field(default=16, ge=1)  # OpenAI allows 4, PAPER.md cuts at 6
+    max_tokens: int = Field(default=2048, ge=1)  # the paper asks for 100; a window of 1,024 bounds it further
+    max_stops: int = Field(default=16, ge=1)  # OpenAI allows 4, the paper cuts at 6
     max_stop_characters: int = Field(default=256, ge=1)  # of one stop string: as much text may be held back
     max_body_bytes: int = Field(default=1 << 20, ge=1)
 

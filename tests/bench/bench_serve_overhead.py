@@ -30,7 +30,7 @@ import httpx
 from tests.bench.measuring import Spread, markdown, publish
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKENS = 15  # of an answer, as PAPER.md's cut leaves it
+TOKENS = 15  # of an answer, as the paper's cut leaves it
 AT_ONCE = 8  # requests that an engine works on together
 PORT = 18_531
 THREADS = 1  # of the Llama's engine, on every side: Ray gives an engine of one CPU one, PyTorch takes all cores

@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class CorpusOptions:
-    """What is made. The defaults: 60.6M files of 330 GB (PAPER.md) for the size; 5,140 exact copies among 31,529 real
+    """What is made. The defaults: 60.6M files of 330 GB (the paper) for the size; 5,140 exact copies among 31,529 real
     files (16%) for the first rate; the second, the spread and the change are assumed."""
 
     documents: int

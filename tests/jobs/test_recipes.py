@@ -47,7 +47,7 @@ def test_papers_four_models_at_papers_size(name: str) -> None:
     base, xl = recipe.train_config("base"), recipe.train_config("xl")
     assert base.base in PRESETS
     assert (base.steps, xl.steps) == (200_000, 100_000)
-    assert base.steps * base.rows_per_step * recipe.context_tokens == pytest.approx(100e9, rel=0.35)  # PAPER: 100B
+    assert base.steps * base.rows_per_step * recipe.context_tokens == pytest.approx(100e9, rel=0.35)  # the paper: 100B
     trained = [recipe.train_config(one) for one in ("xl", "sketcher", "generator")]
     assert len({one.steps * one.rows_per_step for one in trained}) == 1
     assert {one.base for one in trained} == {base.output}

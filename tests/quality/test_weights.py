@@ -1,4 +1,4 @@
-"""The sampling weight, computed by hand from PAPER's formula."""
+"""The sampling weight, computed by hand from the paper's formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cascade of PAPER.md, over engines that say what they are told."""
+"""The cascade of the paper, over engines that say what they are told."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_placeholder_and_the_word_that_spells_it_are_different_sketches() -> N
     [" df.astype(float)", " df.to_string()", " number + string", " x.AnClass.func(floatexponant)", " '<|number|>'"],
 )
 def test_words_of_code_never_route_to_the_generator(code: str) -> None:
-    """The released code looked for `float` and `string` as substrings (PAPER.md)."""
+    """The released code looked for `float` and `string` as substrings."""
     plain = code.replace("<|number|>", "<number>")
     answer, _, generator = cascade([plain])
     assert answer.route is Route.SKETCHER

@@ -92,7 +92,7 @@ def test_more_samples_begin_with_the_fewer_ones(engine: TransformersEngine, fold
 
 
 def test_samples_are_distinct_streams(engine: TransformersEngine) -> None:
-    """The released code drew the same 50 samples again and again (PAPER.md)."""
+    """The released code drew the same 50 samples again and again."""
     samples = generate(engine, PROMPTS[0], n=60, max_tokens=16)[0]
     assert len(samples) == 60
     assert len({sample.ids for sample in samples}) == 60

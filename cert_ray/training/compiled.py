@@ -4,6 +4,7 @@ In: what the compiled code depends on. Out: a folder of this process's own for t
 kept, and a function that keeps what is new. Processes never share a folder while they compile: torch 2.13 writes
 libraries in place, so a process killed meanwhile leaves half a file, on which all later ones fail ("file too short").
 Files are named by their content. So they are copied one by one, each whole or not at all, by any number of processes.
+A kept file's name ends in its checksum; one that is damaged is dropped when a run begins.
 
 Kept below the user's own cache folder, since it is code that will run.
 """
@@ -75,18 +76,28 @@ def _begin(kind: str, own: Path) -> None:
     kept = storage.cache_folder("compiled") / kind
     kept.mkdir(parents=True, exist_ok=True)
     os.utime(kept)
-    _copy_missing(kept, own)
+    for path in _files(kept):
+        copy = own / path.relative_to(kept).with_suffix("")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if storage.copy_to_local(str(path), copy).checksum != path.suffix[1:]:  # damaged: it is compiled and kept anew
+            copy.unlink()
+            path.unlink()
     for folder in sorted(kept.parent.iterdir(), key=lambda folder: folder.stat().st_mtime)[:-_MOST_KEPT]:
         shutil.rmtree(folder, ignore_errors=True)  # others of this machine do the same
 
 
 def _keep(kind: str, own: Path) -> None:
-    _copy_missing(own, storage.cache_folder("compiled") / kind)
+    kept = storage.cache_folder("compiled") / kind
+    known = {path.relative_to(kept).with_suffix("") for path in _files(kept)}
+    for path in _files(own):
+        name = path.relative_to(own)
+        if name not in known:
+            storage.copy_from_local(path, f"{kept / name}.{storage.checksum(str(path)).checksum}")
 
 
-def _copy_missing(source: Path, target: Path) -> None:
-    """Copy the files that `target` lacks. An empty one counts as lacking: a lock, or what a power failure left."""
-    for entry in storage.list_files(str(source)):
-        copy = target / Path(entry.url).relative_to(source)
-        if entry.size_bytes and not (copy.exists() and copy.stat().st_size):
-            storage.copy_from_local(Path(entry.url), str(copy))
+def _files(folder: Path) -> Iterator[Path]:
+    """Its files, without locks, which are empty, and without what a killed process left of a copy."""
+    for entry in storage.list_files(str(folder)):
+        path = Path(entry.url)
+        if entry.size_bytes and not path.name.startswith("."):
+            yield path

@@ -52,15 +52,16 @@ def test_a_later_start_begins_with_what_was_kept_and_nothing_else_stays() -> Non
         assert _there() == {}
 
 
-def test_what_a_power_failure_emptied_is_kept_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [b"", b"libr", b"librarz"])
+def test_what_was_damaged_is_kept_anew(tmp_path: Path, damaged: bytes) -> None:
     for _ in range(2):
         with compiled_code("one") as keep:
             assert _there() == {}
             _compile("ab/step.so")
             keep()
-        (kept,) = (tmp_path / "cache").rglob("step.so")
+        (kept,) = (tmp_path / "cache").rglob("step.so*")
         assert kept.read_bytes() == b"library"
-        kept.write_bytes(b"")
+        kept.write_bytes(damaged)
 
 
 def test_processes_at_once_do_not_see_what_the_other_compiles() -> None:
